@@ -1,0 +1,48 @@
+"""Sparsity for JAX.
+
+Select parameters, choose a pattern, score weights, allocate a budget, and prune: once
+(`prune`), or while the model trains (`enforce(optax.chain(prune_schedule(...), ...))`).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxsparse import allocations as allocations
+from jaxsparse import oneshot as oneshot
+from jaxsparse import patterns as patterns
+from jaxsparse import schedules as schedules
+from jaxsparse import scores as scores
+from jaxsparse import transforms as transforms
+from jaxsparse import tree as tree
+from jaxsparse.oneshot import Pruned as Pruned
+from jaxsparse.oneshot import prune as prune
+from jaxsparse.patterns import NM as NM
+from jaxsparse.patterns import Block as Block
+from jaxsparse.patterns import Channel as Channel
+from jaxsparse.patterns import Unstructured as Unstructured
+from jaxsparse.transforms import apply_updates as apply_updates
+from jaxsparse.transforms import check as check
+from jaxsparse.transforms import enforce as enforce
+from jaxsparse.transforms import init_sparse as init_sparse
+from jaxsparse.transforms import keep_sparse as keep_sparse
+from jaxsparse.transforms import masks_of as masks_of
+from jaxsparse.transforms import prune_schedule as prune_schedule
+from jaxsparse.transforms import straight_through as straight_through
+from jaxsparse.tree import Axes as Axes
+
+if TYPE_CHECKING:
+    from jaxsparse import checkpoint as checkpoint
+    from jaxsparse import report as report
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # They bring rich, matplotlib and orbax, which not every program needs.
+    if name in {"report", "checkpoint"}:
+        return importlib.import_module(f"jaxsparse.{name}")
+    raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "report", "checkpoint"})

@@ -1,0 +1,95 @@
+"""Score, select, apply: a trained model pruned in one call."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import patterns
+from jaxsparse._checks import check_positive_int
+from jaxsparse._typing import PyTree, Sparsity, Where
+from jaxsparse.scores import magnitude
+from jaxsparse.tree import AxesRule
+
+
+class Pruned(NamedTuple):
+    """A pruned model.
+
+    Attributes:
+      params: the parameters; what was removed is exactly 0.
+      masks: a tree of bools, True = kept.
+    """
+
+    params: PyTree
+    masks: PyTree
+
+
+def prune(
+    params: PyTree,
+    sparsity: Sparsity = None,
+    *,
+    score: Callable[[PyTree], PyTree] = magnitude,
+    pattern: patterns.Pattern = patterns.Unstructured(),
+    where: Where = None,
+    axes: AxesRule = None,
+    steps: int = 1,
+) -> Pruned:
+    """Removes the weights with the lowest scores.
+
+    With `steps > 1` it scores anew after each cut; after cut k of n the fraction
+    `(1 - s) ** (k / n)` is left, as SynFlow prescribes. What is removed stays removed.
+
+    Args:
+      params: a tree of arrays.
+      sparsity: the fraction to remove, in [0, 1); a number or a tree of numbers with
+        the structure of `params` (see `jaxsparse.allocations`). May be left out for
+        `NM`, which has its own.
+      score: a function of `params`, larger = keep. For a score from gradients close
+        over them: `lambda p: js.scores.taylor(p, jax.grad(loss)(p, batch))`.
+      pattern: what lives or dies together, and who competes with whom.
+      where: which parameters take part; see `jaxsparse.tree.select`.
+      axes: as for `jaxsparse.patterns.masks`.
+      steps: in how many cuts.
+
+    Returns:
+      The pruned parameters and their masks.
+
+    Raises:
+      ValueError: what `jaxsparse.patterns.masks` raises, with the parameter's path.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]]), "bias": jnp.ones(2)}
+      >>> pruned = js.prune(params, 0.5)
+      >>> pruned.params["kernel"].tolist(), pruned.params["bias"].tolist()
+      ([[3.0, 0.0], [0.0, -4.0]], [1.0, 1.0])
+    """
+    check_positive_int(steps, name="steps")
+    masks = None
+    for cut in range(1, steps + 1):
+        scores = score(params)
+        if masks is not None:
+            scores = jax.tree.map(_sink, scores, masks)
+        masks = patterns.masks(
+            scores,
+            _after(sparsity, cut / steps),
+            pattern=pattern,
+            where=where,
+            axes=axes,
+        )
+        params = patterns.apply(params, masks)
+    return Pruned(params, masks)
+
+
+def _after(sparsity: Sparsity, progress: float) -> Any:
+    if progress == 1 or sparsity is None:
+        return sparsity
+    return jax.tree.map(lambda s: 1 - (1 - s) ** progress, sparsity)
+
+
+def _sink(scores, mask):
+    """What is removed already comes last, whatever its new score."""
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        return scores
+    return jnp.where(mask, scores, -jnp.inf)

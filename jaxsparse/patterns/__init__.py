@@ -1,0 +1,17 @@
+"""Which weights live or die together, who competes, and the masks that follow."""
+
+from jaxsparse.patterns._counts import removed_count as removed_count
+from jaxsparse.patterns._masks import Packed as Packed
+from jaxsparse.patterns._masks import apply as apply
+from jaxsparse.patterns._masks import check_masks as check_masks
+from jaxsparse.patterns._masks import kept_count as kept_count
+from jaxsparse.patterns._masks import pack as pack
+from jaxsparse.patterns._masks import unpack as unpack
+from jaxsparse.patterns._select import masks as masks
+from jaxsparse.patterns._spec import NM as NM
+from jaxsparse.patterns._spec import Block as Block
+from jaxsparse.patterns._spec import Channel as Channel
+from jaxsparse.patterns._spec import Pattern as Pattern
+from jaxsparse.patterns._spec import Unstructured as Unstructured
+from jaxsparse.patterns._verify import sparsity_of as sparsity_of
+from jaxsparse.patterns._verify import verify as verify

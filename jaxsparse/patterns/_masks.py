@@ -1,0 +1,185 @@
+"""What is done with masks: apply, pack into bits, count."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _checks
+from jaxsparse._typing import Array, PyTree, Tree
+from jaxsparse.patterns._counts import count_dtype
+from jaxsparse.tree import leaves_with_paths, map_with_path
+
+
+def apply(params: Tree, masks: PyTree) -> Tree:
+    """Sets what is not kept to zero: `w <- w where mask, else 0`.
+
+    It selects and does not multiply: NaN and Inf under a False mask become 0, and no
+    -0.0 appears.
+
+    Args:
+      params: a tree of arrays.
+      masks: a tree of bools with its structure; each leaf broadcasts to its parameter.
+
+    Returns:
+      The pruned parameters, of the same dtypes and shardings.
+
+    Raises:
+      ValueError: another structure, or a mask that does not broadcast.
+      TypeError: a mask that is not of bools.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.patterns.apply({"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.array([True, False])})
+      {'w': Array([1., 0.], dtype=float32)}
+    """
+    check_masks(masks, params)
+    return jax.tree.map(_where_kept, params, masks)
+
+
+def _where_kept(w: Array, mask: Array) -> Array:
+    return jnp.where(mask, w, jnp.zeros((), w.dtype))
+
+
+def check_masks(masks: PyTree, params: PyTree) -> None:
+    """Raises unless `masks` are masks of `params`.
+
+    Args:
+      masks: what should be a tree of bools.
+      params: the parameters.
+
+    Raises:
+      ValueError: another structure, or a mask that does not broadcast to its parameter.
+      TypeError: a leaf that is not of bools.
+    """
+    _checks.same_structure(masks, params, name="masks")
+    for (path, mask), w in zip(
+        leaves_with_paths(masks), jax.tree.leaves(params), strict=True
+    ):
+        if not hasattr(mask, "dtype") or mask.dtype != np.bool_:
+            raise TypeError(
+                f"{path}: a mask holds bools, True = kept; got "
+                f"{getattr(mask, 'dtype', type(mask).__name__)}. For an array of 0 and "
+                "1 write `mask != 0`."
+            )
+        shape, full = jnp.shape(mask), jnp.shape(w)
+        fits = len(shape) == len(full) and all(
+            m in (1, n) for m, n in zip(shape, full, strict=True)
+        )
+        if shape and not fits:
+            raise ValueError(
+                f"{path}: a mask of shape {shape} does not broadcast to its parameter "
+                f"of shape {full}. It must have that shape, size 1 on some axes, or be "
+                "a scalar."
+            )
+
+
+def kept_count(mask: Array, shape: tuple[int, ...]) -> Array:
+    """How many weights of a parameter its mask keeps.
+
+    Args:
+      mask: a mask that broadcasts to `shape`.
+      shape: the parameter's shape.
+
+    Returns:
+      An integer scalar, int32 (int64 for 2**31 weights and more).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> int(js.patterns.kept_count(jnp.array([[True, False]]), (3, 2)))
+      3
+    """
+    size = math.prod(shape)
+    repeats = size // max(1, mask.size)
+    dtype = count_dtype(size)
+    return jnp.sum(mask, dtype=dtype) * jnp.asarray(repeats, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Masks with eight weights a byte.
+
+    A pytree: `bits` are its leaves, `shapes` are static.
+
+    Attributes:
+      bits: a tree of uint8 vectors; the first weight is the highest bit.
+      shapes: the masks' shapes, in the order of the leaves.
+    """
+
+    bits: PyTree
+    shapes: tuple[tuple[int, ...], ...]
+
+
+jax.tree_util.register_dataclass(Packed, data_fields=["bits"], meta_fields=["shapes"])
+
+
+def pack(masks: PyTree) -> Packed:
+    """Packs masks into bits: one byte holds eight weights.
+
+    Args:
+      masks: a tree of bools.
+
+    Returns:
+      The bits and the masks' shapes.
+
+    Raises:
+      TypeError: a leaf that is not of bools.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> packed = js.patterns.pack({"w": jnp.array([[True, False, True]])})
+      >>> packed.bits["w"].tolist(), packed.shapes
+      ([160], ((1, 3),))
+    """
+    _check_bools(masks)
+    bits = jax.tree.map(lambda m: jnp.packbits(jnp.ravel(m)), masks)
+    return Packed(bits, tuple(jnp.shape(m) for m in jax.tree.leaves(masks)))
+
+
+def unpack(packed: Packed) -> PyTree:
+    """Turns packed bits into masks again.
+
+    Args:
+      packed: what `pack` returned.
+
+    Returns:
+      The masks, bit for bit.
+
+    Raises:
+      ValueError: bits that do not belong to their shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> masks = {"w": jnp.array([[True, False, True]])}
+      >>> js.patterns.unpack(js.patterns.pack(masks))["w"].tolist()
+      [[True, False, True]]
+    """
+    shapes = jax.tree.unflatten(
+        jax.tree.structure(packed.bits), [_Shape(s) for s in packed.shapes]
+    )
+
+    def unpack_one(path: str, bits: Array, shape: "_Shape") -> Array:
+        size = math.prod(shape.dims)
+        if bits.shape != (-(-size // 8),):
+            raise ValueError(
+                f"{path}: a mask of shape {shape.dims} takes {-(-size // 8)} packed "
+                f"bytes, got an array of shape {bits.shape}."
+            )
+        return jnp.unpackbits(bits, count=size).reshape(shape.dims).astype(bool)
+
+    return map_with_path(unpack_one, packed.bits, shapes)
+
+
+class _Shape:
+    """A shape that is a leaf: a bare tuple would be a subtree."""
+
+    def __init__(self, dims: tuple[int, ...]):
+        self.dims = dims
+
+
+def _check_bools(masks: PyTree) -> None:
+    for path, mask in leaves_with_paths(masks):
+        if not hasattr(mask, "dtype") or mask.dtype != np.bool_:
+            raise TypeError(f"{path}: a mask holds bools, got {mask!r}.")

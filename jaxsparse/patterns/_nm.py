@@ -1,0 +1,95 @@
+"""N:M masks by ranks: each weight counts who in its group beats it."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse._typing import Array
+from jaxsparse.patterns._spec import NM
+from jaxsparse.patterns._threshold import ordered_keys
+from jaxsparse.tree import Axes
+
+
+def nm_mask(path: str, scores: Array, keep: Array, pattern: NM, axes: Axes) -> Array:
+    """Keeps the `keep` best of every `pattern.of` weights along the input axes.
+
+    A weight's rank is the number of others in its group that come before it: those
+    with a larger score, and among equals those with a lower index. That takes
+    `of * (of - 1)` comparisons, needs no sort and no communication, and fuses into one
+    pass.
+
+    Args:
+      path: the parameter's path, for the message.
+      scores: one score a weight.
+      keep: how many of a group stay, possibly traced.
+      pattern: the size of a group.
+      axes: the kernel's axes, counted from the front.
+
+    Returns:
+      A bool array of the shape of `scores`.
+
+    Raises:
+      ValueError: `pattern.of` does not divide the number of inputs.
+    """
+    grouped, axis = group_inputs(path, scores, pattern, axes)
+    keys = ordered_keys(grouped)
+    members = [lax.index_in_dim(keys, i, axis) for i in range(pattern.of)]
+
+    def rank(i: int) -> Array:
+        ahead = [
+            other >= members[i] if j < i else other > members[i]
+            for j, other in enumerate(members)
+            if j != i
+        ]
+        start = jnp.zeros(members[i].shape, jnp.int32)
+        return sum((a.astype(jnp.int32) for a in ahead), start=start)
+
+    kept = [rank(i) < keep for i in range(pattern.of)]
+    mask = lax.concatenate(kept, axis)
+    return _ungroup_inputs(mask, scores.shape, pattern, axes)
+
+
+def group_inputs(path: str, x: Array, pattern: NM, axes: Axes) -> tuple[Array, int]:
+    """Splits the input axes of a kernel into groups of `pattern.of`.
+
+    Args:
+      path: the parameter's path, for the message.
+      x: an array of the kernel's shape.
+      pattern: the size of a group.
+      axes: the kernel's axes, counted from the front.
+
+    Returns:
+      The array in a shape that has the members of a group along one axis, and which
+      axis that is.
+
+    Raises:
+      ValueError: `pattern.of` does not divide the number of inputs.
+    """
+    of, shape = pattern.of, x.shape
+    d_in = math.prod(shape[a] for a in axes.input)
+    if d_in % of:
+        raise ValueError(
+            f"{path}: {pattern} needs a number of inputs that {of} divides, but shape "
+            f"{tuple(shape)} with input axes {axes.input} has {d_in}. Leave this "
+            "parameter out with `where`, or state other axes."
+        )
+    last = axes.input[-1]
+    if shape[last] % of == 0:
+        return x.reshape(*shape[:last], shape[last] // of, of, *shape[last + 1 :]), (
+            last + 1
+        )
+    # Groups run over the end of the last input axis: take the input axes as one.
+    rest = (*axes.output, *axes.batch)
+    moved = x.transpose((*axes.input, *rest))
+    return moved.reshape(d_in // of, of, *(shape[a] for a in rest)), 1
+
+
+def _ungroup_inputs(
+    grouped: Array, shape: tuple[int, ...], pattern: NM, axes: Axes
+) -> Array:
+    if shape[axes.input[-1]] % pattern.of == 0:
+        return grouped.reshape(shape)
+    order = (*axes.input, *axes.output, *axes.batch)
+    moved = grouped.reshape(tuple(shape[a] for a in order))
+    return moved.transpose(tuple(order.index(a) for a in range(len(shape))))

@@ -1,0 +1,215 @@
+"""Selection: scores, a sparsity and a pattern become masks."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _checks
+from jaxsparse._typing import Array, PyTree, Sparsity, Where
+from jaxsparse.patterns._counts import count_dtype, removed_count
+from jaxsparse.patterns._nm import nm_mask
+from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
+from jaxsparse.patterns._threshold import top_k_masks
+from jaxsparse.patterns._units import block_scores, channel_scores, expand_blocks
+from jaxsparse.tree import (
+    Axes,
+    AxesRule,
+    kernel_axes,
+    leaves_with_paths,
+    resolve_axes,
+    select,
+)
+
+
+def masks(
+    scores: PyTree,
+    sparsity: Sparsity = None,
+    *,
+    pattern: Pattern = Unstructured(),
+    where: Where = None,
+    axes: AxesRule = None,
+) -> PyTree:
+    """Masks that keep the highest scores.
+
+    In every competing group of `n` units exactly `floor(s * n + 1/2)` are removed, the
+    lowest scores first; among equal scores the one with the lower flat index is kept.
+    The result is the same eager and jitted, on one device and on many.
+
+    Args:
+      scores: a tree of floating-point arrays, one score a weight, larger = keep.
+      sparsity: the fraction to remove, in [0, 1); a number, a traced scalar, or (not
+        in the global scope) a tree of them with the structure of `scores`, as
+        `jaxsparse.allocations` makes. May be left out for `NM`, which has its own.
+      pattern: what lives or dies together, and who competes with whom.
+      where: which parameters take part; see `jaxsparse.tree.select`.
+      axes: the input, output and batch axes of kernels whose layout is not flax's;
+        one `jaxsparse.tree.Axes` for all or a mapping from regular expressions.
+
+    Returns:
+      A tree of bools with the structure of `scores`, True = kept. Each leaf broadcasts
+      to its parameter: full shape for weights and tiles, size 1 on the other axes for
+      `Channel`, a scalar True for what does not take part.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1), a group size that does not divide its
+        axis, a `where` or an axes rule that matches nothing, NaN scores (in eager use;
+        under jit NaN counts as the lowest score).
+      TypeError: scores that are not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> scores = {"kernel": jnp.array([[1.0, 8.0], [7.0, 2.0], [6.0, 3.0], [4.0, 5.0]])}
+      >>> js.patterns.masks(scores, 0.5)["kernel"].astype(int).tolist()
+      [[0, 1], [1, 0], [1, 0], [0, 1]]
+      >>> js.patterns.masks(scores, pattern=js.NM(keep=2, of=4))["kernel"].sum(0).tolist()
+      [2, 2]
+    """
+    selected = jax.tree.leaves(select(scores, where))
+    named = leaves_with_paths(scores)
+    chosen = [
+        (i, path, x)
+        for i, ((path, x), take) in enumerate(zip(named, selected, strict=True))
+        if take
+    ]
+    for _, path, x in chosen:
+        _checks.check_floating(path, x)
+        _checks.check_no_nan(path, x)
+    sparsities = _sparsities(scores, sparsity, pattern)
+    stated = resolve_axes(scores, axes)
+    result: list[Array] = [jnp.ones((), bool) for _ in named]
+    if isinstance(pattern, NM) or pattern.scope != "global":
+        for i, path, x in chosen:
+            keep_axes = _axes_for(path, x, pattern, stated)
+            keep = _keep(path, x, sparsities[i], pattern, keep_axes)
+            result[i] = _mask_one(x, keep, path, pattern, keep_axes)
+    elif chosen:
+        paths = tuple(path for _, path, _ in chosen)
+        leaf_axes = tuple(_axes_for(p, x, pattern, stated) for _, p, x in chosen)
+        arrays = [x for _, _, x in chosen]
+        n = sum(
+            _group_size(p, x, pattern, a)
+            for p, x, a in zip(paths, arrays, leaf_axes, strict=True)
+        )
+        keep = n - removed_count(sparsities[chosen[0][0]], n)
+        together = _mask_all(
+            arrays, jnp.asarray(keep, count_dtype(n)), paths, pattern, leaf_axes
+        )
+        for (i, _, _), mask in zip(chosen, together, strict=True):
+            result[i] = mask
+    return jax.tree.unflatten(jax.tree.structure(scores), result)
+
+
+def _sparsities(scores: PyTree, sparsity: Sparsity, pattern: Pattern) -> list:
+    """One sparsity a leaf."""
+    if sparsity is None:
+        if not isinstance(pattern, NM):
+            raise ValueError(
+                f"{pattern} needs a sparsity, the fraction of weights to remove."
+            )
+        sparsity = pattern.sparsity
+    count = len(jax.tree.leaves(scores))
+    if jax.tree_util.all_leaves([sparsity]):
+        _checks.check_sparsity(sparsity)
+        return [sparsity] * count
+    if not isinstance(pattern, NM) and pattern.scope == "global":
+        raise ValueError(
+            "In the global scope all weights compete for one budget, so it takes one "
+            "sparsity and finds each parameter's; got a tree. Pass a number, or "
+            "scope='layer'."
+        )
+    _checks.same_structure(sparsity, scores, name="sparsity", of="scores")
+    for path, value in leaves_with_paths(sparsity):
+        _checks.check_sparsity(value, name=f"{path}: sparsity")
+    return jax.tree.leaves(sparsity)
+
+
+def _axes_for(path: str, x: Array, pattern: Pattern, stated) -> Axes | None:
+    """The axes that the pattern has to know; None where it needs none."""
+    needed = isinstance(pattern, NM | Block) or (
+        isinstance(pattern, Unstructured) and pattern.scope == "output"
+    )
+    return kernel_axes(path, x, stated) if needed else stated.get(path)
+
+
+def _keep(path: str, x: Array, sparsity, pattern: Pattern, axes: Axes | None) -> Array:
+    n = _group_size(path, x, pattern, axes)
+    removed = removed_count(sparsity, n)
+    if isinstance(pattern, NM):
+        most = pattern.of - pattern.keep
+        if isinstance(removed, int) and removed > most:
+            raise ValueError(
+                f"{path}: {pattern} removes at most {most} of {pattern.of}, a sparsity "
+                f"of {pattern.sparsity:g}; asked for {sparsity:g}. Leave the sparsity "
+                "out, or choose another pattern."
+            )
+        removed = jnp.minimum(removed, most)
+    return jnp.asarray(n - removed, count_dtype(n))
+
+
+def _group_size(path: str, x: Array, pattern: Pattern, axes: Axes | None) -> int:
+    """How many units compete in one group of this parameter."""
+    match pattern:
+        case NM(of=of):
+            return of
+        case Unstructured(scope="global"):
+            return x.size
+        case Unstructured():
+            return math.prod(x.shape[a] for a in _competing(x.ndim, pattern, axes))
+    units = jax.eval_shape(lambda x: _units(path, x, pattern, axes), x)
+    if pattern.scope == "global":
+        return units.size
+    return math.prod(units.shape[a] for a in _competing(x.ndim, pattern, axes))
+
+
+def _competing(ndim: int, pattern: Pattern, axes: Axes | None) -> tuple[int, ...]:
+    """The axes along which units compete; the others number the groups."""
+    if isinstance(pattern, Unstructured) and pattern.scope == "output":
+        assert axes is not None
+        return tuple(sorted(axes.input))
+    batch = () if axes is None else axes.batch
+    return tuple(a for a in range(ndim) if a not in batch)
+
+
+def _units(path: str, x: Array, pattern: Pattern, axes: Axes | None) -> Array:
+    match pattern:
+        case Channel():
+            return channel_scores(path, x, pattern)
+        case Block():
+            assert axes is not None
+            return block_scores(path, x, pattern, axes)
+        case _:
+            return x
+
+
+def _expand(mask: Array, shape: tuple[int, ...], pattern: Pattern) -> Array:
+    return expand_blocks(mask, shape) if isinstance(pattern, Block) else mask
+
+
+# Jitted, so that an eager caller compiles once for each shape: a loop whose body is a
+# fresh closure would compile at every call. Inside the caller's jit this is inlined.
+@functools.partial(jax.jit, static_argnames=("path", "pattern", "axes"))
+def _mask_one(
+    x: Array, keep: Array, path: str, pattern: Pattern, axes: Axes | None
+) -> Array:
+    if isinstance(pattern, NM):
+        assert axes is not None
+        return nm_mask(path, x, keep, pattern, axes)
+    units = _units(path, x, pattern, axes)
+    (mask,) = top_k_masks([units], keep, axes=_competing(x.ndim, pattern, axes))
+    return _expand(mask, x.shape, pattern)
+
+
+@functools.partial(jax.jit, static_argnames=("paths", "pattern", "axes"))
+def _mask_all(
+    xs: list[Array],
+    keep: Array,
+    paths: tuple[str, ...],
+    pattern: Pattern,
+    axes: tuple[Axes | None, ...],
+) -> list[Array]:
+    units = [_units(p, x, pattern, a) for p, x, a in zip(paths, xs, axes, strict=True)]
+    dtype = jnp.result_type(*units)
+    kept = top_k_masks([u.astype(dtype) for u in units], keep)
+    return [_expand(m, x.shape, pattern) for m, x in zip(kept, xs, strict=True)]

@@ -1,0 +1,143 @@
+"""Patterns: which weights live or die together, and who competes with whom.
+
+A pattern is a frozen, hashable value. It says two things: its *unit* (a weight, a
+tile, a channel) and the *scope* in which units compete. It holds no behaviour:
+selection, formats and kernels each read it, and a type checker tells where one of
+them forgets a pattern.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+from jaxsparse import _checks
+
+LayerScope = Literal["layer", "global"]
+Scope = Literal["layer", "global", "output"]
+Reduce = Literal["mean", "max"]
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured:
+    """Single weights.
+
+    Attributes:
+      scope: who competes: the weights of one parameter (`"layer"`; of one layer of it
+        where it has batch axes), all selected weights (`"global"`), or the weights of
+        one output unit (`"output"`, Wanda's choice).
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.Unstructured(scope="global")
+      Unstructured(scope='global')
+    """
+
+    scope: Scope = "layer"
+
+    def __post_init__(self):
+        _check_choice("scope", self.scope, get_args(Scope))
+
+
+@dataclasses.dataclass(frozen=True)
+class NM:
+    """N:M sparsity: `keep` of every `of` consecutive weights along the input axes.
+
+    The count rule holds in each group: sparsity `s` removes `floor(s * of + 1/2)` of
+    its weights, so that a schedule from 0 to `1 - keep/of` goes through 4:4, 3:4 and
+    2:4. A sparsity above `1 - keep/of` is an error (a traced one is cut there).
+
+    Several input axes (a convolution's window and channels) are taken as one, the
+    last fastest.
+
+    Attributes:
+      keep: how many of a group stay.
+      of: the size of a group; it must divide the number of inputs.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.NM(keep=2, of=4).sparsity
+      0.5
+    """
+
+    keep: int = 2
+    of: int = 4
+
+    def __post_init__(self):
+        _checks.check_positive_int(self.keep, name="keep")
+        _checks.check_positive_int(self.of, name="of", least=2)
+        if self.keep > self.of:
+            raise ValueError(
+                f"NM keeps `keep` of every `of` weights, so keep <= of; got {self}."
+            )
+
+    @property
+    def sparsity(self) -> float:
+        """The sparsity of the full pattern, `1 - keep / of`."""
+        return 1.0 - self.keep / self.of
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Tiles of `shape = (inputs, outputs)` neighbouring weights.
+
+    The tiles lie on the last input axis and the last output axis of a kernel: on
+    `(in, out)` for a dense layer, on the channels of each tap for a convolution.
+
+    Attributes:
+      shape: inputs and outputs of a tile; they must divide those axes.
+      reduce: a tile's score from its weights' scores, their mean or their maximum.
+      scope: tiles compete within a parameter or over all.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.Block((4, 1), reduce="max")
+      Block(shape=(4, 1), reduce='max', scope='layer')
+    """
+
+    shape: tuple[int, int] = (4, 4)
+    reduce: Reduce = "mean"
+    scope: LayerScope = "layer"
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if len(self.shape) != 2:
+            raise ValueError(f"A Block's shape is (inputs, outputs); got {self.shape}.")
+        for size in self.shape:
+            _checks.check_positive_int(size, name="shape")
+        _check_choice("reduce", self.reduce, get_args(Reduce))
+        _check_choice("scope", self.scope, get_args(LayerScope))
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """Whole slices along one axis: output channels, heads, neurons.
+
+    The mask is as small as the decision: `(1, d_out)` for a dense kernel.
+
+    Attributes:
+      axis: the axis whose indices are units; the last one by default, which is the
+        output axis of a flax kernel.
+      reduce: a slice's score from its weights' scores, their mean or their maximum.
+      scope: slices compete within a parameter or over all.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> heads = js.Channel(axis=1)       # of a query kernel (in, heads, head_dim)
+    """
+
+    axis: int = -1
+    reduce: Reduce = "mean"
+    scope: LayerScope = "layer"
+
+    def __post_init__(self):
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int):
+            raise TypeError(f"Channel needs one integer axis, got {self.axis!r}.")
+        _check_choice("reduce", self.reduce, get_args(Reduce))
+        _check_choice("scope", self.scope, get_args(LayerScope))
+
+
+Pattern = Unstructured | NM | Block | Channel

@@ -1,0 +1,124 @@
+"""Does a mask obey its pattern, and how sparse is it?"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.patterns._masks import check_masks, kept_count
+from jaxsparse.patterns._nm import group_inputs
+from jaxsparse.patterns._spec import NM, Block, Channel, Pattern
+from jaxsparse.patterns._units import block_scores
+from jaxsparse.tree import (
+    Axes,
+    AxesRule,
+    kernel_axes,
+    leaves_with_paths,
+    resolve_axes,
+    select,
+)
+
+
+def sparsity_of(masks: PyTree, params: PyTree) -> PyTree:
+    """The sparsity that each mask reaches on its parameter.
+
+    Args:
+      masks: a tree of bools.
+      params: the parameters; only their shapes are looked at.
+
+    Returns:
+      A tree of Python floats, the fraction of each parameter that is removed.
+
+    Raises:
+      ValueError: masks of another structure, or that do not broadcast.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.ones(2)}
+      >>> js.patterns.sparsity_of(js.prune(params, 0.25).masks, params)
+      {'b': 0.0, 'w': 0.25}
+    """
+    check_masks(masks, params)
+
+    def one(mask, w):
+        return 1.0 - int(kept_count(mask, jnp.shape(w))) / max(1, np.size(w))
+
+    return jax.tree.map(one, masks, params)
+
+
+def verify(
+    masks: PyTree,
+    params: PyTree,
+    *,
+    pattern: Pattern,
+    where: Where = None,
+    axes: AxesRule = None,
+) -> None:
+    """Raises unless the masks obey a pattern, naming the first that does not.
+
+    A file from elsewhere, or a mask changed by hand, is checked with this before a
+    format or a kernel relies on it.
+
+    Args:
+      masks: a tree of bools.
+      params: the parameters; only their shapes are looked at.
+      pattern: `NM`: at most `keep` of every `of` inputs are kept; `Block`: each tile is
+        kept or removed whole; `Channel`: each slice; `Unstructured`: nothing to obey.
+      where: which parameters are looked at.
+      axes: as for `masks`.
+
+    Raises:
+      ValueError: a mask does not obey; the message has its path and the first group.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> masks = {"kernel": jnp.array([[True], [True], [True], [False]])}
+      >>> js.patterns.verify(masks, masks, pattern=js.NM(keep=2, of=4), where=".")
+      Traceback (most recent call last):
+        ...
+      ValueError: kernel: group 0 keeps 3 of 4, against NM(keep=2, of=4).
+    """
+    check_masks(masks, params)
+    selected = jax.tree.leaves(select(params, where))
+    stated = resolve_axes(params, axes)
+    for (path, mask), w, take in zip(
+        leaves_with_paths(masks), jax.tree.leaves(params), selected, strict=True
+    ):
+        if take:
+            full = jnp.broadcast_to(mask, jnp.shape(w))
+            _verify_one(path, full, pattern, stated)
+
+
+def _verify_one(path: str, mask: Array, pattern: Pattern, stated) -> None:
+    match pattern:
+        case NM(keep=keep, of=of):
+            kernel = kernel_axes(path, mask, stated)
+            grouped, axis = group_inputs(path, mask, pattern, kernel)
+            kept = jnp.ravel(jnp.sum(grouped, axis=axis))
+            worst = int(jnp.argmax(kept > keep))
+            if int(kept[worst]) > keep:
+                raise ValueError(
+                    f"{path}: group {worst} keeps {int(kept[worst])} of {of}, against "
+                    f"{pattern}."
+                )
+        case Block():
+            kernel = kernel_axes(path, mask, stated)
+            _all_or_none(path, _block_means(path, mask, pattern, kernel), pattern)
+        case Channel(axis=axis):
+            others = tuple(a for a in range(mask.ndim) if a != axis % mask.ndim)
+            _all_or_none(path, jnp.mean(mask, axis=others), pattern)
+        case _:
+            pass
+
+
+def _block_means(path: str, mask: Array, pattern: Block, axes: Axes) -> Array:
+    means = Block(pattern.shape, reduce="mean")
+    return block_scores(path, mask.astype(jnp.float32), means, axes)
+
+
+def _all_or_none(path: str, kept: Array, pattern: Pattern) -> None:
+    broken = jnp.ravel((kept != 0) & (kept != 1))
+    if bool(jnp.any(broken)):
+        raise ValueError(
+            f"{path}: unit {int(jnp.argmax(broken))} is kept in part, against {pattern}."
+        )

@@ -1,0 +1,11 @@
+"""How much each weight matters: trees of arrays, larger = keep."""
+
+from jaxsparse.scores._gradient import grasp as grasp
+from jaxsparse.scores._gradient import snip as snip
+from jaxsparse.scores._gradient import taylor as taylor
+from jaxsparse.scores._magnitude import magnitude as magnitude
+from jaxsparse.scores._magnitude import random as random
+from jaxsparse.scores._stateful import Score as Score
+from jaxsparse.scores._stateful import as_score as as_score
+from jaxsparse.scores._stateful import moving_average as moving_average
+from jaxsparse.scores._synflow import synflow as synflow

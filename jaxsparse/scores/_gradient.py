@@ -1,0 +1,112 @@
+"""Scores from gradients: what the loss says of each weight, to first order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _checks
+from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.tree import select
+
+
+def taylor(params: PyTree, grads: PyTree) -> PyTree:
+    """`|w * g|`: the change of the loss when a weight is removed, to first order.
+
+    `L(w) - L(w with w_i = 0) = g_i w_i + O(w_i^2)`. Molchanov et al. (2016,
+    arXiv:1611.06440) for filters; called saliency in JaxPruner. The gradient of one
+    mini-batch is noisy: average over several, or see `moving_average`.
+
+    Args:
+      params: a tree of arrays.
+      grads: the loss's gradient, of the same structure and shapes.
+
+    Returns:
+      A tree of arrays of the same shapes, larger = keep.
+
+    Raises:
+      ValueError: gradients of another structure.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params, grads = {"w": jnp.array([-2.0, 1.0])}, {"w": jnp.array([0.5, 3.0])}
+      >>> js.scores.taylor(params, grads)
+      {'w': Array([1., 3.], dtype=float32)}
+    """
+    _checks.same_structure(grads, params, name="grads")
+    return jax.tree.map(lambda w, g: jnp.abs(w * g.astype(w.dtype)), params, grads)
+
+
+def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
+    """Connection sensitivity at initialisation: `|w * g| / sum |w * g|`.
+
+    The derivative of the loss with respect to a gate on each weight, at gate 1,
+    normalised over the selected parameters. Lee, Ajanthan & Torr (2019,
+    arXiv:1810.02340). The order is that of `taylor`; the normalisation makes scores of
+    different batches comparable, so that they may be averaged.
+
+    Args:
+      params: a tree of arrays.
+      grads: the loss's gradient on one batch, of the same structure and shapes.
+      where: the parameters that the sum runs over; see `jaxsparse.tree.select`.
+
+    Returns:
+      A tree of arrays of the same shapes, larger = keep; those of the selected
+      parameters add up to 1.
+
+    Raises:
+      ValueError: gradients of another structure.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params, grads = {"w": jnp.array([[-2.0, 1.0]])}, {"w": jnp.array([[0.5, 3.0]])}
+      >>> js.scores.snip(params, grads)
+      {'w': Array([[0.25, 0.75]], dtype=float32)}
+    """
+    sensitivity = taylor(params, grads)
+    selected = jax.tree.leaves(select(params, where))
+    counted = [
+        jnp.sum(s, dtype=jnp.promote_types(s.dtype, jnp.float32))
+        for s, take in zip(jax.tree.leaves(sensitivity), selected, strict=True)
+        if take
+    ]
+    total = sum(counted[1:], start=counted[0]) if counted else jnp.ones(())
+    # All gradients zero: no weight is better than another, and 0/0 is no score.
+    total = jnp.where(total > 0, total, jnp.ones_like(total))
+    return jax.tree.map(lambda s: s / total.astype(s.dtype), sensitivity)
+
+
+def grasp(
+    loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batch: Any
+) -> PyTree:
+    """`w * (H g)`: the part of a weight in the gradient flow at initialisation.
+
+    Removing weight i changes `|g|^2` by `-2 w_i (H g)_i` to first order; what is kept
+    is what the gradient flow would lose most. `H g` costs two gradients
+    (forward-over-reverse), and no Hessian is formed. Wang, Zhang & Grosse (2020,
+    arXiv:2002.07376).
+
+    Differs from the reference implementation, whose score is the negative (it removes
+    the largest), divided by the sum of magnitudes (no matter for the order), and which
+    divides the logits by a temperature of 200 and sums over batches: put a temperature
+    into `loss_fn`, and average over batches.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> scalar`.
+      params: a tree of arrays.
+      batch: what `loss_fn` takes.
+
+    Returns:
+      A tree of arrays of the same shapes, of either sign, larger = keep.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> loss = lambda params, x: jnp.sum((params["w"] * x) ** 2) / 2
+      >>> js.scores.grasp(loss, {"w": jnp.array([1.0, 2.0])}, jnp.array([1.0, 2.0]))
+      {'w': Array([ 1., 64.], dtype=float32)}
+    """
+    gradient = lambda p: jax.grad(loss_fn)(p, batch)
+    g = gradient(params)
+    _, hessian_gradient = jax.jvp(gradient, (params,), (g,))
+    return jax.tree.map(lambda w, hg: w * hg, params, hessian_gradient)

@@ -1,0 +1,59 @@
+"""Scores that need the weights alone."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.tree import keys_like
+
+
+def magnitude(params: PyTree) -> PyTree:
+    """`|w|`.
+
+    The plainest score, and with gradual pruning a strong one: Zhu & Gupta (2017,
+    arXiv:1710.01878), Han et al. (2015, arXiv:1506.02626).
+
+    Differs from JaxPruner's `global_magnitude`, which divides each parameter by its L2
+    norm unless told otherwise: here the global scope compares plain magnitudes.
+
+    Args:
+      params: a tree of arrays.
+
+    Returns:
+      A tree of arrays of the same shapes and dtypes, larger = keep.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.scores.magnitude({"w": jnp.array([-2.0, 1.0])})
+      {'w': Array([2., 1.], dtype=float32)}
+    """
+    return jax.tree.map(jnp.abs, params)
+
+
+def random(params: PyTree, *, key: Array) -> PyTree:
+    """Uniform random numbers in [0, 1): the control of every comparison.
+
+    A parameter's numbers depend on the key and its path only. With one key the scores
+    are the same at each call, so that a rising schedule removes more and never brings
+    a weight back.
+
+    Args:
+      params: a tree of arrays; their shapes and dtypes are looked at.
+      key: a typed key, `jax.random.key(seed)`.
+
+    Returns:
+      A tree of arrays of the same shapes and dtypes, larger = keep; integer parameters
+      get float32 scores.
+
+    Example:
+      >>> import functools, jax, jaxsparse as js
+      >>> score = functools.partial(js.scores.random, key=jax.random.key(0))
+      >>> score({"w": jax.numpy.ones(3)})["w"].shape
+      (3,)
+    """
+
+    def draw(key: Array, w: Array) -> Array:
+        floating = jnp.issubdtype(w.dtype, jnp.floating)
+        return jax.random.uniform(key, w.shape, w.dtype if floating else jnp.float32)
+
+    return jax.tree.map(draw, keys_like(key, params), params)

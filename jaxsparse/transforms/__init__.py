@@ -1,0 +1,13 @@
+"""Pruning while a model trains, as optax gradient transformations."""
+
+from jaxsparse.transforms._enforce import enforce as enforce
+from jaxsparse.transforms._keep_sparse import keep_sparse as keep_sparse
+from jaxsparse.transforms._project import apply_updates as apply_updates
+from jaxsparse.transforms._project import init_sparse as init_sparse
+from jaxsparse.transforms._prune_schedule import PruneSchedule as PruneSchedule
+from jaxsparse.transforms._prune_schedule import prune_schedule as prune_schedule
+from jaxsparse.transforms._state import PruneScheduleState as PruneScheduleState
+from jaxsparse.transforms._state import check as check
+from jaxsparse.transforms._state import find_states as find_states
+from jaxsparse.transforms._state import masks_of as masks_of
+from jaxsparse.transforms._straight_through import straight_through as straight_through

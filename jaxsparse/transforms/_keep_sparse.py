@@ -1,0 +1,78 @@
+"""`keep_sparse`: masks held by the last member of a chain."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax._src.base import NO_PARAMS_MSG
+
+from jaxsparse import patterns
+from jaxsparse._typing import PyTree
+from jaxsparse.transforms._project import project
+from jaxsparse.transforms._prune_schedule import PruneSchedule
+from jaxsparse.transforms._state import PruneScheduleState
+
+
+def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationExtraArgs:
+    """Holds pruned weights at exactly zero, as the LAST member of a chain.
+
+    `u <- u where mask, else -w`. For masks that are fixed (fine-tuning a pruned model),
+    or chosen on a schedule by a score that needs no gradients. It sees the finished
+    update, so every optimizer keeps exact zeros; but not raw gradients, so those of
+    pruned weights still enter clipping norms and the optimizer's statistics, and its
+    moments are not reset. `enforce` does all of that.
+
+    Args:
+      masks: a tree of bools with the structure of the parameters; or what
+        `prune_schedule` returned.
+
+    Returns:
+      A gradient transformation. Its state is a `PruneScheduleState`.
+
+    Raises:
+      ValueError: at `init`, for masks of another model and for a score that needs
+        gradients; at `update`, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxsparse as js
+      >>> params, masks = js.prune({"w": jnp.array([[3.0, 1.0]])}, 0.5)
+      >>> tx = optax.chain(optax.sgd(0.1), js.keep_sparse(masks))
+      >>> updates, state = tx.update({"w": jnp.ones((1, 2))}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)
+      {'w': Array([[2.9, 0. ]], dtype=float32)}
+    """
+    inner = masks if isinstance(masks, PruneSchedule) else _fixed(masks)
+
+    def init_fn(params: PyTree) -> PruneScheduleState:
+        state = inner.init(params)
+        # A score that needs gradients says so here and not in the first step.
+        jax.eval_shape(lambda p: inner.update(None, state, p), params)
+        return state
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(NO_PARAMS_MSG)
+        _, state = inner.update(None, state, params)
+        return project(updates, state.masks, params), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _fixed(masks: PyTree) -> optax.GradientTransformationExtraArgs:
+    """A pruning transformation that never changes its masks."""
+
+    def init_fn(params: PyTree) -> PruneScheduleState:
+        if jax.tree.leaves(params):
+            patterns.check_masks(masks, params)
+            held = jax.tree.map(jnp.asarray, masks)
+        else:  # optax's placeholder
+            held = params
+        never = jnp.zeros((), bool)
+        zero = jnp.zeros((), jnp.int32)
+        return PruneScheduleState(zero, held, (), never, never, zero)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        return updates, state._replace(step=optax.safe_increment(state.step))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,102 @@
+"""Holding pruned weights at exactly zero."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import patterns
+from jaxsparse._typing import Array, PyTree, Tree
+from jaxsparse.transforms._state import (
+    NO_STATE,
+    find_states,
+    masks_like,
+)
+
+
+def project(updates: PyTree, masks: PyTree, params: PyTree) -> PyTree:
+    """Updates after which pruned weights are zero: `u <- u where mask, else -w`.
+
+    `w + (-w)` is exactly +0.0 in every floating-point format as long as both have one
+    dtype, so the update takes the parameter's. (A NaN or Inf stays what it is: no
+    number added to it gives 0.)
+
+    Args:
+      updates: what would be added to the parameters.
+      masks: a tree of bools; a scalar leaf means that the parameter is not pruned.
+      params: the parameters.
+
+    Returns:
+      A tree like `updates`.
+    """
+
+    def one(u: Array, mask: Array, w: Array) -> Array:
+        if jnp.ndim(mask) == 0:
+            return u
+        return jnp.where(mask, u.astype(w.dtype), -w)
+
+    return jax.tree.map(one, updates, masks, params)
+
+
+def apply_updates(params: Tree, updates: PyTree, opt_state: PyTree) -> Tree:
+    """`optax.apply_updates`, and then pruned weights are zero.
+
+    It completes the literal chain `optax.chain(prune_schedule, optimizer)`, whose first
+    member cannot undo what the optimizer adds after it. Under `enforce` it changes
+    nothing. Here also NaN and Inf become 0 where they are pruned.
+
+    Args:
+      params: the parameters.
+      updates: what `tx.update` returned.
+      opt_state: the state that the same call returned.
+
+    Returns:
+      The new parameters.
+
+    Raises:
+      ValueError: `opt_state` holds no pruning transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxsparse as js
+      >>> tx = optax.chain(js.prune_schedule(0.5, every=1), optax.sgd(0.1))
+      >>> params = {"w": jnp.array([[3.0, 1.0]])}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> js.apply_updates(params, updates, state)
+      {'w': Array([[2.7, 0. ]], dtype=float32)}
+    """
+    if not find_states(opt_state):
+        raise ValueError(NO_STATE)
+    return patterns.apply(
+        optax.apply_updates(params, updates), masks_like(params, opt_state)
+    )
+
+
+def init_sparse(
+    tx: optax.GradientTransformation, params: Tree
+) -> tuple[Tree, optax.OptState]:
+    """`tx.init(params)`, and the parameters masked from the very start.
+
+    Where the schedule starts sparse (a constant, a mask that was adopted) the state
+    holds masks before the first step. A train state keeps the parameters it is given,
+    so its first forward pass would still be dense; with these it is not.
+
+    Args:
+      tx: a transformation with a pruning transformation inside.
+      params: the dense parameters.
+
+    Returns:
+      The masked parameters and the optimizer state.
+
+    Raises:
+      ValueError: `tx` holds no pruning transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxsparse as js
+      >>> tx = js.prune_schedule(0.5, every=1).wrap(optax.sgd(0.1))
+      >>> params, opt_state = js.init_sparse(tx, {"w": jnp.array([[3.0, 1.0]])})
+      >>> params
+      {'w': Array([[3., 0.]], dtype=float32)}
+    """
+    opt_state = tx.init(params)
+    if not find_states(opt_state):
+        raise ValueError(NO_STATE)
+    return patterns.apply(params, masks_like(params, opt_state)), opt_state

@@ -1,0 +1,255 @@
+"""`prune_schedule`: gradual pruning as the first member of an optax chain."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from optax._src.base import NO_PARAMS_MSG
+
+from jaxsparse import patterns, scores
+from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
+from jaxsparse.transforms._enforce import enforce
+from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
+from jaxsparse.transforms._loops import when
+from jaxsparse.transforms._state import PruneScheduleState
+from jaxsparse.tree import AxesRule
+
+_LOOK_FOR_LEAKS_EVERY = 100
+
+
+class PruneSchedule(optax.GradientTransformationExtraArgs):
+    """What `prune_schedule` returns: a transformation with two more ways to use it."""
+
+    def wrap(
+        self, tx: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
+        """`enforce(optax.chain(self, tx))`, shorter.
+
+        Args:
+          tx: an optimizer.
+
+        Returns:
+          An optimizer that keeps pruned weights at zero.
+
+        Example:
+          >>> import optax, jaxsparse as js
+          >>> tx = js.prune_schedule(0.9, every=100).wrap(optax.adam(1e-3))
+        """
+        return enforce(optax.chain(self, tx))
+
+    def adopt(
+        self,
+        opt_state: optax.OptState,
+        params: PyTree,
+        *,
+        step: int = 0,
+        masks: PyTree = None,
+    ) -> optax.OptState:
+        """The state of `self.wrap(tx)` from that of a dense run of `tx`.
+
+        Pruning can so begin in the middle of a training, with the optimizer's moments
+        as they are.
+
+        Args:
+          opt_state: the state of `tx`, from a dense run or its checkpoint.
+          params: the parameters of the same moment.
+          step: where on the schedule to begin: 0, or the steps already trained if the
+            schedule counts from the start of the dense run.
+          masks: masks to begin with, of a model that is already sparse.
+
+        Returns:
+          The state of `self.wrap(tx)`, which is that of `optax.chain(self, tx)`.
+
+        Raises:
+          ValueError: masks that do not fit `params`.
+
+        Example:
+          >>> import jax.numpy as jnp, optax, jaxsparse as js
+          >>> params = {"w": jnp.array([[3.0, 1.0]])}
+          >>> adam = optax.adam(1e-3)
+          >>> dense_state = adam.init(params)
+          >>> prune_schedule = js.prune_schedule(0.5, every=1)
+          >>> state = prune_schedule.adopt(dense_state, params, step=1_000)
+          >>> updates, state = prune_schedule.wrap(adam).update(params, state, params)
+        """
+        state = self.init(params)
+        if masks is not None:
+            patterns.check_masks(masks, params)
+            fit = lambda mask, shape: jnp.broadcast_to(mask, jnp.shape(shape))
+            state = state._replace(masks=jax.tree.map(fit, masks, state.masks))
+        return (state._replace(step=jnp.asarray(step, jnp.int32)), opt_state)
+
+
+def prune_schedule(
+    sparsity: Sparsity,
+    *,
+    every: int | Cadence,
+    score: scores.Score | Callable[..., PyTree] = scores.magnitude,
+    pattern: patterns.Pattern = patterns.Unstructured(),
+    where: Where = None,
+    axes: AxesRule = None,
+    total_steps: int | None = None,
+) -> PruneSchedule:
+    """Chooses masks on a schedule and hides pruned coordinates from the optimizer.
+
+    In a step in which `every` says yes, it takes the schedule's sparsity at this step,
+    scores `(params, gradients)` and makes the masks. In every step it zeroes the
+    gradients of pruned weights, so that they leave clipping norms, moments and factored
+    statistics. It stands FIRST in a chain, where it sees raw gradients; from there it
+    cannot hold weights at zero, since the optimizer's step comes after it. So::
+
+        tx = js.enforce(optax.chain(prune_schedule, optax.adam(1e-3)))  # all of it
+        tx = prune_schedule.wrap(optax.adam(1e-3))                      # the same
+        tx = optax.chain(prune_schedule, optax.adam(1e-3))              # literal: with
+        params = js.apply_updates(params, updates, opt_state)           #   this call
+
+    Gradual pruning is Zhu & Gupta (2017, arXiv:1710.01878). A step without a choice of
+    masks costs one select a gradient.
+
+    Differs from JaxPruner: the guarantee needs no call in the training loop; gradients
+    are masked; N:M follows the schedule and runs along the input axes; the schedule is
+    checked against the training's length; any optax optimizer, wrapper and pytree.
+
+    Args:
+      sparsity: a number, a schedule (step -> sparsity; optax's work too), or a tree of
+        either with the structure of the parameters, as `js.allocations.erk(params,
+        0.9)` or `jax.tree.map(lambda s: js.schedules.polynomial(final=s, ...), tree)`.
+      every: when masks change: a cadence of `jaxsparse.schedules`, a function step ->
+        bool, or an integer for every so many steps without end.
+      score: a function of `params`, or of `params, grads`, larger = keep; or a
+        `jaxsparse.scores.Score`. It sees the parameters before the step.
+      pattern: what lives or dies together, and who competes with whom.
+      where: which parameters take part; see `jaxsparse.tree.select`.
+      axes: as for `jaxsparse.patterns.masks`.
+      total_steps: the length of the training, if known; then a schedule that would not
+        end within it is an error too.
+
+    Returns:
+      A gradient transformation with the methods `wrap` and `adopt`. Its state is a
+      `PruneScheduleState`. Where the schedule is above 0 at step 0 and the score needs
+      no gradients, `init` already makes masks (see `jaxsparse.init_sparse`).
+
+    Raises:
+      ValueError: here, for a sparsity outside [0, 1), and when the last change of masks
+        comes before the schedule's target is reached; at `init`, for what
+        `jaxsparse.patterns.masks` raises; at `update`, without `params`.
+
+    Example:
+      >>> import optax, jaxsparse as js
+      >>> prune_schedule = js.prune_schedule(
+      ...     js.schedules.polynomial(final=0.9, begin=1_000, end=10_000),
+      ...     every=js.schedules.every(100, begin=1_000, end=10_000),
+      ...     pattern=js.Unstructured(scope="global"),
+      ...     total_steps=12_000)
+      >>> tx = js.enforce(optax.chain(prune_schedule, optax.adam(1e-3)))
+    """
+    cadence = as_cadence(every)
+    check_horizon(sparsity, cadence, total_steps)
+    scorer = scores.as_score(score)
+
+    def select(scored: PyTree, step: Any) -> PyTree:
+        return patterns.masks(
+            scored, evaluate(sparsity, step), pattern=pattern, where=where, axes=axes
+        )
+
+    def init_fn(params: PyTree) -> PruneScheduleState:
+        score_state = scorer.init(params)
+        return PruneScheduleState(
+            step=jnp.zeros((), jnp.int32),
+            masks=_initial_masks(params, score_state),
+            score_state=score_state,
+            updated=jnp.zeros((), bool),
+            regrew=jnp.zeros((), bool),
+            leaked=jnp.zeros((), jnp.int32),
+        )
+
+    def _initial_masks(params: PyTree, score_state: Any) -> PyTree:
+        # Shapes do not depend on values, so this works for abstract parameters, and
+        # says here what is wrong with the model.
+        shapes = jax.eval_shape(lambda p: select(p, 0), params)
+        if _starts_sparse(params):
+            return select(scorer.score(params, None, score_state), 0)
+        return jax.tree.map(_all_kept, shapes, params)
+
+    def _starts_sparse(params: PyTree) -> bool:
+        leaves = jax.tree.leaves(params)
+        if not leaves or any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+            return False
+        with jax.ensure_compile_time_eval():
+            due = bool(cadence(0))
+            asked = jax.tree.leaves(evaluate(sparsity, 0))
+            positive = sparsity is None or any(float(s) > 0 for s in asked)
+        return due and positive and not scorer.needs_grads
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(NO_PARAMS_MSG)
+        if updates is None and scorer.needs_grads:
+            raise ValueError(
+                "This score needs raw gradients, which the last member of a chain does "
+                "not see. Put prune_schedule first and wrap the chain in js.enforce."
+            )
+        # Masks have no derivative; without this, one could not differentiate through
+        # a training step.
+        frozen, grads = lax.stop_gradient((params, updates))
+        score_state = scorer.update(grads, state.score_state, frozen)
+
+        def choose(carry):
+            old, _ = carry
+            new = select(scorer.score(frozen, grads, score_state), state.step)
+            new = jax.tree.map(lambda n, o: n.reshape(o.shape), new, old)
+            return new, _regrew(new, old)
+
+        updated = jnp.asarray(cadence(state.step), bool)
+        masks, regrew = when(updated, choose, (state.masks, jnp.zeros((), bool)))
+        look = state.updated | (
+            (state.step % _LOOK_FOR_LEAKS_EVERY == 0) & (state.step > 0)
+        )
+        count = lambda most: jnp.maximum(most, _count_leaked(frozen, state.masks))
+        state = PruneScheduleState(
+            step=optax.safe_increment(state.step),
+            masks=masks,
+            score_state=score_state,
+            updated=updated,
+            regrew=regrew,
+            leaked=when(look, count, state.leaked),
+        )
+        if updates is not None:
+            updates = jax.tree.map(_hide, updates, masks)
+        return updates, state
+
+    return PruneSchedule(init_fn, update_fn)
+
+
+def _all_kept(shape: jax.ShapeDtypeStruct, w: Array) -> Array:
+    """A mask of ones that follows its parameter's sharding where it has its shape."""
+    if shape.shape == jnp.shape(w) and shape.shape:
+        return jnp.ones_like(w, dtype=bool)
+    return jnp.ones(shape.shape, bool)
+
+
+def _hide(grad: Array, mask: Array) -> Array:
+    if jnp.ndim(mask) == 0:  # not pruned
+        return grad
+    return jnp.where(mask, grad, jnp.zeros((), grad.dtype))
+
+
+def _regrew(new: PyTree, old: PyTree) -> Array:
+    back = jax.tree.map(lambda n, o: jnp.any(n & ~o), new, old)
+    return jax.tree.reduce(jnp.logical_or, back, jnp.zeros((), bool))
+
+
+def _count_leaked(params: PyTree, masks: PyTree) -> Array:
+    def one(w: Array, mask: Array) -> Array:
+        if jnp.ndim(mask) == 0:
+            return jnp.zeros((), jnp.float32)
+        return jnp.sum((w != 0) & ~mask, dtype=jnp.float32)
+
+    total = jax.tree.reduce(
+        jnp.add, jax.tree.map(one, params, masks), jnp.zeros((), jnp.float32)
+    )
+    return jnp.minimum(total, 2.0**30).astype(jnp.int32)

@@ -1,0 +1,199 @@
+"""What a pruning transformation remembers, and how it is found in any optax state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.tree import path_str
+
+
+class PruneScheduleState(NamedTuple):
+    """The state of `prune_schedule` and `keep_sparse`: arrays only.
+
+    The schedule and its target are not in it, so that a changed configuration takes
+    effect after a restore.
+
+    Attributes:
+      step: how many updates were made, int32.
+      masks: a tree of bools like the parameters, True = kept.
+      score_state: what the score remembers.
+      updated: whether the last update chose masks anew.
+      regrew: whether it brought a weight back.
+      leaked: the most pruned weights that were ever found nonzero at once, int32;
+        looked for after each choice of masks and in every 100th step.
+    """
+
+    step: Array
+    masks: PyTree
+    score_state: Any
+    updated: Array
+    regrew: Array
+    leaked: Array
+
+
+def find_states(opt_state: PyTree) -> list[PruneScheduleState]:
+    """The pruning states anywhere inside an optimizer state.
+
+    Args:
+      opt_state: the state of any chain, wrapper or partition.
+
+    Returns:
+      The states in order, possibly none.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=_is_state)
+    return [x for x in leaves if _is_state(x)]
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, PruneScheduleState)
+
+
+def masks_by_path(opt_state: PyTree) -> dict[tuple, Array]:
+    """The masks in an optimizer state by key path.
+
+    Where two pruning transformations hold a mask of one parameter, what either of them
+    removes is removed.
+
+    Args:
+      opt_state: the state of any chain, wrapper or partition.
+
+    Returns:
+      A dictionary from key path to mask; parameters hidden by `optax.masked` or
+      `optax.partition` have no entry.
+    """
+    found: dict[tuple, Array] = {}
+    for state in find_states(opt_state):
+        for path, mask in jax.tree_util.tree_leaves_with_path(state.masks):
+            found[path] = found[path] & mask if path in found else mask
+    return found
+
+
+def masks_like(params: PyTree, opt_state: PyTree) -> PyTree:
+    """The masks in an optimizer state, in the structure of `params`.
+
+    Args:
+      params: the parameters that `opt_state` was made for.
+      opt_state: the state of any chain, wrapper or partition.
+
+    Returns:
+      A tree of bools; a scalar True where no transformation holds a mask.
+    """
+    found = masks_by_path(opt_state)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: found.get(path, jnp.ones((), bool)), params
+    )
+
+
+def masks_of(opt_state: PyTree) -> PyTree:
+    """The masks in an optimizer state, wherever they are nested.
+
+    Args:
+      opt_state: the state of `enforce(...)`, of a chain, of `nnx.Optimizer`
+        (`optimizer.opt_state`), or inside any wrapper.
+
+    Returns:
+      A tree of bools with the structure of the parameters, True = kept. What is hidden
+      from the pruning transformation by `optax.masked` or `optax.partition` has a
+      scalar True. For NNX it has the structure of `nnx.as_pure(nnx.state(model, ...))`.
+
+    Raises:
+      ValueError: no pruning state, or several over different parts of the parameters
+        that cannot be laid over each other.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxsparse as js
+      >>> prune = js.prune_schedule(0.5, every=1)
+      >>> tx = js.enforce(optax.chain(prune, optax.adam(1e-3)))
+      >>> js.masks_of(tx.init({"w": jnp.array([[3.0, 1.0]]), "b": jnp.ones(2)}))
+      {'b': Array(True, dtype=bool), 'w': Array([[ True, False]], dtype=bool)}
+    """
+    states = find_states(_unwrap_variables(opt_state))
+    if not states:
+        raise ValueError(NO_STATE)
+    hidden = lambda x: isinstance(x, optax.MaskedNode)
+
+    def lay_over(*masks):
+        shown = [m for m in masks if not hidden(m)]
+        if not shown:
+            return jnp.ones((), bool)
+        kept = shown[0]
+        for mask in shown[1:]:
+            kept = kept & mask
+        return kept
+
+    return jax.tree.map(lay_over, *(s.masks for s in states), is_leaf=hidden)
+
+
+def _unwrap_variables(tree: PyTree) -> PyTree:
+    """Takes arrays out of the variables in which `nnx.Optimizer` keeps them."""
+    is_variable = lambda x: hasattr(x, "get_value")
+    return jax.tree.map(
+        lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
+    )
+
+
+NO_STATE = (
+    "No pruning transformation in this optimizer state. Put js.prune_schedule(...) "
+    "into the chain, for instance js.enforce(optax.chain(js.prune_schedule(...), "
+    "optax.adam(1e-3)))."
+)
+
+
+def check(opt_state: PyTree, params: PyTree = None) -> None:
+    """Raises when pruned weights are not zero.
+
+    The literal chain `optax.chain(prune_schedule, optimizer)` masks gradients but
+    cannot hold weights at zero when plain `optax.apply_updates` follows. Nor can
+    anything, when a wrapper outside `enforce` changes the parameters again (averages:
+    `optax.ema`, `optax.lookahead`, `optax.contrib.schedule_free`). Both are found
+    here. It reads values: call it now and then, outside jit.
+
+    Args:
+      opt_state: the state of any chain with a pruning transformation.
+      params: the parameters of the same moment; when given, each is counted now, and
+        the message names them.
+
+    Raises:
+      ValueError: pruned weights are, or once were found, nonzero.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxsparse as js
+      >>> prune = js.prune_schedule(0.5, every=1)
+      >>> tx = optax.chain(prune, optax.sgd(0.1))   # literal
+      >>> params = {"w": jnp.array([[3.0, 1.0]])}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> js.check(state, optax.apply_updates(params, updates))
+      Traceback (most recent call last):
+        ...
+      ValueError: 1 pruned weights are not zero (w: 1). ...
+      >>> js.check(state, js.apply_updates(params, updates, state))
+    """
+    opt_state = _unwrap_variables(opt_state)
+    states = find_states(opt_state)
+    if not states:
+        raise ValueError(NO_STATE)
+    where = ""
+    leaked = max(int(jnp.max(s.leaked)) for s in states)
+    if params is not None:
+        params = _unwrap_variables(params)
+        masks = jax.tree.leaves(masks_like(params, opt_state))
+        named = jax.tree_util.tree_leaves_with_path(params)
+        counts = {
+            path_str(path): int(jnp.sum((w != 0) & ~mask))
+            for (path, w), mask in zip(named, masks, strict=True)
+        }
+        found = {path: n for path, n in counts.items() if n}
+        if found:
+            leaked = sum(found.values())
+            where = " (" + ", ".join(f"{p}: {n}" for p, n in found.items()) + ")"
+    if leaked:
+        raise ValueError(
+            f"{leaked} pruned weights are not zero{where}. After a literal "
+            "optax.chain(prune_schedule, ...) use js.apply_updates(params, updates, "
+            "opt_state) in place of optax.apply_updates, or wrap the chain in "
+            "js.enforce. If it is wrapped, something outside of it changes the "
+            "parameters: put that inside, or apply the masks after it."
+        )

@@ -1,0 +1,70 @@
+"""Straight-through pruning: a sparse forward pass with dense gradients."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse import patterns
+from jaxsparse._typing import Array, PyTree, Sparsity, Tree, Where
+from jaxsparse.scores import magnitude
+from jaxsparse.tree import AxesRule
+
+
+def straight_through(
+    params: Tree,
+    sparsity: Sparsity = None,
+    *,
+    score: Callable[[PyTree], PyTree] = magnitude,
+    pattern: patterns.Pattern = patterns.Unstructured(),
+    where: Where = None,
+    axes: AxesRule = None,
+) -> Tree:
+    """The pruned parameters, with the derivative of the identity.
+
+    Forward `w * mask(w)`, with masks chosen anew at each call; backward the gradient
+    of the sparse network with respect to all weights, so that a pruned weight goes on
+    learning and may return. Call it in the loss, on the dense parameters that are
+    trained::
+
+        loss = lambda params, batch: task_loss(js.straight_through(params, 0.9), batch)
+
+    Bengio et al. (2013, arXiv:1308.3432); for top-k masks Jayakumar et al. (2020) and
+    Wortsman et al. (2019).
+
+    Args:
+      params: the dense parameters.
+      sparsity: the fraction to remove, in [0, 1), possibly traced, or a tree of them.
+      score: a function of `params`, larger = keep.
+      pattern: what lives or dies together, and who competes with whom.
+      where: which parameters take part; see `jaxsparse.tree.select`.
+      axes: as for `jaxsparse.patterns.masks`.
+
+    Returns:
+      Parameters of the same structure, exactly 0 where pruned.
+
+    Raises:
+      ValueError: what `jaxsparse.patterns.masks` raises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
+      >>> loss = lambda w: jnp.sum(js.straight_through(w, 0.5) ** 2) / 2
+      >>> jax.value_and_grad(loss)(jnp.array([[1.0, 3.0]]))
+      (Array(4.5, dtype=float32), Array([[0., 3.]], dtype=float32))
+    """
+    frozen = lax.stop_gradient(params)
+    masks = patterns.masks(
+        score(frozen), sparsity, pattern=pattern, where=where, axes=axes
+    )
+    return jax.tree.map(_mask_forward, params, masks)
+
+
+@jax.custom_jvp
+def _mask_forward(w: Array, mask: Array) -> Array:
+    return jnp.where(mask, w, jnp.zeros((), w.dtype))
+
+
+@_mask_forward.defjvp
+def _(primals, tangents):
+    return _mask_forward(*primals), tangents[0]

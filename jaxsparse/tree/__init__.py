@@ -1,0 +1,14 @@
+"""Plumbing for pytrees: paths as text, selection, kernel axes, keys."""
+
+from jaxsparse.tree._axes import Axes as Axes
+from jaxsparse.tree._axes import AxesRule as AxesRule
+from jaxsparse.tree._axes import default_axes as default_axes
+from jaxsparse.tree._axes import kernel_axes as kernel_axes
+from jaxsparse.tree._axes import resolve_axes as resolve_axes
+from jaxsparse.tree._paths import leaves_with_paths as leaves_with_paths
+from jaxsparse.tree._paths import map_with_path as map_with_path
+from jaxsparse.tree._paths import path_str as path_str
+from jaxsparse.tree._random import keys_like as keys_like
+from jaxsparse.tree._select import default_where as default_where
+from jaxsparse.tree._select import nearest as nearest
+from jaxsparse.tree._select import select as select

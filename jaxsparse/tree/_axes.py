@@ -1,0 +1,146 @@
+"""Which axes of a kernel are contracted, produced, or merely carried."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxsparse._typing import PyTree
+from jaxsparse.tree._paths import leaves_with_paths
+from jaxsparse.tree._select import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The input, output and batch axes of a kernel.
+
+    Attributes:
+      input: the axes that a layer contracts with its input, slowest first. N:M groups
+        run along them: their product is `d_in`.
+      output: the axes that a layer produces.
+      batch: axes that are carried along: layers stacked by a scan, experts. Each of
+        their indices is a layer of its own and competes on its own.
+
+    Negative axes count from the end. Every axis of the parameter is in exactly one.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> query = js.Axes(input=(0,), output=(1, 2))        # (in, heads, head_dim)
+      >>> attention_out = js.Axes(input=(0, 1), output=(2,))  # (heads, head_dim, out)
+      >>> torch_linear = js.Axes(input=(1,), output=(0,))
+      >>> stacked = js.Axes(input=(1,), output=(2,), batch=(0,))
+    """
+
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+
+    def normalised(self, path: str, ndim: int) -> "Axes":
+        """The same axes counted from the front, checked against a parameter.
+
+        Args:
+          path: the parameter's path, for the message.
+          ndim: its number of axes.
+
+        Returns:
+          Axes without negative numbers.
+
+        Raises:
+          ValueError: an axis is missing, named twice or out of range.
+        """
+        named = (*self.input, *self.output, *self.batch)
+        in_range = all(-ndim <= a < ndim for a in named)
+        if not in_range or sorted(a % ndim for a in named) != list(range(ndim)):
+            raise ValueError(
+                f"{path}: {self} does not name each of the parameter's {ndim} axes "
+                "exactly once."
+            )
+        front = lambda axes: tuple(a % ndim for a in axes)
+        return Axes(front(self.input), front(self.output), front(self.batch))
+
+
+AxesRule = Axes | Mapping[str, Axes] | None
+"""One `Axes` for all, a mapping from regular expressions to `Axes`, or the default."""
+
+
+def default_axes(path: str, leaf: Any) -> Axes:
+    """The axes by flax's layouts: dense `(in, out)`, convolution `(*window, in, out)`.
+
+    Args:
+      path: the parameter's path, for the message.
+      leaf: the parameter; only its number of axes is looked at.
+
+    Returns:
+      All axes but the last as input, the last as output.
+
+    Raises:
+      ValueError: three axes, which may be a one-dimensional convolution, an attention
+        kernel or a stack of matrices: it has to be stated.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.tree.default_axes("conv/kernel", jnp.ones((3, 3, 8, 16)))
+      Axes(input=(0, 1, 2), output=(3,), batch=())
+    """
+    if leaf.ndim == 3:
+        raise ValueError(
+            f"{path}: a kernel of three axes, here {tuple(leaf.shape)}, may be a "
+            "one-dimensional convolution (window, in, out), attention (in, heads, "
+            "head_dim) or (heads, head_dim, out), or stacked layers (layer, in, out). "
+            "State which, for instance axes={r'query/kernel$': Axes(input=(0,), "
+            "output=(1, 2))}."
+        )
+    if leaf.ndim < 2:
+        raise ValueError(
+            f"{path}: a parameter of shape {tuple(leaf.shape)} has no input and output "
+            "axes. Leave it out with `where`, or use js.Unstructured()."
+        )
+    return Axes(tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,))
+
+
+def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
+    """The axes that the caller stated, by path.
+
+    Args:
+      params: the parameters, or anything of their structure and shapes.
+      axes: see `AxesRule`; in a mapping the first expression that matches wins.
+
+    Returns:
+      A dictionary from path to axes with an entry where the caller stated something.
+
+    Raises:
+      ValueError: an expression matches no path, or axes do not fit their parameter.
+    """
+    leaves = [(p, x) for p, x in leaves_with_paths(params) if hasattr(x, "ndim")]
+    if axes is None or not leaves:
+        return {}
+    if isinstance(axes, Axes):
+        # One statement for all speaks of the kernels; vectors have no two sides.
+        return {p: axes.normalised(p, x.ndim) for p, x in leaves if x.ndim >= 2}
+    stated = {}
+    for rule in axes:
+        if not any(re.search(rule, path) for path, _ in leaves):
+            raise ValueError(
+                f"axes: the rule {rule!r} matches no parameter. The nearest paths: "
+                f"{nearest(rule, [p for p, _ in leaves])}."
+            )
+    for path, leaf in leaves:
+        for rule, value in axes.items():
+            if re.search(rule, path):
+                stated[path] = value.normalised(path, leaf.ndim)
+                break
+    return stated
+
+
+def kernel_axes(path: str, leaf: Any, stated: Mapping[str, Axes]) -> Axes:
+    """What the caller stated for a parameter, or the default.
+
+    Args:
+      path: the parameter's path.
+      leaf: the parameter.
+      stated: the result of `resolve_axes`.
+
+    Returns:
+      Its axes.
+    """
+    return stated.get(path) or default_axes(path, leaf)

@@ -1,0 +1,141 @@
+"""Which parameters take part: `where` becomes a static tree of bools."""
+
+import difflib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _checks
+from jaxsparse._typing import PyTree, Where
+from jaxsparse.tree._paths import leaves_with_paths, map_with_path
+
+# The last word of the path of parameters that pruning leaves alone by default.
+_DENSE_NAMES = re.compile(r"(^|_)(bias|scale|embedding|embed|norm|gamma|beta)s?$")
+
+
+def default_where(path: str, leaf: Any) -> bool:
+    """The default selection: kernels and other floating arrays of two or more axes.
+
+    Biases, norm scales and embeddings stay dense, as in the recipes of the papers
+    (Kurtic et al., 2022), also where they have two axes (an attention bias is
+    `(heads, head_dim)`, an embedding `(vocabulary, features)`).
+
+    Args:
+      path: the parameter's path as text.
+      leaf: the parameter; only its shape and dtype are looked at.
+
+    Returns:
+      Whether the parameter takes part.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.tree.default_where("dense/kernel", jnp.ones((3, 4)))
+      True
+      >>> js.tree.default_where("embed/embedding", jnp.ones((3, 4)))
+      False
+    """
+    if not hasattr(leaf, "ndim") or leaf.ndim < 2:
+        return False
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    return not _DENSE_NAMES.search(path.rsplit("/", 1)[-1].lower())
+
+
+def select(params: PyTree, where: Where = None) -> PyTree:
+    """Turns `where` into a static tree of bools.
+
+    Args:
+      params: the parameters, or anything of their structure and shapes.
+      where: None for `default_where`; a regular expression that is searched in the
+        path; a predicate `(path, leaf) -> bool`; or a tree of Python bools, which may
+        be a prefix of `params`.
+
+    Returns:
+      A tree of Python bools with the structure of `params`.
+
+    Raises:
+      ValueError: nothing is selected; the message lists the nearest paths.
+      TypeError: `where` is none of the above.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+      >>> js.tree.select(params, r"kernel$")
+      {'dense': {'bias': False, 'kernel': True}}
+    """
+    if where is None:
+        selected = map_with_path(default_where, params)
+    elif isinstance(where, str):
+        pattern = re.compile(where)
+        selected = map_with_path(lambda p, _: pattern.search(p) is not None, params)
+    elif callable(where) and jax.tree_util.all_leaves([where]):
+        selected = map_with_path(lambda p, x: bool(where(p, x)), params)
+    else:
+        selected = _from_bools(params, where)
+    # A tree without leaves is optax's placeholder, not a mistake.
+    if jax.tree.leaves(params) and not any(jax.tree.leaves(selected)):
+        raise ValueError(_nothing_selected(params, where))
+    return selected
+
+
+def _from_bools(params: PyTree, where: PyTree) -> PyTree:
+    leaves = jax.tree.leaves(where)
+    if not leaves or not all(isinstance(x, bool) for x in leaves):
+        raise TypeError(
+            "`where` must be None, a regular expression, a predicate (path, leaf) -> "
+            f"bool or a tree of Python bools; got {where!r}."
+        )
+    try:
+        return jax.tree.map(
+            lambda keep, sub: jax.tree.map(lambda _: keep, sub), where, params
+        )
+    except (ValueError, TypeError) as error:
+        _checks.same_structure(where, params, name="where")
+        raise ValueError(f"`where` does not fit params: {error}") from error
+
+
+def _nothing_selected(params: PyTree, where: Where) -> str:
+    paths = [path for path, _ in leaves_with_paths(params)]
+    if where is None:
+        return (
+            "The default selection (floating arrays of two or more axes that are no "
+            f"bias, scale or embedding) matches none of the parameters: {paths[:8]}. "
+            "Pass `where`."
+        )
+    if not isinstance(where, str):
+        return f"`where` selects none of the {len(paths)} parameters: {paths[:8]}."
+    return (
+        f"`where` = {where!r} matches none of the {len(paths)} parameters. "
+        f"The nearest paths: {nearest(where, paths)}."
+    )
+
+
+def nearest(wanted: str, paths: list[str], most: int = 5) -> list[str]:
+    """The paths most like a mistyped one, best first.
+
+    Args:
+      wanted: a path, or a regular expression on paths.
+      paths: the paths that exist.
+      most: how many to give.
+
+    Returns:
+      At most `most` of `paths`.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.tree.nearest("dense/kernal", ["dense/bias", "dense/kernel"], most=1)
+      ['dense/kernel']
+    """
+    plain = re.sub(r"[\^$.*+?()\[\]{}|\\]+", "", wanted).lower()
+
+    def likeness(path: str) -> float:
+        whole = difflib.SequenceMatcher(None, plain, path.lower()).ratio()
+        parts = [
+            difflib.SequenceMatcher(None, plain, part).ratio()
+            for part in path.lower().split("/")
+        ]
+        return max(whole, *parts)
+
+    return sorted(paths, key=likeness, reverse=True)[:most]
