@@ -1,14 +1,20 @@
 """`enforce`: the wrapper that can keep the whole promise."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from jaxsparse._typing import Array, PyTree
+from jaxsparse._typing import PyTree
 from jaxsparse.transforms._moments import reset_moments
 from jaxsparse.transforms._project import project
-from jaxsparse.transforms._state import NO_STATE, find_states, masks_like
+from jaxsparse.transforms._state import (
+    NO_STATE,
+    find_states,
+    masks_like,
+    put_states,
+)
 
 
 def enforce(
@@ -69,40 +75,16 @@ def enforce(
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
-        grads = updates
-        updates, state = inner.update(grads, state, params, **extra_args)
-        masks = masks_like(params, state)
-        regrown = jax.tree.map(_came_back(state), masks, params)
-        updated = _any([s.updated for s in find_states(state)])
-        state = reset_moments(
-            state, params, grads, masks, updated=updated, regrown=regrown
-        )
-        # What came back waits one step at zero, until its moments are its own.
-        moving = jax.tree.map(lambda m, r: m & ~r, masks, regrown)
-        return project(updates, moving, params), state
+        # The first look is for the masks of this step; the rest of it is dead code that
+        # jit drops. With them in place the optimizer's memory is put in order before it
+        # is used: afterwards would cost a copy of all moments in every step.
+        _, looked = inner.update(updates, state, params, **extra_args)
+        chosen = find_states(looked)
+        masks = masks_like(params, looked)
+        held = put_states(state, [s._replace(updated=None) for s in chosen])
+        regrew = functools.reduce(jnp.logical_or, [s.regrew for s in chosen])
+        held = reset_moments(held, updates, masks, regrew)
+        updates, state = inner.update(updates, held, params, **extra_args)
+        return project(updates, masks, params), put_states(state, chosen)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _came_back(state: PyTree):
-    """Which coordinates came back in this step.
-
-    A pruned weight is exactly 0, so one that is kept and 0 in a step that brought
-    weights back is one of them. Comparing with the masks of the step before would need
-    a second copy of them in every step.
-    """
-    regrew = _any([s.updated & s.regrew for s in find_states(state)])
-
-    def one(mask: Array, w: Array) -> Array:
-        if jnp.ndim(mask) == 0:
-            return jnp.zeros((), bool)
-        return mask & (w == 0) & regrew
-
-    return one
-
-
-def _any(flags: list[Array]) -> Array:
-    result = flags[0]
-    for flag in flags[1:]:
-        result = result | flag
-    return result

@@ -64,12 +64,18 @@ def _fixed(masks: PyTree) -> optax.GradientTransformationExtraArgs:
     def init_fn(params: PyTree) -> PruneScheduleState:
         if jax.tree.leaves(params):
             patterns.check_masks(masks, params)
-            held = jax.tree.map(jnp.asarray, masks)
+            # Copies: a step that donates its state must not take the caller's masks.
+            held = jax.tree.map(lambda m: jnp.array(m, copy=True), masks)
         else:  # optax's placeholder
             held = params
-        never = jnp.zeros((), bool)
-        zero = jnp.zeros((), jnp.int32)
-        return PruneScheduleState(zero, held, (), never, never, zero)
+        return PruneScheduleState(
+            step=jnp.zeros((), jnp.int32),
+            masks=held,
+            score_state=(),
+            updated=jnp.zeros((), bool),
+            regrew=jnp.zeros((), bool),
+            leaked=jnp.zeros((), jnp.int32),
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args

@@ -1,7 +1,7 @@
 """Work that most steps do not do, at no cost in those."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,20 +11,31 @@ from jaxsparse._typing import Array
 Carry = TypeVar("Carry")
 
 
-def when(predicate: Array, f: Callable[[Carry], Carry], x: Carry) -> Carry:
-    """`f(x) if predicate else x`, with `x` left in place where it does not run.
+def when(
+    predicate: Array, f: Callable[..., Carry], x: Carry, *reads: Any
+) -> Carry:
+    """`f(x, *reads) if predicate else x`, with `x` left in place where it does not run.
 
     It is a loop of no or one turn. `lax.cond` would do, but it keeps XLA from updating
     donated buffers in place (30 % of a training step on CPU), and `vmap` turns it into
     a select that always runs `f`.
 
+    XLA moves what does not depend on the turn in front of a loop, where it would run in
+    every step. The barrier ties what `f` reads to the turn. So `f` has to take all
+    arrays it works on from its arguments.
+
     Args:
       predicate: a scalar bool, possibly traced.
-      f: keeps the structure, shapes and dtypes of its argument.
+      f: keeps the structure, shapes and dtypes of its first argument.
       x: a tree of arrays.
+      *reads: trees of arrays that `f` reads.
 
     Returns:
       A tree like `x`.
     """
-    turns = jnp.asarray(predicate).astype(jnp.int32)
-    return lax.fori_loop(0, turns, lambda _, carry: f(carry), x)
+
+    def turn(i: Array, carry: Carry) -> Carry:
+        _, inside = lax.optimization_barrier((i, reads))
+        return f(carry, *inside)
+
+    return lax.fori_loop(0, jnp.asarray(predicate).astype(jnp.int32), turn, x)

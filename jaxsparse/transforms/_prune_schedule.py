@@ -10,12 +10,13 @@ from jax import lax
 from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse import patterns, scores
+from jaxsparse._checks import is_concrete
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
 from jaxsparse.transforms._enforce import enforce
 from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._loops import when
 from jaxsparse.transforms._state import PruneScheduleState
-from jaxsparse.tree import AxesRule
+from jaxsparse.tree import AxesRule, leaves_with_paths
 
 _LOOK_FOR_LEAKS_EVERY = 100
 
@@ -58,13 +59,14 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
           params: the parameters of the same moment.
           step: where on the schedule to begin: 0, or the steps already trained if the
             schedule counts from the start of the dense run.
-          masks: masks to begin with, of a model that is already sparse.
+          masks: masks to begin with, of a model that is already sparse: `params` have
+            to be zero where they are False.
 
         Returns:
           The state of `self.wrap(tx)`, which is that of `optax.chain(self, tx)`.
 
         Raises:
-          ValueError: masks that do not fit `params`.
+          ValueError: masks that do not fit `params`, or params that are not masked.
 
         Example:
           >>> import jax.numpy as jnp, optax, jaxsparse as js
@@ -77,8 +79,8 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
         """
         state = self.init(params)
         if masks is not None:
-            patterns.check_masks(masks, params)
-            fit = lambda mask, shape: jnp.broadcast_to(mask, jnp.shape(shape))
+            _check_masked(params, masks)
+            fit = lambda mask, like: jnp.array(jnp.broadcast_to(mask, like.shape), copy=True)
             state = state._replace(masks=jax.tree.map(fit, masks, state.masks))
         return (state._replace(step=jnp.asarray(step, jnp.int32)), opt_state)
 
@@ -193,36 +195,55 @@ def prune_schedule(
                 "This score needs raw gradients, which the last member of a chain does "
                 "not see. Put prune_schedule first and wrap the chain in js.enforce."
             )
+        if state.updated is None:  # enforce has them already
+            return _hide(updates, state.masks), state
         # Masks have no derivative; without this, one could not differentiate through
         # a training step.
         frozen, grads = lax.stop_gradient((params, updates))
         score_state = scorer.update(grads, state.score_state, frozen)
 
-        def choose(carry):
-            old, _ = carry
-            new = select(scorer.score(frozen, grads, score_state), state.step)
+        def choose(carry, params, grads, score_state, step):
+            old, _, leaked = carry
+            new = select(scorer.score(params, grads, score_state), step)
             new = jax.tree.map(lambda n, o: n.reshape(o.shape), new, old)
-            return new, _regrew(new, old)
+            # Before the first step nothing has been projected yet.
+            now = jnp.where(step > 0, _most_leaked(leaked, params, old), leaked)
+            return new, _regrew(new, old), now
 
         updated = jnp.asarray(cadence(state.step), bool)
-        masks, regrew = when(updated, choose, (state.masks, jnp.zeros((), bool)))
-        look = state.updated | (
-            (state.step % _LOOK_FOR_LEAKS_EVERY == 0) & (state.step > 0)
+        masks, regrew, leaked = when(
+            updated,
+            choose,
+            (state.masks, jnp.zeros((), bool), state.leaked),
+            *(frozen, grads, score_state, state.step),
         )
-        count = lambda most: jnp.maximum(most, _count_leaked(frozen, state.masks))
+        # The masks of the step before are gone by now (another reader would make XLA
+        # copy them in every step); where none were chosen, the new ones are the same.
+        look = ~updated & (state.updated | (state.step % _LOOK_FOR_LEAKS_EVERY == 0))
+        leaked = when(look & (state.step > 0), _most_leaked, leaked, frozen, masks)
         state = PruneScheduleState(
             step=optax.safe_increment(state.step),
             masks=masks,
             score_state=score_state,
             updated=updated,
             regrew=regrew,
-            leaked=when(look, count, state.leaked),
+            leaked=leaked,
         )
-        if updates is not None:
-            updates = jax.tree.map(_hide, updates, masks)
-        return updates, state
+        return _hide(updates, masks), state
 
     return PruneSchedule(init_fn, update_fn)
+
+
+def _check_masked(params: PyTree, masks: PyTree) -> None:
+    patterns.check_masks(masks, params)
+    named = zip(leaves_with_paths(params), jax.tree.leaves(masks), strict=True)
+    for (path, w), mask in named:
+        leaked = jnp.sum((w != 0) & ~mask)
+        if is_concrete(leaked) and int(leaked):
+            raise ValueError(
+                f"{path}: {int(leaked)} weights are not zero under the adopted mask. "
+                "Mask them first: params = js.patterns.apply(params, masks)."
+            )
 
 
 def _all_kept(shape: jax.ShapeDtypeStruct, w: Array) -> Array:
@@ -232,10 +253,15 @@ def _all_kept(shape: jax.ShapeDtypeStruct, w: Array) -> Array:
     return jnp.ones(shape.shape, bool)
 
 
-def _hide(grad: Array, mask: Array) -> Array:
-    if jnp.ndim(mask) == 0:  # not pruned
-        return grad
-    return jnp.where(mask, grad, jnp.zeros((), grad.dtype))
+def _hide(grads: PyTree, masks: PyTree) -> PyTree:
+    """Gradients without those of pruned coordinates."""
+
+    def one(grad: Array, mask: Array) -> Array:
+        if jnp.ndim(mask) == 0:  # not pruned
+            return grad
+        return jnp.where(mask, grad, jnp.zeros((), grad.dtype))
+
+    return None if grads is None else jax.tree.map(one, grads, masks)
 
 
 def _regrew(new: PyTree, old: PyTree) -> Array:
@@ -243,13 +269,12 @@ def _regrew(new: PyTree, old: PyTree) -> Array:
     return jax.tree.reduce(jnp.logical_or, back, jnp.zeros((), bool))
 
 
-def _count_leaked(params: PyTree, masks: PyTree) -> Array:
+def _most_leaked(most: Array, params: PyTree, masks: PyTree) -> Array:
     def one(w: Array, mask: Array) -> Array:
         if jnp.ndim(mask) == 0:
             return jnp.zeros((), jnp.float32)
         return jnp.sum((w != 0) & ~mask, dtype=jnp.float32)
 
-    total = jax.tree.reduce(
-        jnp.add, jax.tree.map(one, params, masks), jnp.zeros((), jnp.float32)
-    )
-    return jnp.minimum(total, 2.0**30).astype(jnp.int32)
+    leaks = jax.tree.leaves(jax.tree.map(one, params, masks))
+    total = sum(leaks, start=jnp.zeros((), jnp.float32))
+    return jnp.maximum(most, jnp.minimum(total, 2.0**30).astype(most.dtype))

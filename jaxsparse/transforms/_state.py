@@ -20,7 +20,8 @@ class PruneScheduleState(NamedTuple):
       step: how many updates were made, int32.
       masks: a tree of bools like the parameters, True = kept.
       score_state: what the score remembers.
-      updated: whether the last update chose masks anew.
+      updated: whether the last update chose masks anew. (None inside of `enforce`, in
+        whose second look the masks of this step are already there.)
       regrew: whether it brought a weight back.
       leaked: the most pruned weights that were ever found nonzero at once, int32;
         looked for after each choice of masks and in every 100th step.
@@ -29,7 +30,7 @@ class PruneScheduleState(NamedTuple):
     step: Array
     masks: PyTree
     score_state: Any
-    updated: Array
+    updated: Array | None
     regrew: Array
     leaked: Array
 
@@ -49,6 +50,21 @@ def find_states(opt_state: PyTree) -> list[PruneScheduleState]:
 
 def _is_state(x: Any) -> bool:
     return isinstance(x, PruneScheduleState)
+
+
+def put_states(opt_state: PyTree, states: list[PruneScheduleState]) -> PyTree:
+    """Replaces the pruning states inside an optimizer state.
+
+    Args:
+      opt_state: the state of any chain, wrapper or partition.
+      states: as many as `find_states` finds, in its order.
+
+    Returns:
+      A state like `opt_state`.
+    """
+    leaves, treedef = jax.tree.flatten(opt_state, is_leaf=_is_state)
+    rest = iter(states)
+    return treedef.unflatten([next(rest) if _is_state(x) else x for x in leaves])
 
 
 def masks_by_path(opt_state: PyTree) -> dict[tuple, Array]:

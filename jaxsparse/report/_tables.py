@@ -1,0 +1,223 @@
+"""The value that holds a model's sparsity, and how it is shown."""
+
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from jaxsparse.report._html import table_html
+
+
+class Row(NamedTuple):
+    """One parameter, or the sum of several.
+
+    Attributes:
+      path: the parameter's path as text.
+      shape: its shape; `()` in a sum.
+      dtype: the name of its type; "mixed" in a sum over several types.
+      asked: the sparsity that was asked for; None where nothing was said. In a sum the
+        mean over all its weights, where those of which nothing was said count as 0.
+      reached: the fraction that the mask removes.
+      kept: how many weights the mask keeps.
+      size: how many weights there are.
+      dense_bytes: what all weights take.
+      packed_bytes: what a bitmap takes: the kept weights and one bit for each weight;
+        for a parameter that is not pruned the same as `dense_bytes`.
+      leaked: how many weights under a False mask are not zero; 0 too where there are no
+        values to look at (`jax.ShapeDtypeStruct`).
+      pruned: whether it takes part: its mask is not a mere scalar True.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    asked: float | None
+    reached: float
+    kept: int
+    size: int
+    dense_bytes: int
+    packed_bytes: int
+    leaked: int
+    pruned: bool
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Table:
+    """The sparsity of a model as a value.
+
+    `rich.print(table)` shows it in a terminal, and leaves out columns when that is
+    narrow; a notebook shows it as HTML; `str(table)` is plain text for a log, and is
+    never cut.
+
+    Attributes:
+      rows: one for each parameter, in the order of the tree.
+      pruned: the sum of those that take part.
+      total: the sum of all.
+      title: the heading.
+      state_leaked: the most pruned weights that the optimizer's state ever found
+        nonzero at once; 0 without a state.
+    """
+
+    rows: tuple[Row, ...]
+    pruned: Row
+    total: Row
+    title: str = "Sparsity"
+    state_leaked: int = 0
+
+    @property
+    def warning(self) -> str:
+        """What is wrong, and what to do; empty when pruned weights are zero."""
+        said = []
+        if n := self.total.leaked:
+            are = "weight is" if n == 1 else "weights are"
+            said.append(f"{n:,} pruned {are} not zero at this moment.")
+        if n := self.state_leaked:
+            were = "weight was" if n == 1 else "weights were"
+            said.append(
+                f"During training up to {n:,} pruned {were} found nonzero (the "
+                "counter in the optimizer's state)."
+            )
+        if said:
+            said.append(
+                "Wrap the chain in js.enforce, or use js.apply_updates(params, "
+                "updates, opt_state) in place of optax.apply_updates."
+            )
+        return " ".join(said)
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> RenderResult:
+        columns = self._columns()
+        table = self._rich(columns)
+        # What does not fit is left out by columns: numbers that are cut would mislead.
+        for name in ("dtype", "dense", "shape", "weights"):
+            unlimited = options.update(width=100_000)
+            if Measurement.get(console, unlimited, table).maximum <= options.max_width:
+                break
+            columns.remove(name)
+            table = self._rich(columns)
+        yield table
+
+    def __repr__(self) -> str:
+        # Wide enough that nothing is cut; the table takes only the width it needs.
+        # In a notebook rich would show it there and leave the buffer empty.
+        buffer = io.StringIO()
+        console = Console(
+            file=buffer, width=100_000, color_system=None, force_jupyter=False
+        )
+        console.print(self)
+        lines = (line.rstrip() for line in buffer.getvalue().splitlines())
+        return "\n".join(lines).strip("\n")
+
+    def to_html(self) -> str:
+        """The table as one `<table>` with its style inside; all text is escaped.
+
+        Returns:
+          HTML text.
+        """
+        columns, totals = self._columns(), self._totals()
+        return table_html(
+            title=self.title,
+            header=columns,
+            rows=[_cells(row, columns) for row in self.rows],
+            totals=[_cells(row, columns) for row in totals],
+            bars=[row.reached for row in (*self.rows, *totals)],
+            bar_column=columns.index("reached"),
+            warning=self.warning,
+        )
+
+    def _rich(self, columns: Sequence[str]) -> RichTable:
+        table = RichTable(
+            title=Text(self.title, style="bold"),
+            title_justify="left",
+            caption=Text(self.warning, style="bold red") if self.warning else None,
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+        )
+        for name in columns:
+            first, left = name == "parameter", name in {"parameter", "shape", "dtype"}
+            justify = "left" if left else "right"
+            table.add_column(name, justify=justify, no_wrap=not first, overflow="fold")
+        # As Text: a path may look like rich's markup, for instance "layers[0]".
+        for row in self.rows:
+            style = "" if row.pruned else "dim"
+            table.add_row(*map(Text, _cells(row, columns)), style=style)
+        table.add_section()
+        for row in self._totals():
+            table.add_row(*map(Text, _cells(row, columns)), style="bold")
+        return table
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def _totals(self) -> tuple[Row, ...]:
+        # The same numbers twice would make readers look for a difference.
+        alike = self.pruned.size in {0, self.total.size}
+        return (self.total,) if alike else (self.pruned, self.total)
+
+    def _columns(self) -> list[str]:
+        left_out = set()
+        if self.total.asked is None:
+            left_out.add("asked")
+        if not self.total.leaked:
+            left_out.add("leaked")
+        return [name for name in _COLUMNS if name not in left_out]
+
+
+_COLUMNS = {
+    "parameter": lambda r: r.path,
+    "shape": lambda r: str(r.shape) if r.shape else "",
+    "dtype": lambda r: r.dtype,
+    "asked": lambda r: percent(r.asked) if r.pruned else "-",
+    "reached": lambda r: percent(r.reached) if r.pruned else "-",
+    "kept": lambda r: f"{r.kept:,}",
+    "weights": lambda r: f"{r.size:,}",
+    "dense": lambda r: _bytes(r.dense_bytes),
+    "packed": lambda r: _bytes(r.packed_bytes),
+    "leaked": lambda r: f"{r.leaked:,}" if r.leaked else "",
+}
+
+
+def _cells(row: Row, columns: Iterable[str]) -> list[str]:
+    return [_COLUMNS[name](row) for name in columns]
+
+
+def percent(x: float | None) -> str:
+    """A fraction as text, with enough digits that 99.999 % does not read 100 %.
+
+    Args:
+      x: a fraction in [0, 1], or None.
+
+    Returns:
+      The text; a dash for None.
+
+    Example:
+      >>> [percent(x) for x in (0.9, 0.99999, 1.0, None)]
+      ['90.00 %', '99.999 %', '100.00 %', '-']
+    """
+    if x is None:
+        return "-"
+    text = f"{100 * x:.2f}"
+    for digits in range(3, 10):
+        if x in {0, 1} or float(text) not in {0.0, 100.0}:
+            break
+        text = f"{100 * x:.{digits}f}"
+    return f"{text} %"
+
+
+def _bytes(n: int) -> str:
+    if n < 1024:
+        return f"{n} B"
+    size, unit = n / 1024, "KiB"
+    for larger in ("MiB", "GiB", "TiB"):
+        # What would be written 1024.0 of one unit is 1.0 of the next.
+        if round(size, 1) < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.1f} {unit}"

@@ -1,0 +1,165 @@
+"""Around and inside of optax's wrappers."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from transforms import problems
+from transforms.test_zeros import assert_exact_zeros
+
+import jaxsparse as js
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+
+
+def schedule(**options):
+    return js.prune_schedule(
+        js.schedules.polynomial(final=0.75, begin=2, end=12),
+        every=js.schedules.every(2, begin=2, end=12),
+        **options,
+    )
+
+
+def labels(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "kernel" if path[-1].key == "kernel" else "rest", params
+    )
+
+
+def kernels(params):
+    return jax.tree.map(lambda label: label == "kernel", labels(params))
+
+
+HOLDING = {
+    "clip": lambda: js.enforce(
+        optax.chain(schedule(), optax.clip_by_global_norm(0.1), optax.adam(1e-2))
+    ),
+    "a schedule of learning rates": lambda: schedule().wrap(
+        optax.adamw(optax.cosine_decay_schedule(1e-2, 40))
+    ),
+    "inject_hyperparams": lambda: schedule().wrap(
+        optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)
+    ),
+    "masked inside": lambda: js.enforce(
+        optax.chain(schedule(), optax.masked(optax.adam(1e-2), kernels))
+    ),
+    "masked pruning": lambda: js.enforce(
+        optax.chain(optax.masked(schedule(), kernels), optax.adam(1e-2))
+    ),
+    "partition": lambda: optax.partition(
+        {"kernel": schedule().wrap(optax.adam(1e-2)), "rest": optax.sgd(1e-2)}, labels
+    ),
+    "partition inside": lambda: js.enforce(
+        optax.chain(
+            schedule(),
+            optax.partition(
+                {"kernel": optax.adam(1e-2), "rest": optax.sgd(1e-2)}, labels
+            ),
+        )
+    ),
+    "pruning within a partition": lambda: js.enforce(
+        optax.partition(
+            {
+                "kernel": optax.chain(schedule(), optax.adam(1e-2)),
+                "rest": optax.sgd(1e-2),
+            },
+            labels,
+        )
+    ),
+    "MultiSteps outside": lambda: optax.MultiSteps(
+        schedule().wrap(optax.adam(1e-2)), 2
+    ),
+    "MultiSteps inside": lambda: js.enforce(
+        optax.MultiSteps(
+            optax.chain(schedule(), optax.adam(1e-2)), 2
+        ).gradient_transformation()
+    ),
+    "apply_if_finite outside": lambda: optax.apply_if_finite(
+        schedule().wrap(optax.adam(1e-2)), 3
+    ),
+    "apply_if_finite inside": lambda: js.enforce(
+        optax.chain(schedule(), optax.apply_if_finite(optax.adam(1e-2), 3))
+    ),
+    "nesterov momentum": lambda: schedule().wrap(
+        optax.sgd(1e-2, momentum=0.9, nesterov=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_zeros_hold(name):
+    params, state = problems.train(HOLDING[name](), problems.params(), steps=40)
+    masks = js.masks_of(state)
+    assert jax.tree.structure(masks) == jax.tree.structure(params)
+    assert int(jnp.sum(masks["dense_0"]["kernel"])) == 48
+    assert_exact_zeros(params, masks)
+    js.check(state, params)
+
+
+def test_a_nan_gradient_under_apply_if_finite_does_not_advance_the_schedule():
+    tx = optax.apply_if_finite(js.prune_schedule(0.5, every=1).wrap(optax.sgd(0.1)), 3)
+    params = problems.params()
+    state = tx.init(params)
+    bad = jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), params)
+    updates, state = jax.jit(tx.update)(bad, state, params)
+    (pruning,) = js.transforms.find_states(state)
+    assert int(pruning.step) == 0
+    assert all(not jnp.any(u) for u in jax.tree.leaves(updates))
+
+
+BREAKING = {
+    "an average of updates": lambda inner: optax.chain(inner, optax.ema(0.9)),
+    "schedule_free": lambda inner: optax.contrib.schedule_free(
+        inner, learning_rate=1e-2, b1=0.9
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKING)
+def test_averages_outside_of_enforce_break_the_zeros_and_check_says_so(name):
+    tx = BREAKING[name](schedule().wrap(optax.sgd(1e-1)))
+    params, state = problems.train(tx, problems.params(), steps=40)
+    with pytest.raises(ValueError, match="something outside of it changes"):
+        js.check(state, params)
+
+
+def test_lookahead_outside_breaks_the_zeros_and_masking_the_slow_weights_mends_it():
+    tx = optax.lookahead(schedule().wrap(optax.sgd(1e-1)), 5, 0.5)
+    params = optax.LookaheadParams.init_synced(problems.params())
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, x):
+        grads = jax.grad(problems.loss)(params.fast, x)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for t in range(15):
+        params, state = step(params, state, problems.batch(t))
+    masks = js.masks_of(state)
+    slow = params.slow["dense_0"]["kernel"]
+    assert bool(jnp.any(jnp.where(masks["dense_0"]["kernel"], 0, slow) != 0))
+    assert_exact_zeros(js.patterns.apply(params.slow, masks), masks)
+
+
+def test_tree_map_params_reaches_the_moments_and_not_the_masks_alone():
+    tx = schedule().wrap(optax.adam(1e-2))
+    state = tx.init(problems.params())
+    doubled = optax.tree_utils.tree_map_params(
+        tx, lambda x: x * 0 + 2 if x.dtype == jnp.float32 else x, state
+    )
+    assert (
+        float(optax.tree_utils.tree_get(doubled, "mu")["dense_1"]["kernel"][0, 0]) == 2
+    )
+
+
+def test_unexpected_extra_arguments_reach_the_inner_optimizer():
+    plateau = optax.chain(
+        optax.sgd(1.0), optax.contrib.reduce_on_plateau(patience=1, factor=0.5)
+    )
+    tx = schedule().wrap(plateau)
+    params = problems.params()
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update(params, state, params, value=jnp.float32(1.0), other=3)
+    assert float(optax.tree_utils.tree_get(state, "scale")) < 1
