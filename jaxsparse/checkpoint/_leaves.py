@@ -1,0 +1,246 @@
+"""One leaf of a tree: what is said of it in the stamp, what is written, how it returns.
+
+A record in the stamp has `shape` and `dtype`, and where it needs them
+
+- `value`: a Python number or text, which is in the stamp itself;
+- `impl`: the generator of typed random keys, written as their raw data;
+- `packed_axis`: the axis along which bools are packed into bits;
+- `weak`: a weakly typed array. What it meets decides the type of the result, so a
+  training that is to end with the same bits needs that back too.
+
+Arrays without elements are in the stamp alone: orbax does not write them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _checks
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.checkpoint import _packing
+from jaxsparse.tree import leaves_with_paths
+
+Record = dict[str, Any]
+Sharding = jax.sharding.Sharding
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      A dictionary in the order of `jax.tree.leaves`. A bare leaf is called `value`; of
+      two leaves with the same text (`{"a": {"b": x}, "a/b": y}`) the second gets a
+      prime.
+    """
+    named: dict[str, Any] = {}
+    for path, leaf in leaves_with_paths(tree):
+        name = path or "value"
+        while name in named:
+            name += "'"
+        named[name] = leaf
+    return named
+
+
+def describe(name: str, leaf: Any) -> Record:
+    """The shape and type of a leaf, of a template or of what is to be saved.
+
+    Args:
+      name: what a message calls it.
+      leaf: an array, a `jax.ShapeDtypeStruct`, a typed key, a Python number or text.
+
+    Returns:
+      A record with `shape` and `dtype`.
+
+    Raises:
+      TypeError: something else.
+    """
+    if type(leaf) in {bool, int, float, str}:  # np.float64 is a float too
+        return {"shape": [], "dtype": type(leaf).__name__, "value": leaf}
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise TypeError(
+            f"{name}: a checkpoint holds arrays, typed random keys, Python numbers and "
+            f"text; got {leaf!r} of type {type(leaf).__name__}. Keep it outside of the "
+            "tree, or turn it into an array."
+        )
+    record = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    if getattr(leaf, "weak_type", False):
+        record["weak"] = True
+    return record
+
+
+def encode(name: str, leaf: Any) -> tuple[Record, Any]:
+    """What is said and what is written of a leaf.
+
+    Args:
+      name: what a message calls it.
+      leaf: as for `describe`.
+
+    Returns:
+      Its record, and the array to write or None where the record says it all.
+
+    Raises:
+      TypeError: as `describe`; for a shape without values, and for arrays of text,
+        dates and Python objects.
+    """
+    record = describe(name, leaf)
+    if "value" in record:
+        return record, None
+    if not _checks.is_concrete(leaf):
+        raise TypeError(
+            f"{name}: got {leaf!r}, which has no value to save. Call save outside of "
+            "jit, with arrays."
+        )
+    if isinstance(leaf, np.generic):
+        leaf = np.asarray(leaf)
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":
+        raise TypeError(
+            f"{name}: an array of {leaf.dtype} cannot be saved, only numbers and bools."
+        )
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        record["impl"] = str(jax.random.key_impl(leaf))
+        leaf = jax.random.key_data(leaf)
+    if 0 in leaf.shape:
+        return record, None
+    if isinstance(leaf, jax.Array) and _is_local(leaf.sharding):
+        leaf = np.asarray(leaf)
+    if leaf.dtype == np.bool_ and leaf.ndim:
+        record["packed_axis"] = axis = _packing.choose_axis(leaf)
+        return record, _packing.pack(leaf, axis)
+    return record, leaf
+
+
+def _is_local(place: Sharding) -> bool:
+    # Of many processes each has its own, such as a counter that `tx.init` made. They
+    # are equal; orbax writes the one of the first process if it is on the host.
+    return jax.process_count() > 1 and place.is_fully_addressable
+
+
+def is_written(record: Record) -> bool:
+    """Whether there is an array on disk besides the record.
+
+    Args:
+      record: what `encode` returned.
+
+    Returns:
+      False for Python values and for arrays without elements.
+    """
+    return "value" not in record and 0 not in record["shape"]
+
+
+def place_of(name: str, template: Any) -> Sharding | None:
+    """Where a leaf is to be put.
+
+    Args:
+      name: what a message calls it.
+      template: as for `describe`.
+
+    Returns:
+      The template's sharding; None where it has none, or is of numpy, or an array that
+      JAX itself has put on the default device and may move from there.
+
+    Raises:
+      ValueError: a sharding over an abstract mesh, which names no devices.
+    """
+    sharding = getattr(template, "sharding", None)
+    if sharding is None:
+        return None
+    if isinstance(template, jax.Array) and not template.committed:
+        return sharding if len(sharding.device_set) > 1 else None
+    mesh = getattr(sharding, "mesh", None)
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        current = jax.sharding.get_mesh()
+        if current.empty or current.abstract_mesh.shape != mesh.shape:
+            raise ValueError(
+                f"{name}: the template's sharding is over an abstract mesh, which "
+                f"names no devices: {sharding}. Call restore inside "
+                "jax.set_mesh(mesh), or give shapes with "
+                "sharding=NamedSharding(mesh, spec)."
+            )
+        return jax.sharding.NamedSharding(
+            current, sharding.spec, memory_kind=sharding.memory_kind
+        )
+    return sharding
+
+
+def written_place(record: Record, place: Sharding | None) -> Sharding | None:
+    """Where the array on disk is read to, before it becomes the leaf.
+
+    Args:
+      record: what `encode` returned.
+      place: where the leaf is to be put.
+
+    Returns:
+      A sharding, or None for the host.
+    """
+    if place is None or _is_local(place):
+        return None
+    if "packed_axis" not in record:
+        return place
+    return _packing.whole_bytes(place, tuple(record["shape"]), record["packed_axis"])
+
+
+def decode(
+    name: str, written: Any, record: Record, template: Any, place: Sharding | None
+) -> Any:
+    """The leaf as it was saved.
+
+    Args:
+      name: what a message calls it.
+      written: the array on disk, read to `written_place`; None where there is none.
+      record: what `encode` returned.
+      template: a leaf whose kind the result has: Python, numpy or JAX.
+      place: where it is to be put.
+
+    Returns:
+      The leaf.
+
+    Raises:
+      ValueError: 64-bit numbers for JAX, where it cuts them to 32.
+    """
+    shape = tuple(record["shape"])
+    if "value" in record:
+        if not hasattr(template, "dtype"):
+            return record["value"]
+        written = np.asarray(record["value"], template.dtype)
+    elif written is None:
+        written = _without_elements(shape, record, template)
+    elif "packed_axis" in record:
+        written = _packing.unpack(written, shape, record["packed_axis"])
+    if isinstance(template, np.generic):
+        return written[()]
+    if isinstance(template, np.ndarray):
+        return written
+    leaf = jnp.asarray(written) if place is None else jax.device_put(written, place)
+    if "impl" in record:
+        leaf = jax.random.wrap_key_data(leaf, impl=record["impl"])
+    if leaf.dtype != template.dtype:
+        raise ValueError(
+            f"{name}: the checkpoint holds {template.dtype}, of which JAX now makes "
+            f"{leaf.dtype}. Set jax_enable_x64, or give a numpy array as template."
+        )
+    return _weakly_typed(leaf) if record.get("weak") else leaf
+
+
+def _without_elements(shape: tuple[int, ...], record: Record, template: Any):
+    if "impl" not in record:
+        return np.zeros(shape, template.dtype)
+    one = jax.random.key_data(jax.random.key(0, impl=record["impl"]))
+    return np.zeros((*shape, *one.shape), one.dtype)
+
+
+def _weakly_typed(x: Array) -> Array:
+    # Only Python numbers are weakly typed, and an update keeps the type of what it
+    # changes.
+    zero = jnp.asarray({"f": 0.0, "c": 0j}.get(x.dtype.kind, 0))
+    if zero.dtype != x.dtype:  # weak under other settings of jax_enable_x64
+        return x
+    zeros = jnp.broadcast_to(zero, x.shape)
+    if not x.committed:
+        return zeros.at[...].set(x)
+    zeros = jax.device_put(zeros, x.sharding)
+    return jax.device_put(zeros.at[...].set(x), x.sharding)

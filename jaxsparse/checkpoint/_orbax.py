@@ -1,0 +1,322 @@
+"""`save` and `restore`: parameters, optimizer state and masks, through orbax."""
+
+import errno
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxsparse import _checks, patterns
+from jaxsparse._typing import PyTree
+from jaxsparse.checkpoint import _leaves, _stamp, _steps
+from jaxsparse.transforms import masks_of
+
+
+class Restored(NamedTuple):
+    """What `restore` returns.
+
+    Attributes:
+      step: the step of the checkpoint.
+      params: the parameters, in the containers of the template.
+      opt_state: the optimizer state, likewise; None if no template was given.
+      masks: a tree of bools like `params`, True = kept: those that were saved, else
+        those in `opt_state`, else None.
+      extra: the dictionary that was saved.
+    """
+
+    step: int
+    params: Any
+    opt_state: Any
+    masks: Any
+    extra: dict[str, Any]
+
+
+def save(
+    directory: _steps.Directory,
+    *,
+    step: Any,
+    params: PyTree,
+    opt_state: PyTree = None,
+    masks: PyTree = None,
+    extra: dict[str, Any] | None = None,
+    keep: int | None = None,
+) -> pathlib.Path:
+    """Writes a checkpoint, whole or not at all.
+
+    It is written beside its place and renamed when it is complete. A process killed at
+    any moment leaves the checkpoints before it as they were; what it left half-written
+    is ignored by `restore` and cleared away by the next `save`. Nothing is overwritten
+    or deleted before its replacement is complete: a step that is saved once more is
+    first written aside.
+
+    Arrays of bools, so all masks, take one bit a weight. Sharded arrays are written
+    shard by shard. Typed random keys, weak types and Python numbers in a state come
+    back as they were, so that a training that is resumed ends with the same bits.
+
+    The directory belongs to one training; two that save into it at once would clear
+    away each other's work. With many processes each of them calls `save`, and all see
+    the directory; of arrays that are local to each, the first process writes its own.
+    A crash of the machine, not of the process, may lose what its file
+    system had not yet written.
+
+    Args:
+      directory: where the checkpoints go, each in a directory with its step as name. It
+        is made if it does not exist.
+      step: which step it is: an integer, or an integer array.
+      params: the parameters, any pytree: arrays, typed keys, Python numbers, text.
+      opt_state: the optimizer state, of any optax transformation or `nnx.Optimizer`.
+        Masks of a pruning transformation are in it.
+      masks: masks that are in no optimizer state, such as those of `js.prune`.
+      extra: a small dictionary of what JSON holds: the position in the data, a seed.
+      keep: how many checkpoints to leave: older ones are deleted once this one is
+        complete. None leaves all. Newer ones (after going back to an older step) are
+        left and not counted.
+
+    Returns:
+      The path of the checkpoint, `directory/<step>`.
+
+    Raises:
+      ValueError: a negative step, masks that do not fit `params`, a directory that is
+        an address.
+      TypeError: a leaf, a step or an `extra` that cannot be saved.
+      OSError: the directory cannot be made or written to, or holds something of the
+        step's name that is not a checkpoint.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, optax, jaxsparse as js
+      >>> tx = js.prune_schedule(0.5, every=1).wrap(optax.adam(1e-3))
+      >>> params, opt_state = js.init_sparse(tx, {"w": jnp.array([[3.0, 1.0]])})
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = js.checkpoint.save(
+      ...         directory, step=100, params=params, opt_state=opt_state, keep=3)
+      ...     restored = js.checkpoint.restore(
+      ...         directory, params=params, opt_state=tx.init(params))
+      >>> path.name, restored.step, restored.masks
+      ('100', 100, {'w': Array([[ True, False]], dtype=bool)})
+    """
+    directory = _steps.as_directory(directory)
+    step = _steps.as_step(step)
+    if keep is not None:
+        _checks.check_positive_int(keep, name="keep")
+    trees = {"params": params, "opt_state": opt_state, "masks": masks}
+    leaves = {
+        item: _leaves.named_leaves(tree)
+        for item, tree in trees.items()
+        if tree is not None
+    }
+    if masks is not None:
+        patterns.check_masks(leaves["masks"], leaves["params"])
+    encoded = {
+        item: {name: _leaves.encode(f"{item} {name}", x) for name, x in named.items()}
+        for item, named in leaves.items()
+    }
+    stamp = _stamp.make(
+        step=step,
+        records={
+            item: {name: record for name, (record, _) in named.items()}
+            for item, named in encoded.items()
+        },
+        opt_state=opt_state,
+        extra=extra,
+    )
+    arrays = {
+        item: {name: x for name, (_, x) in named.items() if x is not None}
+        for item, named in encoded.items()
+    }
+
+    if jax.process_index() == 0:
+        _steps.open_for_writing(directory)
+    _wait_for_all("jaxsparse.checkpoint.save:opened")
+    path = _steps.path_to_write(directory, step)
+    with _checkpointer() as checkpointer:
+        checkpointer.save(
+            path,
+            args=ocp.args.Composite(
+                **{_steps.STAMP: ocp.args.JsonSave(stamp)},
+                **{
+                    item: ocp.args.PyTreeSave(named)
+                    for item, named in arrays.items()
+                    if named
+                },
+            ),
+        )
+    if jax.process_index() == 0:
+        _steps.put_in_place(path)
+        if keep is not None:
+            _steps.remove_older(directory, step, keep)
+    _wait_for_all("jaxsparse.checkpoint.save:done")
+    return directory / str(step)
+
+
+def restore(
+    directory: _steps.Directory,
+    *,
+    params: PyTree,
+    opt_state: PyTree = None,
+    step: Any = None,
+) -> Restored:
+    """Reads a checkpoint into the containers, and onto the devices, of its templates.
+
+    An array goes where its template lies (`.sharding`), whatever devices it was saved
+    from; one whose template has no sharding goes to the default device. Types and
+    shapes must be those that were saved: nothing is cast, cut or left out silently.
+
+    Args:
+      directory: where `save` put the checkpoints.
+      params: a template of the parameters: arrays, whose values are not read, or
+        `jax.ShapeDtypeStruct`s, for instance from `jax.eval_shape`.
+      opt_state: a template of the optimizer state, for instance `tx.init(params)` or
+        `jax.eval_shape(tx.init, params)`. None leaves it on disk.
+      step: which step. None is the newest whole one.
+
+    Returns:
+      The step, the parameters, the optimizer state, the masks and `extra`.
+
+    Raises:
+      FileNotFoundError: no whole checkpoint there, or none of this step.
+      ValueError: a checkpoint of another model (the message names the paths), one of a
+        dense run for a sparse template or the reverse, one written by a later version
+        of jaxsparse; a template whose sharding names no devices.
+      TypeError: a template with a leaf that cannot have been saved.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, jaxsparse as js
+      >>> params, masks = js.prune({"w": jnp.array([[3.0, 1.0]])}, 0.5)
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     _ = js.checkpoint.save(
+      ...         directory, step=7, params=params, masks=masks, extra={"epoch": 2})
+      ...     js.checkpoint.restore(directory, params=jax.eval_shape(lambda: params))
+      Restored(step=7, params={'w': Array([[3., 0.]], dtype=float32)}, opt_state=None,
+               masks={'w': Array([[ True, False]], dtype=bool)}, extra={'epoch': 2})
+    """
+    step, path = _find(_steps.as_directory(directory), step)
+    with _checkpointer() as checkpointer:
+        only_stamp = ocp.args.Composite(**{_steps.STAMP: ocp.args.JsonRestore()})
+        stamp = checkpointer.restore(path, args=only_stamp)[_steps.STAMP]
+    _stamp.check_version(stamp, path=path)
+
+    templates = {"params": _leaves.named_leaves(params)}
+    _stamp.check_leaves(stamp, "params", templates["params"], path=path)
+    if opt_state is not None:
+        templates["opt_state"] = _leaves.named_leaves(opt_state)
+        if "opt_state" in stamp["leaves"]:
+            _stamp.check_sparse(stamp, opt_state, path=path)
+        _stamp.check_leaves(stamp, "opt_state", templates["opt_state"], path=path)
+    if "masks" in stamp["leaves"]:
+        templates["masks"] = _mask_templates(stamp, templates["params"])
+
+    read = _read(path, stamp["leaves"], templates)
+    fill = lambda tree, item: jax.tree.unflatten(jax.tree.structure(tree), read[item])
+    if opt_state is not None:
+        opt_state = fill(opt_state, "opt_state")
+    return Restored(
+        step=step,
+        params=fill(params, "params"),
+        opt_state=opt_state,
+        masks=fill(params, "masks") if "masks" in read else _masks_in(opt_state),
+        extra=stamp["extra"],
+    )
+
+
+def _find(directory: pathlib.Path, step: Any) -> tuple[int, pathlib.Path]:
+    found = _steps.whole(directory)
+    if not found:
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "no whole checkpoint in this directory (js.checkpoint.latest_step is None "
+            "then, and the training begins at its beginning)",
+            os.fspath(directory),
+        )
+    step = max(found) if step is None else _steps.as_step(step)
+    if step not in found:
+        there = ", ".join(map(str, sorted(found)[-4:]))
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"no whole checkpoint of step {step}; the newest are of {there}",
+            os.fspath(directory),
+        )
+    return step, found[step]
+
+
+def _read(
+    path: pathlib.Path, records: dict[str, Any], templates: dict[str, Any]
+) -> dict[str, list[Any]]:
+    # The leaves of each item, in the order of its template and where that lies.
+    places = {
+        item: {name: _leaves.place_of(f"{item} {name}", x) for name, x in named.items()}
+        for item, named in templates.items()
+    }
+    args = {
+        item: {
+            name: _restore_args(_leaves.written_place(records[item][name], place))
+            for name, place in named.items()
+            if _leaves.is_written(records[item][name])
+        }
+        for item, named in places.items()
+    }
+    wanted = {
+        item: ocp.args.PyTreeRestore(restore_args=named)
+        for item, named in args.items()
+        if named
+    }
+    written: Any = {}
+    if wanted:  # orbax takes nothing for everything
+        with _checkpointer() as checkpointer:
+            written = checkpointer.restore(path, args=ocp.args.Composite(**wanted))
+    return {
+        item: [
+            _leaves.decode(
+                f"{item} {name}",
+                written[item].get(name) if item in wanted else None,
+                records[item][name],
+                template,
+                places[item][name],
+            )
+            for name, template in named.items()
+        ]
+        for item, named in templates.items()
+    }
+
+
+def _restore_args(place: jax.sharding.Sharding | None) -> ocp.RestoreArgs:
+    # Without a sharding orbax would look for the devices it was saved from.
+    if place is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=place)
+
+
+def _mask_templates(stamp: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    # A mask lies as its parameter does, where it is not of size 1.
+    records = stamp["leaves"]["masks"]
+    templates = {}
+    for name, template in params.items():
+        shape = tuple(records[name]["shape"])
+        place = _leaves.place_of(f"params {name}", template)
+        if isinstance(place, jax.sharding.NamedSharding) and shape != template.shape:
+            axes = zip(place.spec, shape, strict=False)  # none for a scalar
+            spec = [None if size == 1 else axis for axis, size in axes]
+            place = jax.sharding.NamedSharding(
+                place.mesh, jax.sharding.PartitionSpec(*spec)
+            )
+        templates[name] = jax.ShapeDtypeStruct(shape, bool, sharding=place)
+    return templates
+
+
+def _masks_in(opt_state: PyTree) -> PyTree:
+    try:
+        return masks_of(opt_state)
+    except ValueError:  # none, or in a state of one's own that hides their structure
+        return None
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+
+def _wait_for_all(name: str) -> None:
+    # Files are renamed and deleted by one process while the others wait.
+    if jax.process_count() > 1:
+        ocp.utils.sync_global_processes(name)

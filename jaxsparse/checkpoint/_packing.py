@@ -1,0 +1,127 @@
+"""Arrays of bools as bits, each shard by itself.
+
+`jaxsparse.patterns.pack` makes one vector of a mask, for which a sharded mask would
+have to be gathered. Here the bits run along one axis of the array, so that the part of
+each device is packed and written by itself, and read back onto any other sharding.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxsparse._typing import Array
+
+Shape = tuple[int, ...]
+
+
+def packed_shape(shape: Shape, axis: int) -> Shape:
+    """The shape of packed bits.
+
+    Args:
+      shape: the shape of the array of bools.
+      axis: the axis along which eight of them make a byte.
+
+    Returns:
+      `shape` with an eighth of that axis, rounded up.
+    """
+    return (*shape[:axis], -(-shape[axis] // 8), *shape[axis + 1 :])
+
+
+def choose_axis(x: Array | np.ndarray) -> int:
+    """The axis to pack along: the fewest bytes, then whole bytes in every shard.
+
+    Args:
+      x: an array of bools of at least one axis, not empty.
+
+    Returns:
+      The axis.
+    """
+
+    def cost(axis: int):
+        size = np.prod(packed_shape(x.shape, axis))
+        moves = isinstance(x, jax.Array) and (
+            whole_bytes(x.sharding, x.shape, axis) != x.sharding
+        )
+        return size, moves, -axis
+
+    return min(range(x.ndim), key=cost)
+
+
+def whole_bytes(
+    sharding: jax.sharding.Sharding, shape: Shape, axis: int
+) -> jax.sharding.Sharding:
+    """A sharding close to `sharding` under which no byte lies on two devices.
+
+    Args:
+      sharding: the sharding of an array of bools.
+      shape: the array's shape.
+      axis: the axis along which it is packed.
+
+    Returns:
+      `sharding` itself where every shard holds whole bytes; else the same without a
+      split of `axis`.
+    """
+    part = sharding.shard_shape(shape)[axis]
+    if part == shape[axis] or part % 8 == 0:
+        return sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+        spec[axis] = None
+        return jax.sharding.NamedSharding(
+            sharding.mesh,
+            jax.sharding.PartitionSpec(*spec),
+            memory_kind=sharding.memory_kind,
+        )
+    devices = sorted(sharding.device_set, key=lambda d: d.id)
+    everywhere = jax.sharding.Mesh(np.array(devices), ("devices",))
+    return jax.sharding.NamedSharding(everywhere, jax.sharding.PartitionSpec())
+
+
+def pack(x: Array | np.ndarray, axis: int) -> Array | np.ndarray:
+    """Packs bools into bits along an axis.
+
+    Args:
+      x: an array of bools.
+      axis: the axis along which eight of them make a byte; the first is the highest
+        bit.
+
+    Returns:
+      Bytes of the shape `packed_shape(x.shape, axis)`, sharded as `x`.
+    """
+    if isinstance(x, np.ndarray):
+        return np.packbits(x, axis=axis)
+    placed = jax.device_put(x, whole_bytes(x.sharding, x.shape, axis))
+    return _by_shard(
+        lambda shard: np.packbits(shard, axis=axis), placed, packed_shape(x.shape, axis)
+    )
+
+
+def unpack(bits: Array | np.ndarray, shape: Shape, axis: int) -> Array | np.ndarray:
+    """Turns packed bits into bools again.
+
+    Args:
+      bits: what `pack` returned, on a sharding that `whole_bytes` allows.
+      shape: the shape of the array of bools.
+      axis: the axis along which it was packed.
+
+    Returns:
+      The bools, sharded as `bits`.
+    """
+    if isinstance(bits, np.ndarray):
+        return _unpackbits(bits, shape[axis], axis)
+    count = bits.sharding.shard_shape(shape)[axis]
+    return _by_shard(lambda shard: _unpackbits(shard, count, axis), bits, shape)
+
+
+def _unpackbits(bits: np.ndarray, count: int, axis: int) -> np.ndarray:
+    return np.unpackbits(bits, axis=axis, count=count).astype(bool)
+
+
+def _by_shard(f: Callable[[np.ndarray], np.ndarray], x: Array, shape: Shape) -> Array:
+    # On the host: inside `jax.set_mesh` nothing runs on one device of many.
+    shards = [
+        jax.device_put(f(np.asarray(shard.data)), shard.data.sharding)
+        for shard in x.addressable_shards
+    ]
+    return jax.make_array_from_single_device_arrays(shape, x.sharding, shards)

@@ -1,0 +1,198 @@
+"""The stamp of a checkpoint: who wrote it, and what it holds, leaf by leaf.
+
+It is a JSON file beside the arrays, so that a checkpoint of another model, or of a
+later version, is refused before an array is read.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import __version__
+from jaxsparse._typing import PyTree
+from jaxsparse.checkpoint._leaves import Record, describe
+from jaxsparse.transforms import find_states
+
+FORMAT = 1
+"""Goes up when a checkpoint could no longer be read by the code before it."""
+
+
+def make(
+    *,
+    step: int,
+    records: dict[str, dict[str, Record]],
+    opt_state: PyTree,
+    extra: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The stamp of a new checkpoint.
+
+    Args:
+      step: the step.
+      records: for each of `params`, `opt_state` and `masks` that is saved, a record of
+        each leaf.
+      opt_state: the optimizer state.
+      extra: what the caller adds.
+
+    Returns:
+      What is written as JSON.
+
+    Raises:
+      TypeError: `extra` holds what JSON would not give back.
+    """
+    if not isinstance(extra, dict | None):
+        raise TypeError(f"extra: expected a dictionary, got {type(extra).__name__}.")
+    _check_json("extra", extra)
+    return {
+        "format": FORMAT,
+        "jaxsparse": __version__,
+        "jax": jax.__version__,
+        "step": step,
+        "extra": extra or {},
+        "opt_state_has_masks": bool(find_states(opt_state)),
+        "leaves": records,
+    }
+
+
+def _check_json(path: str, x: Any) -> None:
+    # JSON turns tuples into lists and keys into text; here all comes back as it was.
+    if isinstance(x, dict):
+        for key, value in x.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{path}: the keys must be text, got {key!r}.")
+            _check_json(f"{path}/{key}", value)
+    elif isinstance(x, list):
+        for i, value in enumerate(x):
+            _check_json(f"{path}/{i}", value)
+    elif not isinstance(x, str | int | float | None):
+        raise TypeError(
+            f"{path}: expected what JSON holds (text, numbers, bools, None, lists, "
+            f"dictionaries), got {type(x).__name__}. Convert it with int(), list() and "
+            "the like; arrays belong into params or opt_state."
+        )
+
+
+def check_version(stamp: dict[str, Any], *, path: Any) -> None:
+    """Raises for a checkpoint that this version cannot read.
+
+    Args:
+      stamp: the JSON that was read.
+      path: the checkpoint, for the message.
+
+    Raises:
+      ValueError: a later format, or none.
+    """
+    got = stamp.get("format")
+    if not isinstance(got, int):
+        raise ValueError(f"{path} is not a checkpoint of jaxsparse: no format version.")
+    if got > FORMAT:
+        raise ValueError(
+            f"{path} has format version {got}, written by jaxsparse "
+            f"{stamp.get('jaxsparse')}; jaxsparse {__version__} reads versions up to "
+            f"{FORMAT}. Upgrade jaxsparse to read it."
+        )
+
+
+def check_leaves(
+    stamp: dict[str, Any], item: str, templates: dict[str, Any], *, path: Any
+) -> None:
+    """Raises unless the checkpoint holds exactly what the template asks for.
+
+    Args:
+      stamp: the JSON that was read.
+      item: `params` or `opt_state`.
+      templates: the template's leaves by path.
+      path: the checkpoint, for the message.
+
+    Raises:
+      ValueError: leaves that are missing, too many, or of another shape or type.
+    """
+    records = stamp["leaves"].get(item)
+    if records is None:
+        raise ValueError(
+            f"{path} holds no {item}: it was saved without. Leave {item} out of this "
+            "call, and initialize it anew."
+        )
+    asked = {name: describe(f"{item} {name}", leaf) for name, leaf in templates.items()}
+    differ = [
+        name
+        for name, leaf in templates.items()
+        if name in records and not _fits(records[name], asked[name], leaf)
+    ]
+    said = [
+        f"{name}: got {_text(records[name])}, expected {_text(asked[name])}"
+        for name in differ
+    ]
+    missing = [name for name in templates if name not in records]
+    if missing:
+        said.append(f"missing in the checkpoint: {_few(missing)}")
+    surplus = [name for name in records if name not in templates]
+    if surplus:
+        said.append(f"not in the template: {_few(surplus)}")
+    if not said:
+        return
+    hint = ""
+    if item == "opt_state" and not missing and not surplus:
+        # So does inject_hyperparams, whose arrays turn moments of bf16 into float32.
+        hint = (
+            " If the optimizer itself changes types in its first step, the template is "
+            "jax.eval_shape(tx.update, params, tx.init(params), params)[1]."
+        )
+    raise ValueError(
+        f"{path} is a checkpoint of another model: its {item} differ from the "
+        f"template. {_few(said, sep='; ')}. Restore into the {item} of the model that "
+        f"was saved, or give another directory or step.{hint}"
+    )
+
+
+def check_sparse(stamp: dict[str, Any], opt_state: PyTree, *, path: Any) -> None:
+    """Raises when a dense optimizer state meets a sparse one.
+
+    Args:
+      stamp: the JSON that was read.
+      opt_state: the template.
+      path: the checkpoint, for the message.
+
+    Raises:
+      ValueError: one of the two holds the masks of a pruning transformation, the other
+        does not.
+    """
+    saved, asked = stamp["opt_state_has_masks"], bool(find_states(opt_state))
+    if asked and not saved:
+        raise ValueError(
+            f"{path} holds the opt_state of a dense run, without masks; the template "
+            "is that of a sparse one. To begin pruning from it, restore into the state "
+            "of the inner optimizer and adopt it: opt_state = "
+            "prune_schedule.adopt(restored.opt_state, restored.params)."
+        )
+    if saved and not asked:
+        raise ValueError(
+            f"{path} holds the opt_state of a sparse run, with masks; the template is "
+            "that of a dense optimizer. Restore into the state of the transformation "
+            "that was saved, js.enforce(optax.chain(prune_schedule, ...)). "
+            "(prune_schedule.adopt goes the other way, from dense to sparse.)"
+        )
+
+
+def _fits(record: Record, asked: Record, template: Any) -> bool:
+    if record["shape"] != asked["shape"]:
+        return False
+    if "value" in record and "value" not in asked:
+        # `jax.eval_shape` makes arrays of Python numbers.
+        kinds = {"bool": jnp.bool_, "int": jnp.integer, "float": jnp.floating}
+        kind = kinds.get(record["dtype"])
+        return kind is not None and jnp.issubdtype(template.dtype, kind)
+    return record["dtype"] == asked["dtype"] and ("value" in record) == (
+        "value" in asked
+    )
+
+
+def _text(record: Record) -> str:
+    if "value" in record:
+        return f"a Python {record['dtype']}"
+    return f"{record['dtype']}{record['shape']}"
+
+
+def _few(words: list[str], most: int = 4, sep: str = ", ") -> str:
+    shown = sep.join(words[:most])
+    return shown if len(words) <= most else f"{shown} and {len(words) - most} more"

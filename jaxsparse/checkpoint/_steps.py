@@ -1,0 +1,244 @@
+"""The directories of the steps: which are whole, which are left from a kill.
+
+In a directory of checkpoints there are
+
+- `7`: step 7, whole. Orbax writes aside and renames, so it is whole once it is there;
+- `7.orbax-checkpoint-tmp`: being written, or left by a process killed in mid-save;
+- `7.replacement`: step 7 saved once more, whole, and not yet in the place of `7`. It
+  counts before `7`, which may be gone already;
+- `7.removed`: being deleted. It is renamed first, so that no half-deleted `7` is seen.
+
+Anything else belongs to others and is neither read nor touched.
+"""
+
+import contextlib
+import errno
+import operator
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+from jaxsparse import _checks
+
+STAMP = "stamp"
+_REPLACEMENT = ".replacement"
+_REMOVED = ".removed"
+_LEFTOVER = re.compile(r"\d+(\.replacement)?(\.removed|\.orbax-checkpoint-tmp.*)")
+_WHOLE = re.compile(r"(0|[1-9]\d*)(\.replacement)?")
+
+Directory = str | os.PathLike[str]
+
+
+def steps(directory: Directory) -> list[int]:
+    """The steps of which there is a whole checkpoint.
+
+    Args:
+      directory: where `save` puts them. It need not exist.
+
+    Returns:
+      The steps, ascending. What a killed process left half-written and what is not a
+      checkpoint is left out.
+
+    Raises:
+      ValueError: an address such as `gs://...`, which is not a directory.
+      NotADirectoryError: a file.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jaxsparse as js
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     for step in (10, 20):
+      ...         path = js.checkpoint.save(
+      ...             directory, step=step, params={"w": jnp.ones(2)})
+      ...     js.checkpoint.steps(directory)
+      [10, 20]
+    """
+    return sorted(whole(as_directory(directory)))
+
+
+def latest_step(directory: Directory) -> int | None:
+    """The newest step of which there is a whole checkpoint.
+
+    Args:
+      directory: where `save` puts them. It need not exist.
+
+    Returns:
+      The step, or None where there is none: the training begins at its beginning.
+
+    Raises:
+      ValueError: an address such as `gs://...`, which is not a directory.
+      NotADirectoryError: a file.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.checkpoint.latest_step("not/yet/there") is None
+      True
+    """
+    return max(steps(directory), default=None)
+
+
+def as_directory(directory: Directory) -> pathlib.Path:
+    """An absolute path.
+
+    Args:
+      directory: what the caller passed.
+
+    Returns:
+      The path; what it names need not exist.
+
+    Raises:
+      ValueError: an address such as `gs://...`.
+    """
+    text = os.fspath(directory)
+    if "://" in text:
+        raise ValueError(
+            f"directory: expected a directory, local or mounted, got {text!r}. An "
+            "object store cannot rename, and a checkpoint becomes whole by being "
+            "renamed."
+        )
+    return pathlib.Path(text).absolute()
+
+
+def as_step(step: Any) -> int:
+    """A step as a Python integer.
+
+    Args:
+      step: an integer, or an integer array such as an optimizer's counter.
+
+    Returns:
+      The integer.
+
+    Raises:
+      TypeError: not an integer.
+      ValueError: negative.
+    """
+    if not isinstance(step, bool):
+        with contextlib.suppress(TypeError):  # said below
+            step = operator.index(step)
+    _checks.check_positive_int(step, name="step", least=0)
+    return step
+
+
+def whole(directory: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The whole checkpoints in a directory.
+
+    Args:
+      directory: where they are.
+
+    Returns:
+      Their paths by step; none for a directory that does not exist.
+
+    Raises:
+      NotADirectoryError: a file.
+    """
+    found: dict[int, pathlib.Path] = {}
+    try:
+        entries = sorted(directory.iterdir())  # `7.replacement` comes after `7`
+    except FileNotFoundError:
+        return found
+    for path in entries:
+        match = _WHOLE.fullmatch(path.name)
+        # A directory of that name that others made has no stamp.
+        if match and (path / STAMP).is_dir():
+            found[int(match[1])] = path
+    return found
+
+
+def open_for_writing(directory: pathlib.Path) -> None:
+    """Makes the directory, and tidies up what a killed process left in it.
+
+    Args:
+      directory: where checkpoints go.
+
+    Raises:
+      OSError: it cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot make this directory for checkpoints ({error.strerror})",
+            os.fspath(error.filename or directory),
+        ) from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise OSError(
+            errno.EACCES,
+            "cannot write checkpoints into this directory. Save into another one, or "
+            "change its permissions",
+            os.fspath(directory),
+        )
+    for path in sorted(directory.iterdir()):
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif path.name.endswith(_REPLACEMENT) and _WHOLE.fullmatch(path.name):
+            put_in_place(path)
+
+
+def path_to_write(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Where to write a step: nothing may be there yet.
+
+    Args:
+      directory: where checkpoints go, tidied up.
+      step: the step.
+
+    Returns:
+      `<step>`, or `<step>.replacement` where there is one already.
+
+    Raises:
+      FileExistsError: something of that name that is not a checkpoint.
+    """
+    path = directory / str(step)
+    if not path.exists():
+        return path
+    if step not in whole(directory):
+        raise FileExistsError(
+            errno.EEXIST,
+            "this is in the way and is not a checkpoint of jaxsparse, so it is not "
+            "replaced. Move it, or save into another directory",
+            os.fspath(path),
+        )
+    return directory / f"{step}{_REPLACEMENT}"
+
+
+def put_in_place(path: pathlib.Path) -> pathlib.Path:
+    """Lets a whole replacement take the place of what it replaces.
+
+    Args:
+      path: a whole checkpoint, `<step>` or `<step>.replacement`.
+
+    Returns:
+      `<step>`.
+    """
+    if not path.name.endswith(_REPLACEMENT):
+        return path
+    target = path.with_suffix("")
+    if target.exists():
+        remove(target)
+    return path.rename(target)
+
+
+def remove_older(directory: pathlib.Path, step: int, keep: int) -> None:
+    """Deletes old checkpoints, after a new one is whole.
+
+    Args:
+      directory: where they are.
+      step: the new one.
+      keep: how many to leave, with the new one; newer ones are left and not counted.
+    """
+    found = whole(directory)
+    older = sorted(s for s in found if s < step)
+    for old in older[: max(0, len(older) - (keep - 1))]:
+        remove(found[old])
+
+
+def remove(path: pathlib.Path) -> None:
+    """Deletes a checkpoint so that it is never seen half-deleted.
+
+    Args:
+      path: its directory.
+    """
+    aside = path.with_name(path.name + _REMOVED)
+    path.rename(aside)
+    shutil.rmtree(aside)

@@ -1,0 +1,34 @@
+"""Two processes save one sharded checkpoint, over loopback."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+PROGRAM = pathlib.Path(__file__).with_name("one_of_two.py")
+
+
+def test_two_processes_save_and_restore_together(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(tmp_path / "run"), str(port), str(rank)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text
+        assert "as saved" in text

@@ -1,0 +1,96 @@
+"""Trains a small sparse network and saves after each step; run by `test_kill.py`.
+
+`python trainer.py DIRECTORY STEPS` goes on from the latest checkpoint in DIRECTORY and
+prints a hash of every bit of the final parameters, masks and optimizer state.
+"""
+
+import hashlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxsparse as js
+
+
+def init_params():
+    rng = np.random.default_rng(0)
+    kernel = lambda *shape: jnp.asarray(rng.normal(size=shape) / 8, jnp.float32)
+    return {
+        "dense_0": {"kernel": kernel(16, 128), "bias": jnp.zeros(128)},
+        "dense_1": {"kernel": kernel(128, 4), "bias": jnp.zeros(4)},
+    }
+
+
+def make_tx(total_steps):
+    end = total_steps - 5
+    prune_schedule = js.prune_schedule(
+        js.schedules.polynomial(final=0.8, begin=0, end=end),
+        every=js.schedules.every(1, begin=0, end=end),
+        where=r"kernel$",
+    )
+    # The noise has a typed key in its state; the learning rate is an array in it.
+    adam = optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)
+    noise = optax.add_noise(eta=1e-3, gamma=0.55, key=jax.random.key(7))
+    return js.enforce(optax.chain(prune_schedule, noise, adam))
+
+
+def batch_of(step):
+    """Data by step: a run that is resumed sees what it would have seen."""
+    rng = np.random.default_rng([1, step])
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    return draw(32, 16), draw(32, 4)
+
+
+def loss_fn(params, batch):
+    x, y = batch
+    hidden, out = params["dense_0"], params["dense_1"]
+    x = jnp.tanh(x @ hidden["kernel"] + hidden["bias"])
+    return jnp.mean((x @ out["kernel"] + out["bias"] - y) ** 2)
+
+
+def hash_of(*trees):
+    digest = hashlib.sha256()
+    for path, x in js.tree.leaves_with_paths(trees):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        digest.update(f"{path} {x.shape} {x.dtype} {x.weak_type}".encode())
+        digest.update(np.asarray(x).tobytes())
+    return digest.hexdigest()
+
+
+def main(directory, total_steps):
+    tx = make_tx(total_steps)
+
+    @jax.jit
+    def train_step(params, opt_state, batch):
+        grads = jax.grad(loss_fn)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params = init_params()
+    opt_state = tx.init(params)
+    first = 0
+    if js.checkpoint.latest_step(directory) is not None:
+        restored = js.checkpoint.restore(directory, params=params, opt_state=opt_state)
+        params, opt_state, first = restored.params, restored.opt_state, restored.step
+        assert restored.extra == {"data": first * 32}
+    for step in range(first, total_steps):
+        params, opt_state = train_step(params, opt_state, batch_of(step))
+        js.checkpoint.save(
+            directory,
+            step=step + 1,
+            params=params,
+            opt_state=opt_state,
+            extra={"data": (step + 1) * 32},
+            keep=2,
+        )
+    js.check(opt_state, params)
+    print("began at", first)
+    print("hash", hash_of(params, js.masks_of(opt_state), opt_state))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
