@@ -32,7 +32,8 @@ def global_(
 
     Returns:
       A tree of Python floats in [0, 1) with the structure of `scores`, 0.0 where not
-      selected; one that loses everything gets the float64 just below 1. (It reads values, so it cannot run under jit.)
+      selected; one that loses everything gets the float64 just below 1. (It reads
+      values, so it cannot run under jit.)
 
     Raises:
       ValueError: a pattern of another scope, or what `jaxsparse.patterns.masks` raises.
@@ -47,8 +48,7 @@ def global_(
         raise ValueError(f"{pattern} does not compete globally: give scope='global'.")
     masks = patterns.masks(scores, sparsity, pattern=pattern, where=where, axes=axes)
     reached = patterns.sparsity_of(masks, scores)
-    # A parameter that loses everything: the number below 1 counts the same.
-    return jax.tree.map(lambda s: min(s, math.nextafter(1.0, 0.0)), reached)
+    return jax.tree.map(_below_one, reached)
 
 
 def round_to_weights(
@@ -67,7 +67,8 @@ def round_to_weights(
       where: which parameters take part; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of Python floats, each a whole number of weights over the size.
+      A tree of Python floats, each a whole number of weights over the size; one that
+      loses everything gets the float64 just below 1.
 
     Raises:
       ValueError: another structure, or a sparsity outside [0, 1).
@@ -99,7 +100,12 @@ def round_to_weights(
     return jax.tree.unflatten(
         jax.tree.structure(params),
         [
-            counts[i] / sizes[i] if i in counts else float(value)
+            _below_one(counts[i] / max(1, sizes[i])) if i in counts else float(value)
             for i, value in enumerate(values)
         ],
     )
+
+
+def _below_one(sparsity: float) -> float:
+    # A parameter that loses everything: the number below 1 counts the same.
+    return min(sparsity, math.nextafter(1.0, 0.0))

@@ -120,16 +120,18 @@ def _allocate(
     A relative density of None means that all sparsities are equal.
     """
     _checks.check_sparsity(sparsity)
+    sparsity = float(sparsity)
     named = leaves_with_paths(params)
     selected = jax.tree.leaves(select(params, where))
     leaves = {p: x for (p, x), take in zip(named, selected, strict=True) if take}
     fixed = _excepted(list(leaves), exceptions)
-    free = {p: x for p, x in leaves.items() if p not in fixed}
     size = {p: math.prod(x.shape) for p, x in leaves.items()}
+    free = {p: x for p, x in leaves.items() if p not in fixed and size[p]}
     kept = (1 - sparsity) * sum(size.values())
     kept -= sum((1 - s) * size[p] for p, s in fixed.items())
     room = sum(size[p] for p in free)
-    if free and not 0 < kept <= room * (1 + 1e-12):
+    possible = 0 < kept <= room * (1 + 1e-12) if free else abs(kept) <= 0.5
+    if not possible:
         raise ValueError(
             f"A total sparsity of {sparsity:g} cannot be met: with the exceptions "
             f"{dict(exceptions or {})} the other {len(free)} parameters, {room:,} "

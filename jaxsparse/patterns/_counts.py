@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array
@@ -13,11 +14,11 @@ from jaxsparse._typing import Array
 def removed_count(sparsity: float | Array, n: int) -> int | Array:
     """How many of `n` weights or units a sparsity removes: `floor(s * n + 1/2)`.
 
-    A Python number is multiplied in float64. An array (a schedule's value) of less
-    precision gives the same count: one that is the rounding of a decimal with up to
-    six digits, as 0.9 is not a float32 but float32(0.9) is its rounding, means that
-    decimal, and the product is taken in float64, also where JAX's 64-bit mode is off.
-    Without this, 0.9 in float32 is two weights off at 1e8.
+    A decimal of up to six digits means that decimal: `0.7` of 45 is 31.5, although the
+    float64 of that name times 45 is a little less. So does an array of less precision
+    (a schedule's value) that is the rounding of one: 0.9 is no float32, and what stands
+    for it times 1e8 is two weights off. Other numbers are multiplied in float64, also
+    where JAX's 64-bit mode is off. A traced sparsity outside [0, 1] is cut to it.
 
     Args:
       sparsity: a number in [0, 1), possibly traced.
@@ -29,22 +30,37 @@ def removed_count(sparsity: float | Array, n: int) -> int | Array:
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
-      >>> js.patterns.removed_count(0.9, 55), js.patterns.removed_count(0.95, 10)
-      (50, 10)
+      >>> js.patterns.removed_count(0.9, 55), js.patterns.removed_count(0.7, 45)
+      (50, 32)
       >>> int(js.patterns.removed_count(jnp.float32(0.9), 10**8))
       90000000
     """
     _checks.check_sparsity(sparsity)
-    if not isinstance(sparsity, jax.Array | np.ndarray):
+    # numpy's float32 is a scalar of less precision, its float64 a Python float.
+    low = jax.Array | np.ndarray | np.generic
+    if isinstance(sparsity, float) or not isinstance(sparsity, low):
+        millionths = round(float(sparsity) * 1e6)
+        if millionths / 1e6 == float(sparsity):
+            return _count_millionths(millionths, n)
         return min(math.floor(float(sparsity) * n + 0.5), n)
+    dtype = count_dtype(n)
     with jax.enable_x64(True):
         short = jnp.asarray(sparsity)
-        wide = short.astype(jnp.float64)
-        if short.dtype != jnp.float64:
-            decimal = jnp.round(wide * 1e6) / 1e6
-            wide = jnp.where(decimal.astype(short.dtype) == short, decimal, wide)
-        removed = jnp.clip(jnp.floor(wide * n + 0.5), 0, n)
-        return removed.astype(count_dtype(n))
+        wide = jnp.clip(short.astype(jnp.float64), 0, 1)
+        millionths = jnp.round(wide * 1e6)
+        # Without the barrier XLA multiplies by 1e-6 instead, which is not the same.
+        decimal = millionths / lax.optimization_barrier(jnp.full((), 1e6))
+        is_decimal = decimal.astype(short.dtype) == wide.astype(short.dtype)
+        removed = jnp.where(
+            is_decimal,
+            _count_millionths(millionths.astype(jnp.int64), n),
+            jnp.floor(wide * n + 0.5).astype(jnp.int64),
+        )
+        return removed.astype(dtype)
+
+
+def _count_millionths(millionths, n: int):
+    return (2 * millionths * n + 10**6) // (2 * 10**6)
 
 
 def count_dtype(n: int) -> type[np.signedinteger]:

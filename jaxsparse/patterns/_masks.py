@@ -10,6 +10,7 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Tree
 from jaxsparse.patterns._counts import count_dtype
+from jaxsparse.patterns._sharded import sharded_like
 from jaxsparse.tree import leaves_with_paths, map_with_path
 
 
@@ -40,6 +41,9 @@ def apply(params: Tree, masks: PyTree) -> Tree:
 
 
 def _where_kept(w: Array, mask: Array) -> Array:
+    if jnp.issubdtype(w.dtype, jax.dtypes.extended):
+        return w  # a random key, as an NNX state holds: there is no zero of its type
+    w = jnp.asarray(w)
     return jnp.where(mask, w, jnp.zeros((), w.dtype))
 
 
@@ -53,6 +57,15 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
     Raises:
       ValueError: another structure, or a mask that does not broadcast to its parameter.
       TypeError: a leaf that is not of bools.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"w": jnp.ones((2, 3))}
+      >>> js.patterns.check_masks({"w": jnp.array([[True, False, True]])}, params)
+      >>> js.patterns.check_masks({"w": jnp.array([True, False])}, params)
+      Traceback (most recent call last):
+        ...
+      ValueError: w: a mask of shape (2,) does not broadcast ...
     """
     _checks.same_structure(masks, params, name="masks")
     for (path, mask), w in zip(
@@ -134,7 +147,8 @@ def pack(masks: PyTree) -> Packed:
       ([160], ((1, 3),))
     """
     _check_bools(masks)
-    bits = jax.tree.map(lambda m: jnp.packbits(jnp.ravel(m)), masks)
+    flat = lambda ms: [jnp.packbits(jnp.ravel(m)) for m in ms]
+    bits = jax.tree.map(lambda m: sharded_like(flat, [jnp.asarray(m)])[0], masks)
     return Packed(bits, tuple(jnp.shape(m) for m in jax.tree.leaves(masks)))
 
 

@@ -9,10 +9,16 @@ import jax.numpy as jnp
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
 from jaxsparse.patterns._counts import count_dtype, removed_count
-from jaxsparse.patterns._nm import nm_mask
+from jaxsparse.patterns._nm import group_inputs, nm_mask
+from jaxsparse.patterns._sharded import sharded_like
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
 from jaxsparse.patterns._threshold import top_k_masks
-from jaxsparse.patterns._units import block_scores, channel_scores, expand_blocks
+from jaxsparse.patterns._units import (
+    batch_axes,
+    block_scores,
+    channel_scores,
+    expand_blocks,
+)
 from jaxsparse.tree import (
     Axes,
     AxesRule,
@@ -49,8 +55,8 @@ def masks(
 
     Returns:
       A tree of bools with the structure of `scores`, True = kept. Each leaf broadcasts
-      to its parameter: full shape for weights and tiles, size 1 on the other axes for
-      `Channel`, a scalar True for what does not take part.
+      to its parameter: full shape for weights and tiles, size 1 on the other axes (but
+      for batch axes) for `Channel`, a scalar True for what does not take part.
 
     Raises:
       ValueError: a sparsity outside [0, 1), a group size that does not divide its
@@ -80,25 +86,36 @@ def masks(
     stated = resolve_axes(scores, axes)
     result: list[Array] = [jnp.ones((), bool) for _ in named]
     if isinstance(pattern, NM) or pattern.scope != "global":
+        previous = jnp.ones((), bool)
         for i, path, x in chosen:
             keep_axes = _axes_for(path, x, pattern, stated)
             keep = _keep(path, x, sparsities[i], pattern, keep_axes)
-            result[i] = _mask_one(x, keep, path, pattern, keep_axes)
+            keep = keep + _after(previous, keep.dtype)
+            result[i] = previous = _mask_one(x, keep, pattern, keep_axes)
     elif chosen:
-        paths = tuple(path for _, path, _ in chosen)
         leaf_axes = tuple(_axes_for(p, x, pattern, stated) for _, p, x in chosen)
         arrays = [x for _, _, x in chosen]
         n = sum(
             _group_size(p, x, pattern, a)
-            for p, x, a in zip(paths, arrays, leaf_axes, strict=True)
+            for (_, p, x), a in zip(chosen, leaf_axes, strict=True)
         )
         keep = n - removed_count(sparsities[chosen[0][0]], n)
-        together = _mask_all(
-            arrays, jnp.asarray(keep, count_dtype(n)), paths, pattern, leaf_axes
-        )
+        keep = jnp.asarray(keep, count_dtype(n))
+        together = _mask_all(arrays, keep, pattern, leaf_axes)
         for (i, _, _), mask in zip(chosen, together, strict=True):
             result[i] = mask
     return jax.tree.unflatten(jax.tree.structure(scores), result)
+
+
+def _after(previous: Array, dtype) -> Array:
+    """Zero, once the mask of the previous parameter is there.
+
+    Under jit XLA would otherwise work on all parameters at once, and hold the scratch
+    memory of each of them. (Where there is a mesh, one entry is not at hand.)
+    """  # noqa: DOC201
+    if _checks.is_concrete(previous) or not jax.typeof(previous).sharding.mesh.empty:
+        return jnp.zeros((), dtype)
+    return jnp.minimum(previous[(0,) * previous.ndim].astype(dtype), 0)
 
 
 def _sparsities(scores: PyTree, sparsity: Sparsity, pattern: Pattern) -> list:
@@ -149,15 +166,22 @@ def _keep(path: str, x: Array, sparsity, pattern: Pattern, axes: Axes | None) ->
 
 
 def _group_size(path: str, x: Array, pattern: Pattern, axes: Axes | None) -> int:
-    """How many units compete in one group of this parameter."""
+    """How many units compete in one group of this parameter.
+
+    Says which parameter it is that a pattern does not fit; the jitted functions below
+    do not know its path, so that parameters of equal shape share one compilation.
+    """  # noqa: DOC201
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     match pattern:
         case NM(of=of):
+            assert axes is not None
+            jax.eval_shape(lambda x: group_inputs(path, x, pattern, axes)[0], shape)
             return of
         case Unstructured(scope="global"):
             return x.size
         case Unstructured():
             return math.prod(x.shape[a] for a in _competing(x.ndim, pattern, axes))
-    units = jax.eval_shape(lambda x: _units(path, x, pattern, axes), x)
+    units = jax.eval_shape(lambda x: _units(path, x, pattern, axes), shape)
     if pattern.scope == "global":
         return units.size
     return math.prod(units.shape[a] for a in _competing(x.ndim, pattern, axes))
@@ -168,14 +192,14 @@ def _competing(ndim: int, pattern: Pattern, axes: Axes | None) -> tuple[int, ...
     if isinstance(pattern, Unstructured) and pattern.scope == "output":
         assert axes is not None
         return tuple(sorted(axes.input))
-    batch = () if axes is None else axes.batch
+    batch = batch_axes(pattern, ndim, axes)
     return tuple(a for a in range(ndim) if a not in batch)
 
 
 def _units(path: str, x: Array, pattern: Pattern, axes: Axes | None) -> Array:
     match pattern:
         case Channel():
-            return channel_scores(path, x, pattern)
+            return channel_scores(path, x, pattern, axes)
         case Block():
             assert axes is not None
             return block_scores(path, x, pattern, axes)
@@ -189,27 +213,30 @@ def _expand(mask: Array, shape: tuple[int, ...], pattern: Pattern) -> Array:
 
 # Jitted, so that an eager caller compiles once for each shape: a loop whose body is a
 # fresh closure would compile at every call. Inside the caller's jit this is inlined.
-@functools.partial(jax.jit, static_argnames=("path", "pattern", "axes"))
-def _mask_one(
-    x: Array, keep: Array, path: str, pattern: Pattern, axes: Axes | None
-) -> Array:
-    if isinstance(pattern, NM):
-        assert axes is not None
-        return nm_mask(path, x, keep, pattern, axes)
-    units = _units(path, x, pattern, axes)
-    (mask,) = top_k_masks([units], keep, axes=_competing(x.ndim, pattern, axes))
-    return _expand(mask, x.shape, pattern)
+@functools.partial(jax.jit, static_argnames=("pattern", "axes"))
+def _mask_one(x: Array, keep: Array, pattern: Pattern, axes: Axes | None) -> Array:
+    def one(xs: list[Array], keep: Array) -> list[Array]:
+        (x,) = xs
+        if isinstance(pattern, NM):
+            assert axes is not None
+            return [nm_mask("", x, keep, pattern, axes)]
+        units = _units("", x, pattern, axes)
+        (mask,) = top_k_masks([units], keep, axes=_competing(x.ndim, pattern, axes))
+        return [_expand(mask, x.shape, pattern)]
+
+    return sharded_like(one, [x], keep)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("paths", "pattern", "axes"))
+@functools.partial(jax.jit, static_argnames=("pattern", "axes"))
 def _mask_all(
-    xs: list[Array],
-    keep: Array,
-    paths: tuple[str, ...],
-    pattern: Pattern,
-    axes: tuple[Axes | None, ...],
+    xs: list[Array], keep: Array, pattern: Pattern, axes: tuple[Axes | None, ...]
 ) -> list[Array]:
-    units = [_units(p, x, pattern, a) for p, x, a in zip(paths, xs, axes, strict=True)]
-    dtype = jnp.result_type(*units)
-    kept = top_k_masks([u.astype(dtype) for u in units], keep)
-    return [_expand(m, x.shape, pattern) for m, x in zip(kept, xs, strict=True)]
+    def together(xs: list[Array], keep: Array) -> list[Array]:
+        units = [_units("", x, pattern, a) for x, a in zip(xs, axes, strict=True)]
+        # Parameters of different types compete in the type that holds them all.
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.result_type(*units)
+        kept = top_k_masks([u.astype(dtype) for u in units], keep)
+        return [_expand(m, x.shape, pattern) for m, x in zip(kept, xs, strict=True)]
+
+    return sharded_like(together, xs, keep)

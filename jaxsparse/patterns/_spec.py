@@ -116,7 +116,8 @@ class Block:
 class Channel:
     """Whole slices along one axis: output channels, heads, neurons.
 
-    The mask is as small as the decision: `(1, d_out)` for a dense kernel.
+    The mask is as small as the decision: `(1, d_out)` for a dense kernel, `(layers, 1,
+    d_out)` for stacked ones whose batch axis is stated.
 
     Attributes:
       axis: the axis whose indices are units; the last one by default, which is the

@@ -1,22 +1,43 @@
 """The exact top-k mask without a sort.
 
-The k-th largest score is found bit by bit on a key that has the order of the scores.
-Each pass asks one question, "how many keys are at least this large?", and its answer
-is one integer per competing group. So the search runs on any device, under `vmap`,
-with a traced k, and over sharded arrays at the price of one scalar all-reduce a pass;
-nothing is gathered, sorted or copied. Ties are settled by a second search, over the
-flat index, which makes no pass at all when there is nothing to settle.
+The k-th largest score is found on a key that has the order of the scores, one digit of
+it after the other, and each digit bit by bit: a pass asks how many digits reach a
+candidate, and the answer is one integer per competing group. So the search runs on any
+device, under `vmap`, with a traced k, and over sharded arrays at the price of one scalar
+all-reduce a pass; nothing is gathered, sorted or copied. Ties are settled by position,
+in two more passes, and in none when no tie is cut.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._loops import after
 from jaxsparse._typing import Array
+from jaxsparse.patterns._counting import Competing, count, count_reaching
 from jaxsparse.patterns._counts import count_dtype
+
+_DIGIT = 16  # bits
+
+Digits = tuple[Array, ...]
+"""The keys of one array in digits of 16 bits, uint16, the highest first."""
+
+
+class Cut(NamedTuple):
+    """Where to cut, for each competing group.
+
+    Attributes:
+      digits: the k-th largest key, in digits of 16 bits, the highest first.
+      need: how many of those equal to it are kept, from the lowest index on.
+      partly: whether that is fewer than there are.
+    """
+
+    digits: Digits
+    need: Array
+    partly: Array
 
 
 def ordered_keys(x: Array) -> Array:
@@ -49,7 +70,7 @@ def ordered_keys(x: Array) -> Array:
 
 
 def top_k_masks(
-    scores: Sequence[Array], keep: Array, *, axes: tuple[int, ...] | None = None
+    scores: Sequence[Array], keep: Array, *, axes: Competing = None
 ) -> list[Array]:
     """Masks of the `keep` largest scores of each competing group.
 
@@ -58,124 +79,192 @@ def top_k_masks(
         needs `axes=None`.
       keep: how many stay in each group, an integer that may be traced.
       axes: the axes along which the entries of a single array compete; the indices of
-        the other axes are groups of their own. None: all axes.
+        the other axes are groups of their own. None: all entries.
 
     Returns:
       Bool arrays of the shapes of `scores`, exactly `keep` of each group True. Among
       equal scores the one with the lower flat index (in the order of the list) comes
       first.
 
-    Cost: one pass over the keys for each bit of the dtype, fewer when a threshold
-    separates the group before that; one pass for the mask; `log2(n)` more only when
-    the threshold is tied. Memory: the keys, as large as the scores.
+    Cost: one pass over 16-bit digits for each bit of the dtype, one over the scores for
+    each digit and one for the mask; two more where the threshold is tied. Memory: the
+    digits, as large as the scores.
     """
-    keys = [ordered_keys(x) for x in scores]
-    dtype = count_dtype(sum(_group_size(x, axes) for x in scores))
-    keep = jnp.asarray(keep, dtype)
-    threshold, reached = _search(keys, keep, axes)
-    above = [k > threshold for k in keys]
-    tied = [k == threshold for k in keys]
-    cutoff = _tie_cutoff(tied, keep - _total(above, axes, dtype), reached > keep, axes)
-    return [
-        a | (t & (i < cutoff))
-        for a, t, i in zip(above, tied, _flat_indices(tied), strict=True)
-    ]
+    keep = jnp.asarray(keep, count_dtype(sum(x.size for x in scores)))
+    if axes is not None and len(axes) == scores[0].ndim:
+        axes = None
+    digits, cut = _search(scores, keep, axes)
+    if axes is None:
+        ends = _tie_ends(digits, cut)
+    else:
+        ends = [_tie_ends_of_groups(digits[0], cut, axes)]
+    masks = []
+    for own, end in zip(digits, ends, strict=True):
+        above, tied = _compare(own, cut)
+        masks.append(above | (tied & (_positions(own[0], axes, now=end) < end)))
+    return masks
 
 
-def _search(keys: Sequence[Array], keep: Array, axes) -> tuple[Array, Array]:
-    """The largest key that at least `keep` keys reach, and how many reach it.
+def _search(
+    scores: Sequence[Array], keep: Array, axes: Competing
+) -> tuple[list[Digits], Cut]:
+    """Finds the cut digit by digit, from the highest, and gives the arrays' digits."""
+    if axes is None:
+        groups, size = (), sum(x.size for x in scores)
+    else:
+        (x,) = scores
+        groups = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        size = math.prod(x.shape[a] for a in axes)
+    need = jnp.broadcast_to(keep, groups)
+    inside = jnp.full(groups, size, keep.dtype)
+    found: list[Digits] = [() for _ in scores]
+    cut = Cut((), need, need < inside)
+    # No count is below 0. XLA does not know, and so makes no digit before its time.
+    wait = jnp.minimum(keep, jnp.zeros_like(keep))
+    low = jnp.finfo(scores[0].dtype).bits
+    while low:
+        low -= _DIGIT
+        for i, x in enumerate(scores):
+            found[i] = (*found[i], _digit(x, low + wait, found[i], cut))
+        digit, need, inside = _find_digit([d[-1] for d in found], need, inside, axes)
+        cut = Cut((*cut.digits, digit), need, need < inside)
+    return found, cut
 
-    Sets the bits of the threshold from the highest down. A group whose count is
-    already exact stands still; when all do, the loop ends.
-    """
-    unsigned = keys[0].dtype
-    bits = jnp.iinfo(unsigned).bits
-    sizes = _total([k >= 0 for k in keys], axes, keep.dtype)
-    start = jnp.zeros_like(sizes, dtype=unsigned)
 
-    def unsettled(carry):
-        bit, _, reached = carry
-        return (bit >= 0) & jnp.any(reached != keep)
+def _digit(x: Array, low: Array, higher: Digits, cut: Cut) -> Array:
+    """Bits `low` to `low + 16` of the keys; 0 where higher ones are not those of `cut`.
 
-    def try_bit(carry):
-        bit, threshold, reached = carry
-        candidate = threshold | (jnp.ones((), unsigned) << bit.astype(unsigned))
-        count = _total([k >= candidate for k in keys], axes, keep.dtype)
-        accept = (count >= keep) & (reached != keep)
+    What is 0 for that reason never counts: a candidate has at least one bit.
+    """  # noqa: DOC201
+    key = ordered_keys(x)
+    digit = (key >> low.astype(key.dtype)).astype(jnp.uint16)
+    if not higher:
+        return digit
+    _, member = _compare(higher, cut)
+    return jnp.where(member, digit, jnp.zeros_like(digit))
+
+
+def _compare(digits: Digits, cut: Cut) -> tuple[Array, Array]:
+    """Which keys are above the cut, and which equal it, in the digits that are there."""
+    above = digits[0] > cut.digits[0]
+    equal = digits[0] == cut.digits[0]
+    for digit, bound in zip(digits[1:], cut.digits[1:], strict=True):
+        above = above | (equal & (digit > bound))
+        equal = equal & (digit == bound)
+    return above, equal
+
+
+def _find_digit(
+    digits: Sequence[Array], need: Array, inside: Array, axes: Competing
+) -> tuple[Array, Array, Array]:
+    """The largest digit that `need` of the `inside` digits reach, from its highest bit.
+
+    Gives the digit, how many of those that have it are still needed, and how many have
+    it.
+    """  # noqa: DOC201
+
+    def try_bit(i, carry):
+        digit, reach, above = carry
+        bit = jnp.asarray(_DIGIT - 1 - i, jnp.uint16)
+        candidate = digit | (jnp.ones((), jnp.uint16) << bit)
+        counts = [count_reaching(d, candidate, axes, need.dtype) for d in digits]
+        counted = sum(counts[1:], start=counts[0])
+        accept = counted >= need
+        # The last candidate that was refused is the digit's successor.
         return (
-            bit - 1,
-            jnp.where(accept, candidate, threshold),
-            jnp.where(accept, count, reached),
+            jnp.where(accept, candidate, digit),
+            jnp.where(accept, counted, reach),
+            jnp.where(accept, above, counted),
         )
 
-    first = (jnp.asarray(bits - 1, jnp.int32), start, sizes)
-    _, threshold, reached = lax.while_loop(unsettled, try_bit, first)
-    return threshold, reached
+    start = jnp.zeros(need.shape, jnp.uint16), inside, jnp.zeros_like(inside)
+    digit, reach, above = lax.fori_loop(0, _DIGIT, try_bit, start)
+    return digit, need - above, reach - above
 
 
-def _tie_cutoff(tied: Sequence[Array], need: Array, partly: Array, axes) -> Array:
-    """The flat index below which tied entries are kept: `need` of them per group.
+# Ties. XLA makes and stores in front of a loop what does not depend on its turn. Flags
+# and positions of all weights would cost more than the whole search, also in a loop that
+# makes no turn; so they are tied to it (`now`, `after`) and fuse into the pass.
 
-    Where the ties are not cut (`partly` False), it is past the last index.
-    """
-    n = sum(t.size for t in tied)
-    dtype = count_dtype(n)
-    indices = _flat_indices(tied)
-    low = jnp.where(partly, jnp.zeros_like(need, dtype=dtype), n)
-    high = jnp.full_like(low, n)
 
-    def unsettled(carry):
-        low, high = carry
-        return jnp.any(low < high)
+def _tie_ends(digits: Sequence[Digits], cut: Cut) -> list[Array]:
+    """For each array the position before which ties are kept, `cut.need` in all.
 
-    def halve(carry):
-        low, high = carry
+    Two passes, and none where no tie is cut: one counts the ties of each row (the last
+    axis), from which follows the row in which the last one is kept; one takes this row
+    out.
+    """  # noqa: DOC201
+
+    def find(turn: Array, ends: list[Array]) -> list[Array]:
+        need, found = cut.need, []
+        for own, end in zip(after(turn, digits), ends, strict=True):
+            tied = jnp.atleast_1d(_compare(own, cut)[1])
+            narrow = jnp.int16 if tied.shape[-1] < 2**15 else need.dtype
+            rows = jnp.sum(tied, axis=-1, dtype=narrow).astype(need.dtype)
+            here = jnp.minimum(need, jnp.sum(rows))
+            row, left = _place(rows, here)
+            chosen = (tied & (_positions(rows)[..., None] == row)).astype(jnp.uint8)
+            columns = jnp.max(chosen, axis=tuple(range(tied.ndim - 1)))
+            column, _ = _place(columns.astype(need.dtype), left)
+            last = row.astype(end.dtype) * tied.shape[-1] + column.astype(end.dtype)
+            found.append(jnp.where(here > 0, last + 1, jnp.zeros_like(end)))
+            need = need - here
+        return found
+
+    ends = [jnp.asarray(d[0].size, count_dtype(d[0].size)) for d in digits]
+    return lax.fori_loop(0, cut.partly.astype(jnp.int32), find, ends)
+
+
+def _place(counts: Array, need: Array) -> tuple[Array, Array]:
+    """Where the `need`-th of things counted in order lies, and its number in there."""
+    position = _positions(counts)
+
+    def before(end: Array) -> Array:
+        inside = jnp.where(position < end, counts, jnp.zeros((), counts.dtype))
+        return jnp.sum(inside, dtype=counts.dtype)
+
+    end = _smallest(lambda end: before(end) >= need, position.dtype, counts.size)
+    place = jnp.maximum(end - 1, jnp.zeros_like(end))
+    return place, need - before(place)
+
+
+def _tie_ends_of_groups(digits: Digits, cut: Cut, axes: tuple[int, ...]) -> Array:
+    """For each group the position along `axes` before which ties are kept."""
+    shape = digits[0].shape
+
+    def enough(end: Array) -> Array:
+        _, tied = _compare(after(end, digits), cut)
+        tied = tied & (_positions(tied, axes, now=end) < end)
+        return count(tied, axes, cut.need.dtype) >= cut.need
+
+    size = math.prod(shape[a] for a in axes)
+    start = jnp.where(cut.partly, jnp.zeros_like(cut.need), size)
+    return _smallest(enough, count_dtype(math.prod(shape)), size, start=start)
+
+
+def _smallest(
+    enough: Callable[[Array], Array], dtype, most: int, *, start: Array | None = None
+) -> Array:
+    """The smallest number from `start` to `most` of which `enough` says True."""
+    low = jnp.zeros((), dtype) if start is None else start.astype(dtype)
+
+    def halve(bounds):
+        low, high = bounds
         middle = low + (high - low) // 2
-        kept = [t & (i < middle) for t, i in zip(tied, indices, strict=True)]
-        enough = _total(kept, axes, need.dtype) >= need
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+        yes = enough(middle)
+        return jnp.where(yes, low, middle + 1), jnp.where(yes, middle, high)
 
-    return lax.while_loop(unsettled, halve, (low, high))[0]
-
-
-def _total(flags: Sequence[Array], axes, dtype) -> Array:
-    """How many flags are True in each group; axes that compete stay with size 1."""
-    if len(flags) == 1:
-        return _count(flags[0], axes, dtype, keepdims=axes is not None)
-    return sum((_count(f, None, dtype) for f in flags), start=jnp.zeros((), dtype))
+    bounds = (low, jnp.full_like(low, most))
+    return lax.while_loop(lambda b: jnp.any(b[0] < b[1]), halve, bounds)[0]
 
 
-def _count(flags: Array, axes, dtype, *, keepdims: bool = False) -> Array:
-    """Counts in float32 along one axis and in integers along the rest.
-
-    Sums of float32 vectorise where sums of integers do not (twice as fast on x86), and
-    they are exact below 2**24, which one axis is.
-    """
-    axes = tuple(range(flags.ndim)) if axes is None else axes
-    if not axes:
-        return flags.astype(dtype)
-    inner, outer = axes[-1], axes[:-1]
-    if flags.shape[inner] >= 2**24:
-        return jnp.sum(flags, axis=axes, dtype=dtype, keepdims=keepdims)
-    partial = jnp.sum(flags, axis=inner, dtype=jnp.float32, keepdims=True)
-    total = jnp.sum(partial.astype(dtype), axis=outer, dtype=dtype, keepdims=True)
-    return total if keepdims else lax.squeeze(total, axes)
-
-
-def _flat_indices(arrays: Sequence[Array]) -> list[Array]:
-    """Row-major positions, running on from one array to the next."""
-    dtype = count_dtype(sum(x.size for x in arrays))
-    indices, offset = [], 0
-    for x in arrays:
-        index = jnp.full(x.shape, offset, dtype)
-        stride = 1
-        for axis in reversed(range(x.ndim)):
-            index = index + stride * lax.broadcasted_iota(dtype, x.shape, axis)
-            stride *= x.shape[axis]
-        indices.append(index)
-        offset += x.size
-    return indices
-
-
-def _group_size(x: jax.Array, axes) -> int:
-    return x.size if axes is None else math.prod(x.shape[a] for a in axes)
+def _positions(x: Array, axes: Competing = None, *, now: Array | None = None) -> Array:
+    """The row-major position of every entry among those along `axes`."""
+    axes = tuple(range(x.ndim)) if axes is None else axes
+    dtype = count_dtype(x.size)
+    position = jnp.zeros(x.shape, dtype)
+    stride = jnp.ones((), dtype) if now is None else after(now, jnp.ones((), dtype))
+    for axis in sorted(axes, reverse=True):
+        position = position + stride * lax.broadcasted_iota(dtype, x.shape, axis)
+        stride = stride * x.shape[axis]
+    return position

@@ -3,20 +3,41 @@
 import jax.numpy as jnp
 
 from jaxsparse._typing import Array
-from jaxsparse.patterns._spec import Block, Channel, Reduce
+from jaxsparse.patterns._spec import Block, Channel, Pattern, Reduce
 from jaxsparse.tree import Axes
 
 
-def channel_scores(path: str, scores: Array, pattern: Channel) -> Array:
+def batch_axes(pattern: Pattern, ndim: int, axes: Axes | None) -> tuple[int, ...]:
+    """The axes each of whose indices is a layer that competes on its own.
+
+    Args:
+      pattern: an axis that a `Channel` names is none of them: its indices compete.
+      ndim: the parameter's number of axes.
+      axes: the kernel's axes, counted from the front, if they are known.
+
+    Returns:
+      Axes counted from the front.
+    """
+    batch = () if axes is None else axes.batch
+    if isinstance(pattern, Channel):
+        return tuple(a for a in batch if a != pattern.axis % ndim)
+    return batch
+
+
+def channel_scores(
+    path: str, scores: Array, pattern: Channel, axes: Axes | None = None
+) -> Array:
     """Scores of the slices along `pattern.axis`.
 
     Args:
       path: the parameter's path, for the message.
       scores: one score a weight.
       pattern: which axis, and how to reduce.
+      axes: the kernel's axes, counted from the front, if they are known.
 
     Returns:
-      An array with size 1 on every other axis; it broadcasts to the parameter.
+      An array with size 1 on every axis but the pattern's and the batch axes; it
+      broadcasts to the parameter.
 
     Raises:
       ValueError: the parameter has no such axis.
@@ -26,7 +47,8 @@ def channel_scores(path: str, scores: Array, pattern: Channel) -> Array:
             f"{path}: {pattern} asks for axis {pattern.axis}, but the parameter has "
             f"shape {tuple(scores.shape)}."
         )
-    others = tuple(a for a in range(scores.ndim) if a != pattern.axis % scores.ndim)
+    whole = (pattern.axis % scores.ndim, *batch_axes(pattern, scores.ndim, axes))
+    others = tuple(a for a in range(scores.ndim) if a not in whole)
     return _reduce(scores, others, pattern.reduce)
 
 
@@ -46,11 +68,14 @@ def block_scores(path: str, scores: Array, pattern: Block, axes: Axes) -> Array:
     Raises:
       ValueError: a tile's side does not divide its axis.
     """
-    split, inner = [], []
-    for axis, (size, side) in enumerate(_sides(path, scores, pattern, axes)):
-        split += [size // side, side]
-        inner.append(2 * axis + 1)
-    return _reduce(scores.reshape(split), tuple(inner), pattern.reduce, keepdims=False)
+    sides = _sides(path, scores, pattern, axes)
+    tiles, inner = scores, []
+    # One axis at a time, from the last: explicitly sharded arrays allow no more.
+    for axis in reversed(range(scores.ndim)):
+        if sides[axis] > 1:
+            tiles = _split(tiles, axis, sides[axis])
+            inner = [axis + 1, *(a + 1 for a in inner)]
+    return _reduce(tiles, tuple(inner), pattern.reduce, keepdims=False)
 
 
 def expand_blocks(units: Array, shape: tuple[int, ...]) -> Array:
@@ -63,22 +88,34 @@ def expand_blocks(units: Array, shape: tuple[int, ...]) -> Array:
     Returns:
       An array of that shape.
     """
-    fine, tiled = [], []
-    for count, size in zip(units.shape, shape, strict=True):
-        fine += [count, 1]
-        tiled += [count, size // count]
-    return jnp.broadcast_to(units.reshape(fine), tiled).reshape(shape)
+    for axis, (count, size) in enumerate(zip(units.shape, shape, strict=True)):
+        if count != size:
+            tiled = (
+                *units.shape[:axis],
+                count,
+                size // count,
+                *units.shape[axis + 1 :],
+            )
+            spread = jnp.broadcast_to(jnp.expand_dims(units, axis + 1), tiled)
+            units = spread.reshape(*tiled[:axis], size, *tiled[axis + 2 :])
+    return units
 
 
-def _sides(path: str, scores: Array, pattern: Block, axes: Axes):
-    """(size, tile side) of every axis; 1 where the tile does not reach."""
+def _split(x: Array, axis: int, side: int) -> Array:
+    shape = x.shape
+    return x.reshape(*shape[:axis], shape[axis] // side, side, *shape[axis + 1 :])
+
+
+def _sides(path: str, scores: Array, pattern: Block, axes: Axes) -> list[int]:
+    """The tile's side on every axis; 1 where the tile does not reach."""
     sides = [1] * scores.ndim
-    for axis, side, name in zip(
+    named = zip(
         (axes.input[-1], axes.output[-1]),
         pattern.shape,
         ("input", "output"),
         strict=True,
-    ):
+    )
+    for axis, side, name in named:
         if scores.shape[axis] % side:
             raise ValueError(
                 f"{path}: {pattern} needs an {name} axis that {side} divides, but "
@@ -86,7 +123,7 @@ def _sides(path: str, scores: Array, pattern: Block, axes: Axes):
                 "Choose another block, or leave this parameter out with `where`."
             )
         sides[axis] = side
-    return list(zip(scores.shape, sides, strict=True))
+    return sides
 
 
 def _reduce(x: Array, axes, how: Reduce, *, keepdims: bool = True) -> Array:

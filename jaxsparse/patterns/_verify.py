@@ -7,8 +7,9 @@ import numpy as np
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.patterns._masks import check_masks, kept_count
 from jaxsparse.patterns._nm import group_inputs
+from jaxsparse.patterns._sharded import sharded_like
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern
-from jaxsparse.patterns._units import block_scores
+from jaxsparse.patterns._units import block_scores, channel_scores
 from jaxsparse.tree import (
     Axes,
     AxesRule,
@@ -93,32 +94,42 @@ def _verify_one(path: str, mask: Array, pattern: Pattern, stated) -> None:
     match pattern:
         case NM(keep=keep, of=of):
             kernel = kernel_axes(path, mask, stated)
-            grouped, axis = group_inputs(path, mask, pattern, kernel)
-            kept = jnp.ravel(jnp.sum(grouped, axis=axis))
-            worst = int(jnp.argmax(kept > keep))
-            if int(kept[worst]) > keep:
+            kept = _kept_in_groups(path, mask, pattern, kernel)
+            if bool(jnp.any(kept > keep)):
+                worst = int(jnp.argmax(kept > keep))
                 raise ValueError(
                     f"{path}: group {worst} keeps {int(kept[worst])} of {of}, against "
                     f"{pattern}."
                 )
         case Block():
             kernel = kernel_axes(path, mask, stated)
-            _all_or_none(path, _block_means(path, mask, pattern, kernel), pattern)
+            tiles = Block(pattern.shape, reduce="max")
+            any_of = lambda m: block_scores(path, m, tiles, kernel)
+            _all_or_none(path, mask, pattern, any_of)
         case Channel(axis=axis):
-            others = tuple(a for a in range(mask.ndim) if a != axis % mask.ndim)
-            _all_or_none(path, jnp.mean(mask, axis=others), pattern)
+            slices = Channel(axis, reduce="max")
+            any_of = lambda m: channel_scores(path, m, slices, stated.get(path))
+            _all_or_none(path, mask, pattern, any_of)
         case _:
             pass
 
 
-def _block_means(path: str, mask: Array, pattern: Block, axes: Axes) -> Array:
-    means = Block(pattern.shape, reduce="mean")
-    return block_scores(path, mask.astype(jnp.float32), means, axes)
+def _kept_in_groups(path: str, mask: Array, pattern: NM, axes: Axes) -> Array:
+    def kept(masks: list[Array]) -> list[Array]:
+        grouped, axis = group_inputs(path, masks[0], pattern, axes)
+        return [jnp.ravel(jnp.sum(grouped, axis=axis))]
+
+    return sharded_like(kept, [mask])[0]
 
 
-def _all_or_none(path: str, kept: Array, pattern: Pattern) -> None:
-    broken = jnp.ravel((kept != 0) & (kept != 1))
+def _all_or_none(path: str, mask: Array, pattern: Pattern, any_of) -> None:
+    def both(masks: list[Array]) -> list[Array]:
+        (mask,) = masks
+        return [jnp.ravel(any_of(mask) & any_of(~mask))]
+
+    (broken,) = sharded_like(both, [mask])
     if bool(jnp.any(broken)):
         raise ValueError(
-            f"{path}: unit {int(jnp.argmax(broken))} is kept in part, against {pattern}."
+            f"{path}: unit {int(jnp.argmax(broken))} is kept in part, against "
+            f"{pattern}."
         )

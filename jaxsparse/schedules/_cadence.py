@@ -64,7 +64,7 @@ class At:
     def __call__(self, step: Any) -> Array:
         """Whether masks change in this step."""
         step = jnp.asarray(step)
-        return jnp.any(step[..., None] == jnp.asarray(self.steps, step.dtype), axis=-1)
+        return jnp.isin(step, jnp.asarray(self.steps, step.dtype))
 
     def last(self, before: int | None = None) -> int | None:
         """The last update step.

@@ -101,8 +101,10 @@ def polynomial(
         raise ValueError(f"{power=} must be positive; 3 is Zhu & Gupta's.")
 
     def schedule(step) -> Array:
-        progress = (jnp.asarray(step) - begin) / jnp.float32(end - begin)
-        left = (1 - jnp.clip(progress.astype(jnp.float32), 0, 1)) ** power
+        # Subtracted in the step's own type: exact for integers, also unsigned ones.
+        elapsed = jnp.maximum(jnp.asarray(step), begin) - begin
+        progress = elapsed.astype(jnp.float32) / jnp.float32(end - begin)
+        left = (1 - jnp.minimum(progress, 1)) ** power
         return init * left + final * (1 - left)
 
     return schedule

@@ -66,15 +66,18 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
     """
     sensitivity = taylor(params, grads)
     selected = jax.tree.leaves(select(params, where))
+    wide = jnp.result_type(float)  # a sum in 16 bits stalls or overflows
     counted = [
-        jnp.sum(s, dtype=jnp.promote_types(s.dtype, jnp.float32))
+        jnp.sum(s, dtype=wide)
         for s, take in zip(jax.tree.leaves(sensitivity), selected, strict=True)
         if take
     ]
-    total = sum(counted[1:], start=counted[0]) if counted else jnp.ones(())
+    total = sum(counted, start=jnp.zeros((), wide))
     # All gradients zero: no weight is better than another, and 0/0 is no score.
     total = jnp.where(total > 0, total, jnp.ones_like(total))
-    return jax.tree.map(lambda s: s / total.astype(s.dtype), sensitivity)
+    return jax.tree.map(
+        lambda s: (s.astype(wide) / total).astype(s.dtype), sensitivity
+    )
 
 
 def grasp(

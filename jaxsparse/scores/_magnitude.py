@@ -20,14 +20,20 @@ def magnitude(params: PyTree) -> PyTree:
       params: a tree of arrays.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes, larger = keep.
+      A tree of arrays of the same shapes and dtypes, larger = keep; random keys stay
+      as they are.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> js.scores.magnitude({"w": jnp.array([-2.0, 1.0])})
       {'w': Array([2., 1.], dtype=float32)}
     """
-    return jax.tree.map(jnp.abs, params)
+    return jax.tree.map(lambda w: w if _is_key(w) else jnp.abs(w), params)
+
+
+def _is_key(w) -> bool:
+    # NNX keeps the random keys of dropout layers in its states; they have no order.
+    return isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jax.dtypes.extended)
 
 
 def random(params: PyTree, *, key: Array) -> PyTree:
@@ -54,6 +60,9 @@ def random(params: PyTree, *, key: Array) -> PyTree:
 
     def draw(key: Array, w: Array) -> Array:
         floating = jnp.issubdtype(w.dtype, jnp.floating)
-        return jax.random.uniform(key, w.shape, w.dtype if floating else jnp.float32)
+        if _is_key(w):
+            return w
+        u = jax.random.uniform(key, w.shape, w.dtype if floating else jnp.float32)
+        return u + jnp.zeros_like(w, dtype=u.dtype)  # takes the parameter's sharding
 
     return jax.tree.map(draw, keys_like(key, params), params)

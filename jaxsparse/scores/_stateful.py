@@ -118,7 +118,8 @@ def moving_average(
     inner = as_score(score)
 
     def init(params: PyTree):
-        zeros = lambda w: jnp.zeros_like(w, dtype=jnp.promote_types(w.dtype, "float32"))
+        wide = lambda w: w.dtype if w.dtype == jnp.float64 else jnp.float32
+        zeros = lambda w: jnp.zeros_like(w, dtype=wide(w))
         return (inner.init(params), jax.tree.map(zeros, params))
 
     def update(grads: PyTree, state: Any, params: PyTree):

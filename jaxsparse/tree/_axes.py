@@ -110,6 +110,12 @@ def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
 
     Raises:
       ValueError: an expression matches no path, or axes do not fit their parameter.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"conv": jnp.ones((3, 3, 8, 16)), "query": jnp.ones((16, 4, 4))}
+      >>> js.tree.resolve_axes(params, {"query": js.Axes(input=(0,), output=(-2, -1))})
+      {'query': Axes(input=(0,), output=(1, 2), batch=())}
     """
     leaves = [(p, x) for p, x in leaves_with_paths(params) if hasattr(x, "ndim")]
     if axes is None or not leaves:
@@ -142,5 +148,10 @@ def kernel_axes(path: str, leaf: Any, stated: Mapping[str, Axes]) -> Axes:
 
     Returns:
       Its axes.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.tree.kernel_axes("dense", jnp.ones((2, 3)), {})
+      Axes(input=(0,), output=(1,), batch=())
     """
     return stated.get(path) or default_axes(path, leaf)

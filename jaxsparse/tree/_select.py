@@ -112,7 +112,7 @@ def _nothing_selected(params: PyTree, where: Where) -> str:
     )
 
 
-def nearest(wanted: str, paths: list[str], most: int = 5) -> list[str]:
+def nearest(wanted: str, paths: list[str], *, most: int = 5) -> list[str]:
     """The paths most like a mistyped one, best first.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse._typing import Array
+from jaxsparse._typing import Array, Tree
 
 Carry = TypeVar("Carry")
 
@@ -35,7 +35,22 @@ def when(
     """
 
     def turn(i: Array, carry: Carry) -> Carry:
-        _, inside = lax.optimization_barrier((i, reads))
-        return f(carry, *inside)
+        return f(carry, *after(i, reads))
 
     return lax.fori_loop(0, jnp.asarray(predicate).astype(jnp.int32), turn, x)
+
+
+def after(first: Any, x: Tree) -> Tree:
+    """`x`, but not before `first` is there, as far as XLA is concerned.
+
+    What is made from the result is neither moved out of the loop that makes `first`,
+    nor worked on (and kept in memory) earlier.
+
+    Args:
+      first: a tree of arrays.
+      x: a tree of arrays; numbers of their own kind where order is all that matters.
+
+    Returns:
+      A tree like `x`, with the same values.
+    """
+    return lax.optimization_barrier((first, x))[1]

@@ -1,0 +1,59 @@
+"""Functions with reshapes on arrays whose sharding is part of their type."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxsparse._typing import Array
+
+
+def sharded_like(
+    f: Callable[..., list[Array]], arrays: Sequence[Array], *rest: Array
+) -> list[Array]:
+    """Calls `f(arrays, *rest)`; each result is sharded as its array.
+
+    On a mesh with explicit axes JAX asks of every reshape how its result is sharded,
+    which for a tile that lies on two devices cannot be said. There the compiler decides
+    within `f`, as it does on a mesh with automatic axes, and the results alone are
+    stated: an axis is sharded where it is as long as in the array.
+
+    Args:
+      f: a function of arrays, with one result for each of them.
+      arrays: arrays of any sharding.
+      *rest: more arguments of `f`.
+
+    Returns:
+      What `f` returns.
+    """
+    mesh = explicit_mesh(arrays)
+    if mesh is None:
+        return f(list(arrays), *rest)
+    plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    results = jax.eval_shape(f, [plain(x) for x in arrays], *map(plain, rest))
+    shardings = []
+    for x, result in zip(arrays, results, strict=True):
+        spec = [None] * result.ndim
+        if result.ndim == x.ndim:
+            parts = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)
+            sizes = zip(parts, x.shape, result.shape, strict=False)
+            spec = [part if n == m else None for part, n, m in sizes]
+        shardings.append(NamedSharding(mesh, P(*spec)))
+    return jax.sharding.auto_axes(f, out_sharding=shardings)(list(arrays), *rest)
+
+
+def explicit_mesh(arrays: Sequence[Array]):
+    """The mesh of the arrays that are sharded over explicit axes.
+
+    Args:
+      arrays: arrays of any sharding.
+
+    Returns:
+      The first such mesh, or None.
+    """
+    for x in arrays:
+        mesh = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None

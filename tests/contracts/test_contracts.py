@@ -1,0 +1,326 @@
+"""What every public score, pattern and allocation keeps. A new one is a new row."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxsparse as js
+
+SHAPES = {
+    "a": {"kernel": (16, 16), "bias": (16,)},
+    "b": {"kernel": (16, 16), "bias": (16,)},
+}
+KERNELS = ("a", "b")
+
+
+def model(dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    is_shape = lambda x: isinstance(x, tuple)
+    return jax.tree.map(lambda s: draw(s).astype(dtype), SHAPES, is_leaf=is_shape)
+
+
+def mixed_model():
+    """One kernel in each type, so that one compilation tests both."""
+    return model() | {"b": model("bfloat16")["b"]}
+
+
+def apply(params, x):
+    for layer, bias in ((params[k]["kernel"], params[k]["bias"]) for k in KERNELS):
+        x = jax.nn.relu(x @ layer + bias[None])
+    return x
+
+
+def batch(params):
+    return jnp.linspace(-1, 1, 32, dtype=params["a"]["bias"].dtype).reshape(2, 16)
+
+
+def loss(params, x):
+    return jnp.mean((apply(params, x) - 1) ** 2)
+
+
+def with_grads(score):
+    return lambda params, key: score(params, jax.grad(loss)(params, batch(params)))
+
+
+def averaged(params, key):
+    grads = jax.grad(loss)(params, batch(params))
+    score = js.scores.moving_average(js.scores.taylor)
+    state = score.update(grads, score.init(params), params)
+    average = score.score(params, grads, state)
+    return jax.tree.map(lambda s, w: s.astype(w.dtype), average, params)
+
+
+SCORES = {
+    "magnitude": lambda params, key: js.scores.magnitude(params),
+    "random": lambda params, key: js.scores.random(params, key=key),
+    "taylor": with_grads(js.scores.taylor),
+    "snip": with_grads(js.scores.snip),
+    "grasp": lambda params, key: js.scores.grasp(loss, params, batch(params)),
+    "synflow": lambda params, key: js.scores.synflow(apply, params, batch(params)),
+    "moving_average": averaged,
+}
+RANDOM = {"random"}
+PATTERNS = {
+    "layer": js.Unstructured(),
+    "global": js.Unstructured("global"),
+    "output": js.Unstructured("output"),
+    "nm": js.NM(2, 4),
+    "block": js.Block((4, 4)),
+    "block, global": js.Block((4, 4), reduce="max", scope="global"),
+    "channel": js.Channel(),
+    "channel, global": js.Channel(axis=0, scope="global"),
+}
+ALLOCATIONS = {
+    "uniform": js.allocations.uniform,
+    "erk": js.allocations.erk,
+    "global_": lambda params, s: js.allocations.global_(js.scores.magnitude(params), s),
+    "round_to_weights": lambda params, s: js.allocations.round_to_weights(
+        params, js.allocations.erk(params, s)
+    ),
+}
+PACKAGES = [
+    js.tree,
+    js.patterns,
+    js.schedules,
+    js.scores,
+    js.allocations,
+    js.oneshot,
+]
+
+every_score = pytest.mark.parametrize("name", SCORES)
+every_pattern = pytest.mark.parametrize("name", PATTERNS)
+every_allocation = pytest.mark.parametrize("name", ALLOCATIONS)
+both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@functools.cache
+def jitted_score(name):
+    return jax.jit(SCORES[name])
+
+
+@functools.partial(jax.jit, static_argnames="pattern")
+def jitted_prune(params, sparsity, pattern):
+    return js.prune(params, sparsity, pattern=pattern)
+
+
+def assert_same_kind(tree, like):
+    assert jax.tree.structure(tree) == jax.tree.structure(like)
+    for got, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+
+
+def assert_same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def differ(tree, other):
+    return any(
+        (x != y).any()
+        for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    )
+
+
+def functions_of(package):
+    return {k: f for k, f in vars(package).items() if inspect.isfunction(f)}
+
+
+PUBLIC = {
+    f"{package.__name__}.{name}": f
+    for package in PACKAGES
+    for name, f in functions_of(package).items()
+}
+
+
+# Scores.
+
+
+@every_score
+@both_dtypes
+def test_scores_keep_structure_shapes_and_dtypes(name, dtype, getkey):
+    params = model(dtype)
+    assert_same_kind(jitted_score(name)(params, getkey()), params)
+
+
+@every_score
+def test_scores_are_the_same_eager_and_jitted(name, getkey):
+    params, key = model(), getkey()
+    eager, jitted = SCORES[name](params, key), jitted_score(name)(params, key)
+    for got, expected in zip(
+        jax.tree.leaves(jitted), jax.tree.leaves(eager), strict=True
+    ):
+        # Fused sums round otherwise, by a part of their largest term.
+        atol = 1e-6 * float(jnp.abs(expected).max())
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=atol)
+
+
+@every_score
+def test_eager_scores_do_not_compile_again_for_other_values(name, getkey, compilations):
+    SCORES[name](model(), getkey())
+    with compilations() as second:
+        SCORES[name](model(seed=1), getkey())
+    assert second.names == []
+
+
+@every_score
+def test_scores_lie_where_their_parameters_do(name, getkey):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    params = jax.device_put(model(), NamedSharding(mesh, P("x")))
+    scores = SCORES[name](params, getkey())
+    for score, w in zip(jax.tree.leaves(scores), jax.tree.leaves(params), strict=True):
+        assert score.sharding.is_equivalent_to(w.sharding, w.ndim)
+
+
+@every_score
+def test_scores_depend_on_the_key_if_they_are_random_and_on_nothing_else(name, getkey):
+    params, key, other = model(), getkey(), getkey()
+    score = jitted_score(name)
+    assert_same(score(params, key), score(params, key))
+    assert differ(score(params, key), score(params, other)) == (name in RANDOM)
+
+
+@every_score
+def test_scores_are_numbers_and_not_all_equal(name, getkey):
+    for leaf in jax.tree.leaves(jitted_score(name)(model(), getkey()), is_leaf=None):
+        assert jnp.isfinite(leaf).all()
+        assert leaf.min() < leaf.max()
+
+
+# Patterns.
+
+
+@every_pattern
+def test_pruning_keeps_structure_shapes_and_dtypes(name):
+    params = mixed_model()
+    pruned, masks = jitted_prune(params, 0.5, PATTERNS[name])
+    assert_same_kind(pruned, params)
+    js.patterns.check_masks(masks, params)
+
+
+@every_pattern
+def test_the_count_is_exact_and_the_pattern_is_obeyed(name):
+    params = mixed_model()
+    pruned, masks = jitted_prune(params, 0.5, PATTERNS[name])
+    js.patterns.verify(masks, params, pattern=PATTERNS[name])
+    assert sum(int((pruned[k]["kernel"] != 0).sum()) for k in KERNELS) == 256
+
+
+@every_pattern
+def test_pruning_is_the_same_eager_and_jitted(name):
+    params = mixed_model()
+    eager = js.prune(params, 0.5, pattern=PATTERNS[name])
+    assert_same(eager, jitted_prune(params, 0.5, PATTERNS[name]))
+
+
+@every_pattern
+def test_eager_pruning_does_not_compile_again_for_another_sparsity(name, compilations):
+    js.prune(model(), 0.25, pattern=PATTERNS[name])
+    with compilations() as second:
+        js.prune(model(seed=1), 0.5, pattern=PATTERNS[name])
+    assert second.names == []
+
+
+@every_pattern
+def test_what_is_not_selected_stays_bit_for_bit(name):
+    params = model()
+    odd = jnp.array([jnp.nan, -0.0, jnp.inf, 1e-42] * 4)
+    params["b"]["bias"] = odd
+    pruned = js.prune(params, 0.5, pattern=PATTERNS[name]).params
+    bits = lambda x: np.asarray(x).view(np.uint32).tolist()
+    assert bits(pruned["b"]["bias"]) == bits(odd)
+    assert bits(pruned["a"]["bias"]) == bits(params["a"]["bias"])
+
+
+@every_pattern
+def test_what_is_kept_stays_bit_for_bit(name):
+    params = mixed_model()
+    pruned, masks = jitted_prune(params, 0.5, PATTERNS[name])
+    for k in KERNELS:
+        expected = np.where(masks[k]["kernel"], params[k]["kernel"], 0)
+        np.testing.assert_array_equal(pruned[k]["kernel"], expected)
+
+
+def test_parameters_of_equal_shape_share_one_compilation(compilations):
+    params = {f"layer_{i}": jnp.ones((7, 13)) for i in range(4)}
+    with compilations() as once:
+        js.patterns.masks({"layer_0": params["layer_0"]}, 0.5)
+    with compilations() as all_four:
+        js.patterns.masks(params, 0.5)
+    assert once.of("_mask_one") == 1
+    assert all_four.of("_mask_one") == 0
+
+
+# Allocations.
+
+
+@every_allocation
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_allocations_are_numbers_for_every_parameter(name, sparsity):
+    found = ALLOCATIONS[name](model(), sparsity)
+    assert jax.tree.structure(found) == jax.tree.structure(model())
+    assert all(type(s) is float and 0 <= s < 1 for s in jax.tree.leaves(found))
+    assert [found[k]["bias"] for k in KERNELS] == [0.0, 0.0]
+
+
+@every_allocation
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
+def test_allocations_meet_the_total(name, sparsity):
+    params = model()
+    found = ALLOCATIONS[name](params, sparsity)
+    removed = sum(found[k]["kernel"] * params[k]["kernel"].size for k in KERNELS)
+    # In whole weights where weights are counted, exactly where they are not.
+    slack = 0.5 if name in ("global_", "round_to_weights") else 1e-9
+    assert abs(removed - sparsity * 512) <= slack
+
+
+@every_allocation
+def test_allocations_can_be_pruned_by(name):
+    found = ALLOCATIONS[name](model(), 0.75)
+    masks = js.prune(model(), found).masks
+    assert sum(int(masks[k]["kernel"].sum()) for k in KERNELS) == 128
+
+
+# The table itself, and what signatures and docstrings have in common.
+
+
+def test_every_public_score_and_allocation_has_a_row():
+    helpers = {"as_score"}
+    assert set(functions_of(js.scores)) - helpers == set(SCORES)
+    assert set(functions_of(js.allocations)) == set(ALLOCATIONS)
+    kinds = {type(p) for p in PATTERNS.values()}
+    assert kinds == set(js.patterns.Pattern.__args__)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_function_has_an_example(name):
+    doc = inspect.getdoc(PUBLIC[name])
+    assert doc
+    assert "Example:" in doc
+    assert ">>>" in doc
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_has_a_default_is_passed_by_name(name):
+    # The two that are the subject of the call, and read well without their names.
+    positional = {"sparsity", "where"}
+    for parameter in inspect.signature(PUBLIC[name]).parameters.values():
+        if (
+            parameter.default is not parameter.empty
+            and parameter.name not in positional
+        ):
+            assert parameter.kind == parameter.KEYWORD_ONLY, parameter
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_key_is_required_and_passed_by_name(name):
+    key = inspect.signature(PUBLIC[name]).parameters.get("key")
+    if key is not None:
+        assert key.default is key.empty
+        if name != "jaxsparse.tree.keys_like":  # there it is what the call is about
+            assert key.kind == key.KEYWORD_ONLY

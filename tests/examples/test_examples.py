@@ -1,0 +1,216 @@
+"""Each example runs as a user runs it, in its small setting; then its words are read.
+
+An accuracy is compared with a wide range: these are one to three seeds of some hundred
+steps. What is exact (sparsities, counts, "the same logits") is compared exactly.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+NAMES = (
+    "custom_score",
+    "demo",
+    "nnx_training",
+    "oneshot",
+    "patterns",
+    "pretrained",
+    "train_state",
+)
+
+
+def run(name: str, *arguments: str, code: int = 0, **environment: str) -> str:
+    """What an example prints; fails unless it ends with this exit code."""
+    # As a user has it: one device, and not the eight that the tests simulate.
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"COLUMNS": "120", "NO_COLOR": "1", **environment}
+    command = [sys.executable, "-W", "error::DeprecationWarning", f"{name}.py"]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=EXAMPLES,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def row(text: str, name: str) -> list[float]:
+    """The numbers of the table row that begins with a name; percents as fractions."""
+    pattern = rf"^\W*{re.escape(name)}(?:\s*│|\s\s+|\s(?=\d))(.*)$"
+    found = re.findall(pattern, text, flags=re.MULTILINE)
+    assert len(found) == 1, f"{len(found)} rows begin with {name!r} in:\n{text}"
+    numbers = re.findall(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)( ?%)?", found[0])
+    value = lambda n: float(n.replace(",", ""))
+    return [value(n) / 100 if percent else value(n) for n, percent in numbers]
+
+
+def all_within(numbers: list[float], least: float, most: float = 1.0) -> bool:
+    return len(numbers) > 0 and all(least <= x <= most for x in numbers)
+
+
+def is_picture(path: pathlib.Path) -> bool:
+    """Of a fair size, and not empty: it holds several colours."""
+    image = matplotlib.image.imread(path)
+    return image.shape[0] > 300 and image.shape[1] > 500 and image.std() > 0.05
+
+
+def test_each_example_has_a_test():
+    assert {p.stem for p in EXAMPLES.glob("[!_]*.py")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_opens_as_a_notebook(name):
+    text = (EXAMPLES / f"{name}.py").read_text()
+    assert text.startswith("# %% [markdown]\n# # ")
+    assert text.count("\n# %%\n") >= 3  # cells of code
+
+
+def test_demo(tmp_path):
+    said = run("demo", "--small", "--out", str(tmp_path))
+    size = 151_072
+    for name, sparsity, kept in (
+        ("dense", 0.0, size),
+        ("90 %", 0.9, 15_107),
+        ("95 %", 0.95, 7_554),
+    ):
+        reached, weights, *accuracies = row(said, name)
+        assert reached == pytest.approx(sparsity, abs=5e-5)
+        assert weights == kept
+        assert all_within(accuracies, 0.94)
+    assert said.count("Conv_1/kernel") == 2  # the layers of both sparse networks
+    assert "every logit is the same" in said
+    restored, saved = re.findall(r"(?:accuracy|with) (\d+\.\d+)%", said)
+    assert restored == saved
+    assert is_picture(tmp_path / "demo.png")
+    page = (tmp_path / "demo.html").read_text()
+    assert page.count("<table") == 2
+    assert "data:image/png;base64," in page
+    assert any((tmp_path / "checkpoint").iterdir())
+
+
+def test_oneshot(tmp_path):
+    said = run("oneshot", "--small", "--out", str(tmp_path))
+    (dense,) = re.findall(r"^dense: (\d+\.\d+)%", said, flags=re.MULTILINE)
+    assert float(dense) > 96
+    assert {0.8, 6_554, 32_768} <= set(row(said, "dense_1/kernel"))
+    after, before = said.split("pruned before training of")
+    random, taylor, snip, magnitude = (
+        row(after, name) for name in ("random", "taylor", "snip", "magnitude")
+    )
+    assert taylor == snip  # one order
+    assert magnitude[0] > 0.95
+    assert magnitude[0] > magnitude[2] > magnitude[4]
+    assert all(m > r for m, r in zip(magnitude[:4], random, strict=False))
+    assert "magnitude: 0.00% of the middle layer" in said
+    for name in ("random", "snip", "magnitude"):
+        accuracies = row(before, name)
+        assert len(accuracies) == 6
+        assert all_within(accuracies[:3], 0.9)  # at 30, 50 and 70 %
+    assert row(before, "snip")[4] > row(after, "snip")[4] + 0.3
+    assert is_picture(tmp_path / "oneshot.png")
+
+
+def test_custom_score(tmp_path):
+    said = run("custom_score", "--small", "--out", str(tmp_path))
+    assert all_within(row(said, "(dense)"), 0.96)
+    for name in ("loss_change, one batch", "loss_change, averaged", "w^2 * mean(g^2)"):
+        mean, *seeds = row(said, name)
+        assert len(seeds) == 3
+        assert all_within([mean, *seeds], 0.8)
+    assert all_within(row(said, "magnitude"), 0.5)
+    assert is_picture(tmp_path / "custom_score.png")
+
+
+def test_patterns(tmp_path):
+    said = run("patterns", "--small", "--out", str(tmp_path))
+    assert "a kernel of three axes" in said
+    assert "group 0 keeps 4 of 4" in said
+    names = (
+        "single weights",
+        "of each output",
+        "2:4",
+        "tiles of 4 x 4",
+        "output channels",
+        "heads of query",
+    )
+    rows = {name: row(said, name) for name in names}
+    assert all(r[0] == 0.5 for r in rows.values())
+    assert all(2 * weights == dense for _, _, weights, dense, _ in rows.values())
+    left = [rows[name][1] for name in names[:5]]
+    assert left == sorted(left, reverse=True)  # the coarser, the less is left
+    assert [r[-1] for r in rows.values()] == [1856, 1856, 1856, 1856, 18, 4]
+    assert is_picture(tmp_path / "patterns.png")
+
+
+def test_nnx_training(tmp_path):
+    said = run("nnx_training", "--small", "--out", str(tmp_path))
+    assert {0.9, 15_078, 150_784} <= set(row(said, "pruned parameters"))
+    assert 0.0 not in row(said, "hidden/kernel")
+    assert all_within(row(said, "dense"), 0.94)
+    assert all_within(row(said, "90 %"), 0.94)
+    assert is_picture(tmp_path / "nnx_training.png")
+
+
+def test_train_state(tmp_path):
+    said = run("train_state", "--small", "--out", str(tmp_path))
+    assert re.search(r"first/kernel: .* has 9", said)
+    for path, size in (
+        ("down/kernel", 18_432),
+        ("hidden/kernel", 131_072),
+        ("out/kernel", 1_280),
+    ):
+        assert {0.5, size / 2, size} <= set(row(said, path))
+    assert all_within(row(said, "dense"), 0.94)
+    assert all_within(row(said, "2:4"), 0.94)
+    assert is_picture(tmp_path / "train_state.png")
+
+
+def assert_says_what_is_missing(said: str, folder: pathlib.Path) -> None:
+    assert "Missing:" in said
+    assert str(folder / "weights" / "resnet20_cifar10.npz") in said
+    assert "set JAXSPARSE_DATA to a folder" in said
+
+
+@pytest.mark.parametrize(("arguments", "code"), [((), 2), (("--skip-missing",), 0)])
+def test_pretrained_without_its_data(tmp_path, arguments, code):
+    said = run("pretrained", *arguments, code=code, JAXSPARSE_DATA=str(tmp_path))
+    assert_says_what_is_missing(said, tmp_path)
+
+
+@pytest.mark.slow
+def test_pretrained(tmp_path):
+    beside = EXAMPLES.parents[1] / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("JAXSPARSE_DATA") or beside)
+    arguments = ("--small", "--out", str(tmp_path))
+    if not (folder / "weights" / "resnet20_cifar10.npz").is_file():
+        said = run("pretrained", *arguments, code=2)
+        assert_says_what_is_missing(said, folder)
+        return
+    said = run("pretrained", *arguments)
+    errors = re.findall(r"logits within (\S+) of the reference", said)
+    assert len(errors) == 2
+    assert all(float(error) < 1e-3 for error in errors)
+    for percent in (0, 30, 50, 60, 70, 80):
+        per_layer, _, reference = row(said, f"{percent}%")
+        assert abs(per_layer - reference) < 0.06  # 400 images against 2,000
+    for name, sparsity in (
+        ("80 % per layer", 0.8),
+        ("80 % global", 0.8),
+        ("2:4", 0.5),
+    ):
+        reached, one_shot, tuned = row(said, name)[:3]
+        assert reached == pytest.approx(sparsity, abs=1e-4)
+        assert tuned > one_shot + 0.05
+    assert "conv1.weight: NM(keep=2, of=4)" in said
+    assert is_picture(tmp_path / "pretrained.png")
+    assert is_picture(tmp_path / "layers.png")

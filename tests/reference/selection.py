@@ -1,0 +1,110 @@
+"""What a pattern keeps, by sorting: numpy, float64, loops where they are plainest."""
+
+import fractions
+import math
+
+import numpy as np
+
+import jaxsparse as js
+
+
+def removed_count(sparsity: float, n: int) -> int:
+    """`floor(s * n + 1/2)` of the decimal that a number is written as."""
+    return math.floor(fractions.Fraction(str(sparsity)) * n + fractions.Fraction(1, 2))
+
+
+def best(values: np.ndarray, keep: int) -> np.ndarray:
+    """Positions of the `keep` largest: ties to the lower one, NaN below all."""
+    values = np.asarray(values, np.float64)
+    nan = np.isnan(values)
+    order = np.lexsort((np.arange(values.size), -np.where(nan, 0, values), nan))
+    return order[:keep]
+
+
+def keep_in_groups(scores: np.ndarray, groups, sparsity: float) -> np.ndarray:
+    """Selects in each group, a list of flat indices, on its own."""
+    flat = np.asarray(scores, np.float64).ravel()
+    mask = np.zeros(flat.size, bool)
+    for group in groups:
+        keep = len(group) - removed_count(sparsity, len(group))
+        mask[np.asarray(group)[best(flat[group], keep)]] = True
+    return mask.reshape(scores.shape)
+
+
+def layer_groups(shape, batch=()):
+    """All weights that share their indices of the batch axes."""
+    indices = np.arange(math.prod(shape)).reshape(shape)
+    layers = math.prod(shape[a] for a in batch)
+    front = np.moveaxis(indices, batch, range(len(batch)))
+    return [np.sort(g) for g in front.reshape(layers, -1)]
+
+
+def input_groups(shape, axes: js.Axes, size: int | None = None):
+    """`size` neighbours along the input axes (None: all), for each output and batch."""
+    indices = np.arange(math.prod(shape)).reshape(shape)
+    columns = indices.transpose((*axes.output, *axes.batch, *axes.input))
+    d_in = math.prod(shape[a] for a in axes.input)
+    return list(columns.reshape(-1, size or d_in))
+
+
+def units(scores: np.ndarray, pattern, axes: js.Axes | None):
+    """The score of every unit, and for each the slices of its weights."""
+    scores = np.asarray(scores, np.float64)
+    sides = [1] * scores.ndim
+    if isinstance(pattern, js.Block):
+        sides[axes.input[-1]], sides[axes.output[-1]] = pattern.shape
+    if isinstance(pattern, js.Channel):
+        batch = () if axes is None else axes.batch
+        apart = {pattern.axis % scores.ndim, *batch}
+        sides = [1 if a in apart else n for a, n in enumerate(scores.shape)]
+    grid = tuple(n // side for n, side in zip(scores.shape, sides, strict=True))
+    values, places = np.zeros(grid), {}
+    reduce = np.max if getattr(pattern, "reduce", "max") == "max" else np.mean
+    for unit in np.ndindex(*grid):
+        place = tuple(
+            slice(i * n, (i + 1) * n) for i, n in zip(unit, sides, strict=True)
+        )
+        values[unit], places[unit] = reduce(scores[place]), place
+    return values, places
+
+
+def mask(scores, sparsity: float, pattern, axes: js.Axes | None = None) -> np.ndarray:
+    """The full mask of one parameter."""
+    scores = np.asarray(scores, np.float64)
+    if axes is None:
+        axes = js.Axes(tuple(range(scores.ndim - 1)), (scores.ndim - 1,))
+    match pattern:
+        case js.NM(of=of):
+            groups = input_groups(scores.shape, axes, of)
+            return keep_in_groups(scores, groups, sparsity)
+        case js.Unstructured(scope="output"):
+            groups = [np.sort(g) for g in input_groups(scores.shape, axes)]
+            return keep_in_groups(scores, groups, sparsity)
+        case js.Unstructured():
+            groups = layer_groups(scores.shape, axes.batch)
+            return keep_in_groups(scores, groups, sparsity)
+    values, places = units(scores, pattern, axes)
+    batch = axes.batch
+    if isinstance(pattern, js.Channel):
+        batch = tuple(a for a in batch if a != pattern.axis % scores.ndim)
+    kept = keep_in_groups(values, layer_groups(values.shape, batch), sparsity)
+    full = np.zeros(scores.shape, bool)
+    for unit, place in places.items():
+        full[place] = kept[unit]
+    return full
+
+
+def global_masks(scores: list, sparsity: float, pattern, axes=None) -> list[np.ndarray]:
+    """The full masks of parameters whose units all compete."""
+    axes = axes or [js.Axes(tuple(range(x.ndim - 1)), (x.ndim - 1,)) for x in scores]
+    found = [units(x, pattern, a) for x, a in zip(scores, axes, strict=True)]
+    together = np.concatenate([values.ravel() for values, _ in found])
+    kept = keep_in_groups(together, [np.arange(together.size)], sparsity)
+    full, start = [], 0
+    for x, (values, places) in zip(scores, found, strict=True):
+        own = kept[start : start + values.size].reshape(values.shape)
+        start += values.size
+        full.append(np.zeros(x.shape, bool))
+        for unit, place in places.items():
+            full[-1][place] = own[unit]
+    return full
