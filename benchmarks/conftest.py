@@ -1,7 +1,7 @@
 """Benchmarks: each measures ours and a reference in turn, in one run.
 
-    pytest benchmarks                   # the table, and benchmarks/results/<device>.json
-    pytest benchmarks --device gpu      # sizes for an accelerator
+    pytest benchmarks                 # the table, and benchmarks/results/<device>.json
+    pytest benchmarks --device gpu    # sizes for an accelerator
 
 A shared machine changes its speed within seconds, so what is compared is timed in turn
 (A B C A B C ...), and a ratio is the median of the ratios of each turn. Nothing here
@@ -73,7 +73,9 @@ def environment(device: str) -> dict:
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":")[1].strip() for line in file if "model name" in line]
+            names = [
+                line.split(":")[1].strip() for line in file if "model name" in line
+            ]
         cpu = names[0] if names else cpu
     return {
         "device": device,

@@ -4,6 +4,7 @@ Parameters and state are donated, as people train.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def init(large: bool) -> dict:
             / np.sqrt(a),
             "bias": jnp.zeros(b),
         }
-        for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+        for i, (a, b) in enumerate(itertools.pairwise(widths))
     }
 
 
@@ -79,9 +80,7 @@ def test_training_step(large, compare):
     # Masks change in the first step alone; what is timed comes later.
     once = js.prune_schedule(0.9, every=js.schedules.at(0))
     always = js.prune_schedule(0.9, every=1)
-    globally = js.prune_schedule(
-        0.9, every=1, pattern=js.Unstructured(scope="global")
-    )
+    globally = js.prune_schedule(0.9, every=1, pattern=js.Unstructured(scope="global"))
     masks = js.prune(init(large), 0.9).masks
     run = functools.partial(Run, batch=batch, large=large)
     runs = {

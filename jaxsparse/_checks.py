@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxsparse._typing import PyTree
 
@@ -17,7 +18,7 @@ def is_concrete(x: Any) -> bool:
     Returns:
       False under `jit`, `vmap` or `grad` and for `jax.ShapeDtypeStruct`.
     """
-    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    return not isinstance(x, Tracer | jax.ShapeDtypeStruct)
 
 
 def check_sparsity(sparsity: Any, *, name: str = "sparsity") -> None:

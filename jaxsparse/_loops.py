@@ -11,9 +11,7 @@ from jaxsparse._typing import Array, Tree
 Carry = TypeVar("Carry")
 
 
-def when(
-    predicate: Array, f: Callable[..., Carry], x: Carry, *reads: Any
-) -> Carry:
+def when(predicate: Array, f: Callable[..., Carry], x: Carry, *reads: Any) -> Carry:
     """`f(x, *reads) if predicate else x`, with `x` left in place where it does not run.
 
     It is a loop of no or one turn. `lax.cond` would do, but it keeps XLA from updating

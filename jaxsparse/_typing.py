@@ -20,4 +20,4 @@ Sparsity = Any
 """A number in [0, 1), a schedule, or a tree of either."""
 
 Where = Any
-"""None, a regular expression on the path, `(path, leaf) -> bool`, or a tree of bools."""
+"""None, a regular expression, `(path, leaf) -> bool`, or a tree of bools."""

@@ -60,7 +60,8 @@ def prune(
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
-      >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, -4.0]]), "bias": jnp.ones(2)}
+      >>> kernel = jnp.array([[3.0, -1.0], [2.0, -4.0]])
+      >>> params = {"kernel": kernel, "bias": jnp.ones(2)}
       >>> pruned = js.prune(params, 0.5)
       >>> pruned.params["kernel"].tolist(), pruned.params["bias"].tolist()
       ([[3.0, 0.0], [0.0, -4.0]], [1.0, 1.0])

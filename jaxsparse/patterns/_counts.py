@@ -77,7 +77,7 @@ def count_dtype(n: int) -> type[np.signedinteger]:
     """
     if n < 2**31:
         return np.int32
-    if not jax.config.jax_enable_x64:
+    if jnp.result_type(int) != jnp.int64:
         raise ValueError(
             f"{n:,} weights compete in one group, more than int32 can count. Set "
             "jax_enable_x64, or let fewer compete: js.Unstructured(scope='layer')."

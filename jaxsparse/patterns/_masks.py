@@ -33,7 +33,8 @@ def apply(params: Tree, masks: PyTree) -> Tree:
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
-      >>> js.patterns.apply({"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.array([True, False])})
+      >>> masks = {"w": jnp.array([True, False])}
+      >>> js.patterns.apply({"w": jnp.array([1.0, jnp.nan])}, masks)
       {'w': Array([1., 0.], dtype=float32)}
     """
     check_masks(masks, params)

@@ -66,10 +66,12 @@ def masks(
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
-      >>> scores = {"kernel": jnp.array([[1.0, 8.0], [7.0, 2.0], [6.0, 3.0], [4.0, 5.0]])}
+      >>> kernel = jnp.array([[1.0, 8.0], [7.0, 2.0], [6.0, 3.0], [4.0, 5.0]])
+      >>> scores = {"kernel": kernel}
       >>> js.patterns.masks(scores, 0.5)["kernel"].astype(int).tolist()
       [[0, 1], [1, 0], [1, 0], [0, 1]]
-      >>> js.patterns.masks(scores, pattern=js.NM(keep=2, of=4))["kernel"].sum(0).tolist()
+      >>> two_of_four = js.patterns.masks(scores, pattern=js.NM(keep=2, of=4))
+      >>> two_of_four["kernel"].sum(0).tolist()
       [2, 2]
     """
     selected = jax.tree.leaves(select(scores, where))
@@ -112,7 +114,7 @@ def _after(previous: Array, dtype) -> Array:
 
     Under jit XLA would otherwise work on all parameters at once, and hold the scratch
     memory of each of them. (Where there is a mesh, one entry is not at hand.)
-    """  # noqa: DOC201
+    """
     if _checks.is_concrete(previous) or not jax.typeof(previous).sharding.mesh.empty:
         return jnp.zeros((), dtype)
     return jnp.minimum(previous[(0,) * previous.ndim].astype(dtype), 0)
@@ -170,7 +172,7 @@ def _group_size(path: str, x: Array, pattern: Pattern, axes: Axes | None) -> int
 
     Says which parameter it is that a pattern does not fit; the jitted functions below
     do not know its path, so that parameters of equal shape share one compilation.
-    """  # noqa: DOC201
+    """
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     match pattern:
         case NM(of=of):

@@ -1,6 +1,7 @@
 """Functions with reshapes on arrays whose sharding is part of their type."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -40,7 +41,8 @@ def sharded_like(
             sizes = zip(parts, x.shape, result.shape, strict=False)
             spec = [part if n == m else None for part, n, m in sizes]
         shardings.append(NamedSharding(mesh, P(*spec)))
-    return jax.sharding.auto_axes(f, out_sharding=shardings)(list(arrays), *rest)
+    automatic: Any = jax.sharding.auto_axes(f, out_sharding=shardings)
+    return automatic(list(arrays), *rest)
 
 
 def explicit_mesh(arrays: Sequence[Array]):

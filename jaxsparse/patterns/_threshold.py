@@ -3,7 +3,7 @@
 The k-th largest score is found on a key that has the order of the scores, one digit of
 it after the other, and each digit bit by bit: a pass asks how many digits reach a
 candidate, and the answer is one integer per competing group. So the search runs on any
-device, under `vmap`, with a traced k, and over sharded arrays at the price of one scalar
+device, under `vmap`, with a traced k, and over sharded arrays at the cost of a scalar
 all-reduce a pass; nothing is gathered, sorted or copied. Ties are settled by position,
 in two more passes, and in none when no tie is cut.
 """
@@ -123,7 +123,7 @@ def _search(
     wait = jnp.minimum(keep, jnp.zeros_like(keep))
     low = jnp.finfo(scores[0].dtype).bits
     while low:
-        low -= _DIGIT
+        low = max(0, low - _DIGIT)
         for i, x in enumerate(scores):
             found[i] = (*found[i], _digit(x, low + wait, found[i], cut))
         digit, need, inside = _find_digit([d[-1] for d in found], need, inside, axes)
@@ -135,7 +135,7 @@ def _digit(x: Array, low: Array, higher: Digits, cut: Cut) -> Array:
     """Bits `low` to `low + 16` of the keys; 0 where higher ones are not those of `cut`.
 
     What is 0 for that reason never counts: a candidate has at least one bit.
-    """  # noqa: DOC201
+    """
     key = ordered_keys(x)
     digit = (key >> low.astype(key.dtype)).astype(jnp.uint16)
     if not higher:
@@ -145,7 +145,7 @@ def _digit(x: Array, low: Array, higher: Digits, cut: Cut) -> Array:
 
 
 def _compare(digits: Digits, cut: Cut) -> tuple[Array, Array]:
-    """Which keys are above the cut, and which equal it, in the digits that are there."""
+    """Which keys are above the cut, and which equal it, in the digits at hand."""
     above = digits[0] > cut.digits[0]
     equal = digits[0] == cut.digits[0]
     for digit, bound in zip(digits[1:], cut.digits[1:], strict=True):
@@ -161,7 +161,7 @@ def _find_digit(
 
     Gives the digit, how many of those that have it are still needed, and how many have
     it.
-    """  # noqa: DOC201
+    """
 
     def try_bit(i, carry):
         digit, reach, above = carry
@@ -183,7 +183,7 @@ def _find_digit(
 
 
 # Ties. XLA makes and stores in front of a loop what does not depend on its turn. Flags
-# and positions of all weights would cost more than the whole search, also in a loop that
+# and positions of all weights would cost more than the whole search, even where the loop
 # makes no turn; so they are tied to it (`now`, `after`) and fuse into the pass.
 
 
@@ -193,7 +193,7 @@ def _tie_ends(digits: Sequence[Digits], cut: Cut) -> list[Array]:
     Two passes, and none where no tie is cut: one counts the ties of each row (the last
     axis), from which follows the row in which the last one is kept; one takes this row
     out.
-    """  # noqa: DOC201
+    """
 
     def find(turn: Array, ends: list[Array]) -> list[Array]:
         need, found = cut.need, []

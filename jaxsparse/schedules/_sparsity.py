@@ -94,8 +94,8 @@ def polynomial(
     _checks.check_positive_int(begin, name="begin", least=0)
     if end <= begin:
         raise ValueError(
-            f"A schedule has to end after it begins: got {begin=}, {end=}. For a single "
-            "cut use js.schedules.one_shot."
+            f"A schedule has to end after it begins: got {begin=}, {end=}. For one cut "
+            "use js.schedules.one_shot."
         )
     if power <= 0:
         raise ValueError(f"{power=} must be positive; 3 is Zhu & Gupta's.")

@@ -60,7 +60,8 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
-      >>> params, grads = {"w": jnp.array([[-2.0, 1.0]])}, {"w": jnp.array([[0.5, 3.0]])}
+      >>> params = {"w": jnp.array([[-2.0, 1.0]])}
+      >>> grads = {"w": jnp.array([[0.5, 3.0]])}
       >>> js.scores.snip(params, grads)
       {'w': Array([[0.25, 0.75]], dtype=float32)}
     """
@@ -75,9 +76,7 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
     total = sum(counted, start=jnp.zeros((), wide))
     # All gradients zero: no weight is better than another, and 0/0 is no score.
     total = jnp.where(total > 0, total, jnp.ones_like(total))
-    return jax.tree.map(
-        lambda s: (s.astype(wide) / total).astype(s.dtype), sensitivity
-    )
+    return jax.tree.map(lambda s: (s.astype(wide) / total).astype(s.dtype), sensitivity)
 
 
 def grasp(

@@ -75,9 +75,10 @@ def check_horizon(
             _checks.check_sparsity(schedule, name=name)
             continue
         with jax.ensure_compile_time_eval():
-            final = float(schedule(_LATE))
-            reached = final if last is None else float(schedule(last))
-            first = float(schedule(0))
+            at: Any = schedule
+            final = float(at(_LATE))
+            reached = final if last is None else float(at(last))
+            first = float(at(0))
         _checks.check_sparsity(first, name=f"{name} at step 0")
         _checks.check_sparsity(final, name=f"{name} in the end")
         if not math.isclose(reached, final, rel_tol=0, abs_tol=1e-6):
@@ -91,8 +92,8 @@ def check_horizon(
 
 def _last_update(cadence: Cadence, total_steps: int | None) -> int | None:
     """The last step in which masks change, None if that is not known, -1 if never."""
-    last = getattr(cadence, "last", None)
-    if callable(last):
+    last: Any = getattr(cadence, "last", None)
+    if last is not None:
         return last(total_steps)
     if total_steps is None:
         return None

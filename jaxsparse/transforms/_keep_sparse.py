@@ -1,5 +1,7 @@
 """`keep_sparse`: masks held by the last member of a chain."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,9 +42,9 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
       >>> optax.apply_updates(params, updates)
       {'w': Array([[2.9, 0. ]], dtype=float32)}
     """
-    inner = masks if isinstance(masks, PruneSchedule) else _fixed(masks)
+    inner: Any = masks if isinstance(masks, PruneSchedule) else _fixed(masks)
 
-    def init_fn(params: PyTree) -> PruneScheduleState:
+    def init_fn(params: PyTree) -> Any:
         state = inner.init(params)
         # A score that needs gradients says so here and not in the first step.
         jax.eval_shape(lambda p: inner.update(None, state, p), params)
@@ -61,7 +63,7 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
 def _fixed(masks: PyTree) -> optax.GradientTransformationExtraArgs:
     """A pruning transformation that never changes its masks."""
 
-    def init_fn(params: PyTree) -> PruneScheduleState:
+    def init_fn(params: PyTree) -> Any:
         if jax.tree.leaves(params):
             patterns.check_masks(masks, params)
             # Copies: a step that donates its state must not take the caller's masks.

@@ -1,5 +1,7 @@
 """Holding pruned weights at exactly zero."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -65,9 +67,8 @@ def apply_updates(params: Tree, updates: PyTree, opt_state: PyTree) -> Tree:
     """
     if not find_states(opt_state):
         raise ValueError(NO_STATE)
-    return patterns.apply(
-        optax.apply_updates(params, updates), masks_like(params, opt_state)
-    )
+    moved: Any = optax.apply_updates(cast(Any, params), updates)
+    return patterns.apply(moved, masks_like(params, opt_state))
 
 
 def init_sparse(
@@ -96,7 +97,7 @@ def init_sparse(
       >>> params
       {'w': Array([[3., 0.]], dtype=float32)}
     """
-    opt_state = tx.init(params)
+    opt_state = tx.init(cast(Any, params))
     if not find_states(opt_state):
         raise ValueError(NO_STATE)
     return patterns.apply(params, masks_like(params, opt_state)), opt_state

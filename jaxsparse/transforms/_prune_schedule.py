@@ -12,10 +12,10 @@ from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse import patterns, scores
 from jaxsparse._checks import is_concrete
+from jaxsparse._loops import when
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
 from jaxsparse.transforms._enforce import enforce
 from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
-from jaxsparse._loops import when
 from jaxsparse.transforms._state import PruneScheduleState
 from jaxsparse.tree import AxesRule, leaves_with_paths
 
@@ -78,7 +78,7 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
           >>> state = prune_schedule.adopt(dense_state, params, step=1_000)
           >>> updates, state = prune_schedule.wrap(adam).update(params, state, params)
         """
-        state = self.init(params)
+        state: Any = self.init(params)
         if masks is not None:
             _check_masked(params, masks)
             fit = lambda mask, like: jnp.array(
@@ -160,7 +160,7 @@ def prune_schedule(
             scored, evaluate(sparsity, step), pattern=pattern, where=where, axes=axes
         )
 
-    def init_fn(params: PyTree) -> PruneScheduleState:
+    def init_fn(params: PyTree) -> Any:
         score_state = scorer.init(params)
         return PruneScheduleState(
             step=jnp.zeros((), jnp.int32),
@@ -189,7 +189,7 @@ def prune_schedule(
             positive = sparsity is None or any(float(s) > 0 for s in asked)
         return due and positive and not scorer.needs_grads
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         del extra_args
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
@@ -225,7 +225,7 @@ def prune_schedule(
         look = ~updated & (state.updated | (state.step % _LOOK_FOR_LEAKS_EVERY == 0))
         leaked = when(look & (state.step > 0), _most_leaked, leaked, frozen, masks)
         state = PruneScheduleState(
-            step=optax.safe_increment(state.step),
+            step=jnp.asarray(optax.safe_increment(state.step)),
             masks=masks,
             score_state=score_state,
             updated=updated,

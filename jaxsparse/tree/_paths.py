@@ -28,7 +28,7 @@ def path_str(key_path: tuple[Any, ...]) -> str:
       ['a/0', 'a/1/b']
     """
     last = key_path[-1] if key_path else None
-    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+    if getattr(last, "name", None) == "value":
         key_path = key_path[:-1]
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
