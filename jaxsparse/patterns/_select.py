@@ -115,7 +115,8 @@ def _after(previous: Array, dtype) -> Array:
     Under jit XLA would otherwise work on all parameters at once, and hold the scratch
     memory of each of them. (Where there is a mesh, one entry is not at hand.)
     """
-    if _checks.is_concrete(previous) or not jax.typeof(previous).sharding.mesh.empty:
+    spread = not jax.typeof(previous).sharding.mesh.empty
+    if _checks.is_concrete(previous) or spread or not previous.size:
         return jnp.zeros((), dtype)
     return jnp.minimum(previous[(0,) * previous.ndim].astype(dtype), 0)
 

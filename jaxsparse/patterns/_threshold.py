@@ -183,7 +183,7 @@ def _find_digit(
 
 
 # Ties. XLA makes and stores in front of a loop what does not depend on its turn. Flags
-# and positions of all weights would cost more than the whole search, even where the loop
+# and positions of all weights would cost more than the whole search, also where it
 # makes no turn; so they are tied to it (`now`, `after`) and fuse into the pass.
 
 
@@ -201,10 +201,10 @@ def _tie_ends(digits: Sequence[Digits], cut: Cut) -> list[Array]:
             tied = jnp.atleast_1d(_compare(own, cut)[1])
             narrow = jnp.int16 if tied.shape[-1] < 2**15 else need.dtype
             rows = jnp.sum(tied, axis=-1, dtype=narrow).astype(need.dtype)
-            here = jnp.minimum(need, jnp.sum(rows))
+            here = jnp.minimum(need, jnp.sum(rows, dtype=need.dtype))
             row, left = _place(rows, here)
             chosen = (tied & (_positions(rows)[..., None] == row)).astype(jnp.uint8)
-            columns = jnp.max(chosen, axis=tuple(range(tied.ndim - 1)))
+            columns = jnp.max(chosen, axis=tuple(range(tied.ndim - 1)), initial=0)
             column, _ = _place(columns.astype(need.dtype), left)
             last = row.astype(end.dtype) * tied.shape[-1] + column.astype(end.dtype)
             found.append(jnp.where(here > 0, last + 1, jnp.zeros_like(end)))
