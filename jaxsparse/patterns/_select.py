@@ -92,7 +92,8 @@ def masks(
         for i, path, x in chosen:
             keep_axes = _axes_for(path, x, pattern, stated)
             keep = _keep(path, x, sparsities[i], pattern, keep_axes)
-            keep = keep + _after(previous, keep.dtype)
+            if isinstance(pattern, Unstructured):
+                keep = keep + _after(previous, keep.dtype)
             result[i] = previous = _mask_one(x, keep, pattern, keep_axes)
     elif chosen:
         leaf_axes = tuple(_axes_for(p, x, pattern, stated) for _, p, x in chosen)

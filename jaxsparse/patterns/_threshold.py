@@ -119,8 +119,7 @@ def _search(
     inside = jnp.full(groups, size, keep.dtype)
     found: list[Digits] = [() for _ in scores]
     cut = Cut((), need, need < inside)
-    # No count is below 0. XLA does not know, and so makes no digit before its time.
-    wait = jnp.minimum(keep, jnp.zeros_like(keep))
+    wait = _zero(keep)
     low = jnp.finfo(scores[0].dtype).bits
     while low:
         low = max(0, low - _DIGIT)
@@ -129,6 +128,14 @@ def _search(
         digit, need, inside = _find_digit([d[-1] for d in found], need, inside, axes)
         cut = Cut((*cut.digits, digit), need, need < inside)
     return found, cut
+
+
+def _zero(number: Array) -> Array:
+    """0, which XLA cannot know: no count is negative.
+
+    What is made with it waits for the count, and its memory can serve others before.
+    """
+    return jnp.minimum(number, jnp.zeros_like(number))
 
 
 def _digit(x: Array, low: Array, higher: Digits, cut: Cut) -> Array:
@@ -198,7 +205,10 @@ def _tie_ends(digits: Sequence[Digits], cut: Cut) -> list[Array]:
     def find(turn: Array, ends: list[Array]) -> list[Array]:
         need, found = cut.need, []
         for own, end in zip(after(turn, digits), ends, strict=True):
-            tied = jnp.atleast_1d(_compare(own, cut)[1])
+            # One array after the other: each waits for the `need` that is left.
+            wait = _zero(need).astype(jnp.uint16)
+            here_cut = cut._replace(digits=tuple(d + wait for d in cut.digits))
+            tied = jnp.atleast_1d(_compare(own, here_cut)[1])
             narrow = jnp.int16 if tied.shape[-1] < 2**15 else need.dtype
             rows = jnp.sum(tied, axis=-1, dtype=narrow).astype(need.dtype)
             here = jnp.minimum(need, jnp.sum(rows, dtype=need.dtype))
