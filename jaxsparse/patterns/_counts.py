@@ -14,11 +14,11 @@ from jaxsparse._typing import Array
 def removed_count(sparsity: float | Array, n: int) -> int | Array:
     """How many of `n` weights or units a sparsity removes: `floor(s * n + 1/2)`.
 
-    A decimal of up to six digits means that decimal: `0.7` of 45 is 31.5, although the
-    float64 of that name times 45 is a little less. So does an array of less precision
-    (a schedule's value) that is the rounding of one: 0.9 is no float32, and what stands
-    for it times 1e8 is two weights off. Other numbers are multiplied in float64, also
-    where JAX's 64-bit mode is off. A traced sparsity outside [0, 1] is cut to it.
+    The product is taken in float64, also where JAX's 64-bit mode is off. An array of
+    less precision (a schedule's value) that is the rounding of a decimal of up to six
+    digits means the float64 of that decimal: 0.9 is no float32, and what stands for it
+    times 1e8 is two weights off. So a traced sparsity counts as the Python number does.
+    One outside [0, 1] is cut to it.
 
     Args:
       sparsity: a number in [0, 1), possibly traced.
@@ -30,8 +30,8 @@ def removed_count(sparsity: float | Array, n: int) -> int | Array:
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
-      >>> js.patterns.removed_count(0.9, 55), js.patterns.removed_count(0.7, 45)
-      (50, 32)
+      >>> js.patterns.removed_count(0.9, 55), js.patterns.removed_count(0.95, 10)
+      (50, 10)
       >>> int(js.patterns.removed_count(jnp.float32(0.9), 10**8))
       90000000
     """
@@ -39,9 +39,6 @@ def removed_count(sparsity: float | Array, n: int) -> int | Array:
     # numpy's float32 is a scalar of less precision, its float64 a Python float.
     low = jax.Array | np.ndarray | np.generic
     if isinstance(sparsity, float) or not isinstance(sparsity, low):
-        millionths = round(float(sparsity) * 1e6)
-        if millionths / 1e6 == float(sparsity):
-            return _count_millionths(millionths, n)
         return min(math.floor(float(sparsity) * n + 0.5), n)
     dtype = count_dtype(n)
     with jax.enable_x64(True):
@@ -51,16 +48,8 @@ def removed_count(sparsity: float | Array, n: int) -> int | Array:
         # Without the barrier XLA multiplies by 1e-6 instead, which is not the same.
         decimal = millionths / lax.optimization_barrier(jnp.full((), 1e6))
         is_decimal = decimal.astype(short.dtype) == wide.astype(short.dtype)
-        removed = jnp.where(
-            is_decimal,
-            _count_millionths(millionths.astype(jnp.int64), n),
-            jnp.floor(wide * n + 0.5).astype(jnp.int64),
-        )
-        return removed.astype(dtype)
-
-
-def _count_millionths(millionths, n: int):
-    return (2 * millionths * n + 10**6) // (2 * 10**6)
+        exact = jnp.where(is_decimal, decimal, wide)
+        return jnp.floor(exact * n + 0.5).astype(dtype)
 
 
 def count_dtype(n: int) -> type[np.signedinteger]:

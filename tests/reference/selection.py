@@ -1,6 +1,5 @@
 """What a pattern keeps, by sorting: numpy, float64, loops where they are plainest."""
 
-import fractions
 import math
 
 import numpy as np
@@ -9,8 +8,8 @@ import jaxsparse as js
 
 
 def removed_count(sparsity: float, n: int) -> int:
-    """`floor(s * n + 1/2)` of the decimal that a number is written as."""
-    return math.floor(fractions.Fraction(str(sparsity)) * n + fractions.Fraction(1, 2))
+    """`floor(s * n + 1/2)` in float64."""
+    return math.floor(np.float64(sparsity) * n + 0.5)
 
 
 def best(values: np.ndarray, keep: int) -> np.ndarray:
