@@ -11,7 +11,12 @@ import numpy as np
 from jaxsparse import _checks, patterns, transforms
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.report._tables import Row, Table
-from jaxsparse.tree import leaves_with_paths, map_with_path, select
+from jaxsparse.tree import (
+    leaves_with_paths,
+    map_with_path,
+    select,
+    unwrap_variables,
+)
 
 
 def table(
@@ -60,18 +65,18 @@ def table(
       >>> [(row.path, row.reached, row.packed_bytes) for row in t.rows]
       [('bias', 0.0, 8), ('kernel', 0.5, 9)]
     """
-    params, asked = _unwrap(params), _unwrap(asked)
+    params, asked = unwrap_variables(params), unwrap_variables(asked)
     named = leaves_with_paths(params)
     for path, w in named:
         _check_parameter(path, w)
     if masks is not None:
-        masks = _unwrap(masks)
+        masks = unwrap_variables(masks)
     elif opt_state is not None:
         masks = transforms.masks_of(opt_state)
     else:
         masks = map_with_path(_mask_of_zeros, params, select(params))
     patterns.check_masks(masks, params)
-    states = transforms.find_states(_unwrap(opt_state))
+    states = transforms.find_states(unwrap_variables(opt_state))
     counts = [
         _counts(path, w, mask)
         for (path, w), mask in zip(named, jax.tree.leaves(masks), strict=True)
@@ -90,14 +95,6 @@ def table(
         _sum("total", rows),
         title,
         max((int(np.max(n)) for n in in_state), default=0),
-    )
-
-
-def _unwrap(tree: PyTree) -> PyTree:
-    # NNX keeps arrays in variables; optimizer states have them too.
-    is_variable = lambda x: hasattr(x, "get_value")
-    return jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
     )
 
 

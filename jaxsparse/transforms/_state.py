@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsparse import patterns
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.tree import path_str
+from jaxsparse.tree import path_str, unwrap_variables
 
 
 class PruneScheduleState(NamedTuple):
@@ -126,7 +127,7 @@ def masks_of(opt_state: PyTree) -> PyTree:
       >>> js.masks_of(tx.init({"w": jnp.array([[3.0, 1.0]]), "b": jnp.ones(2)}))
       {'b': Array(True, dtype=bool), 'w': Array([[ True, False]], dtype=bool)}
     """
-    states = find_states(_unwrap_variables(opt_state))
+    states = find_states(unwrap_variables(opt_state))
     if not states:
         raise ValueError(NO_STATE)
     hidden = lambda x: isinstance(x, optax.MaskedNode)
@@ -141,14 +142,6 @@ def masks_of(opt_state: PyTree) -> PyTree:
         return kept
 
     return jax.tree.map(lay_over, *(s.masks for s in states), is_leaf=hidden)
-
-
-def _unwrap_variables(tree: PyTree) -> PyTree:
-    """Takes arrays out of the variables in which `nnx.Optimizer` keeps them."""
-    is_variable = lambda x: hasattr(x, "get_value")
-    return jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
-    )
 
 
 NO_STATE = (
@@ -187,14 +180,15 @@ def check(opt_state: PyTree, params: PyTree = None) -> None:
       ValueError: 1 pruned weights are not zero (w: 1). ...
       >>> js.check(state, js.apply_updates(params, updates, state))
     """
-    opt_state = _unwrap_variables(opt_state)
+    opt_state = unwrap_variables(opt_state)
     states = find_states(opt_state)
     if not states:
         raise ValueError(NO_STATE)
     where = ""
     leaked = max(int(jnp.max(s.leaked)) for s in states)
     if params is not None:
-        params = _unwrap_variables(params)
+        params = unwrap_variables(params)
+        patterns.check_masks(masks_like(params, opt_state), params)
         masks = jax.tree.leaves(masks_like(params, opt_state))
         named = jax.tree_util.tree_leaves_with_path(params)
         counts = {

@@ -12,3 +12,4 @@ from jaxsparse.tree._random import keys_like as keys_like
 from jaxsparse.tree._select import default_where as default_where
 from jaxsparse.tree._select import nearest as nearest
 from jaxsparse.tree._select import select as select
+from jaxsparse.tree._variables import unwrap_variables as unwrap_variables
