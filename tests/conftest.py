@@ -10,11 +10,6 @@ import hypothesis
 import jax
 import pytest
 
-# A bf16 parameter that turns float32 by accident, or a vector that meets a matrix,
-# is an error in the library and not a surprise for its users.
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci")
 
@@ -37,6 +32,14 @@ class GetKey:
 @pytest.fixture
 def getkey() -> GetKey:
     return GetKey(20260101)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strict_promotion():
+    """A bf16 parameter that turns float32, or a vector that meets a matrix, by accident
+    is an error of the library and not a surprise for its users."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture
