@@ -39,10 +39,10 @@ def when(predicate: Array, f: Callable[..., Carry], x: Carry, *reads: Any) -> Ca
 
 
 def after(first: Any, x: Tree) -> Tree:
-    """`x`, but not before `first` is there, as far as XLA is concerned.
+    """`x`, tied to `first` by a barrier that XLA moves nothing across.
 
-    What is made from the result is neither moved out of the loop that makes `first`,
-    nor worked on (and kept in memory) earlier.
+    What is made from the result is not moved out of the loop that makes `first`. (It
+    does not save memory: XLA drops barriers before it plans that.)
 
     Args:
       first: a tree of arrays.
