@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 
 from jaxsparse._typing import Array
-from jaxsparse.patterns._spec import Block, Channel, Pattern, Reduce
+from jaxsparse.patterns._exact import ordered_mean
+from jaxsparse.patterns._spec import Block, Channel, Pattern
 from jaxsparse.tree import Axes
 
 
@@ -49,7 +50,9 @@ def channel_scores(
         )
     whole = (pattern.axis % scores.ndim, *batch_axes(pattern, scores.ndim, axes))
     others = tuple(a for a in range(scores.ndim) if a not in whole)
-    return _reduce(scores, others, pattern.reduce)
+    if pattern.reduce == "mean":
+        return ordered_mean(scores, others)
+    return jnp.max(scores, axis=others, keepdims=True)
 
 
 def block_scores(path: str, scores: Array, pattern: Block, axes: Axes) -> Array:
@@ -75,7 +78,9 @@ def block_scores(path: str, scores: Array, pattern: Block, axes: Axes) -> Array:
         if sides[axis] > 1:
             tiles = _split(tiles, axis, sides[axis])
             inner = [axis + 1, *(a + 1 for a in inner)]
-    return _reduce(tiles, tuple(inner), pattern.reduce, keepdims=False)
+    # A tile lies on one device, or is brought there: its sum has one order.
+    reduce = jnp.mean if pattern.reduce == "mean" else jnp.max
+    return reduce(tiles, axis=tuple(inner))
 
 
 def expand_blocks(units: Array, shape: tuple[int, ...]) -> Array:
@@ -124,8 +129,3 @@ def _sides(path: str, scores: Array, pattern: Block, axes: Axes) -> list[int]:
             )
         sides[axis] = side
     return sides
-
-
-def _reduce(x: Array, axes, how: Reduce, *, keepdims: bool = True) -> Array:
-    reduce = jnp.mean if how == "mean" else jnp.max
-    return reduce(x, axis=axes, keepdims=keepdims)

@@ -8,6 +8,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -133,3 +134,17 @@ def test_what_is_done_with_masks_is_done_where_they_lie(kind):
         js.patterns.verify(masks, params, pattern=js.Block((4, 4)))
     unpacked = js.patterns.unpack(js.patterns.pack(masks))
     np.testing.assert_array_equal(unpacked["w"], masks["w"])
+
+
+def test_channels_that_nearly_agree_are_ranked_alike_on_one_device_and_on_many():
+    """Columns that are permutations of one vector: a sum's order tells them apart."""
+    rng = np.random.default_rng(0)
+    column = rng.normal(size=64).astype(np.float32)
+    scores = np.abs(np.stack([rng.permutation(column) for _ in range(32)], axis=1))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", None))
+    choose = jax.jit(lambda s: js.patterns.masks({"w": s}, 0.5, pattern=js.Channel()))
+    alone = choose(jnp.asarray(scores))["w"]
+    np.testing.assert_array_equal(choose(jax.device_put(scores, spec))["w"], alone)
+    # All are equal, so the lower ones stay.
+    np.testing.assert_array_equal(alone[0], np.arange(32) < 16)
