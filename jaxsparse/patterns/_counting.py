@@ -47,7 +47,7 @@ def count_reaching(
     """How many digits are at least `candidate`, in each group.
 
     On one CPU it adds rows up in 16-bit integers, which keeps the vector units busy: a
-    twelfth of the time of XLA's reduction. Rows are slices, which would gather an array
+    sixth of the time of the reduction in `count`. Rows are slices, which would gather an array
     that is spread over devices; so where there is a mesh, and on accelerators, it is a
     reduction.
 
