@@ -24,9 +24,9 @@ def synflow(
 
     Differs from the reference implementation, which computes in float64: `R` is a
     product over layers and leaves float32's range in nets of some dozens of layers
-    without normalisation. Infinite scores tie, and `jaxsparse.patterns.masks` raises for
-    NaN only: turn on `jax_enable_x64` for such nets.
-    Batch norm has to run on its stored statistics.
+    without normalisation. Infinite scores tie, and `jaxsparse.patterns.masks` raises
+    for NaN only: turn on `jax_enable_x64` for such nets. Batch norm has to run on its
+    stored statistics.
 
     Args:
       apply_fn: `apply_fn(params, inputs) -> outputs`, linear in its inputs but for
