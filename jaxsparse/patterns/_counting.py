@@ -47,9 +47,9 @@ def count_reaching(
     """How many digits are at least `candidate`, in each group.
 
     On one CPU it adds rows up in 16-bit integers, which keeps the vector units busy: a
-    sixth of the time of the reduction in `count`. Rows are slices, which would gather an
-    array that is spread over devices; so where there is a mesh, and on accelerators, it
-    is a reduction.
+    sixth of the time of the reduction in `count`. Rows are slices, which would gather
+    an array that is spread over devices; so where there is a mesh, and on accelerators,
+    it is a reduction.
 
     Args:
       digits: uint16.
