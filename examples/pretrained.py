@@ -2,7 +2,9 @@
 # # A pretrained network on real images
 #
 # ResNet-20, trained by others on CIFAR-10, is pruned in one shot and then, at 80 %,
-# trained a little more. Weights and images are not part of jaxsparse: `_data.py` says
+# trained a little more. The network is one function, in `_resnet.py`: it keeps the
+# names of the file and turns the kernels into JAX's layout; running means and variances
+# are not parameters. Weights and images are not part of jaxsparse: `_data.py` says
 # where they are looked for. (jpeg = the images after lossy compression; the network
 # "adapted" was trained on such images for three more epochs.)
 
@@ -11,11 +13,11 @@ import argparse
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
 from _data import decode, find
+from _resnet import accuracy, forward, load
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -40,67 +42,6 @@ files = find(
 original, adapted, outputs, png, jpeg, jpeg_train, png_train = map(np.load, files)
 args.out.mkdir(parents=True, exist_ok=True)
 STEPS, BATCH = (8, 64) if args.small else (150, 128)
-
-# %% [markdown]
-# The names stay those of the file; kernels are turned from torch's layout (out, in,
-# height, width) into JAX's (height, width, in, out). Running means and variances are
-# not parameters. The network is one function.
-
-
-# %%
-def load(file) -> tuple[dict, dict]:
-    params, stats = {}, {}
-    for name in file.files:
-        w = jnp.asarray(file[name])
-        w = w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T if w.ndim == 2 else w
-        (stats if "running" in name else params)[name] = w
-    return params, stats
-
-
-def forward(params: dict, stats: dict, images, *, train: bool = False):
-    """Logits, and the statistics with those of this batch mixed in if it trains."""
-    moved = dict(stats)
-
-    def conv_norm(x, layer, norm, stride=1):
-        kernel, pad = params[f"{layer}.weight"], ((1, 1), (1, 1))
-        dims = ("NHWC", "HWIO", "NHWC")
-        x = jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), pad, dimension_numbers=dims
-        )
-        mean, var = stats[f"{norm}.running_mean"], stats[f"{norm}.running_var"]
-        if train:
-            now = x.mean((0, 1, 2)), x.var((0, 1, 2))
-            moved[f"{norm}.running_mean"] = 0.9 * mean + 0.1 * now[0]
-            moved[f"{norm}.running_var"] = 0.9 * var + 0.1 * now[1]
-            mean, var = now
-        x = (x - mean) * jax.lax.rsqrt(var + 1e-5)
-        return x * params[f"{norm}.weight"] + params[f"{norm}.bias"]
-
-    shift = jnp.array([0.485, 0.456, 0.406])
-    x = (images / 255.0 - shift) / jnp.array([0.229, 0.224, 0.225])
-    x = jax.nn.relu(conv_norm(x, "conv1", "bn1"))
-    for stage in (1, 2, 3):
-        for block in (0, 1, 2):
-            at, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
-            y = jax.nn.relu(conv_norm(x, f"{at}.conv1", f"{at}.bn1", stride))
-            y = conv_norm(y, f"{at}.conv2", f"{at}.bn2")
-            if stride == 2:  # a shortcut without weights
-                side = x.shape[-1] // 2
-                x = jnp.pad(x[:, ::2, ::2], [(0, 0)] * 3 + [(side, side)])
-            x = jax.nn.relu(x + y)
-    return x.mean((1, 2)) @ params["linear.weight"] + params["linear.bias"], moved
-
-
-@jax.jit
-def predict(params, stats, images):
-    return jnp.argmax(forward(params, stats, images)[0], axis=-1)
-
-
-def accuracy(params, stats, x, y) -> float:
-    starts = range(0, len(x), 200)
-    found = [predict(params, stats, x[i : i + 200]) for i in starts]
-    return float(np.mean(np.concatenate(found) == y))
-
 
 # %% [markdown]
 # ## Is it the same network?
