@@ -8,10 +8,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxsparse import allocations as allocations
+from jaxsparse import curvature as curvature
+from jaxsparse import losses as losses
 from jaxsparse import oneshot as oneshot
 from jaxsparse import patterns as patterns
+from jaxsparse import recipes as recipes
 from jaxsparse import schedules as schedules
 from jaxsparse import scores as scores
+from jaxsparse import solvers as solvers
 from jaxsparse import transforms as transforms
 from jaxsparse import tree as tree
 from jaxsparse.oneshot import Pruned as Pruned

@@ -1,7 +1,7 @@
 """Score, select, apply: a trained model pruned in one call."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,6 @@ from jaxsparse.scores import magnitude
 from jaxsparse.tree import AxesRule
 
 
-class Pruned(NamedTuple):
-    """A pruned model.
-
-    Attributes:
-      params: the parameters; what was removed is exactly 0.
-      masks: a tree of bools, True = kept.
-    """
-
-    params: PyTree
-    masks: PyTree
-
-
 def prune(
     params: PyTree,
     sparsity: Sparsity = None,
@@ -34,7 +22,7 @@ def prune(
     where: Where = None,
     axes: AxesRule = None,
     steps: int = 1,
-) -> Pruned:
+) -> patterns.Pruned:
     """Removes the weights with the lowest scores.
 
     With `steps > 1` it scores anew after each cut; after cut k of n the fraction
@@ -80,7 +68,7 @@ def prune(
             axes=axes,
         )
         params = patterns.apply(params, masks)
-    return Pruned(params, masks)
+    return patterns.Pruned(params, masks)
 
 
 def _after(sparsity: Sparsity, progress: float) -> Any:

@@ -2,6 +2,7 @@
 
 from jaxsparse.patterns._counts import removed_count as removed_count
 from jaxsparse.patterns._masks import Packed as Packed
+from jaxsparse.patterns._masks import Pruned as Pruned
 from jaxsparse.patterns._masks import apply as apply
 from jaxsparse.patterns._masks import check_masks as check_masks
 from jaxsparse.patterns._masks import kept_count as kept_count

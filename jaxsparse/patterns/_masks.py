@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,18 @@ from jaxsparse._typing import Array, PyTree, Tree
 from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._sharded import sharded_like
 from jaxsparse.tree import leaves_with_paths, map_with_path
+
+
+class Pruned(NamedTuple):
+    """A pruned model.
+
+    Attributes:
+      params: the parameters; what was removed is exactly 0.
+      masks: a tree of bools, True = kept.
+    """
+
+    params: PyTree
+    masks: PyTree
 
 
 def apply(params: Tree, masks: PyTree) -> Tree:

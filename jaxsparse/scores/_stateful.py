@@ -19,12 +19,19 @@ class Score(NamedTuple):
       score: `score(params, grads, state) -> scores`, in steps that change masks.
       needs_grads: whether `score` makes use of gradients; where there are none (at
         init, last in a chain) such a score cannot be asked.
+      prune: None, or `prune(params, grads, state, select) -> (masks, change)` in place
+        of `score`, for methods that also change the weights they keep: `select(scores)`
+        gives the masks, `change` is added to the parameters in the step that chooses
+        them (a tree like the parameters; None where nothing changes).
     """
 
     init: Callable[[PyTree], Any]
     update: Callable[[PyTree, Any, PyTree], Any]
     score: Callable[[PyTree, PyTree, Any], PyTree]
     needs_grads: bool = True
+    prune: Callable[[PyTree, PyTree, Any, Callable], tuple[PyTree, PyTree]] | None = (
+        None
+    )
 
 
 def as_score(score: Score | Callable[..., PyTree]) -> Score:

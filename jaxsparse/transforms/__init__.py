@@ -11,3 +11,5 @@ from jaxsparse.transforms._state import check as check
 from jaxsparse.transforms._state import find_states as find_states
 from jaxsparse.transforms._state import masks_of as masks_of
 from jaxsparse.transforms._straight_through import straight_through as straight_through
+from jaxsparse.transforms._windowed_obs import GradientWindow as GradientWindow
+from jaxsparse.transforms._windowed_obs import windowed_obs as windowed_obs

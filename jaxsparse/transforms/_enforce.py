@@ -8,7 +8,7 @@ from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse._typing import PyTree
 from jaxsparse.transforms._moments import reset_moments
-from jaxsparse.transforms._project import project
+from jaxsparse.transforms._project import add_change, project
 from jaxsparse.transforms._state import (
     NO_STATE,
     find_states,
@@ -85,6 +85,7 @@ def enforce(
         regrew = functools.reduce(jnp.logical_or, [s.regrew for s in chosen])
         held = reset_moments(held, updates, masks, regrew)
         updates, state = inner.update(updates, held, params, **extra_args)
+        updates = add_change(updates, chosen)
         return project(updates, masks, params), put_states(state, chosen)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

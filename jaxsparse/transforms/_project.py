@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import patterns
+from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree, Tree
 from jaxsparse.transforms._state import (
     NO_STATE,
+    PruneScheduleState,
     find_states,
     masks_like,
 )
@@ -37,6 +39,36 @@ def project(updates: PyTree, masks: PyTree, params: PyTree) -> PyTree:
         return jnp.where(mask, u.astype(w.dtype), -w)
 
     return jax.tree.map(one, updates, masks, params)
+
+
+def add_change(tree: PyTree, states: list[PruneScheduleState]) -> PyTree:
+    """Adds what this step's choice of masks changes in the weights that are kept.
+
+    Args:
+      tree: updates or parameters.
+      states: the pruning states after this step.
+
+    Returns:
+      A tree like `tree`; the same arrays where no masks were chosen.
+    """
+    for state in states:
+        if state.change is None:
+            continue
+
+        def add(tree: PyTree, change: PyTree) -> PyTree:
+            found = dict(jax.tree_util.tree_leaves_with_path(change))
+            return jax.tree_util.tree_map_with_path(
+                lambda path, x: (
+                    (x.astype(found[path].dtype) + found[path]).astype(x.dtype)
+                    if path in found
+                    else x
+                ),
+                tree,
+            )
+
+        assert state.updated is not None
+        tree = when(state.updated, add, tree, state.change)
+    return tree
 
 
 def apply_updates(params: Tree, updates: PyTree, opt_state: PyTree) -> Tree:
@@ -68,6 +100,7 @@ def apply_updates(params: Tree, updates: PyTree, opt_state: PyTree) -> Tree:
     if not find_states(opt_state):
         raise ValueError(NO_STATE)
     moved: Any = optax.apply_updates(cast(Any, params), updates)
+    moved = add_change(moved, find_states(opt_state))
     return patterns.apply(moved, masks_like(params, opt_state))
 
 

@@ -169,6 +169,20 @@ def prune_schedule(
             updated=jnp.zeros((), bool),
             regrew=jnp.zeros((), bool),
             leaked=jnp.zeros((), jnp.int32),
+            change=_no_change(params, score_state),
+        )
+
+    def _no_change(params: PyTree, score_state: Any) -> PyTree:
+        if scorer.prune is None:
+            return None
+        prune: Any = scorer.prune
+        select_now = lambda scored: select(scored, 0)
+        shapes = jax.eval_shape(
+            lambda p, state: prune(p, p, state, select_now)[1], params, score_state
+        )
+        owners = dict(jax.tree_util.tree_leaves_with_path(params))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, s: jnp.zeros_like(owners[path], dtype=s.dtype), shapes
         )
 
     def _initial_masks(params: PyTree, score_state: Any) -> PyTree:
@@ -206,18 +220,22 @@ def prune_schedule(
         score_state = scorer.update(grads, state.score_state, frozen)
 
         def choose(carry, params, grads, score_state, step):
-            old, _, leaked = carry
-            new = select(scorer.score(params, grads, score_state), step)
+            old, _, leaked, change = carry
+            select_now = lambda scored: select(scored, step)
+            if scorer.prune is None:
+                new = select_now(scorer.score(params, grads, score_state))
+            else:
+                new, change = scorer.prune(params, grads, score_state, select_now)
             new = jax.tree.map(lambda n, o: n.reshape(o.shape), new, old)
             # Before the first step nothing has been projected yet.
             now = jnp.where(step > 0, _most_leaked(leaked, params, old), leaked)
-            return new, _regrew(new, old), now
+            return new, _regrew(new, old), now, change
 
         updated = jnp.asarray(cadence(state.step), bool)
-        masks, regrew, leaked = when(
+        masks, regrew, leaked, change = when(
             updated,
             choose,
-            (state.masks, jnp.zeros((), bool), state.leaked),
+            (state.masks, jnp.zeros((), bool), state.leaked, state.change),
             *(frozen, grads if scorer.needs_grads else None, score_state, state.step),
         )
         # The masks of the step before are gone by now (another reader would make XLA
@@ -231,6 +249,7 @@ def prune_schedule(
             updated=updated,
             regrew=regrew,
             leaked=leaked,
+            change=change,
         )
         return _hide(updates, masks), state
 

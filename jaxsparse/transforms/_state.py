@@ -26,6 +26,8 @@ class PruneScheduleState(NamedTuple):
       regrew: whether it brought a weight back.
       leaked: the most pruned weights that were ever found nonzero at once, int32;
         looked for after each choice of masks and in every 100th step.
+      change: what the last choice of masks adds to the parameters, in that step alone;
+        None for scores that change none.
     """
 
     step: Array
@@ -34,6 +36,7 @@ class PruneScheduleState(NamedTuple):
     updated: Array | None
     regrew: Array
     leaked: Array
+    change: PyTree = None
 
 
 def find_states(opt_state: PyTree) -> list[PruneScheduleState]:

@@ -1,0 +1,29 @@
+"""What the loss's second derivatives say: Fisher matrices and their inverses."""
+
+from jaxsparse.curvature._blocks import BlockFisher as BlockFisher
+from jaxsparse.curvature._blocks import block_estimator as block_estimator
+from jaxsparse.curvature._blocks import block_fisher as block_fisher
+from jaxsparse.curvature._diagonal import DiagonalFisher as DiagonalFisher
+from jaxsparse.curvature._diagonal import diagonal_estimator as diagonal_estimator
+from jaxsparse.curvature._diagonal import diagonal_fisher as diagonal_fisher
+from jaxsparse.curvature._estimator import Estimator as Estimator
+from jaxsparse.curvature._estimator import Sums as Sums
+from jaxsparse.curvature._kronecker import KroneckerFisher as KroneckerFisher
+from jaxsparse.curvature._kronecker import kronecker_estimator as kronecker_estimator
+from jaxsparse.curvature._kronecker import kronecker_fisher as kronecker_fisher
+from jaxsparse.curvature._mfac import MFac as MFac
+from jaxsparse.curvature._mfac import mfac as mfac
+from jaxsparse.curvature._mfac import span_ihvp as span_ihvp
+from jaxsparse.curvature._operations import Fisher as Fisher
+from jaxsparse.curvature._operations import check_covers as check_covers
+from jaxsparse.curvature._operations import eliminate as eliminate
+from jaxsparse.curvature._operations import greedy_scores as greedy_scores
+from jaxsparse.curvature._operations import group_scores as group_scores
+from jaxsparse.curvature._operations import ihvp as ihvp
+from jaxsparse.curvature._operations import inverse_blocks as inverse_blocks
+from jaxsparse.curvature._operations import inverse_diagonal as inverse_diagonal
+from jaxsparse.curvature._operations import restrict as restrict
+from jaxsparse.curvature._per_example import collect_grads as collect_grads
+from jaxsparse.curvature._per_example import per_example_grads as per_example_grads
+from jaxsparse.curvature._per_example import stream_grads as stream_grads
+from jaxsparse.curvature._trees import check_one_damping as check_one_damping

@@ -1,0 +1,269 @@
+"""What is done with the inverse of a block-diagonal Fisher matrix."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse._typing import Array
+from jaxsparse.curvature import _triangle
+from jaxsparse.curvature._blocks import BlockFisher
+from jaxsparse.curvature._chunks import over_blocks
+from jaxsparse.curvature._factor import HIGHEST, inverse_lower, inverse_root, matmul
+from jaxsparse.curvature._layout import BlockLayout, from_blocks, to_blocks
+from jaxsparse.curvature._triangle import Triangle
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def block_ihvp(root: Triangle, x: Array, *, layout: BlockLayout) -> Array:
+    """`F^-1 x = R^T (R x)`.
+
+    Args:
+      root: the parameter's roots.
+      x: an array of its shape.
+      layout: the parameter's.
+
+    Returns:
+      An array of its shape, in the type of the root.
+    """
+    # What stands above the diagonal, the low parts, is below the rounding of the rest.
+    r = root.square
+    x = to_blocks(x.astype(r.dtype), layout)
+    y = jnp.einsum("...ab,...b->...a", r, x, precision=HIGHEST)
+    y = jnp.einsum("...ab,...a->...b", r, y, precision=HIGHEST)
+    return from_blocks(y, layout)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def block_diagonal(root: Triangle, *, layout: BlockLayout) -> Array:
+    """The diagonal of `F^-1`: sums of squares, so never negative.
+
+    Args:
+      root: the parameter's roots.
+      layout: the parameter's.
+
+    Returns:
+      An array of the parameter's shape.
+    """
+    return from_blocks(jnp.sum(jnp.square(root.square), axis=-2), layout)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "size"))
+def block_groups(root: Triangle, *, layout: BlockLayout, size: int) -> Array:
+    """`[F^-1]_QQ` for the units Q of neighbouring weights.
+
+    Args:
+      root: the parameter's roots.
+      layout: the parameter's.
+      size: the weights of a unit; it divides the block size.
+
+    Returns:
+      `[*lead, block_size // size, size, size]`.
+    """
+    b, stored = layout.block_size, root.square.dtype
+
+    def groups(root: Triangle) -> Array:
+        r = _triangle.join(root, jnp.float64)
+        r = r.reshape(*r.shape[:-1], b // size, size)
+        products = jnp.einsum("...aqi,...aqj->...qij", r, r, precision=HIGHEST)
+        return products.astype(stored)
+
+    with jax.enable_x64(True):
+        return over_blocks(groups, layout.lead, 4 * b * b, root)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "size"))
+def block_group_solve(
+    root: Triangle, w: Array, *, layout: BlockLayout, size: int
+) -> tuple[Array, Array]:
+    """Units of neighbouring weights, each removed on its own.
+
+    Args:
+      root: the parameter's roots.
+      w: the parameter.
+      layout: the parameter's.
+      size: the weights of a unit; it divides the block size.
+
+    Returns:
+      `rho_Q = 1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q`, which the weights of a unit share, and
+      `([F^-1]_QQ)^-1 w_Q`; both of the parameter's shape.
+    """
+    b, stored = layout.block_size, root.square.dtype
+
+    def solve(root: Triangle, w: Array) -> tuple[Array, Array]:
+        r = _triangle.join(root, jnp.float64)
+        r = r.reshape(*r.shape[:-1], b // size, size)
+        inverse = jnp.einsum("...aqi,...aqj->...qij", r, r, precision=HIGHEST)
+        half = inverse_root(inverse)
+        w = w.astype(jnp.float64).reshape(*w.shape[:-1], b // size, size)
+        y = jnp.einsum("...ij,...j->...i", half, w, precision=HIGHEST)
+        rho = jnp.sum(jnp.square(y), axis=-1, keepdims=True) / 2
+        y = jnp.einsum("...ij,...i->...j", half, y, precision=HIGHEST)
+        flat = lambda x: x.reshape(*x.shape[:-2], b).astype(stored)
+        return flat(jnp.broadcast_to(rho, w.shape)), flat(y)
+
+    with jax.enable_x64(True):
+        blocks = to_blocks(w, layout)
+        rho, y = over_blocks(solve, layout.lead, 6 * b * b, root, blocks)
+    return from_blocks(rho, layout), from_blocks(y, layout)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "most"))
+def block_greedy(
+    root: Triangle,
+    w: Array,
+    mask: Array,
+    *,
+    layout: BlockLayout,
+    most: int | None = None,
+) -> Array:
+    """The loss at which greedy OBS removes each weight, one after another in a block.
+
+    Args:
+      root: the parameter's roots.
+      w: the parameter.
+      mask: True = still there.
+      layout: the parameter's.
+      most: how many of each unit may be removed; all by default.
+
+    Returns:
+      An array of the parameter's shape: the increase of the loss when the weight goes,
+      made so that it rises along the order; Inf where it never goes.
+    """
+    b, stored, unit = layout.block_size, root.square.dtype, layout.unit
+
+    def greedy(root: Triangle, w: Array, alive: Array) -> Array:
+        r = _triangle.join(root, jnp.float64)
+        inverse = jnp.einsum("...ka,...kb->...ab", r, r, precision=HIGHEST)
+        w = jnp.where(alive, w.astype(jnp.float64), 0)
+        index = jnp.broadcast_to(jnp.arange(b), w.shape)
+
+        def in_units(x: Array) -> Array:
+            grouped = x.reshape(*x.shape[:-1], b // unit, unit)
+            return jnp.sum(grouped, axis=-1, dtype=jnp.int32)
+
+        def turn(_: Any, carry: Any) -> Any:
+            inverse, w, left, alive, scores, last = carry
+            diagonal = jnp.diagonal(inverse, axis1=-2, axis2=-1)
+            loss = jnp.square(w) / (2 * jnp.where(alive, diagonal, 1))
+            loss = jnp.where(alive & jnp.repeat(left > 0, unit, axis=-1), loss, jnp.inf)
+            best = jnp.min(loss, axis=-1, keepdims=True)
+            # The first of the smallest. (argmin is lowered outside of the local scope
+            # of 64 bits, and fails there.)
+            q = (loss == best) & jnp.isfinite(best)
+            q = index == jnp.min(jnp.where(q, index, b), axis=-1, keepdims=True)
+            row = jnp.sum(jnp.where(q[..., None], inverse, 0), axis=-2)
+            pivot = jnp.sum(jnp.where(q, diagonal, 0), axis=-1, keepdims=True)
+            pivot = jnp.where(pivot > 0, pivot, 1)
+            w_q = jnp.sum(jnp.where(q, w, 0), axis=-1, keepdims=True)
+            w = jnp.where(q, 0, w - row * (w_q / pivot))
+            inverse = inverse - row[..., :, None] * (row / pivot)[..., None, :]
+            last = jnp.maximum(last, jnp.where(jnp.isfinite(best), best, last))
+            scores = jnp.where(q, last, scores)
+            left = left - in_units(q)
+            return inverse, w, left, alive & ~q, scores, last
+
+        limit = unit if most is None else most
+        gone = unit - in_units(alive)
+        scores = jnp.full(w.shape, jnp.inf)
+        last = jnp.zeros((*w.shape[:-1], 1))
+        carry = (inverse, w, limit - gone, alive, scores, last)
+        return lax.fori_loop(0, b, turn, carry)[4].astype(stored)
+
+    with jax.enable_x64(True):
+        blocks = to_blocks(w, layout), to_blocks(mask, layout)
+        scores = over_blocks(greedy, layout.lead, 6 * b * b, root, *blocks)
+    return from_blocks(scores, layout)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "accurate"))
+def block_restrict(
+    root: Triangle,
+    mask: Array,
+    damping: Array,
+    *,
+    layout: BlockLayout,
+    accurate: bool,
+) -> Triangle:
+    """The roots with the rows and columns of pruned weights taken out of `F`.
+
+    Args:
+      root: the parameter's roots.
+      mask: a bool array of the parameter's shape, True = kept.
+      damping: what stands on the diagonal of `F` where a weight is pruned.
+      layout: the parameter's.
+      accurate: whether to factor in float64.
+
+    Returns:
+      Roots like `root`.
+    """
+    b, stored = layout.block_size, root.square.dtype
+    wide = jnp.float64 if accurate else stored
+
+    def restrict(root: Triangle, kept: Array) -> Triangle:
+        factor = inverse_lower(_triangle.join(root, wide))  # F = L L^T
+        fisher = matmul(factor, jnp.swapaxes(factor, -1, -2))
+        both = kept[..., :, None] & kept[..., None, :]
+        eye = jnp.broadcast_to(jnp.eye(b, dtype=wide), fisher.shape)
+        fisher = jnp.where(both, fisher, damping.astype(wide) * eye)
+        return _triangle.split(inverse_root(fisher), stored)
+
+    with jax.enable_x64(True):
+        kept = to_blocks(mask, layout)
+        return over_blocks(restrict, layout.lead, 10 * b * b, root, kept, in_place=True)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def block_eliminate(
+    root: Triangle, w: Array, removed: Array, *, layout: BlockLayout
+) -> Array:
+    """The exact update that removes weights: `w - F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q`.
+
+    Args:
+      root: the parameter's roots.
+      w: the parameter.
+      removed: a bool array of its shape, True = in Q.
+      layout: the parameter's.
+
+    Returns:
+      The change of the parameter, in the type of the root.
+    """
+    b, stored = layout.block_size, root.square.dtype
+
+    def eliminate(root: Triangle, w: Array, removed: Array) -> Array:
+        r = _triangle.join(root, jnp.float64)
+        inverse = jnp.einsum("...ka,...kb->...ab", r, r, precision=HIGHEST)
+        both = removed[..., :, None] & removed[..., None, :]
+        eye = jnp.broadcast_to(jnp.eye(b, dtype=jnp.float64), inverse.shape)
+        half = inverse_root(jnp.where(both, inverse, eye))
+        w = jnp.where(removed, w.astype(jnp.float64), 0)
+        y = jnp.einsum("...ab,...b->...a", half, w, precision=HIGHEST)
+        y = jnp.einsum("...ab,...a->...b", half, y, precision=HIGHEST)
+        y = jnp.where(removed, y, 0)
+        change = -jnp.einsum("...ab,...b->...a", inverse, y, precision=HIGHEST)
+        return jnp.where(removed, -w, change).astype(stored)
+
+    with jax.enable_x64(True):
+        blocks = to_blocks(w, layout), to_blocks(removed, layout)
+        change = over_blocks(eliminate, layout.lead, 10 * b * b, root, *blocks)
+    return from_blocks(change, layout)
+
+
+def restrict_blocks(fisher: BlockFisher, masks: list[Array]) -> BlockFisher:
+    """`restrict` for a block Fisher matrix.
+
+    Args:
+      fisher: a block Fisher matrix.
+      masks: one for each parameter that takes part, of its shape.
+
+    Returns:
+      A block Fisher matrix over the kept weights.
+    """
+    roots = tuple(
+        block_restrict(r, mask, fisher.damping, layout=layout, accurate=fisher.accurate)
+        for r, mask, layout in zip(fisher.roots, masks, fisher.layouts, strict=True)
+    )
+    return dataclasses.replace(fisher, roots=roots)

@@ -1,0 +1,104 @@
+"""Work on many small matrices a chunk at a time, so that scratch stays in the cache."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse._typing import Array
+
+SCRATCH_BYTES = 1 << 22  # float64 numbers that should stay in the cache
+SLAB_BYTES = 1 << 25  # what is brought into another order at once
+
+
+def is_spread(*arrays: Array) -> bool:
+    """Whether arrays lie on a mesh of devices.
+
+    A loop over an axis that is sharded would fetch every slice from another device. So
+    there the work is done at once, each device on its part.
+
+    Args:
+      *arrays: arrays, possibly traced.
+
+    Returns:
+      True where the mesh is known while tracing.
+    """
+    return any(not jax.typeof(x).sharding.mesh.empty for x in arrays)
+
+
+def in_parts(
+    total: int, part: int, body: Callable[[Any, int, Any], Any], carry: Any
+) -> Any:
+    """A loop over `range(total)` in parts of a static size, the last one smaller.
+
+    Args:
+      total: how many.
+      part: how many a turn.
+      body: `body(start, size, carry) -> carry`; `size` is a Python integer.
+      carry: a tree of arrays.
+
+    Returns:
+      The last carry.
+    """
+    if total >= part:
+        turn = lambda i, carry: body(i * part, part, carry)
+        carry = lax.fori_loop(0, _opaque(total // part), turn, carry)
+    if total % part:
+        # A loop too: outside of one XLA copies a carry that it could write into.
+        rest = lambda i, carry: body(total - total % part, total % part, carry)
+        carry = lax.fori_loop(0, _opaque(1), rest, carry)
+    return carry
+
+
+def _opaque(count: int) -> Array:
+    """A number that XLA does not know, or it would unroll a loop of one turn."""
+    return lax.optimization_barrier(jnp.int32(count))
+
+
+def over_blocks(
+    f: Callable[..., Any],
+    lead: tuple[int, ...],
+    floats: int,
+    *arrays: Any,
+    in_place: bool = False,
+) -> Any:
+    """`f(*arrays)` for a function of independent blocks, a chunk of them at a time.
+
+    Args:
+      f: takes and returns trees of arrays whose leading axes number blocks.
+      lead: these axes.
+      floats: how many float64 of scratch `f` needs for a block.
+      *arrays: trees of arrays `[*lead, ...]`.
+      in_place: whether results take the place of the first argument, chunk by chunk;
+        they have to be of its shapes and types.
+
+    Returns:
+      What `f(*arrays)` returns.
+    """
+    total = math.prod(lead)
+    chunk = max(1, SCRATCH_BYTES // (8 * floats))
+    if chunk >= total or is_spread(*jax.tree.leaves(arrays)):
+        return f(*arrays)
+    flat = jax.tree.map(lambda x: x.reshape(total, *x.shape[len(lead) :]), arrays)
+
+    cut = lambda start, size, x: jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, start, size), x
+    )
+
+    def put(start: Any, size: int, out: Any) -> Any:
+        first = out if in_place else flat[0]
+        new = f(cut(start, size, first), *cut(start, size, flat[1:]))
+        write = lambda o, n: lax.dynamic_update_slice_in_dim(o, n, start, 0)
+        return jax.tree.map(write, out, new)
+
+    if in_place:
+        out = flat[0]
+    else:
+        shapes = jax.eval_shape(lambda: f(*cut(0, chunk, flat)))
+        empty = lambda s: jnp.zeros((total, *s.shape[1:]), s.dtype)
+        out = jax.tree.map(empty, shapes)
+    out = in_parts(total, chunk, put, out)
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), out)

@@ -1,0 +1,388 @@
+"""M-FAC over a sliding window of gradients: one in, one out, one product.
+
+With m rows `G` the empirical Fisher matrix and the small system behind its inverse are
+
+    F = damping I + G^T G / m        S = m damping I + G G^T    (m x m)
+    F^-1 x = (x - G^T S^-1 G x) / damping,
+
+and for the gradient `g_j` of row j, without that difference of nearly equal numbers,
+`F^-1 g_j = m G^T S^-1 e_j`. `S` is kept factored (`_sliding_factor`). Gradients stay
+trees: there is no copy of all parameters in one vector, and none of `G`.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxsparse import _checks
+from jaxsparse._loops import when
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.curvature import _sliding_factor as sliding
+from jaxsparse.curvature._trees import check_damping
+from jaxsparse.tree import leaves_with_paths, map_with_path
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+class MFacWindow(NamedTuple):
+    """The last m gradients and what makes their Fisher matrix quick to invert.
+
+    Attributes:
+      grads: a tree like the parameters, leaves `[m, *shape]`: `G`, a ring. Rows that
+        were not written yet are zeros.
+      gram: `G G^T`, `[m, m]`.
+      factor: upper triangular `U` with `U^T U = m damping I + G G^T`, `[m, m]`; its
+        rows and columns go by age, the oldest gradient first.
+      damping: the damping in `factor`.
+      oldest: the row of `grads` that the next gradient replaces, int32.
+    """
+
+    grads: PyTree
+    gram: Array
+    factor: Array
+    damping: Array
+    oldest: Array
+
+
+def window_init(
+    params: PyTree, *, window: int, damping: Any, dtype: Any = None
+) -> MFacWindow:
+    """An empty window of gradients.
+
+    Memory: `window` times the parameters, and `2 window^2` numbers.
+
+    Args:
+      params: a tree of arrays, or of their shapes; None and `optax.MaskedNode` are no
+        parameters. Rows are sharded as the parameters are.
+      window: how many gradients it holds, m. All m rows count from the start, also
+        those which are still zeros: `F = damping I + (1/m) sum g g^T` as in the
+        reference implementation.
+      damping: what is added to the diagonal of F.
+      dtype: that in which gradients are kept; that of their parameters if None.
+        Sums are made in float32 at least.
+
+    Returns:
+      A window.
+
+    Raises:
+      ValueError: `window < 1`, `damping <= 0`.
+      TypeError: parameters that are not real floating-point numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsparse.curvature import _mfac_window as mfac
+      >>> state = mfac.window_init({"w": jnp.ones((2, 3))}, window=4, damping=1e-3)
+      >>> state.grads["w"].shape
+      (4, 2, 3)
+    """
+    check_window(window, damping, dtype)
+    for path, w in leaves_with_paths(params):
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise TypeError(
+                f"{path}: a window holds gradients of real floating-point parameters, "
+                f"got {w.dtype}. Leave it out, for instance with optax.masked."
+            )
+    rows = jax.tree.map(lambda w: _empty_rows(w, window, dtype), params)
+    wide = _wide(rows)
+    damping = jnp.asarray(damping, wide)
+    return MFacWindow(
+        grads=rows,
+        gram=jnp.zeros((window, window), wide),
+        factor=jnp.sqrt(_shift(window, damping)) * jnp.eye(window, dtype=wide),
+        damping=damping,
+        oldest=jnp.zeros((), jnp.int32),
+    )
+
+
+def window_update(
+    state: MFacWindow, grads: PyTree, *, damping: Any = None
+) -> MFacWindow:
+    """Replaces the oldest gradient of a window.
+
+    One pass over `G` for the new inner products, `2 m d` FLOP, and `O(m^2)` for the
+    factor. If the state is donated, its rows are written in place.
+
+    A gradient that is not finite, or whose squared norm is not, is entered as zeros:
+    the window stays finite, and is right about all others.
+
+    On CPU the factor slides, and is computed anew every 64 rows: in float32 and m =
+    512 it was then off by at most 5e-7 of its size. On accelerators, where m short
+    steps in a row are slow, it is computed anew each time, in `m^3 / 3` FLOP.
+
+    Args:
+      state: a window.
+      grads: a tree like the parameters.
+      damping: another damping from now on; None keeps that of the window.
+
+    Returns:
+      A window.
+
+    Raises:
+      ValueError: gradients of another structure or shape, `damping <= 0`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsparse.curvature import _mfac_window as mfac
+      >>> state = mfac.window_init({"w": jnp.zeros(2)}, window=2, damping=0.5)
+      >>> state = mfac.window_update(state, {"w": jnp.array([1.0, 2.0])})
+      >>> state.gram
+      Array([[5., 0.],
+             [0., 0.]], dtype=float32)
+    """
+    _check_like_rows(state, grads, name="grads")
+    m, wide = len(state.gram), state.gram.dtype
+    lam = _damping(state, damping)
+    new = _admissible(jax.tree.map(lambda g, G: g.astype(G.dtype), grads, state.grads))
+    row = state.oldest
+    rows = jax.tree.map(
+        lambda G, g: lax.dynamic_update_index_in_dim(G, g, row, 0), state.grads, new
+    )
+    dots = _inner(rows, new, wide)
+    gram = state.gram.at[row].set(dots).at[:, row].set(dots)
+    oldest = (row + 1) % m
+    moved = lam != state.damping
+    factor = sliding.next_factor(state.factor, gram, oldest, _shift(m, lam), moved)
+    return MFacWindow(rows, gram, factor, lam, oldest)
+
+
+def window_newest(state: MFacWindow) -> PyTree:
+    """`F^-1 g` for the newest gradient `g` of a window, `m G^T S^-1 e_g`.
+
+    One pass over `G`, and `O(m^2)`. With `c = S^-1 e_g`, scaled to 1 at `g`, it is
+
+        m r / (m damping |c|^2 + |r|^2),    r = G^T c,
+
+    the part of `g` that the other gradients do not explain, over its curvature. Nothing
+    cancels there, and an error of `c` enters the denominator squared.
+
+    In float32 the relative error is about 1e-7 times the condition number of `S` (at
+    most 1e-6 where gradients point in different directions, whatever the damping: the
+    formula with `1 / damping` loses all digits there). Of a gradient that others
+    explain up to rounding no digit is left; then the denominator is kept above rounding
+    and the result is too small, but never NaN and never large.
+
+    Args:
+      state: a window, after at least one update.
+
+    Returns:
+      A tree like the parameters, in float32 or wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsparse.curvature import _mfac_window as mfac
+      >>> state = mfac.window_init({"w": jnp.zeros(2)}, window=2, damping=0.5)
+      >>> state = mfac.window_update(state, {"w": jnp.array([1.0, 2.0])})
+      >>> mfac.window_newest(state)      # g m / (m damping + |g|^2)
+      {'w': Array([0.33333334, 0.6666667 ], dtype=float32)}
+    """
+    m, wide = len(state.gram), state.gram.dtype
+    shift = _shift(m, state.damping)
+    by_row = jnp.roll(sliding.newest_column(state.factor), state.oldest)
+    rest = _combine(state.grads, by_row, wide)
+    added = sliding.diagonal(state.gram, shift)
+    curvature = jnp.sum(added * jnp.square(by_row)) + _squares(rest, wide)
+    return jax.tree.map(lambda r: r * (m / curvature), rest)
+
+
+def window_ihvp(state: MFacWindow, tree: PyTree, *, damping: Any = None) -> PyTree:
+    """`F^-1 x = (x - G^T S^-1 G x) / damping`, for any x.
+
+    Two passes over `G`, `4 m d` FLOP, and `O(m^2)`. For the newest gradient itself
+    `window_newest` is far more accurate.
+
+    Args:
+      state: a window.
+      tree: x, a tree like the parameters.
+      damping: another damping, for this product: it costs a Cholesky factor of S. None
+        is that of the window.
+
+    Returns:
+      A tree like `tree`.
+
+    Raises:
+      ValueError: a tree of another structure or shape, `damping <= 0`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsparse.curvature import _mfac_window as mfac
+      >>> state = mfac.window_init({"w": jnp.zeros(2)}, window=1, damping=3.0)
+      >>> state = mfac.window_update(state, {"w": jnp.array([0.0, 1.0])})
+      >>> mfac.window_ihvp(state, {"w": jnp.array([3.0, 4.0])})
+      {'w': Array([1., 1.], dtype=float32)}
+    """
+    _check_like_rows(state, tree, name="tree")
+    m, wide = len(state.gram), state.gram.dtype
+    lam = _damping(state, damping)
+    factor = state.factor
+    if damping is not None:
+        anew = lambda _, *system: sliding.factorise(*system)
+        system = (state.gram, state.oldest, _shift(m, lam))
+        factor = when(lam != state.damping, anew, factor, *system)
+    x = jax.tree.map(lambda x: x.astype(wide), tree)
+    inner = jnp.roll(_inner(state.grads, x, wide), -state.oldest)
+    c = sliding.solve(factor, inner)
+    seen = _combine(state.grads, jnp.roll(c, state.oldest), wide)
+    one = lambda out, x, p: ((x - p) / lam).astype(out.dtype)
+    return jax.tree.map(one, tree, x, seen)
+
+
+def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
+    """Takes pruned coordinates out of all gradients of a window.
+
+    It is then the window of the parameters that are left, as if the others had never
+    been there. It costs `2 m^2 d` FLOP, as much as m / 2 updates.
+
+    Args:
+      state: a window.
+      masks: a tree of bools like the parameters, True = kept; a scalar leaf for a
+        parameter that is not pruned.
+
+    Returns:
+      A window.
+    """
+    m, wide = len(state.gram), state.gram.dtype
+
+    def one(G: Array, mask: Array) -> Array:
+        if jnp.ndim(mask) == 0:
+            return G
+        return jnp.where(mask[None], G, jnp.zeros((), G.dtype))
+
+    rows = jax.tree.map(one, state.grads, masks)
+    gram = jnp.zeros((m, m), wide)
+    for G in jax.tree.leaves(rows):
+        axes = tuple(range(1, G.ndim))
+        gram += _dot(G, G, (axes, axes), wide)
+    factor = sliding.factorise(gram, state.oldest, _shift(m, state.damping))
+    return state._replace(grads=rows, gram=gram, factor=factor)
+
+
+def check_window(window: Any, damping: Any, dtype: Any) -> None:
+    """Raises unless a window can be made with these.
+
+    Args:
+      window: how many gradients it holds.
+      damping: what is added to the diagonal.
+      dtype: that of the gradients, or None.
+
+    Raises:
+      ValueError: `window < 1`, `damping <= 0`.
+      TypeError: a window that is no integer, a damping that is no number, a type that
+        is not real floating point.
+    """
+    _checks.check_positive_int(window, name="window")
+    check_damping(damping)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a real floating-point type, got {dtype!r}.")
+
+
+def _check_like_rows(state: MFacWindow, tree: PyTree, *, name: str) -> None:
+    _checks.same_structure(tree, state.grads, name=name, of="the window's parameters")
+
+    def one(path: str, x: Any, G: Array) -> None:
+        if jnp.shape(x) != G.shape[1:]:
+            raise ValueError(
+                f"{path}: {name} has shape {jnp.shape(x)}, the window was made for "
+                f"{G.shape[1:]}. Was it made for another model?"
+            )
+
+    map_with_path(one, tree, state.grads)
+
+
+def _damping(state: MFacWindow, damping: Any) -> Array:
+    if damping is None:
+        return state.damping
+    check_damping(damping)
+    return jnp.asarray(damping, state.damping.dtype)
+
+
+def _shift(m: int, damping: Array) -> Array:
+    """`m damping`, and no subnormal number that would flush to zero."""
+    return jnp.maximum(m * damping, jnp.finfo(damping.dtype).tiny)
+
+
+# The products with G. They are the cost: each reads all of it once.
+
+
+def _wide(rows: PyTree) -> Any:
+    """The type that sums are made in."""
+    return jnp.result_type(jnp.float32, *(G.dtype for G in jax.tree.leaves(rows)))
+
+
+def _empty_rows(w: Any, m: int, dtype: Any) -> Array:
+    shape, dtype = (m, *w.shape), dtype or w.dtype
+    sharding = getattr(w, "sharding", None)  # that of a tracer is known if explicit
+    if isinstance(sharding, NamedSharding) and not sharding.mesh.empty:
+        sharding = NamedSharding(sharding.mesh, P(None, *sharding.spec))
+        return jnp.zeros(shape, dtype, device=sharding)
+    return jnp.zeros(shape, dtype)
+
+
+def _admissible(grads: PyTree) -> PyTree:
+    """Gradients, or zeros where inner products with them could overflow."""
+    wide = _wide(grads)
+    fits = _squares(grads, wide) <= jnp.finfo(wide).max / 2**16
+    return jax.tree.map(lambda g: jnp.where(fits, g, jnp.zeros((), g.dtype)), grads)
+
+
+def _squares(tree: PyTree, wide: Any) -> Array:
+    found = [jnp.sum(jnp.square(x.astype(wide))) for x in jax.tree.leaves(tree)]
+    return sum(found, start=jnp.zeros((), wide))
+
+
+def _inner(rows: PyTree, x: PyTree, wide: Any) -> Array:
+    """`G x`, [m]."""
+
+    def one(G: Array, x: Array) -> Array:
+        if G.dtype == wide:
+            axes = tuple(range(x.ndim))
+            return _dot(G, x.astype(wide), (tuple(a + 1 for a in axes), axes), wide)
+        # As a dot product XLA would widen all of a 16-bit G first, on CPU.
+        product = G.astype(wide) * x.astype(wide)[None]
+        return jnp.sum(product, axis=tuple(range(1, G.ndim)))
+
+    pairs = zip(jax.tree.leaves(rows), jax.tree.leaves(x), strict=True)
+    found = [one(G, x) for G, x in pairs]
+    m = jax.tree.leaves(rows)[0].shape[0] if found else 0
+    return sum(found, start=jnp.zeros(m, wide))
+
+
+def _combine(rows: PyTree, c: Array, wide: Any) -> PyTree:
+    """`G^T c`, a tree like the parameters."""
+
+    def one(G: Array) -> Array:
+        if G.dtype == wide:
+            return _dot(c, G, ((0,), (0,)), wide)
+        together = math.gcd(len(G), 8)
+
+        def some(i: Array, total: Array) -> Array:
+            for j in range(together):
+                row = lax.dynamic_index_in_dim(G, i * together + j, keepdims=False)
+                total += c[i * together + j] * row.astype(wide)
+            return total
+
+        first = jnp.zeros_like(G[0], wide)
+        return lax.fori_loop(0, len(G) // together, some, first)
+
+    return jax.tree.map(one, rows)
+
+
+def _dot(a: Array, b: Array, axes: tuple, wide: Any) -> Array:
+    """Contracts `axes`; what is summed over devices is the same on all of them."""
+    kept = a.ndim + b.ndim - 2 * len(axes[0])
+    mesh = jax.typeof(b).sharding.mesh
+    out = None
+    if AxisType.Explicit in mesh.axis_types and axes != ((0,), (0,)):
+        out = NamedSharding(mesh, P(*[None] * kept))
+    return lax.dot_general(
+        a,
+        b,
+        (axes, ((), ())),
+        precision=HIGHEST,
+        preferred_element_type=wide,
+        out_sharding=out,
+    )

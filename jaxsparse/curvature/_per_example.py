@@ -1,0 +1,281 @@
+"""Gradients one by one: of single examples, or of small batches."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsparse import _checks
+from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.curvature._chunks import in_parts, is_spread
+from jaxsparse.curvature._trees import check_finite
+from jaxsparse.tree import leaves_with_paths, select
+
+LossFn = Callable[[PyTree, Any], Array]
+"""`loss_fn(params, batch) -> scalar`, the mean over a batch."""
+
+
+def per_example_grads(
+    loss_fn: LossFn,
+    params: PyTree,
+    batch: Any,
+    *,
+    average: int = 1,
+    chunk: int | None = None,
+    where: Where = None,
+    masks: PyTree = None,
+    dtype: Any = None,
+) -> PyTree:
+    """The gradient of each example, or of each group of `average` examples.
+
+    `g_i = d/dw loss_fn(params, batch[i * average : (i + 1) * average])`: the loss of
+    training, called with batches of `average` examples. The empirical Fisher matrix is
+    defined by single examples. The papers that prune (oBERT, M-FAC) take mini-batches
+    of 8 to 32: less memory and time for as much data. A mean of k gradients is shorter,
+    its outer product some k times smaller near a minimum, so the damping has to follow
+    (`rel_damping` does).
+
+    Batch norm should run on its stored statistics, dropout not at all.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> scalar`. Eager calls compile once for each
+        function object: pass a named function, not a new lambda in each turn of a loop.
+      params: a tree of arrays.
+      batch: a tree of arrays whose leading axis numbers n examples.
+      average: how many examples one gradient is the mean of; it divides n.
+      chunk: how many gradients are computed at once: the bound of the memory for
+        activations. All by default. On a mesh it has to divide their number.
+      where: which parameters take part; see `jaxsparse.tree.select`. The others get no
+        gradient, and None in the result.
+      masks: a tree of bools like `params`, True = kept: pruned weights get 0.
+      dtype: in which to store the gradients, for instance `jnp.bfloat16`; the
+        parameter's own by default.
+
+    Returns:
+      A tree like `params` with leaves `[n // average, *shape]`, sharded as the batch
+      and the parameters are.
+
+    Raises:
+      ValueError: an empty batch, one that `average` does not divide, a loss that is no
+        scalar; gradients that are NaN or Inf (in eager use), with the parameter's path.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> loss_fn = lambda params, x: jnp.mean((x @ params["w"]) ** 2) / 2
+      >>> params, batch = {"w": jnp.ones((2, 1))}, jnp.array([[1.0, 0.0], [1.0, 2.0]])
+      >>> js.curvature.per_example_grads(loss_fn, params, batch)["w"][..., 0]
+      Array([[1., 0.],
+             [3., 6.]], dtype=float32)
+    """
+    _checks.check_positive_int(average, name="average")
+    if chunk is not None:
+        _checks.check_positive_int(chunk, name="chunk")
+    n = _examples(batch)
+    if n % average:
+        raise ValueError(
+            f"average={average} does not divide the {n} examples of the batch. Leave "
+            f"{n % average} of them out, or choose another number."
+        )
+    selected = select(params, where)
+    taken = jax.tree.map(lambda w, take: w if take else None, params, selected)
+    rest = jax.tree.map(lambda w, take: None if take else w, params, selected)
+    for path, w in leaves_with_paths(taken):
+        _checks.check_floating(path, w)
+    if masks is not None:
+        _checks.same_structure(masks, params, name="masks")
+        masks = jax.tree.map(lambda k, take: k if take else None, masks, selected)
+    m = n // average
+    groups = jax.tree.map(lambda x: x.reshape(m, average, *x.shape[1:]), batch)
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), groups)
+    _check_scalar(jax.eval_shape(loss_fn, params, first), average)
+    parts = min(chunk or m, m)
+    if parts < m and m % parts and is_spread(*jax.tree.leaves(groups)):
+        raise ValueError(
+            f"{chunk=} does not divide the {m} gradients, which lie on several "
+            "devices. Choose a divisor."
+        )
+    grads = _grads(loss_fn, taken, rest, masks, groups, chunk=parts, dtype=dtype)
+    named = leaves_with_paths(grads)
+    leaves = [g for _, g in named]
+    if all(map(_checks.is_concrete, leaves)):
+        check_finite([p for p, _ in named], leaves, [jnp.sum(g) for g in leaves])
+    return grads
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "chunk", "dtype"))
+def _grads(loss_fn, taken, rest, masks, groups, *, chunk: int, dtype) -> PyTree:
+    def loss(taken: PyTree, group: Any) -> Array:
+        return loss_fn(_together(taken, rest), group)
+
+    def store(g: Array, mask: Array | None) -> Array:
+        g = g if mask is None else jnp.where(mask, g, jnp.zeros((), g.dtype))
+        return g if dtype is None else g.astype(dtype)
+
+    def one(group: Any) -> PyTree:
+        g = jax.grad(loss)(taken, group)
+        if masks is None:
+            return jax.tree.map(lambda g: store(g, None), g)
+        return jax.tree.map(store, g, masks)
+
+    several = jax.vmap(one)
+    m = jax.tree.leaves(groups)[0].shape[0]
+    if chunk == m:
+        return several(groups)
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], groups))
+    if not is_spread(*jax.tree.leaves(groups)):
+        empty = jax.tree.map(lambda s: jnp.zeros((m, *s.shape), s.dtype), shapes)
+
+        def fill(start: Any, size: int, out: PyTree) -> PyTree:
+            cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
+            write = lambda o, g: lax.dynamic_update_slice_in_dim(o, g, start, 0)
+            return jax.tree.map(write, out, several(jax.tree.map(cut, groups)))
+
+        return in_parts(m, chunk, fill, empty)
+    # Every device has some of each chunk: gradient i of a chunk is number
+    # i * turns + turn of all.
+    turns = m // chunk
+    apart = lambda x: x.reshape(chunk, turns, *x.shape[1:])
+    groups = jax.tree.map(apart, groups)
+    empty = lambda s: jnp.zeros((chunk, turns, *s.shape), s.dtype)
+
+    def turn(i: Any, out: PyTree) -> PyTree:
+        cut = lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
+        new = several(jax.tree.map(cut, groups))
+        write = lambda o, g: lax.dynamic_update_index_in_dim(o, g, i, 1)
+        return jax.tree.map(write, out, new)
+
+    out = lax.fori_loop(0, turns, turn, jax.tree.map(empty, shapes))
+    return jax.tree.map(lambda x: x.reshape(m, *x.shape[2:]), out)
+
+
+def stream_grads(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    count: int | None = None,
+    average: int = 1,
+    chunk: int | None = None,
+    where: Where = None,
+    masks: PyTree = None,
+    dtype: Any = None,
+) -> Iterator[PyTree]:
+    """`per_example_grads` batch after batch, never all of them at once.
+
+    Batches of one shape compile once. Examples of a batch that do not fill a group of
+    `average` are left out.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> scalar`.
+      params: a tree of arrays.
+      batches: batches of any size.
+      count: how many gradients in all: the last chunk is cut there. All by default.
+      average: as for `per_example_grads`, like the arguments after it.
+      chunk: how many gradients are computed at once.
+      where: which parameters take part.
+      masks: True = kept.
+      dtype: in which to store the gradients.
+
+    Yields:
+      Trees with leaves `[m, *shape]`, for an estimator's `update`.
+
+    Raises:
+      ValueError: no batch, or fewer gradients than `count`; what `per_example_grads`
+        raises.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> loss_fn = lambda params, x: jnp.mean((x @ params["w"]) ** 2) / 2
+      >>> params, batches = {"w": jnp.ones((2, 1))}, [jnp.ones((3, 2))] * 4
+      >>> stream = js.curvature.stream_grads(loss_fn, params, batches, count=10)
+      >>> [grads["w"].shape[0] for grads in stream]
+      [3, 3, 3, 1]
+    """
+    seen = 0
+    options: Any = {"average": average, "chunk": chunk, "where": where}
+    options |= {"masks": masks, "dtype": dtype}
+    for batch in batches:
+        n = _examples(batch) // average
+        if count is not None:
+            n = min(n, count - seen)
+        if n == 0:
+            continue
+        batch = jax.tree.map(lambda x, n=n: x[: n * average], batch)
+        seen += n
+        yield per_example_grads(loss_fn, params, batch, **options)
+        if seen == count:
+            return
+    if count is not None or not seen:
+        raise ValueError(
+            f"The batches gave {seen} gradients of {average} examples"
+            + (f", asked for {count}." if count else ".")
+            + " Was the iterator used up before? Pass more data, or a smaller count."
+        )
+
+
+def collect_grads(stream: Iterable[PyTree], *, count: int) -> PyTree:
+    """Streamed gradients in the host's memory, as numpy arrays.
+
+    For `mfac`, whose gradients may then be larger than a device's memory: it fetches
+    them page by page.
+
+    Args:
+      stream: trees with leaves `[m, *shape]`, as `stream_grads` yields them.
+      count: how many gradients in all.
+
+    Returns:
+      A tree with leaves `[count, *shape]`.
+
+    Raises:
+      ValueError: the stream ends early.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> stream = iter([{"w": jnp.ones((2, 3))}] * 2)
+      >>> js.curvature.collect_grads(stream, count=4)["w"].shape
+      (4, 3)
+    """
+    _checks.check_positive_int(count, name="count")
+    seen, out = 0, None
+    for grads in stream:
+        if out is None:
+            empty = lambda g: np.empty((count, *g.shape[1:]), g.dtype)
+            out = jax.tree.map(empty, grads)
+        n = min(jax.tree.leaves(grads)[0].shape[0], count - seen)
+        for target, g in zip(jax.tree.leaves(out), jax.tree.leaves(grads), strict=True):
+            target[seen : seen + n] = g[:n]
+        seen += n
+        if seen == count:
+            return out
+    raise ValueError(f"The stream gave {seen} gradients, asked for {count}.")
+
+
+def _together(taken: PyTree, rest: PyTree) -> PyTree:
+    pick = lambda a, b: b if a is None else a
+    return jax.tree.map(pick, taken, rest, is_leaf=lambda x: x is None)
+
+
+def _examples(batch: Any) -> int:
+    sizes = {path: x.shape[:1] for path, x in leaves_with_paths(batch)}
+    if not sizes or () in sizes.values() or len(set(sizes.values())) > 1:
+        raise ValueError(
+            "A batch is a tree of arrays whose leading axis numbers the examples, of "
+            f"the same length everywhere; got {sizes or batch!r}."
+        )
+    (n,) = next(iter(sizes.values()))
+    if n == 0:
+        raise ValueError("An empty batch: no examples, so no gradients (m = 0).")
+    return n
+
+
+def _check_scalar(loss: Any, average: int) -> None:
+    if getattr(loss, "shape", None) != ():
+        raise ValueError(
+            "loss_fn(params, batch) must return a scalar, the mean over the batch; it "
+            f"returned {loss}. It is called with batches of {average} (their leading "
+            "axis is kept), as in training. For (loss, aux) return the loss alone."
+        )

@@ -1,0 +1,97 @@
+"""Scores from curvature: what the loss says of each weight, to second order."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.tree import leaves_with_paths, map_with_path, select
+
+
+def obd(params: PyTree, diagonal: PyTree, *, where: Where = None) -> PyTree:
+    """Optimal Brain Damage: `1/2 H_qq w_q^2`.
+
+    The increase of the loss when a weight is removed and no other changes, at a
+    minimum, with a diagonal Hessian. LeCun, Denker & Solla (1989). The papers on
+    language models put the diagonal of the Fisher matrix for `H_qq`.
+
+    Args:
+      params: a tree of arrays.
+      diagonal: `H_qq`, or of the Fisher matrix, for what takes part: `jax.tree.map(
+        jnp.reciprocal, js.curvature.inverse_diagonal(fisher))` of a
+        `diagonal_fisher`. None for the others.
+      where: which parameters have to have one; see `jaxsparse.tree.select`.
+
+    Returns:
+      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what
+      takes no part.
+
+    Raises:
+      ValueError: a selected parameter has no curvature, or of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"kernel": jnp.array([[2.0, 1.0]])}
+      >>> js.scores.obd(params, {"kernel": jnp.array([[1.0, 8.0]])})
+      {'kernel': Array([[2., 4.]], dtype=float32)}
+    """
+    return _each(lambda w, h: jnp.square(w) * h / 2, params, diagonal, where)
+
+
+def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyTree:
+    """Optimal Brain Surgeon: `w_q^2 / (2 [H^-1]_qq)`.
+
+    The increase of the loss when a weight is removed and all others are changed for the
+    best, at a minimum. Hassibi & Stork (1992); with blocks of the empirical Fisher
+    matrix for H: WoodFisher (arXiv:2004.14340), oBERT (arXiv:2203.07259), M-FAC
+    (arXiv:2107.03356). `js.solvers.obs` makes that change as well.
+
+    Differs from WoodFisher, which leaves the 1/2 out and adds 1e-10 to the score and
+    to the diagonal, and from oBERT's implementation, which adds 1.2e-7 to the latter:
+    where the damping is large that decides about small weights.
+
+    Args:
+      params: a tree of arrays.
+      inverse_diagonal: `[H^-1]_qq` for what takes part, from
+        `js.curvature.inverse_diagonal(fisher)`; None for the others.
+      where: which parameters have to have one; see `jaxsparse.tree.select`.
+
+    Returns:
+      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what
+      takes no part.
+
+    Raises:
+      ValueError: a selected parameter has no curvature, or of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"kernel": jnp.array([[2.0, 1.0]])}
+      >>> js.scores.obs(params, {"kernel": jnp.array([[1.0, 0.125]])})
+      {'kernel': Array([[2., 4.]], dtype=float32)}
+    """
+    score = lambda w, d: jnp.square(w) / (2 * d)
+    return _each(score, params, inverse_diagonal, where)
+
+
+def _each(score: Any, params: PyTree, curvature: PyTree, where: Where) -> PyTree:
+    found = dict(leaves_with_paths(curvature))
+
+    def one(path: str, w: Array, taken: bool) -> Array:
+        if path not in found:
+            if taken:
+                raise ValueError(
+                    f"{path}: selected by `where`, but there is no curvature for it, "
+                    f"only for {list(found)[:4]}. Take the gradients with the same "
+                    "`where`."
+                )
+            return jnp.zeros_like(w)
+        c = found[path]
+        if jnp.shape(c) != jnp.shape(w):
+            raise ValueError(
+                f"{path}: curvature of shape {jnp.shape(c)} for a parameter of shape "
+                f"{jnp.shape(w)}. Was it made for another model?"
+            )
+        # In float32 for bf16 weights: their squares are too coarse to be ordered.
+        return score(w.astype(c.dtype), c).astype(w.dtype)
+
+    return map_with_path(one, params, select(params, where))
