@@ -1,0 +1,170 @@
+"""Gradual OBS: window, choice, update; against the solver on the same gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import second_order
+
+import jaxsparse as js
+
+DAMPING = 1e-3
+SHAPE = (8, 6)
+WEIGHTS = js.Unstructured()
+
+
+def params_of(rng):
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return {"kernel": draw(*SHAPE), "bias": draw(6)}
+
+
+def gradients(rng, params, count):
+    mixing = rng.standard_normal((8, 8)) / 2
+    draw = lambda w: jnp.asarray(
+        rng.standard_normal(w.shape)
+        if w.ndim < 2
+        else mixing[: w.shape[0], : w.shape[0]] @ rng.standard_normal(w.shape),
+        jnp.float32,
+    )
+    return [jax.tree.map(draw, params) for _ in range(count)]
+
+
+def stacked(grads):
+    tree = jax.tree.map(lambda *g: jnp.stack(g), *grads)
+    return tree | {"bias": None}
+
+
+def schedule(pattern=WEIGHTS, *, at, sparsity=0.5, window=5, **kwargs):
+    score = js.transforms.windowed_obs(
+        window=window, block_size=8, damping=DAMPING, pattern=pattern, **kwargs
+    )
+    return js.prune_schedule(
+        sparsity, every=js.schedules.at(*at), score=score, pattern=pattern
+    )
+
+
+def run(tx, params, grads):
+    step = jax.jit(tx.update)
+    state = tx.init(params)
+    for g in grads:
+        updates, state = step(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize(
+    "pattern", [js.Unstructured(scope="global"), js.Block((2, 1))], ids=str
+)
+def test_a_pruning_step_is_the_solver_on_the_window(pattern):
+    rng = np.random.default_rng(0)
+    params = params_of(rng)
+    grads = gradients(rng, params, 7)
+    tx = schedule(pattern, at=[6]).wrap(optax.sgd(0.0))
+    found, state = run(tx, params, grads)
+    fisher = js.curvature.block_fisher(
+        stacked(grads[2:]), block_size=8, damping=DAMPING, pattern=pattern
+    )
+    expected = js.solvers.obs(params, fisher, 0.5, pattern=pattern)
+    jax.tree.map(np.testing.assert_array_equal, js.masks_of(state), expected.masks)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, found, expected.params)
+    js.check(state, found)
+
+
+def test_a_window_that_is_not_full_counts_what_it_has():
+    rng = np.random.default_rng(1)
+    params = params_of(rng)
+    grads = gradients(rng, params, 3)
+    found, _ = run(schedule(at=[2], window=50).wrap(optax.sgd(0.0)), params, grads)
+    fisher = js.curvature.block_fisher(stacked(grads), block_size=8, damping=DAMPING)
+    expected = js.solvers.obs(params, fisher, 0.5).params
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, found, expected)
+
+
+def test_gradual_steps_are_optimal_for_what_is_left():
+    """Twice: the second update leaves out what the first one removed."""
+    rng = np.random.default_rng(2)
+    params = params_of(rng)
+    grads = gradients(rng, params, 8)
+    sparsity = js.schedules.polynomial(init=0.25, final=0.5, begin=3, end=7, power=1)
+    tx = schedule(at=[3, 7], sparsity=sparsity, window=4).wrap(optax.sgd(0.0))
+    between, state = run(tx, params, grads[:7])
+    before = np.asarray(js.masks_of(state)["kernel"])
+    final, state = run(tx, params, grads)
+    after = np.asarray(js.masks_of(state)["kernel"])
+    assert before.sum() == 36
+    assert after.sum() == 24
+    assert not (after & ~before).any()
+    columns = np.stack([np.asarray(g["kernel"]) for g in grads[4:]])
+    for o in range(6):  # a block is the column of one output
+        alive = before[:, o]
+        g = np.asarray(columns[:, alive, o], np.float64)
+        w = np.asarray(between["kernel"][:, o], np.float64)[alive]
+        removed = ~after[alive, o]
+        matrix = second_order.fisher(g, DAMPING)
+        expected = second_order.obs_joint(w, matrix, removed)
+        found = np.asarray(final["kernel"])[alive, o]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_it_adds_to_the_optimizer_s_own_step_and_in_that_step_alone():
+    rng = np.random.default_rng(3)
+    params = params_of(rng)
+    grads = gradients(rng, params, 4)
+    resting, _ = run(schedule(at=[2]).wrap(optax.sgd(0.0)), params, grads[:3])
+    prune_schedule = schedule(at=[2])
+    tx = prune_schedule.wrap(optax.sgd(0.1))
+    state = tx.init(params)
+    # The same weights in each step, so that the two runs see the same.
+    for g in grads[:3]:
+        updates, state = tx.update(g, state, params)
+    moved = optax.apply_updates(params, updates)
+    kept = js.masks_of(state)["kernel"]
+    expected = resting["kernel"] - jnp.where(kept, 0.1 * grads[2]["kernel"], 0)
+    np.testing.assert_allclose(moved["kernel"], expected, rtol=1e-5, atol=1e-6)
+    updates, state = tx.update(grads[3], state, moved)
+    plain = jnp.where(kept, -0.1 * grads[3]["kernel"], 0)
+    np.testing.assert_allclose(updates["kernel"], plain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_literal_chain_makes_it_in_apply_updates():
+    rng = np.random.default_rng(4)
+    params = params_of(rng)
+    grads = gradients(rng, params, 3)
+    enforced, _ = run(schedule(at=[2]).wrap(optax.sgd(0.1)), params, grads)
+    tx = optax.chain(schedule(at=[2]), optax.sgd(0.1))
+    state, found = tx.init(params), params
+    for g in grads:
+        updates, state = tx.update(g, state, found)
+        found = js.apply_updates(found, updates, state)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, found, enforced)
+
+
+def test_bfloat16_windows_and_weights():
+    rng = np.random.default_rng(5)
+    short = lambda tree: jax.tree.map(lambda w: w.astype(jnp.bfloat16), tree)
+    params = short(params_of(rng))
+    grads = short(gradients(rng, params, 3))
+    tx = schedule(at=[2], dtype=jnp.bfloat16).wrap(optax.sgd(0.0))
+    found, state = run(tx, params, grads)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
+    assert int((found["kernel"] != 0).sum()) == 24
+    js.check(state, found)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        js.transforms.windowed_obs(window=0, damping=1.0)
+    with pytest.raises(ValueError, match="either damping"):
+        js.transforms.windowed_obs(window=3)
+    with pytest.raises(ValueError, match="damping must be positive"):
+        js.transforms.windowed_obs(window=3, damping=0.0)
+    with pytest.raises(ValueError, match=r"kernel: block_size=99 exceeds the 48"):
+        js.prune_schedule(
+            0.5,
+            every=1,
+            score=js.transforms.windowed_obs(window=3, damping=1.0, block_size=99),
+        ).init(params_of(np.random.default_rng(0)))
