@@ -14,6 +14,7 @@ from jaxsparse.curvature._kronecker import kronecker_fisher as kronecker_fisher
 from jaxsparse.curvature._mfac import MFac as MFac
 from jaxsparse.curvature._mfac import mfac as mfac
 from jaxsparse.curvature._mfac import span_ihvp as span_ihvp
+from jaxsparse.curvature._mfac_blocks import BlockMFac as BlockMFac
 from jaxsparse.curvature._operations import Fisher as Fisher
 from jaxsparse.curvature._operations import check_covers as check_covers
 from jaxsparse.curvature._operations import eliminate as eliminate

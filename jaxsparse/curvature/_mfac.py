@@ -15,6 +15,8 @@ from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature import _triangle
 from jaxsparse.curvature._chunks import SCRATCH_BYTES, in_parts, is_spread
 from jaxsparse.curvature._factor import HIGHEST, inverse_root
+from jaxsparse.curvature._layout import block_layout, check_block_size
+from jaxsparse.curvature._mfac_blocks import BlockMFac, in_rows, row_roots
 from jaxsparse.curvature._trees import (
     check_factor,
     check_finite,
@@ -22,6 +24,7 @@ from jaxsparse.curvature._trees import (
     gradient_leaves,
 )
 from jaxsparse.curvature._triangle import Triangle
+from jaxsparse.tree import AxesRule, resolve_axes
 
 
 @functools.partial(
@@ -57,9 +60,11 @@ def mfac(
     *,
     damping: float | Array | None = None,
     rel_damping: float | Array | None = None,
+    block_size: int | None = None,
+    axes: AxesRule = None,
     accurate: bool = True,
     page_bytes: int = 1 << 28,
-) -> MFac:
+) -> MFac | BlockMFac:
     """The empirical Fisher matrix over all weights at once, matrix-free.
 
     `F = (1/m) G^T G + damping * I` with the gradients as rows of `G`, `[m, d]`. By
@@ -70,9 +75,9 @@ def mfac(
     Differs from the reference implementation, which orthogonalises the gradients one
     after another (m passes over what is there already, overwriting them): that is the
     factorisation of S, found here from one matrix product and Cholesky, in float64
-    unless told otherwise. Its blocks are not here: a block of some hundred weights is
-    better inverted itself (`block_fisher`), and with all weights in one the numbers
-    kept are the same.
+    unless told otherwise. Its blocks run on over the ends of parameters; with
+    `block_size` they do not here. Up to some four times m weights a block is better
+    inverted itself (`block_fisher`).
 
     Cost: `m^2 d` multiply-adds once, `2 m d` for a product with `F^-1`, `m^2 d` for the
     whole diagonal. Memory: the gradients and `m^2` numbers. For 25e6 weights and
@@ -88,12 +93,17 @@ def mfac(
         takes no part. They are kept, not copied.
       damping: added to the diagonal; the paper takes 1e-5 for pruning.
       rel_damping: instead of it a factor for the mean diagonal of F.
+      block_size: None for one matrix over all weights; else each block of so many
+        neighbours on its own, cut as in `block_fisher` (with a copy of the gradients
+        in that order, and `m^2` numbers for each block).
+      axes: the axes of kernels whose layout is not flax's, for blocks.
       accurate: False forms and factors S in the gradients' type: right only where the
         gradients' largest squared norm is below some 1e4 times `m * damping`.
       page_bytes: how much of gradients in the host's memory is fetched at once.
 
     Returns:
-      An `MFac`, for `ihvp`, `inverse_diagonal`, `span_ihvp`, the scores and solvers.
+      An `MFac`, for `ihvp`, `inverse_diagonal`, `span_ihvp`, the scores and solvers; a
+      `BlockMFac` with `block_size`.
 
     Raises:
       ValueError: no gradients, gradients with NaN or Inf (in eager use), a damping
@@ -110,6 +120,12 @@ def mfac(
     check_one_damping(damping, rel_damping)
     _checks.check_positive_int(page_bytes, name="page_bytes")
     stored = _stored(leaves)
+    if block_size is not None:
+        if damping is None:
+            damping = rel_damping * _mean_square(leaves)
+        return _in_blocks(
+            grads, jnp.asarray(damping, stored), block_size, axes, accurate
+        )
     gram = _gram(leaves, accurate, page_bytes)
     check_finite(paths, leaves, [jnp.diagonal(gram.square)] * len(leaves))
     if damping is None:
@@ -127,6 +143,33 @@ def mfac(
         accurate,
         page_bytes,
     )
+
+
+def _in_blocks(grads, damping, block_size: int, axes, accurate: bool) -> BlockMFac:
+    check_block_size(block_size)
+    paths, leaves, _ = gradient_leaves(grads)
+    shape = lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype)
+    stated = resolve_axes(jax.tree.map(shape, grads), axes)
+    layouts = tuple(
+        block_layout(path, g.shape[1:], block_size=block_size, axes=stated.get(path))
+        for path, g in zip(paths, leaves, strict=True)
+    )
+    rows = tuple(
+        in_rows(g, layout=layout) for g, layout in zip(leaves, layouts, strict=True)
+    )
+    roots = tuple(row_roots(g, damping, accurate=accurate) for g in rows)
+    diagonals = [_triangle.diagonal(r) for r in roots]
+    check_finite(paths, leaves, [jnp.sum(g) for g in leaves])
+    for path, d in zip(paths, diagonals, strict=True):
+        check_factor(path, d, damping)
+    treedef = jax.tree.structure(grads)
+    return BlockMFac(rows, roots, damping, treedef, layouts, accurate)
+
+
+def _mean_square(leaves) -> Array:
+    """The mean diagonal of F."""
+    total = sum(jnp.sum(jnp.square(g.astype(_stored(leaves)))) for g in leaves)
+    return total / sum(g.size for g in leaves)
 
 
 def span_ihvp(fisher: MFac, coefficients: Array) -> PyTree:

@@ -30,9 +30,16 @@ from jaxsparse.curvature._mfac import (
     mfac_ihvp,
     restrict_mfac,
 )
+from jaxsparse.curvature._mfac_blocks import (
+    BlockMFac,
+    restrict_rows,
+    rows_diagonal,
+    rows_eliminate,
+    rows_ihvp,
+)
 from jaxsparse.curvature._trees import check_shapes, leaves_at
 
-Fisher = BlockFisher | DiagonalFisher | KroneckerFisher | MFac
+Fisher = BlockFisher | BlockMFac | DiagonalFisher | KroneckerFisher | MFac
 
 
 def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
@@ -72,6 +79,11 @@ def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
             ]
         case MFac():
             products = mfac_ihvp(fisher, xs)
+        case BlockMFac(damping=damping):
+            parts = zip(fisher.rows, fisher.roots, xs, fisher.layouts, strict=True)
+            products = [
+                rows_ihvp(g, r, damping, x, layout=lay) for g, r, x, lay in parts
+            ]
     return fisher.treedef.unflatten(products)
 
 
@@ -105,6 +117,12 @@ def inverse_diagonal(fisher: Fisher) -> PyTree:
             ]
         case MFac():
             diagonals = mfac_diagonal(fisher)
+        case BlockMFac(damping=damping, accurate=accurate):
+            parts = zip(fisher.rows, fisher.roots, fisher.layouts, strict=True)
+            diagonals = [
+                rows_diagonal(g, r, damping, layout=layout, accurate=accurate)
+                for g, r, layout in parts
+            ]
     return fisher.treedef.unflatten(diagonals)
 
 
@@ -281,6 +299,8 @@ def restrict(fisher: Any, masks: PyTree) -> Any:
             return restrict_blocks(fisher, full)
         case MFac():
             return restrict_mfac(fisher, full)
+        case BlockMFac():
+            return restrict_rows(fisher, full)
         case DiagonalFisher():
             return fisher
     raise TypeError(
@@ -335,6 +355,12 @@ def eliminate(
             ]
         case MFac():
             changes = mfac_eliminate(fisher, ws, qs, ks)
+        case BlockMFac(damping=damping, accurate=accurate):
+            parts = zip(fisher.rows, ws, qs, ks, fisher.layouts, strict=True)
+            changes = [
+                rows_eliminate(g, damping, w, q, k, layout=layout, accurate=accurate)
+                for g, w, q, k, layout in parts
+            ]
         case DiagonalFisher():
             changes = [
                 jnp.where(q, -w.astype(d.dtype), jnp.zeros((), d.dtype))
