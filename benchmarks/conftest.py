@@ -18,6 +18,9 @@ import jax
 import numpy as np
 import pytest
 
+# Scripts and references that no test is collected from.
+collect_ignore = ["_sequential.py", "second_order_quality.py"]
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 _rows: list[dict] = []
 
@@ -36,9 +39,16 @@ def large(request) -> bool:
 @pytest.fixture
 def compare(request):
     """Times functions in turn and records medians and ratios to the first."""
-    rounds = request.config.getoption("--rounds")
+    asked = request.config.getoption("--rounds")
 
-    def run(name: str, calls: dict, *, floor_ms: float | None = None) -> dict:
+    def run(
+        name: str,
+        calls: dict,
+        *,
+        floor_ms: float | None = None,
+        rounds: int | None = None,
+    ) -> dict:
+        rounds = min(asked, rounds or asked)
         times = {label: [] for label in calls}
         for turn in range(rounds + 2):
             for label, call in calls.items():

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxsparse._typing import Array
 from jaxsparse.curvature import _triangle
-from jaxsparse.curvature._blocks import BlockFisher
+from jaxsparse.curvature._blocks import BlockFisher, inverse_diagonals
 from jaxsparse.curvature._chunks import over_blocks
 from jaxsparse.curvature._factor import HIGHEST, inverse_lower, inverse_root, matmul
 from jaxsparse.curvature._layout import BlockLayout, from_blocks, to_blocks
@@ -29,26 +29,18 @@ def block_ihvp(root: Triangle, x: Array, *, layout: BlockLayout) -> Array:
     Returns:
       An array of its shape, in the type of the root.
     """
-    # What stands above the diagonal, the low parts, is below the rounding of the rest.
     r = root.square
+
+    def product(r: Array, x: Array) -> Array:
+        # What stands above the diagonal, low parts scaled down, is far below rounding.
+        y = jnp.einsum("...ab,...b->...a", r, x, precision=HIGHEST)
+        return jnp.einsum("...ab,...a->...b", r, y, precision=HIGHEST)
+
     x = to_blocks(x.astype(r.dtype), layout)
-    y = jnp.einsum("...ab,...b->...a", r, x, precision=HIGHEST)
-    y = jnp.einsum("...ab,...a->...b", r, y, precision=HIGHEST)
-    return from_blocks(y, layout)
-
-
-@functools.partial(jax.jit, static_argnames="layout")
-def block_diagonal(root: Triangle, *, layout: BlockLayout) -> Array:
-    """The diagonal of `F^-1`: sums of squares, so never negative.
-
-    Args:
-      root: the parameter's roots.
-      layout: the parameter's.
-
-    Returns:
-      An array of the parameter's shape.
-    """
-    return from_blocks(jnp.sum(jnp.square(root.square), axis=-2), layout)
+    floats = max(
+        1, layout.block_size**2 // 4
+    )  # the second product finds r in the cache
+    return from_blocks(over_blocks(product, layout.lead, floats, r, x), layout)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "size"))
@@ -266,4 +258,5 @@ def restrict_blocks(fisher: BlockFisher, masks: list[Array]) -> BlockFisher:
         block_restrict(r, mask, fisher.damping, layout=layout, accurate=fisher.accurate)
         for r, mask, layout in zip(fisher.roots, masks, fisher.layouts, strict=True)
     )
-    return dataclasses.replace(fisher, roots=roots)
+    diagonals = tuple(map(inverse_diagonals, roots))
+    return dataclasses.replace(fisher, roots=roots, diagonals=diagonals)

@@ -16,6 +16,7 @@ from jaxsparse.curvature import _triangle
 from jaxsparse.curvature._chunks import (
     SCRATCH_BYTES,
     SLAB_BYTES,
+    cut,
     in_parts,
     is_spread,
     over_blocks,
@@ -29,12 +30,15 @@ from jaxsparse.curvature._layout import (
     to_blocks,
 )
 from jaxsparse.curvature._trees import (
+    absolute_damping,
     check_factor,
     check_finite,
     check_one_damping,
     check_shapes,
     gradient_leaves,
     leaves_at,
+    mean_diagonal,
+    widest,
 )
 from jaxsparse.curvature._triangle import Triangle
 from jaxsparse.tree import AxesRule, leaves_with_paths, resolve_axes, select
@@ -42,18 +46,19 @@ from jaxsparse.tree import AxesRule, leaves_with_paths, resolve_axes, select
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["roots", "damping"],
+    data_fields=["roots", "diagonals", "damping"],
     meta_fields=["treedef", "layouts", "accurate"],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockFisher:
     """The inverse of a damped block-diagonal Fisher matrix, as its square root.
 
-    For each block `F^-1 = R^T R` with `R` lower triangular: `block_size + 1` numbers a
+    For each block `F^-1 = R^T R` with `R` lower triangular: `block_size + 2` numbers a
     weight, and no rounding makes a diagonal of `F^-1` negative.
 
     Attributes:
       roots: for each parameter `R`, a triangle of shape `[*lead, b, b]`.
+      diagonals: for each parameter the diagonal of `F^-1`, `[*lead, b]`.
       damping: what was added to the diagonal, a scalar.
       treedef: the structure of the gradients.
       layouts: for each parameter how it is cut into blocks.
@@ -61,6 +66,7 @@ class BlockFisher:
     """
 
     roots: tuple[Triangle, ...]
+    diagonals: tuple[Array, ...]
     damping: Array
     treedef: Any
     layouts: tuple[BlockLayout, ...]
@@ -101,14 +107,13 @@ def block_fisher(
     is needed or touched), to 1e-6. m counts the gradients given, not those hoped for.
 
     Cost: `m * block_size * d` multiply-adds and some `block_size^2 * d` more;
-    `block_size + 1` float32 a weight, summed up and inverted in place, and some 16 MB
+    `block_size + 2` float32 a weight, summed up and inverted in place, and some 40 MB
     (on a mesh: as much again while one parameter is worked on). For BERT-base (85e6
-    weights in kernels, block size 50, m = 1024 gradients): 17.3 GB of blocks, 8.7 TFLOP
-    in float64: a second or more where that runs at 10 TFLOP/s, and as much traffic as
-    the gradients themselves, 348 GB in float32, if they are not made chunk by chunk and
-    summed up at once (see `block_estimator`); on 8 devices an eighth of each, without
-    communication. For 7e9 weights: 1.4 TB of blocks, 18 devices of 80 GB with block
-    size 50, or 3 with 8.
+    weights in kernels, block size 50, m = 1024 gradients): 17.7 GB of blocks, 8.7 TFLOP
+    in float64, which is 0.9 s at 10 TFLOP/s, and 348 GB of float32 gradients, which are
+    to be summed up chunk by chunk as they are made (see `block_estimator`); on 8
+    devices an eighth of each, without communication. For 7e9 weights: 1.5 TB of blocks,
+    19 devices of 80 GB; with block size 8, 280 GB, 4 devices.
 
     Blocks much larger than m are cheaper without their matrix: see `mfac`.
 
@@ -139,9 +144,9 @@ def block_fisher(
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> grads = {"w": jnp.array([[1.0, 1.0], [1.0, -1.0]])}    # m = 2, F = I
-      >>> fisher = js.curvature.block_fisher(grads, block_size=2, damping=1.0)
+      >>> fisher = js.curvature.block_fisher(grads, block_size=2, damping=3.0)
       >>> js.curvature.inverse_diagonal(fisher)
-      {'w': Array([0.5, 0.5], dtype=float32)}
+      {'w': Array([0.25, 0.25], dtype=float32)}
     """
     check_one_damping(damping, rel_damping)
     paths, leaves, m = gradient_leaves(grads)
@@ -185,11 +190,11 @@ def block_estimator(
       >>> sums = estimator.init({"w": jnp.zeros((1, 2))})
       >>> for g in jnp.array([[1.0, 1.0], [1.0, -1.0]]):
       ...     sums = estimator.update(sums, {"w": g.reshape(1, 1, 2)})
-      >>> for damping in (1.0, 3.0):
+      >>> for damping in (3.0, 15.0):
       ...     fisher = estimator.finalize(sums, damping=damping)
       ...     print(js.curvature.inverse_diagonal(fisher)["w"])
-      [[0.5 0.5]]
       [[0.25 0.25]]
+      [[0.0625 0.0625]]
     """
     check_block_size(block_size)
 
@@ -284,7 +289,7 @@ def _sum_up_(sums: Triangle, g: Array, layout: BlockLayout, accurate: bool) -> T
     flat = lambda x: x.reshape(layers, layout.blocks, *x.shape[lead:])
 
     def add_rows(start: Any, size: int, sums: Triangle) -> Triangle:
-        part = lax.dynamic_slice_in_dim(g, start, size, axis)
+        part = cut(g, start, size, axis)
         part = part.transpose(0, *(1 + a for a in layout.order))
         part = part.reshape(m, layers, size * row)
         count = -(-size * row // b)
@@ -294,8 +299,8 @@ def _sum_up_(sums: Triangle, g: Array, layout: BlockLayout, accurate: bool) -> T
 
         def add_blocks(i: Any, size: int, sums: Triangle) -> Triangle:
             first = start * row // b + i
-            cut = lambda x, at: lax.dynamic_slice_in_dim(x, at, size, 1)
-            old = jax.tree.map(lambda x: cut(x, first), sums)
+            take = lambda x, at: lax.dynamic_slice_in_dim(x, at, size, 1)
+            old = jax.tree.map(lambda x: take(x, first), sums)
             # The turn of a loop of its own, which XLA cannot know to be one. It reads
             # its matrix transposed as well: fused with the writing, that would make a
             # copy of all sums necessary.
@@ -303,7 +308,7 @@ def _sum_up_(sums: Triangle, g: Array, layout: BlockLayout, accurate: bool) -> T
                 lax.optimization_barrier(jnp.ones((), bool)),
                 lambda old, part: _plus(old, part, accurate),
                 old,
-                cut(part, i),
+                take(part, i),
             )
             write = lambda x, n: lax.dynamic_update_slice_in_dim(x, n, first, 1)
             return jax.tree.map(write, sums, new)
@@ -355,28 +360,34 @@ def _root_(sums: Triangle, scale: Array, damping: Array, accurate: bool) -> Tria
         return over_blocks(root, lead, 8 * b * b, sums, in_place=True)
 
 
-_static = {"static_argnames": ("layout", "accurate")}
-_sum_up = jax.jit(_sum_up_, **_static)
-_sum_up_anew = jax.jit(_sum_up_from_zero, **_static)
+_sum_up = jax.jit(_sum_up_, static_argnames=("layout", "accurate"))
+_sum_up_anew = jax.jit(_sum_up_from_zero, static_argnames=("layout", "accurate"))
 _root = jax.jit(_root_, static_argnames="accurate")
 _root_in_place = jax.jit(_root_, static_argnames="accurate", donate_argnums=0)
 
 
 def _finalize(root, sums: Sums, damping, rel_damping, accurate: bool) -> BlockFisher:
-    stored = jnp.result_type(*(s.square.dtype for s in sums.sums))
+    stored = widest([s.square for s in sums.sums])
     scale = 1 / sums.count.astype(stored)
-    if damping is None:
-        damping = rel_damping * _mean_diagonal(sums) * scale
-    damping = jnp.asarray(damping, stored)
-    roots = tuple(root(s, scale, damping, accurate=accurate) for s in sums.sums)
-    for path, r in zip(sums.paths, roots, strict=True):
-        check_factor(path, _triangle.diagonal(r), damping)
-    return BlockFisher(roots, damping, sums.treedef, sums.layouts, accurate)
-
-
-def _mean_diagonal(sums: Sums) -> Array:
-    """Over the weights that have gradients; padding and masked weights have none."""
     diagonals = [_triangle.diagonal(s) for s in sums.sums]
-    total = sum(jnp.sum(d) for d in diagonals)
-    count = sum(jnp.sum(d > 0, dtype=jnp.float32) for d in diagonals)
-    return total / jnp.maximum(count, 1).astype(total.dtype)
+    mean = lambda: mean_diagonal(diagonals, stored) * scale
+    damping = absolute_damping(damping, rel_damping, mean, stored)
+    roots = tuple(root(s, scale, damping, accurate=accurate) for s in sums.sums)
+    for path, r, d in zip(sums.paths, roots, diagonals, strict=True):
+        largest = lambda d=d: jnp.max(d) * scale.astype(d.dtype)
+        check_factor(path, _triangle.diagonal(r), damping, largest, accurate=accurate)
+    diagonals = tuple(map(inverse_diagonals, roots))
+    return BlockFisher(roots, diagonals, damping, sums.treedef, sums.layouts, accurate)
+
+
+@jax.jit
+def inverse_diagonals(roots: Triangle) -> Array:
+    """The diagonals of `R^T R`: sums of squares, so never negative.
+
+    Args:
+      roots: triangles `[*lead, b, b]`.
+
+    Returns:
+      `[*lead, b]`.
+    """
+    return jnp.sum(jnp.square(roots.square), axis=-2)

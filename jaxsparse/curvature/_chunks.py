@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._loops import after
 from jaxsparse._typing import Array
 
 SCRATCH_BYTES = 1 << 22  # float64 numbers that should stay in the cache
@@ -37,7 +38,8 @@ def in_parts(
     Args:
       total: how many.
       part: how many a turn.
-      body: `body(start, size, carry) -> carry`; `size` is a Python integer.
+      body: `body(start, size, carry) -> carry`; `size` is a Python integer, `start` is
+        traced.
       carry: a tree of arrays.
 
     Returns:
@@ -48,7 +50,7 @@ def in_parts(
         carry = lax.fori_loop(0, _opaque(total // part), turn, carry)
     if total % part:
         # A loop too: outside of one XLA copies a carry that it could write into.
-        rest = lambda i, carry: body(total - total % part, total % part, carry)
+        rest = lambda i, carry: body(i + total - total % part, total % part, carry)
         carry = lax.fori_loop(0, _opaque(1), rest, carry)
     return carry
 
@@ -56,6 +58,24 @@ def in_parts(
 def _opaque(count: int) -> Array:
     """A number that XLA does not know, or it would unroll a loop of one turn."""
     return lax.optimization_barrier(jnp.int32(count))
+
+
+def cut(x: Array, start: Array, size: int, axis: int = 0) -> Array:
+    """A part of an array that is read in the turns of `in_parts`.
+
+    It is tied to the turn. Else XLA, on CPU, makes a float32 copy of a whole bfloat16
+    array in front of the loop.
+
+    Args:
+      x: an array from outside the loop.
+      start: the first index.
+      size: how many.
+      axis: along which axis.
+
+    Returns:
+      `x[start : start + size]` along the axis.
+    """
+    return lax.dynamic_slice_in_dim(after(start, x), start, size, axis)
 
 
 def over_blocks(

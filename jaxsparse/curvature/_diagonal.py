@@ -11,11 +11,14 @@ from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature._estimator import Estimator, Sums, merge_by
 from jaxsparse.curvature._trees import (
+    absolute_damping,
     check_finite,
     check_one_damping,
     check_shapes,
     gradient_leaves,
     leaves_at,
+    mean_diagonal,
+    widest,
 )
 from jaxsparse.tree import leaves_with_paths, select
 
@@ -131,7 +134,8 @@ def diagonal_estimator(*, where: Where = None) -> Estimator:
         leaves = leaves_at(grads, sums.paths, name="grads")
         shapes = [layout.shape for layout in sums.layouts]
         check_shapes(sums.paths, shapes, leaves, name="grads", extra=1)
-        new = tuple(s + _squares(g) for s, g in zip(sums.sums, leaves, strict=True))
+        parts = zip(sums.sums, map(_squares, leaves), strict=True)
+        new = tuple(s + part.astype(s.dtype) for s, part in parts)
         check_finite(sums.paths, leaves, new)
         return dataclasses.replace(
             sums, sums=new, count=sums.count + leaves[0].shape[0]
@@ -144,6 +148,7 @@ def _stored(x: Any):
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
+@jax.jit
 def _squares(g: Array) -> Array:
     return jnp.sum(jnp.square(g.astype(_stored(g))), axis=0)
 
@@ -161,12 +166,9 @@ def _finalize(
     check_one_damping(damping, rel_damping)
     if _checks.is_concrete(sums.count) and int(sums.count) == 0:
         raise ValueError("No gradients were summed up (m = 0): call update first.")
-    stored = jnp.result_type(*sums.sums)
     means = [s / sums.count.astype(s.dtype) for s in sums.sums]
-    if damping is None:
-        total = sum(jnp.sum(d) for d in means)
-        seen = sum(jnp.sum(d > 0, dtype=jnp.float32) for d in means)
-        damping = rel_damping * (total / jnp.maximum(seen, 1).astype(total.dtype))
-    damping = jnp.asarray(damping, stored)
+    stored = widest(means)
+    mean = lambda: mean_diagonal(means, stored)
+    damping = absolute_damping(damping, rel_damping, mean, stored)
     diagonals = tuple(d + damping.astype(d.dtype) for d in means)
     return DiagonalFisher(diagonals, damping, sums.treedef, sums.layouts)

@@ -21,7 +21,8 @@ class BlockLayout:
     pattern lies in one block.
 
     Attributes:
-      path: the parameter's path.
+      path: the parameter's path, for messages. Layouts are equal without it: so
+        parameters of equal shape share one compilation.
       shape: its shape.
       split: its shape with tiled axes cut in two.
       order: the axes of `split`, slowest first.
@@ -32,7 +33,7 @@ class BlockLayout:
       unit: how many neighbours form a unit of the pattern; 1 for single weights.
     """
 
-    path: str
+    path: str = dataclasses.field(compare=False)
     shape: tuple[int, ...]
     split: tuple[int, ...]
     order: tuple[int, ...]

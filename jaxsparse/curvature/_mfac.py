@@ -81,7 +81,7 @@ def mfac(
 
     Cost: `m^2 d` multiply-adds once, `2 m d` for a product with `F^-1`, `m^2 d` for the
     whole diagonal. Memory: the gradients and `m^2` numbers. For 25e6 weights and
-    m = 1024: 102 GB of float32 gradients (bf16: 51), 26 TFLOP in float64, and 205 GB of
+    m = 1024: 102 GB of float32 gradients (bf16: 51), 52 TFLOP in float64, and 205 GB of
     traffic for a product. Sharded along the parameters each device works on its part
     and S is one all-reduce of m x m. Gradients in the host's memory (numpy arrays, see
     `collect_grads`) are fetched in pages of columns, each once for S, once for a
@@ -429,10 +429,10 @@ def _dots(g: Array, x: Array) -> Array:
 
 @jax.jit
 def _weighted(g: Array, c: Array) -> Array:
-    """`G^T c`, of the parameter's shape."""
+    """`G^T c`, of the parameter's shape. With G first XLA would transpose a copy."""
     return lax.dot_general(
-        g,
         c.astype(g.dtype),
+        g,
         (((0,), (0,)), ((), ())),
         precision=HIGHEST,
         preferred_element_type=_stored([g]),

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks
-from jaxsparse._loops import when
+from jaxsparse._loops import after, when
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature import _sliding_factor as sliding
 from jaxsparse.curvature._trees import check_damping
@@ -36,15 +36,15 @@ class MFacWindow(NamedTuple):
       grads: a tree like the parameters, leaves `[m, *shape]`: `G`, a ring. Rows that
         were not written yet are zeros.
       gram: `G G^T`, `[m, m]`.
-      factor: upper triangular `U` with `U^T U = m damping I + G G^T`, `[m, m]`; its
-        rows and columns go by age, the oldest gradient first.
+      factor: upper triangular `U` with `U^T U = m damping I + G G^T`, in the order of
+        age, the oldest gradient first.
       damping: the damping in `factor`.
       oldest: the row of `grads` that the next gradient replaces, int32.
     """
 
     grads: PyTree
     gram: Array
-    factor: Array
+    factor: sliding.Factor
     damping: Array
     oldest: Array
 
@@ -93,7 +93,7 @@ def window_init(
     return MFacWindow(
         grads=rows,
         gram=jnp.zeros((window, window), wide),
-        factor=jnp.sqrt(_shift(window, damping)) * jnp.eye(window, dtype=wide),
+        factor=sliding.empty_factor(window, _shift(window, damping)),
         damping=damping,
         oldest=jnp.zeros((), jnp.int32),
     )
@@ -105,14 +105,10 @@ def window_update(
     """Replaces the oldest gradient of a window.
 
     One pass over `G` for the new inner products, `2 m d` FLOP, and `O(m^2)` for the
-    factor. If the state is donated, its rows are written in place.
+    factor. If the state is donated, the row is written in place.
 
-    A gradient that is not finite, or whose squared norm is not, is entered as zeros:
-    the window stays finite, and is right about all others.
-
-    On CPU the factor slides, and is computed anew every 64 rows: in float32 and m =
-    512 it was then off by at most 5e-7 of its size. On accelerators, where m short
-    steps in a row are slow, it is computed anew each time, in `m^3 / 3` FLOP.
+    A gradient that is not finite, or whose squared norm is not, is not entered: the
+    window stays as it is.
 
     Args:
       state: a window.
@@ -134,59 +130,55 @@ def window_update(
       Array([[5., 0.],
              [0., 0.]], dtype=float32)
     """
-    _check_like_rows(state, grads, name="grads")
-    m, wide = len(state.gram), state.gram.dtype
-    lam = _damping(state, damping)
-    new = _admissible(jax.tree.map(lambda g, G: g.astype(G.dtype), grads, state.grads))
-    row = state.oldest
-    rows = jax.tree.map(
-        lambda G, g: lax.dynamic_update_index_in_dim(G, g, row, 0), state.grads, new
-    )
-    dots = _inner(rows, new, wide)
-    gram = state.gram.at[row].set(dots).at[:, row].set(dots)
-    oldest = (row + 1) % m
-    moved = lam != state.damping
-    factor = sliding.next_factor(state.factor, gram, oldest, _shift(m, lam), moved)
-    return MFacWindow(rows, gram, factor, lam, oldest)
+    return _enter(state, grads, damping)[0]
 
 
-def window_newest(state: MFacWindow) -> PyTree:
-    """`F^-1 g` for the newest gradient `g` of a window, `m G^T S^-1 e_g`.
+def window_update_ihvp(
+    state: MFacWindow, grads: PyTree, *, damping: Any = None
+) -> tuple[MFacWindow, PyTree]:
+    """Replaces the oldest gradient by `g`; then `F^-1 g`, which is `m G^T S^-1 e_g`.
 
-    One pass over `G`, and `O(m^2)`. With `c = S^-1 e_g`, scaled to 1 at `g`, it is
+    Two passes over `G`, `4 m d` FLOP, and `O(m^2)`. With `c = S^-1 e_g`, scaled to 1 at
+    `g`, the product is
 
         m r / (m damping |c|^2 + |r|^2),    r = G^T c,
 
     the part of `g` that the other gradients do not explain, over its curvature. Nothing
     cancels there, and an error of `c` enters the denominator squared.
 
-    In float32 the relative error is about 1e-7 times the condition number of `S` (at
-    most 1e-6 where gradients point in different directions, whatever the damping: the
-    formula with `1 / damping` loses all digits there). Of a gradient that others
-    explain up to rounding no digit is left; then the denominator is kept above rounding
-    and the result is too small, but never NaN and never large.
+    In float32 the relative error is about 1e-7 times the condition number of `S`: at
+    most 1e-6 where gradients point in different directions, whatever the damping. (The
+    formula with `1 / damping` loses all digits there.) Of a gradient that others
+    explain up to rounding no digit is left; the product is then neither NaN nor large.
 
     Args:
-      state: a window, after at least one update.
+      state: a window.
+      grads: a tree like the parameters. One with NaN or Inf is not entered, and its
+        product is NaN in the same places; of one whose squared norm alone is infinite
+        it is 0.
+      damping: another damping from now on; None keeps that of the window.
 
     Returns:
-      A tree like the parameters, in float32 or wider.
+      The window, and a tree like `grads`.
+
+    Raises:
+      ValueError: gradients of another structure or shape, `damping <= 0`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsparse.curvature import _mfac_window as mfac
       >>> state = mfac.window_init({"w": jnp.zeros(2)}, window=2, damping=0.5)
-      >>> state = mfac.window_update(state, {"w": jnp.array([1.0, 2.0])})
-      >>> mfac.window_newest(state)      # g m / (m damping + |g|^2)
+      >>> grads = {"w": jnp.array([1.0, 2.0])}
+      >>> mfac.window_update_ihvp(state, grads)[1]     # g m / (m damping + |g|^2)
       {'w': Array([0.33333334, 0.6666667 ], dtype=float32)}
     """
+    state, fits = _enter(state, grads, damping)
     m, wide = len(state.gram), state.gram.dtype
-    shift = _shift(m, state.damping)
-    by_row = jnp.roll(sliding.newest_column(state.factor), state.oldest)
-    rest = _combine(state.grads, by_row, wide)
-    added = sliding.diagonal(state.gram, shift)
-    curvature = jnp.sum(added * jnp.square(by_row)) + _squares(rest, wide)
-    return jax.tree.map(lambda r: r * (m / curvature), rest)
+    c, damped = sliding.newest_column(state.factor)
+    rest = _combine(state.grads, jnp.roll(c, state.oldest), wide)
+    scale = m / (damped + _squares(rest, wide))
+    one = lambda g, r: jnp.where(fits, (scale * r).astype(g.dtype), g * 0)
+    return state, jax.tree.map(one, grads, rest)
 
 
 def window_ihvp(state: MFacWindow, tree: PyTree, *, damping: Any = None) -> PyTree:
@@ -220,9 +212,8 @@ def window_ihvp(state: MFacWindow, tree: PyTree, *, damping: Any = None) -> PyTr
     lam = _damping(state, damping)
     factor = state.factor
     if damping is not None:
-        anew = lambda _, *system: sliding.factorise(*system)
         system = (state.gram, state.oldest, _shift(m, lam))
-        factor = when(lam != state.damping, anew, factor, *system)
+        factor = when(lam != state.damping, _another, factor, *system)
     x = jax.tree.map(lambda x: x.astype(wide), tree)
     inner = jnp.roll(_inner(state.grads, x, wide), -state.oldest)
     c = sliding.solve(factor, inner)
@@ -300,6 +291,42 @@ def _damping(state: MFacWindow, damping: Any) -> Array:
     return jnp.asarray(damping, state.damping.dtype)
 
 
+def _enter(state: MFacWindow, grads: PyTree, damping: Any) -> tuple[MFacWindow, Array]:
+    """The window with one more gradient, and whether that was entered."""
+    _check_like_rows(state, grads, name="grads")
+    m, wide = len(state.gram), state.gram.dtype
+    new = jax.tree.map(lambda g, G: g.astype(G.dtype), grads, state.grads)
+    # No inner product of what is entered, and no sum of m of them, overflows.
+    fits = _squares(new, wide) <= jnp.finfo(wide).max / 2**16
+
+    def write(rows: PyTree, new: PyTree, row: Array) -> PyTree:
+        put = lambda G, g: lax.dynamic_update_index_in_dim(G, g, row, 0)
+        return jax.tree.map(put, rows, new)
+
+    # A write outside of a loop XLA would repeat in each use of the rows, with a copy.
+    rows = when(fits, write, state.grads, new, state.oldest)
+
+    def count(system: tuple, dots: Array, lam: Array):
+        gram, factor, row = system
+        gram = gram.at[row].set(dots).at[:, row].set(dots)
+        row = (row + 1) % m
+        return gram, sliding.next_factor(factor, gram, row, _shift(m, lam)), row
+
+    lam = state.damping
+    system = (state.gram, state.factor, state.oldest)
+    gram, factor, oldest = when(fits, count, system, _inner(rows, new, wide), lam)
+    if damping is not None:
+        lam = _damping(state, damping)
+        system = (gram, oldest, _shift(m, lam))
+        factor = when(lam != state.damping, _another, factor, *system)
+    return MFacWindow(rows, gram, factor, lam, oldest), fits
+
+
+def _another(factor: sliding.Factor, *system: Array) -> sliding.Factor:
+    del factor
+    return sliding.factorise(*system)
+
+
 def _shift(m: int, damping: Array) -> Array:
     """`m damping`, and no subnormal number that would flush to zero."""
     return jnp.maximum(m * damping, jnp.finfo(damping.dtype).tiny)
@@ -320,13 +347,6 @@ def _empty_rows(w: Any, m: int, dtype: Any) -> Array:
         sharding = NamedSharding(sharding.mesh, P(None, *sharding.spec))
         return jnp.zeros(shape, dtype, device=sharding)
     return jnp.zeros(shape, dtype)
-
-
-def _admissible(grads: PyTree) -> PyTree:
-    """Gradients, or zeros where inner products with them could overflow."""
-    wide = _wide(grads)
-    fits = _squares(grads, wide) <= jnp.finfo(wide).max / 2**16
-    return jax.tree.map(lambda g: jnp.where(fits, g, jnp.zeros((), g.dtype)), grads)
 
 
 def _squares(tree: PyTree, wide: Any) -> Array:
@@ -360,8 +380,9 @@ def _combine(rows: PyTree, c: Array, wide: Any) -> PyTree:
         together = math.gcd(len(G), 8)
 
         def some(i: Array, total: Array) -> Array:
+            held = after(i, G)  # or XLA would widen all of it in front of the loop
             for j in range(together):
-                row = lax.dynamic_index_in_dim(G, i * together + j, keepdims=False)
+                row = lax.dynamic_index_in_dim(held, i * together + j, keepdims=False)
                 total += c[i * together + j] * row.astype(wide)
             return total
 

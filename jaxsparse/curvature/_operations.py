@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxsparse import patterns
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature._block_inverse import (
-    block_diagonal,
     block_eliminate,
     block_greedy,
     block_group_solve,
@@ -23,6 +22,7 @@ from jaxsparse.curvature._kronecker import (
     kronecker_diagonal,
     kronecker_ihvp,
 )
+from jaxsparse.curvature._layout import from_blocks
 from jaxsparse.curvature._mfac import (
     MFac,
     mfac_diagonal,
@@ -105,8 +105,8 @@ def inverse_diagonal(fisher: Fisher) -> PyTree:
     """
     match fisher:
         case BlockFisher():
-            parts = zip(fisher.roots, fisher.layouts, strict=True)
-            diagonals = [block_diagonal(r, layout=layout) for r, layout in parts]
+            parts = zip(fisher.diagonals, fisher.layouts, strict=True)
+            diagonals = [from_blocks(d, layout) for d, layout in parts]
         case DiagonalFisher():
             diagonals = [1 / d for d in fisher.diagonals]
         case KroneckerFisher():

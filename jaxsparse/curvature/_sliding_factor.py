@@ -1,4 +1,4 @@
-"""The Cholesky factor of a sliding Gram matrix: `U^T U = S = shift I + G G^T`, m x m.
+"""The Cholesky factor of a sliding Gram matrix, `U^T U = S = G G^T + shift I`, m x m.
 
 Rows and columns go by the age of the gradients, the oldest first. A step takes the
 oldest out and puts the newest in:
@@ -7,11 +7,11 @@ oldest out and puts the newest in:
   UPDATE by rotations. Nothing is subtracted, so it cannot break down;
 - the newest is the last column, which comes from a triangular solve in the same sweep.
 
-On accelerators, where m short steps in a row are slow, the factor is made anew in each
-step by Cholesky's method, `m^3 / 3` FLOP.
+On CPU, in float32 and for m = 32, 128, 512, 1024, a sweep takes TODO.
 """
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,59 +20,64 @@ from jaxsparse._loops import when
 from jaxsparse._typing import Array
 
 _RENEW_EVERY = 64
-_UNITS = 32
 
 
-def diagonal(gram: Array, shift: Array) -> Array:
-    """What is added to the diagonal: the shift, but no less than rounding resolves.
+class Factor(NamedTuple):
+    """The factor of S.
 
-    A gradient that others explain up to rounding would otherwise get a row of noise,
-    and the rows after it noise of noise.
+    Attributes:
+      upper: U, `[m, m]`, rows and columns by age.
+      added: what S has on its diagonal besides `G G^T`, `[m]`, by age: the shift, or
+        more where rounding asks for it.
+    """
+
+    upper: Array
+    added: Array
+
+
+def empty_factor(m: int, shift: Array) -> Factor:
+    """The factor of a window of zeros.
 
     Args:
-      gram: `G G^T`, `[m, m]`.
-      shift: a scalar.
+      m: how many rows it has.
+      shift: what is added to the diagonal.
 
     Returns:
-      `max(shift, 32 eps |g|^2)`, `[m]`, by row of `gram`.
+      A factor.
     """
-    least = _UNITS * jnp.finfo(gram.dtype).eps
-    return jnp.maximum(shift, least * jnp.diagonal(gram))
+    added = jnp.full(m, shift, shift.dtype)
+    return Factor(jnp.diag(jnp.sqrt(added)), added)
 
 
-def next_factor(
-    factor: Array, gram: Array, oldest: Array, shift: Array, moved: Array
-) -> Array:
+def next_factor(factor: Factor, gram: Array, oldest: Array, shift: Array) -> Factor:
     """The factor after one row of `G` was replaced.
 
-    `O(m^2)` on CPU: a sweep of rotations, and a new factor every 64 rows. Rotations
-    round, and each entry goes through one in every step until its row leaves, so the
-    error grows with the square root of the steps. TODO measured
+    `O(m^2)` on CPU: a sweep of rotations, and every 64 rows a factor by Cholesky's
+    method. A rotation rounds, and each entry goes through one in every step until its
+    row leaves, so that the error grows with the square root of the steps: in float32
+    it is TODO of S after 512 steps, TODO with a new factor every 64.
+
+    On accelerators, where m short steps in a row are slow, it is Cholesky's method in
+    each step, `m^3 / 3` FLOP.
 
     Args:
-      factor: U of the rows before.
+      factor: that of the rows before.
       gram: `G G^T`, `[m, m]`, with the new row.
       oldest: the row of `gram` that is now the oldest.
       shift: what is added to the diagonal.
-      moved: whether `shift` is another than that in `factor`.
 
     Returns:
-      U of the rows as they are now, `[m, m]`.
+      The factor of the rows as they are now.
     """
-    factor = lax.platform_dependent(
-        *(factor, gram, oldest, shift),
-        cpu=_slide,
-        default=lambda factor, *system: factorise(*system),
-    )
-    due = moved | (oldest % _RENEW_EVERY == 0)
-    return when(due, _renew, factor, gram, oldest, shift, moved)
+    system = (gram, oldest, shift)
+    factor = lax.platform_dependent(*(factor, *system), cpu=_slide, default=_exchange)
+    return when(oldest % _RENEW_EVERY == 0, _renew, factor, gram, oldest)
 
 
-def factorise(gram: Array, oldest: Array, shift: Array) -> Array:
+def factorise(gram: Array, oldest: Array, shift: Array) -> Factor:
     """The factor by Cholesky's method.
 
-    Where rounding leaves S indefinite, `sqrt(eps)` times its largest entry is added to
-    the diagonal.
+    Where rounding leaves S indefinite, `sqrt(eps)` times its largest entry is added.
 
     Args:
       gram: `G G^T`, `[m, m]`.
@@ -80,114 +85,139 @@ def factorise(gram: Array, oldest: Array, shift: Array) -> Array:
       shift: what is added to the diagonal.
 
     Returns:
-      U, `[m, m]`.
+      A factor.
     """
-    plain, raised = _attempts(gram, oldest, shift)
-    return jnp.where(jnp.all(jnp.isfinite(plain)), plain, raised)
+    norms = jnp.diagonal(gram)
+    added = jnp.full_like(norms, shift)
+    more = added + math.sqrt(jnp.finfo(gram.dtype).eps) * jnp.max(norms)
+    plain, raised = (_cholesky(gram, oldest, x) for x in (added, more))
+    fine = jnp.all(jnp.isfinite(plain))
+    return Factor(jnp.where(fine, plain, raised), jnp.where(fine, added, more))
 
 
-def solve(factor: Array, x: Array) -> Array:
+def solve(factor: Factor, x: Array) -> Array:
     """`S^-1 x`.
 
     Args:
-      factor: U, `[m, m]`.
+      factor: that of S.
       x: `[m]`, by age.
 
     Returns:
       `[m]`, by age.
     """
-    return _back(factor, _forward(factor, x))
+    return _back(factor.upper, _forward(factor.upper, x))
 
 
-def newest_column(factor: Array) -> Array:
+def newest_column(factor: Factor) -> tuple[Array, Array]:
     """The last column of `S^-1`, scaled so that its last entry is 1.
 
     Args:
-      factor: U, `[m, m]`.
+      factor: that of S.
 
     Returns:
-      `[m]`, by age: minus what the newest gradient is explained by, and 1.
+      c, `[m]`, by age: minus what the others explain of the newest gradient, and 1.
+      And `c^T (S - G G^T) c`.
     """
-    m = len(factor)
-    return _back(factor, jnp.zeros_like(factor[0]).at[m - 1].set(factor[m - 1, m - 1]))
+    upper, added = factor
+    c = _back(upper, jnp.zeros_like(added).at[-1].set(upper[-1, -1]))
+    return c, jnp.sum(added * c * c)
 
 
-def _slide(factor: Array, gram: Array, oldest: Array, shift: Array) -> Array:
+def _slide(factor: Factor, gram: Array, oldest: Array, shift: Array) -> Factor:
     """One sweep down the rows of U.
 
     Row i + 1 takes in, by a rotation, what is left of the row that goes, and becomes
     row i; its entry in the new column follows from it.
     """
-    m = len(factor)
+    m = len(gram)
     columns = jnp.arange(m)
     dots = jnp.roll(gram[oldest - 1], -oldest)
-    # The square of the corner, what the others do not explain, is at least `added`.
-    added = diagonal(gram, shift)[oldest - 1]
 
     def step(carry: tuple[Array, Array, Array], i: Array):
         left, dots, rest = carry
-        row = jnp.roll(lax.dynamic_index_in_dim(factor, i + 1, keepdims=False), -1)
+        row = lax.dynamic_index_in_dim(factor.upper, i + 1, keepdims=False)
+        row = jnp.roll(row, -1)
         size = jnp.hypot(row[i], left[i])
         cos, sin = row[i] / size, left[i] / size
         kept = (columns >= i) & (columns < m - 1)
         new = jnp.where(kept, cos * row + sin * left, jnp.zeros_like(row))
         left = jnp.where(columns > i, cos * left - sin * row, jnp.zeros_like(row))
-        # A column is as long as the diagonal says, whatever rounding does to it.
-        most = jnp.sqrt(jnp.maximum(rest - added, 0))
+        # A column is no longer than the diagonal says, whatever rounding does to it.
+        most = jnp.sqrt(jnp.maximum(rest, 0))
         entry = jnp.clip(dots[i] / new[i], -most, most)
         carry = (left, dots - entry * new, rest - entry * entry)
         return carry, new.at[m - 1].set(entry)
 
-    start = (jnp.roll(factor[0], -1).at[m - 1].set(0), dots, dots[m - 1] + added)
+    start = (jnp.roll(factor.upper[0], -1).at[m - 1].set(0), dots, dots[m - 1])
     (_, _, rest), rows = lax.scan(step, start, jnp.arange(m - 1))
-    last = jnp.sqrt(jnp.maximum(rest, added))
-    return jnp.zeros_like(factor).at[: m - 1].set(rows).at[m - 1, m - 1].set(last)
+    upper = jnp.zeros_like(factor.upper).at[: m - 1].set(rows)
+    return _put_corner(upper, factor.added, dots[m - 1], rest, shift)
 
 
-def _renew(
-    factor: Array, gram: Array, oldest: Array, shift: Array, moved: Array
-) -> Array:
-    """U anew; if rounding prevents that, the one at hand, unless the shift moved."""
-    plain, raised = _attempts(gram, oldest, shift)
-    otherwise = jnp.where(moved, raised, factor)
-    return jnp.where(jnp.all(jnp.isfinite(plain)), plain, otherwise)
+def _put_corner(
+    upper: Array, added: Array, norm: Array, rest: Array, shift: Array
+) -> Factor:
+    """The last entry, from `rest`: what the others do not explain of `norm = |g|^2`.
+
+    Of a gradient that they explain up to rounding, the row would be noise, and those
+    after it noise of noise. Then more than the shift is added to its diagonal.
+    """
+    noise = 32 * jnp.finfo(norm.dtype).eps * norm
+    last = jnp.where(rest + shift < noise, noise, shift)
+    corner = jnp.sqrt(jnp.maximum(rest, 0) + last)
+    return Factor(upper.at[-1, -1].set(corner), jnp.roll(added, -1).at[-1].set(last))
 
 
-def _attempts(gram: Array, oldest: Array, shift: Array) -> tuple[Array, Array]:
+def _exchange(factor: Factor, gram: Array, oldest: Array, shift: Array) -> Factor:
+    """As `_slide`, by Cholesky's method where rounding lets it."""
+    added = jnp.roll(factor.added, -1).at[-1].set(shift)
+    upper = _cholesky(gram, oldest, added)
+    rest = jnp.square(upper[-1, -1]) - shift
+    anew = _put_corner(upper, factor.added, gram[oldest - 1, oldest - 1], rest, shift)
+    fine = jnp.all(jnp.isfinite(upper))
+    anew = Factor(*(jnp.where(fine, a, b) for a, b in zip(anew, factor, strict=True)))
+    return when(~fine, _slide, anew, gram, oldest, shift)
+
+
+def _renew(factor: Factor, gram: Array, oldest: Array) -> Factor:
+    """The factor anew; the one at hand where rounding prevents that."""
+    upper = _cholesky(gram, oldest, factor.added)
+    fine = jnp.all(jnp.isfinite(upper))
+    return factor._replace(upper=jnp.where(fine, upper, factor.upper))
+
+
+def _cholesky(gram: Array, oldest: Array, added: Array) -> Array:
     by_age = jnp.roll(jnp.roll(gram, -oldest, 0), -oldest, 1)
-    plain = by_age + jnp.diag(diagonal(by_age, shift))
-    more = math.sqrt(jnp.finfo(gram.dtype).eps) * jnp.max(jnp.diagonal(plain))
-    upper = lambda s: lax.linalg.cholesky(s, symmetrize_input=False).T
-    return upper(plain), upper(plain + more * jnp.eye(len(gram), dtype=gram.dtype))
+    return lax.linalg.cholesky(by_age + jnp.diag(added), symmetrize_input=False).T
 
 
-def _forward(factor: Array, x: Array) -> Array:
+def _forward(upper: Array, x: Array) -> Array:
     """`U^-T x`. On CPU by rows: LAPACK wants the columns of U, so copies it first."""
 
-    def by_rows(factor: Array, x: Array) -> Array:
+    def by_rows(upper: Array, x: Array) -> Array:
         def step(left: Array, i: Array):
-            row = lax.dynamic_index_in_dim(factor, i, keepdims=False)
+            row = lax.dynamic_index_in_dim(upper, i, keepdims=False)
             entry = left[i] / row[i]
             return left - entry * row, entry
 
         return lax.scan(step, x, jnp.arange(len(x)))[1]
 
     at_once = lambda u, x: _triangular_solve(u, x, transpose_a=True)
-    return lax.platform_dependent(factor, x, cpu=by_rows, default=at_once)
+    return lax.platform_dependent(upper, x, cpu=by_rows, default=at_once)
 
 
-def _back(factor: Array, x: Array) -> Array:
+def _back(upper: Array, x: Array) -> Array:
     """`U^-1 x`."""
 
-    def by_rows(factor: Array, x: Array) -> Array:
+    def by_rows(upper: Array, x: Array) -> Array:
         def step(i: Array, found: Array) -> Array:
             i = len(x) - 1 - i
-            row = lax.dynamic_index_in_dim(factor, i, keepdims=False)
+            row = lax.dynamic_index_in_dim(upper, i, keepdims=False)
             return found.at[i].set((x[i] - jnp.sum(row * found)) / row[i])
 
         return lax.fori_loop(0, len(x), step, jnp.zeros_like(x))
 
-    return lax.platform_dependent(factor, x, cpu=by_rows, default=_triangular_solve)
+    return lax.platform_dependent(upper, x, cpu=by_rows, default=_triangular_solve)
 
 
 def _triangular_solve(upper: Array, x: Array, transpose_a: bool = False) -> Array:

@@ -1,6 +1,8 @@
 """Gradient trees: leaves `[m, *shape]`, None where a parameter takes no part."""
 
+import functools
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,7 +33,7 @@ def gradient_leaves(grads: PyTree) -> tuple[list[str], list[Any], int]:
             "grads: a tree without arrays. Does `where` leave every parameter out?"
         )
     for path, g in named:
-        _checks.check_floating(path, g)
+        check_real(path, g)
         if g.ndim < 1:
             raise ValueError(
                 f"{path}: gradients need a leading axis that numbers them, shape "
@@ -45,6 +47,24 @@ def gradient_leaves(grads: PyTree) -> tuple[list[str], list[Any], int]:
                 f"holds {g.shape[0]}. The leading axis m must be the same everywhere."
             )
     return [path for path, _ in named], [g for _, g in named], named[0][1].shape[0]
+
+
+def check_real(path: str, x: Any) -> None:
+    """Raises unless `x` is an array of which there are gradients.
+
+    Args:
+      path: the parameter's path, for the message.
+      x: a parameter, or its gradients.
+
+    Raises:
+      TypeError: integers, bools, complex numbers, or no array.
+    """
+    dtype = getattr(x, "dtype", type(x))
+    if not jnp.issubdtype(dtype, jnp.floating) or not hasattr(x, "ndim"):
+        raise TypeError(
+            f"{path}: gradients are arrays of real floating-point numbers, of such "
+            f"parameters; got {dtype}. Leave this parameter out with `where`."
+        )
 
 
 def leaves_at(tree: PyTree, paths: tuple[str, ...], *, name: str) -> list[Any]:
@@ -138,40 +158,101 @@ def check_one_damping(damping: Any, rel_damping: Any) -> None:
         check_damping(damping)
 
 
+def widest(leaves) -> Any:
+    """The type of statistics of several arrays.
+
+    Args:
+      leaves: arrays, or anything with a dtype.
+
+    Returns:
+      float64 if one of them is, else float32.
+    """
+    return jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
+
+
+def absolute_damping(
+    damping: Any, rel_damping: Any, mean: Callable[[], Array], dtype: Any
+) -> Array:
+    """The damping, whichever kind was given.
+
+    Args:
+      damping: absolute, or None.
+      rel_damping: relative to the mean diagonal, or None.
+      mean: makes the mean diagonal; called where that is needed.
+      dtype: that of the result.
+
+    Returns:
+      A scalar.
+    """
+    if damping is None:
+        return jnp.asarray(rel_damping, dtype) * mean().astype(dtype)
+    return jnp.asarray(damping, dtype)
+
+
+def mean_diagonal(diagonals: list[Array], dtype: Any) -> Array:
+    """The mean over the weights that have gradients.
+
+    Args:
+      diagonals: of the Fisher matrix or of its sums. Padding and masked weights have 0
+        there, and are not counted.
+      dtype: that of the result.
+
+    Returns:
+      A scalar.
+    """
+    add = lambda xs: functools.reduce(jnp.add, [x.astype(dtype) for x in xs])
+    total = add([jnp.sum(d) for d in diagonals])
+    count = add([jnp.sum(d > 0, dtype=jnp.int32) for d in diagonals])
+    return total / jnp.maximum(count, 1)
+
+
 def check_finite(paths, grads, sums) -> None:
     """Raises, in eager use, when statistics of gradients are not finite.
 
     Args:
       paths: of the parameters.
       grads: leaves `[m, *shape]`, to say which gradient it was.
-      sums: for each leaf an array that is finite if all its gradients are.
+      sums: for each leaf an array that is finite if all its gradients are; it may be
+        one of all leaves.
 
     Raises:
       ValueError: NaN or Inf, with the path and the first gradient that holds it.
     """
-    for path, g, s in zip(paths, grads, sums, strict=True):
-        if not _checks.is_concrete(s) or bool(jnp.all(jnp.isfinite(s))):
-            continue
+    finite = lambda s: not _checks.is_concrete(s) or bool(jnp.all(jnp.isfinite(s)))
+    parts = zip(paths, grads, sums, strict=True)
+    suspect = [(path, g) for path, g, s in parts if not finite(s)]
+    for path, g in suspect:
         axes = tuple(range(1, g.ndim))
         bad = np.flatnonzero(~np.asarray(jnp.all(jnp.isfinite(g), axis=axes)))
-        if not bad.size:
+        if bad.size:
             raise ValueError(
-                f"{path}: the squares of the gradients leave the range of {s.dtype}. "
-                "Scale the loss down."
+                f"{path}: {bad.size} of {g.shape[0]} gradients hold NaN or Inf, the "
+                f"first is number {bad[0]}. Look at the loss on that part of the data."
             )
+    if suspect:
         raise ValueError(
-            f"{path}: {bad.size} of {g.shape[0]} gradients hold NaN or Inf, the first "
-            f"is number {bad[0]}. Look at the loss on that part of the data."
+            f"{suspect[0][0]}: the squares of the gradients leave the range of "
+            "float32. Scale the loss down."
         )
 
 
-def check_factor(path: str, diagonal: Array, damping: Any) -> None:
+def check_factor(
+    path: str,
+    diagonal: Array,
+    damping: Any,
+    largest: Callable[[], Any],
+    *,
+    accurate: bool,
+) -> None:
     """Raises, in eager use, when a factorisation failed.
 
     Args:
       path: the parameter's path, or what else was factored.
       diagonal: that of the factor, NaN where the matrix was not positive definite.
       damping: what was added to the diagonal.
+      largest: makes a lower bound of the largest eigenvalue of `F`; called where that
+        is needed.
+      accurate: whether float64 was used.
 
     Raises:
       ValueError: how many factors failed, and what would help.
@@ -180,11 +261,15 @@ def check_factor(path: str, diagonal: Array, damping: Any) -> None:
         return
     failed = ~jnp.all(jnp.isfinite(diagonal), axis=-1)
     count = int(jnp.sum(failed))
-    if count:
-        raise ValueError(
-            f"{path}: {count} of {max(failed.size, 1)} Fisher matrices could not be "
-            f"factored: with damping {float(damping):.3g} rounding leaves them "
-            "indefinite, since their largest eigenvalue is too many times the damping. "
-            "Raise the damping (a factor of 10 costs little), or let accurate=True "
-            "factor in float64."
-        )
+    if not count:
+        return
+    damping, top = float(damping), float(largest())
+    # As much as rounding the sums, of 48 bits or 24, can add up to in n columns.
+    enough = top * diagonal.shape[-1] * 2.0 ** (-44 if accurate else -20)
+    instead = "" if accurate else ", or accurate=True"
+    raise ValueError(
+        f"{path}: {count} of {max(failed.size, 1)} Fisher matrices could not be "
+        f"factored. The largest eigenvalue is {top:.2g} or more, the damping "
+        f"{damping:.2g}: a condition number of {top / damping:.0e}, beyond "
+        f"{'float64' if accurate else 'float32'}. Take damping={enough:.0e}{instead}."
+    )

@@ -5,6 +5,10 @@ The high parts lie in the lower triangle of a square, the low parts, mirrored, i
 upper one, and those of the diagonal beside it. This is how statistics are summed up and
 factors kept so exactly that a damping of 1e-7 is not lost beside eigenvalues of 1, for
 `block_size + 1` floats a weight.
+
+What lies in the upper triangle is scaled down by 2^-24, so that a product with the
+square as it is may be taken for one with the triangle: without that, a low part of one
+row could weigh as much as 1e-4 of another.
 """
 
 from typing import NamedTuple
@@ -13,13 +17,15 @@ import jax.numpy as jnp
 
 from jaxsparse._typing import Array
 
+_DOWN = 2.0**-24  # of the low parts beside the diagonal; a power of 2 loses no bit
+
 
 class Triangle(NamedTuple):
     """Lower-triangular matrices.
 
     Attributes:
-      square: `[..., b, b]`, the high parts below and on the diagonal, the low parts
-        above it. Where the type is float64, plainly the triangle.
+      square: `[..., b, b]`, the high parts below and on the diagonal, the low parts,
+        scaled down, above it. Where the type is float64, plainly the triangle.
       diagonal: `[..., b]`, the low parts of the diagonal.
     """
 
@@ -59,7 +65,8 @@ def split(lower: Array, dtype) -> Triangle:
         return Triangle(high, jnp.zeros(high.shape[:-1], dtype))
     low = (lower - high.astype(lower.dtype)).astype(dtype)
     diagonal = jnp.diagonal(low, axis1=-2, axis2=-1)
-    return Triangle(high + jnp.triu(jnp.swapaxes(low, -1, -2), 1), diagonal)
+    above = jnp.triu(jnp.swapaxes(low, -1, -2), 1) * _DOWN
+    return Triangle(high + above, diagonal)
 
 
 def join(triangle: Triangle, dtype) -> Array:
@@ -75,7 +82,7 @@ def join(triangle: Triangle, dtype) -> Array:
     high = jnp.tril(triangle.square).astype(dtype)
     if triangle.square.dtype == dtype:
         return high
-    low = jnp.swapaxes(jnp.triu(triangle.square, 1), -1, -2).astype(dtype)
+    low = jnp.swapaxes(jnp.triu(triangle.square, 1), -1, -2).astype(dtype) / _DOWN
     on_diagonal = jnp.broadcast_to(jnp.eye(high.shape[-1], dtype=bool), high.shape)
     diagonal = jnp.broadcast_to(triangle.diagonal[..., None], high.shape)
     return high + jnp.where(on_diagonal, diagonal.astype(dtype), low)

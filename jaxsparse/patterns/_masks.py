@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Tree
 from jaxsparse.patterns._counts import count_dtype
-from jaxsparse.patterns._sharded import sharded_like
 from jaxsparse.tree import leaves_with_paths, map_with_path
 
 

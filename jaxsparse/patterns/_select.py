@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
 from jaxsparse.patterns._counts import count_dtype, removed_count
 from jaxsparse.patterns._nm import group_inputs, nm_mask
-from jaxsparse.patterns._sharded import sharded_like
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
 from jaxsparse.patterns._threshold import top_k_masks
 from jaxsparse.patterns._units import (

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.patterns._masks import check_masks, kept_count
 from jaxsparse.patterns._nm import group_inputs
-from jaxsparse.patterns._sharded import sharded_like
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern
 from jaxsparse.patterns._units import block_scores, channel_scores
 from jaxsparse.tree import (

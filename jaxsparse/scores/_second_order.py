@@ -1,6 +1,6 @@
 """Scores from curvature: what the loss says of each weight, to second order."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -73,7 +73,12 @@ def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyT
     return _each(score, params, inverse_diagonal, where)
 
 
-def _each(score: Any, params: PyTree, curvature: PyTree, where: Where) -> PyTree:
+def _each(
+    score: Callable[[Array, Array], Array],
+    params: PyTree,
+    curvature: PyTree,
+    where: Where,
+) -> PyTree:
     found = dict(leaves_with_paths(curvature))
 
     def one(path: str, w: Array, taken: bool) -> Array:
@@ -91,7 +96,8 @@ def _each(score: Any, params: PyTree, curvature: PyTree, where: Where) -> PyTree
                 f"{path}: curvature of shape {jnp.shape(c)} for a parameter of shape "
                 f"{jnp.shape(w)}. Was it made for another model?"
             )
-        # In float32 for bf16 weights: their squares are too coarse to be ordered.
-        return score(w.astype(c.dtype), c).astype(w.dtype)
+        # For bf16 weights in float32, and rounded once.
+        wide = max(w.dtype, c.dtype, key=lambda dtype: dtype.itemsize)
+        return score(w.astype(wide), c.astype(wide)).astype(w.dtype)
 
     return map_with_path(one, params, select(params, where))

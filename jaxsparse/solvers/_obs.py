@@ -1,14 +1,26 @@
 """Optimal Brain Surgeon: remove weights, and change the others for the best."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks, curvature, patterns, scores
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
-from jaxsparse.tree import AxesRule, leaves_with_paths, map_with_path, select
+from jaxsparse.curvature._layout import block_layout
+from jaxsparse._sharded import sharded_like
+from jaxsparse.patterns._units import block_scores, channel_scores, expand_blocks
+from jaxsparse.tree import (
+    Axes,
+    AxesRule,
+    kernel_axes,
+    leaves_with_paths,
+    map_with_path,
+    resolve_axes,
+    select,
+)
 
 Update = Literal["joint", "independent", "none"]
 
@@ -37,9 +49,10 @@ def obs(
       another, as in OBC.
     - Update: `dw = -F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q`, the exact one for all that is
       removed from a block (or, with `mfac`, from the whole network) together.
-    - With `steps > 1` a part at a time, leaving `(1 - s)^(k / n)` after cut k, and the
-      curvature is taken anew in between: by `refresh`, or from the same gradients
-      without the weights that are gone.
+    - With `steps > 1` a part at a time, each cut leaving the same fraction of what was
+      there: `(1 - s)^(k / n)` of a dense network after cut k. The curvature is taken
+      anew in between: by `refresh`, or from the same gradients without the weights that
+      are gone.
 
     Kurtic et al. (2022, oBERT, arXiv:2203.07259), Frantar et al. (2021, M-FAC,
     arXiv:2107.03356), Singh & Alistarh (2020, WoodFisher, arXiv:2004.14340).
@@ -47,7 +60,9 @@ def obs(
     Differs from the reference implementations, which add up the updates for each weight
     (or group of 4) removed alone, `update="independent"`, and then set what should be
     zero to zero: for more than one weight in a block that is not the best, and can be
-    worse than no update at all. No epsilon is added to the diagonal.
+    worse than no update at all. No epsilon is added to the diagonal. M-FAC's pruner
+    takes the removed weights out before it cuts the rest into blocks; here blocks stay
+    where they are, and have rows of zeros.
 
     Args:
       params: a tree of arrays.
@@ -65,15 +80,17 @@ def obs(
         `BlockFisher`; single weights and N:M).
       steps: in how many cuts.
       refresh: `refresh(params, masks) -> fisher`, called before every cut but the
-        first, with fresh gradients of the pruned network.
+        first, with fresh gradients of the pruned network. A Kronecker Fisher matrix
+        needs it: no weights can be taken out of one.
 
     Returns:
       The pruned parameters and their masks. What is removed is exactly 0; what takes no
       part stays bit for bit.
 
     Raises:
-      ValueError: a parameter that is selected but not in `fisher`; masks that already
-        remove more than asked for; what `jaxsparse.patterns.masks` raises.
+      ValueError: a parameter that is selected but not in `fisher`, or has other units
+        there; masks that already remove more than asked for (in eager use; under jit
+        that stays removed); what `jaxsparse.patterns.masks` raises.
       TypeError: an approximation that cannot do what is asked for.
 
     Example:
@@ -85,179 +102,295 @@ def obs(
       >>> js.solvers.obs(params, fisher, 0.34).params["kernel"][:, 0].round(4)
       Array([0., 3., 3.], dtype=float32)
     """
-    _check(pattern, fisher, update, greedy)
     _checks.check_positive_int(steps, name="steps")
-    selected = select(params, where)
-    for (path, _), taken in zip(
-        leaves_with_paths(params), jax.tree.leaves(selected), strict=True
-    ):
-        if taken:
-            curvature.check_covers(fisher, path)
+    rules = _Rules(pattern, select(params, where), axes, update, greedy)
+    # Says what is wrong with the sparsity or the pattern before any work is done.
+    jax.eval_shape(lambda w: _choose(w, sparsity, rules), params)
+    _check(params, fisher, rules)
     if sparsity is None and isinstance(pattern, patterns.NM):
         sparsity = pattern.sparsity
+    gone = None
     if masks is None:
-        start = 0.0
         masks = jax.tree.map(lambda w: jnp.ones((), bool), params)
     else:
         patterns.check_masks(masks, params)
+        gone = _gone(masks, params, rules)
+        _check_budget(gone, params, sparsity, rules)
         params = patterns.apply(params, masks)
-        start = _removed_before(params, masks, selected, pattern)
-        if not isinstance(fisher, curvature.KroneckerFisher):
-            fisher = curvature.restrict(fisher, masks)
-    targets = [_after(start, sparsity, k / steps) for k in range(1, steps + 1)]
-    for k, target in enumerate(targets):
+        fisher = _without(fisher, masks)
+    for k, target in enumerate(_targets(gone, sparsity, steps, rules)):
+        if k and refresh is not None:
+            fisher = refresh(params, masks)
+            _check(params, fisher, rules)
         if k:
-            fisher = fisher if refresh is None else refresh(params, masks)
-            if not isinstance(fisher, curvature.KroneckerFisher):
-                fisher = curvature.restrict(fisher, masks)
-        params, masks = _cut(
-            params, fisher, masks, target, pattern, where, axes, update, greedy
-        )
+            fisher = _without(fisher, masks)
+        params, masks = _cut(params, fisher, masks, target, rules)
     return patterns.Pruned(params, masks)
 
 
-def _check(pattern, fisher, update, greedy) -> None:
-    if update not in get_args(Update):
-        raise ValueError(f"update must be one of {get_args(Update)}, got {update!r}.")
-    blocks = isinstance(fisher, curvature.BlockFisher)
-    if greedy and not (
-        blocks and isinstance(pattern, patterns.Unstructured | patterns.NM)
-    ):
-        raise TypeError(
-            "greedy=True works inside the blocks of js.curvature.block_fisher, for "
-            f"js.Unstructured and js.NM; got {type(fisher).__name__} and {pattern}."
-        )
-    if not blocks:
-        return
-    unit = {
-        patterns.Block: lambda p: p.shape[0] * p.shape[1],
-        patterns.NM: lambda p: p.of,
-    }
-    whole = unit.get(type(pattern), lambda p: 1)(pattern)
-    together = isinstance(pattern, patterns.Block) or greedy
-    for layout in fisher.layouts:
-        if together and layout.unit != whole:
-            raise ValueError(
-                f"{layout.path}: {pattern} has units of {whole} weights, the Fisher "
-                f"matrix was made for units of {layout.unit}. Make it with "
-                f"block_fisher(..., pattern={pattern})."
-            )
+class _Rules(NamedTuple):
+    """What is the same in every cut."""
+
+    pattern: patterns.Pattern
+    selected: PyTree
+    axes: AxesRule
+    update: Update
+    greedy: bool
+
+
+def _choose(scored: PyTree, sparsity: Sparsity, rules: _Rules) -> PyTree:
+    return patterns.masks(
+        scored,
+        sparsity,
+        pattern=rules.pattern,
+        where=rules.selected,
+        axes=rules.axes,
+    )
+
+
+def _without(fisher: curvature.Fisher, masks: PyTree) -> curvature.Fisher:
+    if isinstance(fisher, curvature.KroneckerFisher):
+        return fisher
+    return curvature.restrict(fisher, masks)
+
+
+# One cut.
 
 
 def _cut(
-    params, fisher, masks, sparsity, pattern, where, axes, update, greedy
-) -> tuple[PyTree, PyTree]:
-    """One cut: scores, masks, update."""
-    scored, directions = _score(params, fisher, masks, pattern, where, greedy)
-    scored = jax.tree.map(_sink, scored, masks)
-    new = patterns.masks(scored, sparsity, pattern=pattern, where=where, axes=axes)
-    new = jax.tree.map(lambda n, old: n & old, new, masks)
-    if update == "none":
-        return patterns.apply(params, new), new
-    full = lambda mask, w: jnp.broadcast_to(mask, w.shape)
-    kept = jax.tree.map(full, new, params)
-    removed = jax.tree.map(lambda k, old: ~k & old, kept, masks)
-    if update == "joint":
+    params: PyTree,
+    fisher: curvature.Fisher,
+    masks: PyTree,
+    sparsity: Sparsity,
+    rules: _Rules,
+) -> patterns.Pruned:
+    losses, alone = _each_alone(params, fisher, rules)
+    if rules.greedy and isinstance(fisher, curvature.BlockFisher):
+        most = _most(sparsity, rules.pattern)
+        losses = curvature.greedy_scores(fisher, params, masks=masks, most=most)
+    scored = jax.tree.map(_sink, _fill(losses, params), _gone(masks, params, rules))
+    chosen = _choose(scored, sparsity, rules)
+    left = jax.tree.map(jnp.logical_and, chosen, masks)
+    if rules.update == "none":
+        return patterns.Pruned(patterns.apply(params, left), left)
+    full = lambda new, old, w: jnp.broadcast_to(~new & old, w.shape)
+    removed = jax.tree.map(full, left, masks, params)
+    if rules.update == "joint":
+        # What is not selected may not change, though M-FAC's matrix may hold it.
+        full = lambda new, taken, w: jnp.broadcast_to(new & taken, w.shape)
+        kept = jax.tree.map(full, left, rules.selected, params)
         change = curvature.eliminate(fisher, params, removed, kept=kept)
     else:
-        pick = lambda y, q: jnp.where(q, y, jnp.zeros((), y.dtype))
-        alone = map_with_path(_pair(directions, pick), removed)
-        change = curvature.ihvp(fisher, alone)
-        change = jax.tree.map(jnp.negative, change)
-    return _apply(params, kept, change), new
+        found = dict(leaves_with_paths(removed))
+        pick = lambda path, y: jnp.where(found[path], -y, jnp.zeros((), y.dtype))
+        change = curvature.ihvp(fisher, map_with_path(pick, alone))
+    return patterns.Pruned(_changed(params, change, left, rules.selected), left)
 
 
-def _score(params, fisher, masks, pattern, where, greedy) -> tuple[PyTree, PyTree]:
-    """Scores, and for each unit the `y` for which `-F^-1 y` removes it alone."""
-    if isinstance(fisher, curvature.BlockFisher) and isinstance(
-        pattern, patterns.Block
-    ):
-        rho, y = curvature.group_scores(fisher, params)
-        return _fill(rho, params), y
+def _each_alone(
+    params: PyTree, fisher: curvature.Fisher, rules: _Rules
+) -> tuple[PyTree, PyTree]:
+    """The loss when each unit is removed alone, and `y` so that `-F^-1 y` does that."""
+    if isinstance(fisher, curvature.BlockFisher) and _is_tiled(rules):
+        return curvature.group_scores(fisher, params)
     diagonal = curvature.inverse_diagonal(fisher)
-    found = dict(leaves_with_paths(diagonal))
-    alone = map_with_path(
-        lambda path, w: (
-            w.astype(found[path].dtype) / found[path] if path in found else None
-        ),
-        params,
-    )
-    if greedy:
-        most = pattern.of - pattern.keep if isinstance(pattern, patterns.NM) else None
-        found = curvature.greedy_scores(fisher, params, masks=masks, most=most)
-        return _fill(found, params), alone
-    wide = jax.tree.map(_widen, params)
-    return scores.obs(wide, diagonal, where=where), alone
+    found = dict(leaves_with_paths(params))
+    wide = map_with_path(lambda path, d: found[path].astype(d.dtype), diagonal)
+    losses = scores.obs(wide, diagonal, where=True)
+    return losses, jax.tree.map(jnp.divide, wide, diagonal)
 
 
-def _widen(w: Array) -> Array:
-    low = jnp.issubdtype(w.dtype, jnp.floating) and w.dtype.itemsize < 4
-    return w.astype(jnp.float32) if low else w
+def _is_tiled(rules: _Rules) -> bool:
+    return isinstance(rules.pattern, patterns.Block)
 
 
-def _fill(tree: PyTree, params: PyTree) -> PyTree:
+def _most(sparsity: Sparsity, pattern: patterns.Pattern) -> int | None:
+    """How many of an N:M group go at most; so many as this cut removes, if known."""
+    if not isinstance(pattern, patterns.NM):
+        return None
+    most = pattern.of - pattern.keep
+    if jax.tree_util.all_leaves([sparsity]):
+        count = patterns.removed_count(sparsity, pattern.of)
+        most = min(count, most) if isinstance(count, int) else most
+    return most
+
+
+def _fill(found: PyTree, params: PyTree) -> PyTree:
     """Scores in the structure of `params`, zeros for what has none."""
-    found = dict(leaves_with_paths(tree))
-    zeros = lambda w: jnp.zeros_like(w, dtype=jnp.float32)
-    pick = lambda path, w: found[path] if path in found else zeros(w)
+    scored = dict(leaves_with_paths(found))
+    pick = lambda path, w: scored.get(path, jnp.zeros(jnp.shape(w), jnp.float32))
     return map_with_path(pick, params)
 
 
-def _pair(tree: PyTree, f: Callable[..., Any]) -> Callable[..., Any]:
-    found = dict(leaves_with_paths(tree))
-    return lambda path, x: f(found[path], x) if path in found else None
+def _sink(score: Array, gone: Array) -> Array:
+    """What is gone already comes last, whatever its new score."""
+    return jnp.where(gone, jnp.full((), -jnp.inf, score.dtype), score)
 
 
-def _sink(score: Array, mask: Array) -> Array:
-    """What is removed already comes last, whatever its new score."""
-    if not jnp.issubdtype(score.dtype, jnp.floating):
-        return score
-    return jnp.where(mask, score, jnp.full((), -jnp.inf, score.dtype))
-
-
-def _apply(params: PyTree, kept: PyTree, change: PyTree) -> PyTree:
+def _changed(params: PyTree, change: PyTree, masks: PyTree, selected: PyTree) -> PyTree:
     found = dict(leaves_with_paths(change))
 
-    def one(path: str, w: Array, keep: Array) -> Array:
-        if path not in found:
+    def one(path: str, w: Array, mask: Array, taken: bool) -> Array:
+        if not taken:
             return w
-        moved = (w.astype(found[path].dtype) + found[path]).astype(w.dtype)
-        return jnp.where(keep, moved, jnp.zeros((), w.dtype))
+        dw = found[path]
+        wide = max(w.dtype, dw.dtype, key=lambda dtype: dtype.itemsize)
+        moved = (w.astype(wide) + dw.astype(wide)).astype(w.dtype)
+        return jnp.where(mask, moved, jnp.zeros((), w.dtype))
 
-    return map_with_path(one, params, kept)
-
-
-def _after(start: Any, sparsity: Sparsity, progress: float) -> Any:
-    """From the sparsity at the start to the last one, by equal factors of density."""
-    if progress == 1 or sparsity is None:
-        return sparsity
-    if not isinstance(start, float) and jax.tree_util.all_leaves([sparsity]):
-        sparsity = jax.tree.map(lambda _: sparsity, start)
-    if isinstance(start, float):
-        start = jax.tree.map(lambda _: start, sparsity)
-    between = lambda s0, s: 1 - (1 - s0) * ((1 - s) / (1 - s0)) ** progress
-    return jax.tree.map(between, start, sparsity)
+    return map_with_path(one, params, masks, selected)
 
 
-def _removed_before(params, masks, selected, pattern) -> Any:
-    """The sparsity of each parameter, or in the global scope of all together."""
-    count = lambda w, mask, taken: (
-        (w.size - int(patterns.kept_count(mask, w.shape)), w.size) if taken else (0, 1)
-    )
-    counts = jax.tree.map(count, params, masks, selected)
-    pair = lambda x: isinstance(x, tuple)
-    if getattr(pattern, "scope", "layer") != "global":
-        return jax.tree.map(lambda c: c[0] / c[1], counts, is_leaf=pair)
-    gone, size = zip(
-        *(
-            c
-            for c, taken in zip(
-                jax.tree.leaves(counts, is_leaf=pair),
-                jax.tree.leaves(selected),
-                strict=True,
+# What is gone before the first cut.
+
+
+def _gone(masks: PyTree, params: PyTree, rules: _Rules) -> PyTree:
+    """True for units that are removed whole.
+
+    One that has lost some of its weights competes with the rest. Leaves broadcast to
+    their parameters; where units may be of different sizes, one entry is one unit.
+    """
+    stated = resolve_axes(params, rules.axes)
+
+    def one(path: str, mask: Array, w: Array, taken: bool) -> Array:
+        if not taken:
+            return jnp.zeros((), bool)
+        any_left = lambda ms: [_any_left(path, ms[0], rules.pattern, stated)]
+        return ~sharded_like(any_left, [jnp.broadcast_to(mask, w.shape)])[0]
+
+    return map_with_path(one, masks, params, rules.selected)
+
+
+def _any_left(
+    path: str, mask: Array, pattern: patterns.Pattern, stated: dict[str, Axes]
+) -> Array:
+    match pattern:
+        case patterns.Channel():
+            whole = dataclasses.replace(pattern, reduce="max")
+            return channel_scores(path, mask, whole, stated.get(path))
+        case patterns.Block():
+            whole = dataclasses.replace(pattern, reduce="max")
+            axes = kernel_axes(path, mask, stated)
+            return expand_blocks(block_scores(path, mask, whole, axes), mask.shape)
+        case _:
+            return mask
+
+
+def _targets(
+    gone: PyTree | None, sparsity: Sparsity, steps: int, rules: _Rules
+) -> list[Sparsity]:
+    """The sparsity after each cut, by equal factors of density."""
+    if gone is None:
+        start = jax.tree.map(lambda _: 0.0, sparsity)
+    else:
+        start = _shares(gone, rules)
+        if jax.tree_util.all_leaves([sparsity]):
+            sparsity = jax.tree.map(lambda _: sparsity, start)
+
+    def after(progress: float) -> Sparsity:
+        def between(first: Any, last: Any) -> Any:
+            # Where a count was rounded up, a little more may be gone than asked for.
+            concrete = isinstance(first, float) and isinstance(last, int | float)
+            first = min(first, last) if concrete else jnp.minimum(first, last)
+            return 1 - (1 - first) * ((1 - last) / (1 - first)) ** progress
+
+        return jax.tree.map(between, start, sparsity)
+
+    return [*(after(k / steps) for k in range(1, steps)), sparsity]
+
+
+def _shares(gone: PyTree, rules: _Rules) -> PyTree:
+    """What part of each parameter is gone, or in the global scope of all together."""
+
+    def share(leaves: list[Array]) -> float | Array:
+        count = sum(patterns.kept_count(g, g.shape) for g in leaves)
+        size = max(1, sum(g.size for g in leaves))
+        return int(count) / size if _checks.is_concrete(count) else count / size
+
+    if getattr(rules.pattern, "scope", "layer") != "global":
+        return jax.tree.map(lambda g: share([g]), gone)
+    pairs = zip(jax.tree.leaves(gone), jax.tree.leaves(rules.selected), strict=True)
+    return share([g for g, taken in pairs if taken])
+
+
+# Errors.
+
+
+def _check(params: PyTree, fisher: curvature.Fisher, rules: _Rules) -> None:
+    if rules.update not in get_args(Update):
+        raise ValueError(
+            f"update must be one of {get_args(Update)}, got {rules.update!r}."
+        )
+    if not isinstance(fisher, curvature.Fisher):
+        raise TypeError(
+            "fisher must be what js.curvature.block_fisher, mfac, diagonal_fisher or "
+            f"kronecker_fisher returned, got {type(fisher).__name__}."
+        )
+    kind, pattern = type(fisher).__name__, rules.pattern
+    if rules.update == "joint" and isinstance(fisher, curvature.KroneckerFisher):
+        raise TypeError(
+            f"A {kind} has no joint update. Pass update='independent' or 'none', or "
+            "make a block_fisher or mfac."
+        )
+    chosen_one_by_one = isinstance(pattern, patterns.Unstructured | patterns.NM)
+    blocks = isinstance(fisher, curvature.BlockFisher)
+    if rules.greedy and not (blocks and chosen_one_by_one):
+        raise TypeError(
+            "greedy=True works inside the blocks of js.curvature.block_fisher, for "
+            f"js.Unstructured and js.NM; got a {kind} and {pattern}."
+        )
+    selected = [
+        (path, w)
+        for (path, w), taken in zip(
+            leaves_with_paths(params), jax.tree.leaves(rules.selected), strict=True
+        )
+        if taken
+    ]
+    for path, _ in selected:
+        curvature.check_covers(fisher, path)
+    together = _is_tiled(rules) or (rules.greedy and isinstance(pattern, patterns.NM))
+    if blocks and together:
+        _check_units(selected, fisher, rules, resolve_axes(params, rules.axes))
+
+
+def _check_units(
+    selected: list[tuple[str, Any]],
+    fisher: curvature.BlockFisher,
+    rules: _Rules,
+    stated: dict[str, Axes],
+) -> None:
+    """Raises unless the weights of each unit are neighbours within a block."""
+    layouts = {layout.path: layout for layout in fisher.layouts}
+    for path, w in selected:
+        layout = layouts[path]
+        wanted = block_layout(
+            path,
+            tuple(w.shape),
+            block_size=layout.block_size,
+            axes=stated.get(path),
+            pattern=rules.pattern,
+        )
+        same = ("split", "order", "unit")
+        if any(getattr(layout, name) != getattr(wanted, name) for name in same):
+            raise ValueError(
+                f"{path}: the Fisher matrix was made for units of {layout.unit} "
+                f"neighbouring weights, {rules.pattern} has others, of {wanted.unit}. "
+                f"Make it with block_fisher(..., pattern={rules.pattern}) and the same "
+                "axes."
             )
-            if taken
-        ),
-        strict=True,
-    )
-    return sum(gone) / sum(size)
+
+
+def _check_budget(
+    gone: PyTree, params: PyTree, sparsity: Sparsity, rules: _Rules
+) -> None:
+    """Raises when something that is gone would have to come back."""
+    alive = lambda g, w: jnp.broadcast_to(~g, w.shape).astype(jnp.float32)
+    kept = _choose(jax.tree.map(alive, gone, params), sparsity, rules)
+    back = jax.tree.map(jnp.logical_and, kept, gone)
+    for path, units in leaves_with_paths(back):
+        if _checks.is_concrete(units) and bool(jnp.any(units)):
+            raise ValueError(
+                f"{path}: `masks` already remove more than a sparsity of {sparsity} "
+                f"does with {rules.pattern}, here or in one of its groups. Ask for "
+                "more, or leave `masks` out: then weights may come back."
+            )
