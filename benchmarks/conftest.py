@@ -1,6 +1,6 @@
 """Benchmarks: each measures ours and a reference in turn, in one run.
 
-    pytest benchmarks                 # the table, and benchmarks/results/<device>.json
+    pytest benchmarks       # the tables, and benchmarks/results/<device>/<what>.json
     pytest benchmarks --device gpu    # sizes for an accelerator
 
 A shared machine changes its speed within seconds, so what is compared is timed in turn
@@ -22,7 +22,7 @@ import pytest
 collect_ignore = ["_sequential.py", "second_order_quality.py"]
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-_rows: list[dict] = []
+_rows: dict[str, list[dict]] = {}
 
 
 def pytest_addoption(parser):
@@ -40,6 +40,7 @@ def large(request) -> bool:
 def compare(request):
     """Times functions in turn and records medians and ratios to the first."""
     asked = request.config.getoption("--rounds")
+    rows = _rows_of(request)
 
     def run(
         name: str,
@@ -67,16 +68,21 @@ def compare(request):
                 "speedup": round(float(np.median(first / np.array(values))), 2),
                 "floor_ms": floor_ms,
             }
-            _rows.append(row)
+            rows.append(row)
         return times
 
     return run
 
 
 @pytest.fixture
-def record():
+def record(request):
     """Adds a row that is no time."""
-    return lambda **row: _rows.append(row)
+    return lambda **row: _rows_of(request).append(row)
+
+
+def _rows_of(request) -> list[dict]:
+    """The rows of a file of benchmarks: each file has its own results."""
+    return _rows.setdefault(request.path.stem.removeprefix("test_"), [])
 
 
 def environment(device: str) -> dict:
@@ -100,18 +106,18 @@ def environment(device: str) -> dict:
 
 
 def pytest_sessionfinish(session):
-    if not _rows:
-        return
     device = session.config.getoption("--device")
-    content = {"environment": environment(device), "rows": _rows}
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{device}.json"
-    aside = target.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(aside, target)
+    folder = RESULTS / device
+    for what, rows in _rows.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"environment": environment(device), "rows": rows}
+        target = folder / f"{what}.json"
+        aside = target.with_suffix(".tmp")
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(aside, target)
 
 
 def pytest_terminal_summary(terminalreporter):
-    for row in _rows:
+    for row in (row for rows in _rows.values() for row in rows):
         said = "  ".join(f"{k}={v}" for k, v in row.items() if v is not None)
         terminalreporter.write_line(said)
