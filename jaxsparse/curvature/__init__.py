@@ -15,6 +15,14 @@ from jaxsparse.curvature._mfac import MFac as MFac
 from jaxsparse.curvature._mfac import mfac as mfac
 from jaxsparse.curvature._mfac import span_ihvp as span_ihvp
 from jaxsparse.curvature._mfac_blocks import BlockMFac as BlockMFac
+from jaxsparse.curvature._mfac_window import MFacWindow as MFacWindow
+from jaxsparse.curvature._mfac_window import window_ihvp as window_ihvp
+from jaxsparse.curvature._mfac_window import window_init as window_init
+from jaxsparse.curvature._mfac_window import window_mask as window_mask
+from jaxsparse.curvature._mfac_window import window_update as window_update
+from jaxsparse.curvature._mfac_window import (
+    window_update_ihvp as window_update_ihvp,
+)
 from jaxsparse.curvature._operations import Fisher as Fisher
 from jaxsparse.curvature._operations import check_covers as check_covers
 from jaxsparse.curvature._operations import eliminate as eliminate

@@ -2,6 +2,9 @@
 
 from jaxsparse.transforms._enforce import enforce as enforce
 from jaxsparse.transforms._keep_sparse import keep_sparse as keep_sparse
+from jaxsparse.transforms._mfac import ScaleByMFacState as ScaleByMFacState
+from jaxsparse.transforms._mfac import mfac as mfac
+from jaxsparse.transforms._mfac import scale_by_mfac as scale_by_mfac
 from jaxsparse.transforms._project import apply_updates as apply_updates
 from jaxsparse.transforms._project import init_sparse as init_sparse
 from jaxsparse.transforms._prune_schedule import PruneSchedule as PruneSchedule

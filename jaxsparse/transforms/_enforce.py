@@ -7,6 +7,7 @@ import optax
 from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse._typing import PyTree
+from jaxsparse.transforms._mfac import forget_pruned
 from jaxsparse.transforms._moments import reset_moments
 from jaxsparse.transforms._project import add_change, project
 from jaxsparse.transforms._state import (
@@ -84,6 +85,8 @@ def enforce(
         held = put_states(state, [s._replace(updated=None) for s in chosen])
         regrew = functools.reduce(jnp.logical_or, [s.regrew for s in chosen])
         held = reset_moments(held, updates, masks, regrew)
+        changed = functools.reduce(jnp.logical_or, [s.updated for s in chosen])
+        held = forget_pruned(held, masks, changed)
         updates, state = inner.update(updates, held, params, **extra_args)
         updates = add_change(updates, chosen)
         return project(updates, masks, params), put_states(state, chosen)

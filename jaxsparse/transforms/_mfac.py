@@ -1,0 +1,159 @@
+"""M-FAC as an optimizer: a gradient times the inverse Fisher matrix of the last m."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse._loops import when
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.curvature import MFacWindow, window_init, window_mask, window_update_ihvp
+
+# Compiled once for all eager steps; inside the caller's jit this is inlined.
+_update_ihvp = jax.jit(window_update_ihvp)
+_mask = jax.jit(window_mask)
+
+
+class ScaleByMFacState(NamedTuple):
+    """The state of `scale_by_mfac`.
+
+    Attributes:
+      window: the last gradients and their factored Gram matrix.
+    """
+
+    window: MFacWindow
+
+
+def scale_by_mfac(
+    *, window: int = 1024, damping: Any = 1e-5, dtype: Any = None
+) -> optax.GradientTransformation:
+    """`u = F^-1 g` with the empirical Fisher matrix of the last gradients.
+
+    `F = damping * I + (1/m) sum g_i g_i^T` over a window of m gradients, in which `g`
+    takes the place of the oldest before it is multiplied. Frantar, Kurtic & Alistarh
+    (2021, M-FAC, arXiv:2107.03356).
+
+    Cost of a step: `4 m d` FLOP in two passes over the window, and `O(m^2)`. Memory:
+    `m d` numbers: 4.4 GB for the 4.4e6 parameters of BERT-tiny with m = 256, half of
+    that with `dtype=jnp.bfloat16`. Parameters may be sharded in any way: the window
+    lies with them, and a step costs one all-reduce of m numbers.
+
+    The window begins with zeros that count: until it is full the curvature is too small
+    by a factor of m / steps, and steps are larger.
+
+    A gradient with NaN or Inf is not entered into the window, and its product is NaN,
+    for `optax.apply_if_finite` to see.
+
+    Under `enforce` with a `prune_schedule`, what is pruned leaves the window when masks
+    change: the sparse mode of the reference implementation.
+
+    Differs from the reference implementation: any pytree, any shape of window, any
+    device, and its window is in the state, so a training can be resumed; products by
+    `F^-1 g_j = m G^T S^-1 e_j`, which loses no digits at small damping.
+
+    Args:
+      window: how many gradients, m.
+      damping: what is added to the diagonal of F; the paper takes 1e-5 to 1e-6.
+      dtype: that in which gradients are kept; that of their parameters if None.
+
+    Returns:
+      A gradient transformation. Its state is a `ScaleByMFacState`.
+
+    Raises:
+      ValueError: `window < 1`, `damping <= 0`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> tx = js.transforms.scale_by_mfac(window=2, damping=0.5)
+      >>> params = {"w": jnp.zeros(2)}
+      >>> grads = {"w": jnp.array([1.0, 2.0])}
+      >>> tx.update(grads, tx.init(params))[0]     # g m / (m damping + |g|^2)
+      {'w': Array([0.33333334, 0.6666667 ], dtype=float32)}
+    """
+    # Says now what is wrong with the numbers.
+    jax.eval_shape(lambda: window_init({}, window=window, damping=damping, dtype=dtype))
+
+    def init_fn(params: PyTree) -> ScaleByMFacState:
+        return ScaleByMFacState(
+            window_init(params, window=window, damping=damping, dtype=dtype)
+        )
+
+    def update_fn(updates, state, params=None) -> tuple[Any, ScaleByMFacState]:
+        del params
+        # The damping is given again: a changed one takes effect after a restore.
+        new, updates = _update_ihvp(state.window, updates, damping=damping)
+        return updates, ScaleByMFacState(new)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def mfac(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    window: int = 1024,
+    damping: Any = 1e-5,
+    momentum: float | None = None,
+    weight_decay: float = 0.0,
+    dtype: Any = None,
+) -> optax.GradientTransformation:
+    """The M-FAC optimizer.
+
+    `g <- g + weight_decay * w`; `u = F^-1 g`, see `scale_by_mfac`; `v <- momentum * v +
+    (1 - momentum) * u`; `w <- w - learning_rate * v`. The decay goes into the window
+    and through the inverse, and the average is not corrected for its start at 0, as in
+    the reference implementation.
+
+    Args:
+      learning_rate: a number or a schedule; 1e-3 in the reference implementation,
+        1e-4 for its BERT models.
+      window: how many gradients.
+      damping: what is added to the diagonal of F.
+      momentum: of the average of the products; none by default.
+      weight_decay: L2 regularisation.
+      dtype: that in which gradients are kept.
+
+    Returns:
+      An optimizer.
+
+    Raises:
+      ValueError: `window < 1`, `damping <= 0`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> tx = js.transforms.mfac(1.0, window=1, damping=5.0)
+      >>> params, grads = {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 2.0])}
+      >>> tx.update(grads, tx.init(params), params)[0]     # -g / (damping + |g|^2)
+      {'w': Array([-0.1, -0.2], dtype=float32)}
+    """
+    members = [scale_by_mfac(window=window, damping=damping, dtype=dtype)]
+    if weight_decay:
+        members.insert(0, optax.add_decayed_weights(weight_decay))
+    if momentum:
+        members.append(optax.ema(momentum, debias=False))
+    return optax.chain(*members, optax.scale_by_learning_rate(learning_rate))
+
+
+def forget_pruned(opt_state: PyTree, masks: PyTree, changed: Array) -> PyTree:
+    """Takes pruned coordinates out of all windows of an optimizer state.
+
+    Args:
+      opt_state: the state of any chain, wrapper or partition.
+      masks: a tree of bools like the parameters.
+      changed: whether masks changed; if not, it costs nothing.
+
+    Returns:
+      A state like `opt_state`.
+    """
+    found = dict(jax.tree_util.tree_leaves_with_path(masks))
+    is_window = lambda x: isinstance(x, MFacWindow)
+
+    def forget(window: Any) -> Any:
+        if not is_window(window):
+            return window
+        kept = jax.tree_util.tree_map_with_path(
+            lambda path, _: found.get(path, jnp.ones((), bool)), window.grads
+        )
+        return when(changed, _mask, window, kept)
+
+    return jax.tree.map(forget, opt_state, is_leaf=is_window)
