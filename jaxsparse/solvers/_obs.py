@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks, curvature, patterns, scores
+from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
 from jaxsparse.curvature._layout import block_layout
-from jaxsparse._sharded import sharded_like
 from jaxsparse.patterns._units import block_scores, channel_scores, expand_blocks
 from jaxsparse.tree import (
     Axes,
@@ -173,12 +173,10 @@ def _cut(
     left = jax.tree.map(jnp.logical_and, chosen, masks)
     if rules.update == "none":
         return patterns.Pruned(patterns.apply(params, left), left)
-    full = lambda new, old, w: jnp.broadcast_to(~new & old, w.shape)
-    removed = jax.tree.map(full, left, masks, params)
+    removed = jax.tree.map(lambda new, old: ~new & old, left, masks)
     if rules.update == "joint":
         # What is not selected may not change, though M-FAC's matrix may hold it.
-        full = lambda new, taken, w: jnp.broadcast_to(new & taken, w.shape)
-        kept = jax.tree.map(full, left, rules.selected, params)
+        kept = jax.tree.map(jnp.logical_and, left, rules.selected)
         change = curvature.eliminate(fisher, params, removed, kept=kept)
     else:
         found = dict(leaves_with_paths(removed))
@@ -193,11 +191,14 @@ def _each_alone(
     """The loss when each unit is removed alone, and `y` so that `-F^-1 y` does that."""
     if isinstance(fisher, curvature.BlockFisher) and _is_tiled(rules):
         return curvature.group_scores(fisher, params)
-    diagonal = curvature.inverse_diagonal(fisher)
-    found = dict(leaves_with_paths(params))
-    wide = map_with_path(lambda path, d: found[path].astype(d.dtype), diagonal)
+    diagonal = dict(leaves_with_paths(curvature.inverse_diagonal(fisher)))
+    wide = {
+        path: w.astype(diagonal[path].dtype)
+        for path, w in leaves_with_paths(params)
+        if path in diagonal
+    }
     losses = scores.obs(wide, diagonal, where=True)
-    return losses, jax.tree.map(jnp.divide, wide, diagonal)
+    return losses, {path: w / diagonal[path] for path, w in wide.items()}
 
 
 def _is_tiled(rules: _Rules) -> bool:
@@ -205,7 +206,7 @@ def _is_tiled(rules: _Rules) -> bool:
 
 
 def _most(sparsity: Sparsity, pattern: patterns.Pattern) -> int | None:
-    """How many of an N:M group go at most; so many as this cut removes, if known."""
+    """How many of an N:M group go at most: as many as this cut removes, if known."""
     if not isinstance(pattern, patterns.NM):
         return None
     most = pattern.of - pattern.keep
@@ -339,13 +340,9 @@ def _check(params: PyTree, fisher: curvature.Fisher, rules: _Rules) -> None:
             "greedy=True works inside the blocks of js.curvature.block_fisher, for "
             f"js.Unstructured and js.NM; got a {kind} and {pattern}."
         )
-    selected = [
-        (path, w)
-        for (path, w), taken in zip(
-            leaves_with_paths(params), jax.tree.leaves(rules.selected), strict=True
-        )
-        if taken
-    ]
+    flags = jax.tree.leaves(rules.selected)
+    pairs = zip(leaves_with_paths(params), flags, strict=True)
+    selected = [leaf for leaf, taken in pairs if taken]
     for path, _ in selected:
         curvature.check_covers(fisher, path)
     together = _is_tiled(rules) or (rules.greedy and isinstance(pattern, patterns.NM))
@@ -390,7 +387,7 @@ def _check_budget(
     for path, units in leaves_with_paths(back):
         if _checks.is_concrete(units) and bool(jnp.any(units)):
             raise ValueError(
-                f"{path}: `masks` already remove more than a sparsity of {sparsity} "
-                f"does with {rules.pattern}, here or in one of its groups. Ask for "
-                "more, or leave `masks` out: then weights may come back."
+                f"{path}: `masks` already remove more than `sparsity` asks for, in all "
+                f"or in one of its groups ({rules.pattern}). Ask for more, or leave "
+                "`masks` out: then weights may come back."
             )

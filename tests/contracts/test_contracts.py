@@ -57,6 +57,19 @@ def averaged(params, key):
     return jax.tree.map(lambda s, w: s.astype(w.dtype), average, params)
 
 
+def second_order(score, make_fisher):
+    """By a Fisher matrix of all parameters, from two gradients."""
+
+    def scored(params, key):
+        grads = js.curvature.per_example_grads(loss, params, batch(params), where=".")
+        inverse = js.curvature.inverse_diagonal(make_fisher(grads, damping=1e-3))
+        if score is js.scores.obd:
+            inverse = jax.tree.map(jnp.reciprocal, inverse)
+        return score(params, inverse, where=".")
+
+    return scored
+
+
 SCORES = {
     "magnitude": lambda params, key: js.scores.magnitude(params),
     "random": lambda params, key: js.scores.random(params, key=key),
@@ -65,6 +78,10 @@ SCORES = {
     "grasp": lambda params, key: js.scores.grasp(loss, params, batch(params)),
     "synflow": lambda params, key: js.scores.synflow(apply, params, batch(params)),
     "moving_average": averaged,
+    "obd": second_order(js.scores.obd, js.curvature.diagonal_fisher),
+    "obs": second_order(
+        js.scores.obs, functools.partial(js.curvature.block_fisher, block_size=8)
+    ),
 }
 RANDOM = {"random"}
 PATTERNS = {
@@ -92,6 +109,10 @@ PACKAGES = [
     js.scores,
     js.allocations,
     js.oneshot,
+    js.curvature,
+    js.solvers,
+    js.losses,
+    js.recipes,
 ]
 
 every_score = pytest.mark.parametrize("name", SCORES)
@@ -256,6 +277,16 @@ def test_parameters_of_equal_shape_share_one_compilation(compilations):
     assert all_four.of("_mask_one") == 0
 
 
+def test_fisher_matrices_of_equal_shape_share_one_compilation(compilations):
+    params = {f"layer_{i}": jnp.ones((7, 13)) for i in range(3)}
+    grads = jax.tree.map(lambda w: jnp.stack([w, -w]), params)
+    with compilations() as all_three:
+        fisher = js.curvature.block_fisher(grads, block_size=13, damping=1.0)
+        js.solvers.obs(params, fisher, 0.5)
+    found = {"_sum_up_from_zero", "block_eliminate"}
+    assert {name: all_three.of(name) for name in found} == dict.fromkeys(found, 1)
+
+
 # Allocations.
 
 
@@ -307,8 +338,8 @@ def test_every_public_function_has_an_example(name):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_what_has_a_default_is_passed_by_name(name):
-    # The two that are the subject of the call, and read well without their names.
-    positional = {"sparsity", "where"}
+    # Those that are the subject of the call, and read well without their names.
+    positional = {"sparsity", "where", "labels"}
     for parameter in inspect.signature(PUBLIC[name]).parameters.values():
         if (
             parameter.default is not parameter.empty
