@@ -14,6 +14,7 @@ from jaxsparse.curvature._blocks import BlockFisher, inverse_diagonals
 from jaxsparse.curvature._chunks import over_blocks
 from jaxsparse.curvature._factor import HIGHEST, inverse_lower, inverse_root, matmul
 from jaxsparse.curvature._layout import BlockLayout, from_blocks, to_blocks
+from jaxsparse.curvature._trees import check_factor
 from jaxsparse.curvature._triangle import Triangle
 
 
@@ -153,17 +154,21 @@ def block_greedy(
             w_q = jnp.sum(jnp.where(q, w, 0), axis=-1, keepdims=True)
             w = jnp.where(q, 0, w - row * (w_q / pivot))
             inverse = inverse - row[..., :, None] * (row / pivot)[..., None, :]
-            last = jnp.maximum(last, jnp.where(jnp.isfinite(best), best, last))
+            # Always a little more: of equal scores a later one could go before.
+            more = jnp.nextafter(last, jnp.full((), jnp.inf, stored))
+            more = jnp.maximum(more, best.astype(stored))
+            last = jnp.where(jnp.isfinite(best), more, last)
             scores = jnp.where(q, last, scores)
             left = left - in_units(q)
             return inverse, w, left, alive & ~q, scores, last
 
         limit = unit if most is None else most
         gone = unit - in_units(alive)
-        scores = jnp.full(w.shape, jnp.inf)
-        last = jnp.zeros((*w.shape[:-1], 1))
+        scores = jnp.full(w.shape, jnp.inf, stored)
+        # Not 0, beside which there are only subnormals, that a processor may flush.
+        last = jnp.full((*w.shape[:-1], 1), jnp.finfo(stored).tiny, stored)
         carry = (inverse, w, limit - gone, alive, scores, last)
-        return lax.fori_loop(0, b, turn, carry)[4].astype(stored)
+        return lax.fori_loop(0, b, turn, carry)[4]
 
     with jax.enable_x64(True):
         blocks = to_blocks(w, layout), to_blocks(mask, layout)
@@ -258,5 +263,10 @@ def restrict_blocks(fisher: BlockFisher, masks: list[Array]) -> BlockFisher:
         block_restrict(r, mask, fisher.damping, layout=layout, accurate=fisher.accurate)
         for r, mask, layout in zip(fisher.roots, masks, fisher.layouts, strict=True)
     )
+    for path, old, r in zip(fisher.paths, fisher.roots, roots, strict=True):
+        pivots = _triangle.diagonal(old)  # of the inverse, as square roots
+        largest = lambda p=pivots: 1 / jnp.square(jnp.min(p))
+        found = _triangle.diagonal(r)
+        check_factor(path, found, fisher.damping, largest, accurate=fisher.accurate)
     diagonals = tuple(map(inverse_diagonals, roots))
     return dataclasses.replace(fisher, roots=roots, diagonals=diagonals)

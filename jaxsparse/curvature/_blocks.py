@@ -369,12 +369,12 @@ _root_in_place = jax.jit(_root_, static_argnames="accurate", donate_argnums=0)
 def _finalize(root, sums: Sums, damping, rel_damping, accurate: bool) -> BlockFisher:
     stored = widest([s.square for s in sums.sums])
     scale = 1 / sums.count.astype(stored)
-    diagonals = [_triangle.diagonal(s) for s in sums.sums]
-    mean = lambda: mean_diagonal(diagonals, stored) * scale
+    squares = [_triangle.diagonal(s) for s in sums.sums]
+    mean = lambda: mean_diagonal(squares, stored) * scale
     damping = absolute_damping(damping, rel_damping, mean, stored)
     roots = tuple(root(s, scale, damping, accurate=accurate) for s in sums.sums)
-    for path, r, d in zip(sums.paths, roots, diagonals, strict=True):
-        largest = lambda d=d: jnp.max(d) * scale.astype(d.dtype)
+    for path, r, s in zip(sums.paths, roots, squares, strict=True):
+        largest = lambda s=s: jnp.max(s) * scale.astype(s.dtype)
         check_factor(path, _triangle.diagonal(r), damping, largest, accurate=accurate)
     diagonals = tuple(map(inverse_diagonals, roots))
     return BlockFisher(roots, diagonals, damping, sums.treedef, sums.layouts, accurate)

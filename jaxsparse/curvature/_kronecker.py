@@ -41,12 +41,13 @@ class Matrix:
     """How a parameter is read as matrices `[*lead, d_out, d_in]`, one for each layer.
 
     Attributes:
-      path: the parameter's path.
+      path: the parameter's path, for messages. Readings are equal without it: so
+        parameters of equal shape share one compilation.
       shape: its shape.
       axes: which of its axes are outputs, inputs, and layers.
     """
 
-    path: str
+    path: str = dataclasses.field(compare=False)
     shape: tuple[int, ...]
     axes: Axes
 

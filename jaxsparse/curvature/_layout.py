@@ -111,11 +111,10 @@ def block_layout(
 
 def _ordered(path, shape, axes, pattern):
     """`split`, `order`, the size of a unit, and how many axes number layers."""
-    flat = tuple(range(len(shape)))
     if axes is None:
         if isinstance(pattern, patterns.NM | patterns.Block):
             default_axes(path, jax.ShapeDtypeStruct(shape, jnp.float32))  # says why not
-        return shape, flat, 1, 0
+        return shape or (1,), tuple(range(max(1, len(shape)))), 1, 0
     plain = (*axes.batch, *axes.output, *axes.input)
     layers = len(axes.batch)
     match pattern:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,15 +14,18 @@ from jax import lax
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature import _triangle
-from jaxsparse.curvature._chunks import SCRATCH_BYTES, in_parts, is_spread
+from jaxsparse.curvature._chunks import SCRATCH_BYTES, cut, in_parts, is_spread
 from jaxsparse.curvature._factor import HIGHEST, inverse_root
 from jaxsparse.curvature._layout import block_layout, check_block_size
 from jaxsparse.curvature._mfac_blocks import BlockMFac, in_rows, row_roots
 from jaxsparse.curvature._trees import (
+    absolute_damping,
     check_factor,
     check_finite,
     check_one_damping,
     gradient_leaves,
+    largest_number,
+    widest,
 )
 from jaxsparse.curvature._triangle import Triangle
 from jaxsparse.tree import AxesRule, resolve_axes
@@ -92,7 +96,7 @@ def mfac(
       grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for what
         takes no part. They are kept, not copied.
       damping: added to the diagonal; the paper takes 1e-5 for pruning.
-      rel_damping: instead of it a factor for the mean diagonal of F.
+      rel_damping: instead of it a factor for the mean diagonal of F, of all weights.
       block_size: None for one matrix over all weights; else each block of so many
         neighbours on its own, cut as in `block_fisher` (with a copy of the gradients
         in that order, and `m^2` numbers for each block).
@@ -116,24 +120,20 @@ def mfac(
       >>> js.curvature.ihvp(fisher, {"w": jnp.array([2.0, 4.0])})["w"].round(5)
       Array([1., 2.], dtype=float32)
     """
-    paths, leaves, m = gradient_leaves(grads)
+    paths, leaves, _ = gradient_leaves(grads)
     check_one_damping(damping, rel_damping)
     _checks.check_positive_int(page_bytes, name="page_bytes")
-    stored = _stored(leaves)
+    stored = widest(leaves)
     if block_size is not None:
-        if damping is None:
-            damping = rel_damping * _mean_square(leaves)
-        return _in_blocks(
-            grads, jnp.asarray(damping, stored), block_size, axes, accurate
-        )
+        mean = lambda: _mean_square(leaves)
+        damping = absolute_damping(damping, rel_damping, mean, stored)
+        return _in_blocks(grads, damping, block_size, axes, accurate)
     gram = _gram(leaves, accurate, page_bytes)
     check_finite(paths, leaves, [jnp.diagonal(gram.square)] * len(leaves))
-    if damping is None:
-        d = sum(g[0].size for g in leaves)
-        damping = rel_damping * (jnp.trace(gram.square) / (m * d))
-    damping = jnp.asarray(damping, stored)
-    root = _root(gram, damping, accurate=accurate)
-    check_factor("G G^T", _triangle.diagonal(root), damping)
+    count = float(sum(math.prod(g.shape) for g in leaves))
+    mean = lambda: jnp.trace(gram.square) / count
+    damping = absolute_damping(damping, rel_damping, mean, stored)
+    root = _checked_root("G G^T", gram, damping, accurate)
     return MFac(
         tuple(leaves),
         root,
@@ -158,25 +158,29 @@ def _in_blocks(grads, damping, block_size: int, axes, accurate: bool) -> BlockMF
         in_rows(g, layout=layout) for g, layout in zip(leaves, layouts, strict=True)
     )
     roots = tuple(row_roots(g, damping, accurate=accurate) for g in rows)
-    diagonals = [_triangle.diagonal(r) for r in roots]
-    check_finite(paths, leaves, [jnp.sum(g) for g in leaves])
-    for path, d in zip(paths, diagonals, strict=True):
-        check_factor(path, d, damping)
+    check_finite(paths, leaves, [largest_number(g) for g in leaves])
+    for path, g, r in zip(paths, rows, roots, strict=True):
+        largest = lambda g=g: jnp.max(jnp.mean(jnp.square(g.astype(jnp.float32)), -2))
+        diagonal = _triangle.diagonal(r)
+        check_factor(path, diagonal, damping, largest, accurate=accurate)
     treedef = jax.tree.structure(grads)
     return BlockMFac(rows, roots, damping, treedef, layouts, accurate)
 
 
+@jax.jit
 def _mean_square(leaves) -> Array:
     """The mean diagonal of F."""
-    total = sum(jnp.sum(jnp.square(g.astype(_stored(leaves)))) for g in leaves)
-    return total / sum(g.size for g in leaves)
+    square = lambda g: jnp.sum(jnp.square(g.astype(widest(leaves))))
+    total = functools.reduce(jnp.add, map(square, leaves))
+    return total / float(sum(g.size for g in leaves))
 
 
 def span_ihvp(fisher: MFac, coefficients: Array) -> PyTree:
     """`F^-1 G^T c`: the inverse times a combination of the gradients themselves.
 
     As `m G^T S^-1 c`, without the difference in which `ihvp` of the same vector loses
-    its digits: exact to rounding at any damping. `c = ones(m) / m` gives the natural
+    its digits: exact to rounding at any damping, as long as the gradients are linearly
+    independent (many more weights than gradients). `c = ones(m) / m` gives the natural
     gradient, a one-hot `c` the product with one gradient.
 
     Args:
@@ -216,15 +220,7 @@ def mfac_ihvp(fisher: MFac, xs: list[Array]) -> list[Array]:
     Returns:
       For each parameter an array of its shape.
     """
-    dots = functools.reduce(
-        jnp.add,
-        [
-            _dots(page, _columns(x, g, at))
-            for g, x in zip(fisher.grads, xs, strict=True)
-            for at, page in _pages(g, fisher.page_bytes)
-        ],
-    )
-    c = _solve(fisher.root, dots)
+    c = _solve(fisher.root, _all_dots(fisher, xs))
     damping = fisher.damping
     back = [_combine(fisher, g, c) for g in fisher.grads]
     return [(x.astype(b.dtype) - b) / damping for x, b in zip(xs, back, strict=True)]
@@ -266,23 +262,14 @@ def mfac_eliminate(
     Returns:
       The changes of the parameters.
     """
-    stored = _stored(fisher.grads)
+    stored = widest(fisher.grads)
     gone = [
         jnp.where(q, w.astype(stored), jnp.zeros((), stored))
         for w, q in zip(ws, removed, strict=True)
     ]
     gram = _gram(fisher.grads, fisher.accurate, fisher.page_bytes, kept)
-    root = _root(gram, fisher.damping, accurate=fisher.accurate)
-    check_factor("G_K G_K^T", _triangle.diagonal(root), fisher.damping)
-    dots = functools.reduce(
-        jnp.add,
-        [
-            _dots(page, _columns(w, g, at))
-            for g, w in zip(fisher.grads, gone, strict=True)
-            for at, page in _pages(g, fisher.page_bytes)
-        ],
-    )
-    c = _solve(root, dots)
+    root = _checked_root("G_K G_K^T", gram, fisher.damping, fisher.accurate)
+    c = _solve(root, _all_dots(fisher, gone))
     changes = [_combine(fisher, g, c) for g in fisher.grads]
     return [
         jnp.where(k, change, -w)
@@ -305,7 +292,7 @@ def restrict_mfac(fisher: MFac, masks: list[Array]) -> MFac:
         xp: Any = np if isinstance(g, np.ndarray) else jnp
         masked.append(xp.where(xp.asarray(mask)[None], g, xp.zeros((), g.dtype)))
     gram = _gram(masked, fisher.accurate, fisher.page_bytes)
-    root = _root(gram, fisher.damping, accurate=fisher.accurate)
+    root = _checked_root("G_K G_K^T", gram, fisher.damping, fisher.accurate)
     return dataclasses.replace(fisher, grads=tuple(masked), root=root)
 
 
@@ -336,20 +323,36 @@ def _assemble(parts: list[Array], g: Any) -> Array:
 
 def _combine(fisher: MFac, g: Any, c: Array) -> Array:
     """`G^T c` for one parameter."""
-    parts = [_weighted(page, c) for _, page in _pages(g, fisher.page_bytes)]
-    return _assemble(parts, g)
+    wide = fisher.root.square.dtype
+    pages = _pages(g, fisher.page_bytes)
+    return _assemble([_weighted(page, c, wide=wide) for _, page in pages], g)
 
 
-def _stored(leaves):
-    wide = any(g.dtype == jnp.float64 for g in leaves)
-    return jnp.float64 if wide else jnp.float32
+def _all_dots(fisher: MFac, xs: list[Array]) -> Array:
+    """`G x` over all parameters, `[m]`."""
+    wide = fisher.root.square.dtype
+    parts = [
+        _dots(page, _columns(x, g, at), wide=wide)
+        for g, x in zip(fisher.grads, xs, strict=True)
+        for at, page in _pages(g, fisher.page_bytes)
+    ]
+    return functools.reduce(jnp.add, parts)
+
+
+def _checked_root(name: str, gram: Triangle, damping, accurate: bool) -> Triangle:
+    root = _root(gram, damping, accurate=accurate)
+    norms = _triangle.diagonal(gram)
+    largest = lambda: jnp.max(norms) / norms.size
+    diagonal = _triangle.diagonal(root)
+    check_factor(name, diagonal, damping, largest, accurate=accurate)
+    return root
 
 
 # Array level.
 
 
 def _gram(leaves, accurate: bool, page_bytes: int, kept=None) -> Triangle:
-    stored = _stored(leaves)
+    stored = widest(leaves)
     m = leaves[0].shape[0]
     gram = _triangle.zeros((), m, stored)
     for i, g in enumerate(leaves):
@@ -381,13 +384,12 @@ def _add_gram(gram: Triangle, g: Array, mask: Array | None, *, accurate: bool):
         mask = None if mask is None else mask.reshape(-1)
 
         def add(start: Any, size: int, total: Array) -> Array:
-            part = lax.dynamic_slice_in_dim(flat, start, size, 1)
+            part = cut(flat, start, size, 1)
             if mask is None:
                 return total + outer(part, None)
             return total + outer(part, lax.dynamic_slice_in_dim(mask, start, size))
 
-        columns = max(512, SCRATCH_BYTES // (8 * m))
-        total = in_parts(flat.shape[1], columns, add, total)
+        total = in_parts(flat.shape[1], _columns_in_cache(m), add, total)
         return _triangle.split(total, stored)
 
 
@@ -411,32 +413,49 @@ def _solve(root: Triangle, x: Array) -> Array:
         return jnp.matmul(r.T, y, precision=HIGHEST).astype(root.square.dtype)
 
 
-@jax.jit
-def _dots(g: Array, x: Array) -> Array:
+# As a dot product XLA would make a wide copy of all gradients of 16 bits.
+
+
+@functools.partial(jax.jit, static_argnames="wide")
+def _dots(g: Array, x: Array, *, wide: Any) -> Array:
     """`G x`, `[m]`."""
-    wide = _stored([g])
-    axes = tuple(range(x.ndim))
-    shifted = tuple(a + 1 for a in axes)
-    x = x.astype(g.dtype)
-    return lax.dot_general(
-        g,
-        x,
-        ((shifted, axes), ((), ())),
-        precision=HIGHEST,
-        preferred_element_type=wide,
-    )
+    m, x = g.shape[0], x.astype(wide)
+    if g.dtype == wide:
+        axes = tuple(range(x.ndim))
+        shifted = tuple(a + 1 for a in axes)
+        return lax.dot_general(g, x, ((shifted, axes), ((), ())), precision=HIGHEST)
+    if is_spread(g):
+        return jnp.sum(g.astype(wide) * x[None], axis=tuple(range(1, g.ndim)))
+    flat, x = g.reshape(m, -1), x.reshape(-1)
+
+    def add(start: Any, size: int, total: Array) -> Array:
+        part = cut(flat, start, size, 1).astype(wide)
+        return total + _dots(part, cut(x, start, size), wide=wide)
+
+    return in_parts(flat.shape[1], _columns_in_cache(m), add, jnp.zeros(m, wide))
 
 
-@jax.jit
-def _weighted(g: Array, c: Array) -> Array:
+@functools.partial(jax.jit, static_argnames="wide")
+def _weighted(g: Array, c: Array, *, wide: Any) -> Array:
     """`G^T c`, of the parameter's shape. With G first XLA would transpose a copy."""
-    return lax.dot_general(
-        c.astype(g.dtype),
-        g,
-        (((0,), (0,)), ((), ())),
-        precision=HIGHEST,
-        preferred_element_type=_stored([g]),
-    )
+    m, c = g.shape[0], c.astype(wide)
+    if g.dtype == wide:
+        return lax.dot_general(c, g, (((0,), (0,)), ((), ())), precision=HIGHEST)
+    if is_spread(g):
+        return jnp.sum(g.astype(wide) * c.reshape(m, *[1] * (g.ndim - 1)), axis=0)
+    flat = g.reshape(m, -1)
+
+    def fill(start: Any, size: int, out: Array) -> Array:
+        new = _weighted(cut(flat, start, size, 1).astype(wide), c, wide=wide)
+        return lax.dynamic_update_slice_in_dim(out, new, start, 0)
+
+    empty = jnp.zeros(flat.shape[1], wide)
+    out = in_parts(flat.shape[1], _columns_in_cache(m), fill, empty)
+    return out.reshape(g.shape[1:])
+
+
+def _columns_in_cache(m: int) -> int:
+    return max(512, SCRATCH_BYTES // (8 * m))
 
 
 @functools.partial(jax.jit, static_argnames="accurate")
@@ -445,9 +464,12 @@ def _diagonal(g: Array, root: Triangle, damping: Array, *, accurate: bool) -> Ar
     wide = jnp.float64 if accurate else stored
 
     def diagonal(g: Array, r: Array) -> Array:
-        v = lax.dot_general(r, g.astype(wide), (((1,), (0,)), ((), ())), HIGHEST)
-        rest = 1 - jnp.sum(jnp.square(v), axis=0)
-        return (rest / damping.astype(wide)).astype(stored)
+        g, shift = g.astype(wide), damping.astype(wide)
+        v = lax.dot_general(r, g, (((1,), (0,)), ((), ())), HIGHEST)
+        rest = (1 - jnp.sum(jnp.square(v), axis=0)) / shift
+        # No less than 1 / F_qq: where rounding would make it so, or negative.
+        least = 1 / (shift + jnp.mean(jnp.square(g), axis=0))
+        return jnp.maximum(rest, least).astype(stored)
 
     with jax.enable_x64(True):
         r = _triangle.join(root, wide)
@@ -457,8 +479,7 @@ def _diagonal(g: Array, root: Triangle, damping: Array, *, accurate: bool) -> Ar
         flat = g.reshape(m, -1)
 
         def fill(start: Any, size: int, out: Array) -> Array:
-            part = lax.dynamic_slice_in_dim(flat, start, size, 1)
-            new = diagonal(part, r)
+            new = diagonal(cut(flat, start, size, 1), r)
             return lax.dynamic_update_slice_in_dim(out, new, start, 0)
 
         columns = max(512, SCRATCH_BYTES // (16 * m))

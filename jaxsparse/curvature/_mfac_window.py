@@ -80,7 +80,7 @@ def window_init(
       >>> state.grads["w"].shape
       (4, 2, 3)
     """
-    check_window(window, damping, dtype)
+    _check_window(window, damping, dtype)
     for path, w in leaves_with_paths(params):
         if not jnp.issubdtype(w.dtype, jnp.floating):
             raise TypeError(
@@ -236,35 +236,26 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
     Returns:
       A window.
     """
+    _checks.same_structure(masks, state.grads, name="masks", of="the window's parameters")
     m, wide = len(state.gram), state.gram.dtype
 
-    def one(G: Array, mask: Array) -> Array:
-        if jnp.ndim(mask) == 0:
-            return G
-        return jnp.where(mask[None], G, jnp.zeros((), G.dtype))
+    def clear(rows: PyTree, masks: PyTree) -> PyTree:
+        def one(G: Array, mask: Array) -> Array:
+            if jnp.ndim(mask) == 0:
+                return G
+            return jnp.where(mask[None], G, jnp.zeros((), G.dtype))
 
-    rows = jax.tree.map(one, state.grads, masks)
-    gram = jnp.zeros((m, m), wide)
-    for G in jax.tree.leaves(rows):
-        axes = tuple(range(1, G.ndim))
-        gram += _dot(G, G, (axes, axes), wide)
+        return jax.tree.map(one, rows, masks)
+
+    # In a loop, for the reason given in `_enter`.
+    rows = when(state.oldest >= 0, clear, state.grads, masks)
+    found = [_gram(G, wide) for G in jax.tree.leaves(rows)]
+    gram = sum(found, start=jnp.zeros((m, m), wide))
     factor = sliding.factorise(gram, state.oldest, _shift(m, state.damping))
     return state._replace(grads=rows, gram=gram, factor=factor)
 
 
-def check_window(window: Any, damping: Any, dtype: Any) -> None:
-    """Raises unless a window can be made with these.
-
-    Args:
-      window: how many gradients it holds.
-      damping: what is added to the diagonal.
-      dtype: that of the gradients, or None.
-
-    Raises:
-      ValueError: `window < 1`, `damping <= 0`.
-      TypeError: a window that is no integer, a damping that is no number, a type that
-        is not real floating point.
-    """
+def _check_window(window: Any, damping: Any, dtype: Any) -> None:
     _checks.check_positive_int(window, name="window")
     check_damping(damping)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
@@ -337,7 +328,8 @@ def _shift(m: int, damping: Array) -> Array:
 
 def _wide(rows: PyTree) -> Any:
     """The type that sums are made in."""
-    return jnp.result_type(jnp.float32, *(G.dtype for G in jax.tree.leaves(rows)))
+    double = any(G.dtype.itemsize > 4 for G in jax.tree.leaves(rows))
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 def _empty_rows(w: Any, m: int, dtype: Any) -> Array:
@@ -390,6 +382,33 @@ def _combine(rows: PyTree, c: Array, wide: Any) -> PyTree:
         return lax.fori_loop(0, len(G) // together, some, first)
 
     return jax.tree.map(one, rows)
+
+
+def _gram(G: Array, wide: Any) -> Array:
+    """`G G^T`, some columns at a time: of one factor XLA makes a transposed copy."""
+    m, axes = len(G), tuple(range(1, G.ndim))
+    some = min(m, 16)
+    steps = -(-m // some)
+
+    def rows(i: Array) -> tuple[Array, Array]:
+        start = jnp.minimum(i * some, m - some)
+        held = lax.dynamic_slice_in_dim(after(i, G), start, some)
+        return start, held.astype(wide)
+
+    def columns(i: Array, total: Array) -> Array:
+        start, right = rows(i)
+
+        def part(j: Array, total: Array) -> Array:
+            above, left = rows(j)
+            dots = _dot(left, right, (axes, axes), wide)
+            return lax.dynamic_update_slice(total, dots, (above, start))
+
+        if G.dtype != wide:
+            return lax.fori_loop(0, steps, part, total)
+        dots = _dot(G, right, (axes, axes), wide)
+        return lax.dynamic_update_slice_in_dim(total, dots, start, 1)
+
+    return lax.fori_loop(0, steps, columns, jnp.zeros((m, m), wide))
 
 
 def _dot(a: Array, b: Array, axes: tuple, wide: Any) -> Array:

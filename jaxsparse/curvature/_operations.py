@@ -1,11 +1,12 @@
 """What every approximation of the Fisher matrix can be asked."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import patterns
+from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature._block_inverse import (
     block_eliminate,
@@ -153,8 +154,11 @@ def inverse_blocks(fisher: BlockFisher, *, size: int | None = None) -> PyTree:
     """
     if not isinstance(fisher, BlockFisher):
         raise TypeError(
-            f"inverse_blocks needs js.curvature.block_fisher(...), got {type(fisher)}."
+            "inverse_blocks needs js.curvature.block_fisher(...), got "
+            f"{type(fisher).__name__}."
         )
+    if size is not None:
+        _checks.check_positive_int(size, name="size")
     groups = []
     for r, layout in zip(fisher.roots, fisher.layouts, strict=True):
         b = layout.block_size
@@ -302,7 +306,10 @@ def restrict(fisher: Any, masks: PyTree) -> Any:
         case BlockMFac():
             return restrict_rows(fisher, full)
         case DiagonalFisher():
-            return fisher
+            parts = zip(fisher.diagonals, full, strict=True)
+            apart = lambda d, kept: jnp.where(kept, d, fisher.damping.astype(d.dtype))
+            diagonals = tuple(apart(d, kept) for d, kept in parts)
+            return dataclasses.replace(fisher, diagonals=diagonals)
     raise TypeError(
         "A Kronecker product without some of its rows is none any more. Take the "
         "gradients of the masked network: per_example_grads(..., masks=masks)."
@@ -405,6 +412,15 @@ def check_covers(fisher: Any, path: str) -> None:
 
     Raises:
       ValueError: it takes no part in the Fisher matrix.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> fisher = js.curvature.mfac({"w": jnp.ones((1, 2)), "b": None}, damping=1.0)
+      >>> js.curvature.check_covers(fisher, "w")
+      >>> js.curvature.check_covers(fisher, "b")
+      Traceback (most recent call last):
+        ...
+      ValueError: b: selected by `where`, but the Fisher matrix has no part for it...
     """
     if path not in fisher.paths:
         raise ValueError(

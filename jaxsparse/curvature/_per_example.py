@@ -12,7 +12,7 @@ from jax import lax
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature._chunks import in_parts, is_spread
-from jaxsparse.curvature._trees import check_finite
+from jaxsparse.curvature._trees import check_finite, check_real, largest_number
 from jaxsparse.tree import leaves_with_paths, select
 
 LossFn = Callable[[PyTree, Any], Array]
@@ -84,7 +84,7 @@ def per_example_grads(
     taken = jax.tree.map(lambda w, take: w if take else None, params, selected)
     rest = jax.tree.map(lambda w, take: None if take else w, params, selected)
     for path, w in leaves_with_paths(taken):
-        _checks.check_floating(path, w)
+        check_real(path, w)
     if masks is not None:
         _checks.same_structure(masks, params, name="masks")
         masks = jax.tree.map(lambda k, take: k if take else None, masks, selected)
@@ -102,7 +102,7 @@ def per_example_grads(
     named = leaves_with_paths(grads)
     leaves = [g for _, g in named]
     if all(map(_checks.is_concrete, leaves)):
-        check_finite([p for p, _ in named], leaves, [jnp.sum(g) for g in leaves])
+        check_finite([p for p, _ in named], leaves, list(map(largest_number, leaves)))
     return grads
 
 
@@ -195,6 +195,9 @@ def stream_grads(
       >>> [grads["w"].shape[0] for grads in stream]
       [3, 3, 3, 1]
     """
+    _checks.check_positive_int(average, name="average")
+    if count is not None:
+        _checks.check_positive_int(count, name="count")
     seen = 0
     options: Any = {"average": average, "chunk": chunk, "where": where}
     options |= {"masks": masks, "dtype": dtype}
@@ -212,7 +215,7 @@ def stream_grads(
     if count is not None or not seen:
         raise ValueError(
             f"The batches gave {seen} gradients of {average} examples"
-            + (f", asked for {count}." if count else ".")
+            + ("." if count is None else f", asked for {count}.")
             + " Was the iterator used up before? Pass more data, or a smaller count."
         )
 
@@ -260,7 +263,7 @@ def _together(taken: PyTree, rest: PyTree) -> PyTree:
 
 
 def _examples(batch: Any) -> int:
-    sizes = {path: x.shape[:1] for path, x in leaves_with_paths(batch)}
+    sizes = {path: jnp.shape(x)[:1] for path, x in leaves_with_paths(batch)}
     if not sizes or () in sizes.values() or len(set(sizes.values())) > 1:
         raise ValueError(
             "A batch is a tree of arrays whose leading axis numbers the examples, of "

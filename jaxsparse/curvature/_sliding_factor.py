@@ -137,7 +137,7 @@ def _slide(factor: Factor, gram: Array, oldest: Array, shift: Array) -> Factor:
         left, dots, rest = carry
         row = lax.dynamic_index_in_dim(factor.upper, i + 1, keepdims=False)
         row = jnp.roll(row, -1)
-        size = jnp.hypot(row[i], left[i])
+        size = jnp.sqrt(row[i] * row[i] + left[i] * left[i])
         cos, sin = row[i] / size, left[i] / size
         kept = (columns >= i) & (columns < m - 1)
         new = jnp.where(kept, cos * row + sin * left, jnp.zeros_like(row))

@@ -146,6 +146,14 @@ def check_one_damping(damping: Any, rel_damping: Any) -> None:
 
     Raises:
       ValueError: both, neither, or one that is not positive.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.curvature.check_one_damping(1e-7, None)
+      >>> js.curvature.check_one_damping(None, 0.0)
+      Traceback (most recent call last):
+        ...
+      ValueError: rel_damping must be positive, got 0.0: ...
     """
     if (damping is None) == (rel_damping is None):
         raise ValueError(
@@ -183,10 +191,20 @@ def absolute_damping(
 
     Returns:
       A scalar.
+
+    Raises:
+      ValueError: it is 0 (in eager use).
     """
     if damping is None:
-        return jnp.asarray(rel_damping, dtype) * mean().astype(dtype)
-    return jnp.asarray(damping, dtype)
+        scalar = jnp.asarray(rel_damping, dtype) * mean().astype(dtype)
+    else:
+        scalar = jnp.asarray(damping, dtype)
+    if _checks.is_concrete(scalar) and float(scalar) == 0:
+        raise ValueError(
+            f"With {damping=}, {rel_damping=} the damping is 0 in {scalar.dtype}: all "
+            "gradients are 0, or so small that their squares are. Pass a larger damping."
+        )
+    return scalar
 
 
 def mean_diagonal(diagonals: list[Array], dtype: Any) -> Array:
@@ -206,6 +224,19 @@ def mean_diagonal(diagonals: list[Array], dtype: Any) -> Array:
     return total / jnp.maximum(count, 1)
 
 
+@jax.jit
+def largest_number(x: Array) -> Array:
+    """The largest number by size; NaN or Inf if there is one.
+
+    Args:
+      x: an array.
+
+    Returns:
+      A scalar.
+    """
+    return jnp.max(jnp.abs(x))
+
+
 def check_finite(paths, grads, sums) -> None:
     """Raises, in eager use, when statistics of gradients are not finite.
 
@@ -218,7 +249,7 @@ def check_finite(paths, grads, sums) -> None:
     Raises:
       ValueError: NaN or Inf, with the path and the first gradient that holds it.
     """
-    finite = lambda s: not _checks.is_concrete(s) or bool(jnp.all(jnp.isfinite(s)))
+    finite = lambda s: not _checks.is_concrete(s) or not int(_not_finite(s))
     parts = zip(paths, grads, sums, strict=True)
     suspect = [(path, g) for path, g, s in parts if not finite(s)]
     for path, g in suspect:
@@ -259,8 +290,7 @@ def check_factor(
     """
     if not _checks.is_concrete(diagonal):
         return
-    failed = ~jnp.all(jnp.isfinite(diagonal), axis=-1)
-    count = int(jnp.sum(failed))
+    count = int(_not_finite(diagonal))
     if not count:
         return
     damping, top = float(damping), float(largest())
@@ -268,8 +298,15 @@ def check_factor(
     enough = top * diagonal.shape[-1] * 2.0 ** (-44 if accurate else -20)
     instead = "" if accurate else ", or accurate=True"
     raise ValueError(
-        f"{path}: {count} of {max(failed.size, 1)} Fisher matrices could not be "
+        f"{path}: {count} of {diagonal[..., 0].size} Fisher matrices could not be "
         f"factored. The largest eigenvalue is {top:.2g} or more, the damping "
         f"{damping:.2g}: a condition number of {top / damping:.0e}, beyond "
         f"{'float64' if accurate else 'float32'}. Take damping={enough:.0e}{instead}."
     )
+
+
+@jax.jit
+def _not_finite(x: Array) -> Array:
+    """How many rows hold NaN or Inf."""
+    rows = jnp.all(jnp.isfinite(jnp.atleast_1d(x)), axis=-1)
+    return jnp.sum(~rows, dtype=jnp.int32)

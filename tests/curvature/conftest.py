@@ -1,0 +1,1 @@
+from contracts.conftest import compilations as compilations

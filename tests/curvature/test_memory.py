@@ -1,0 +1,70 @@
+"""Memory of what XLA compiles, for shapes far above the scratch: no hidden copies."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxsparse as js
+
+M, SHAPE, SIZE = 64, (2000, 2000), 16
+MB = 10**6
+SUMS = 4 * 17 * 4_000_000  # bytes: 272 MB
+SCRATCH = 70 * MB
+f32, bf16 = jnp.float32, jnp.bfloat16
+estimator = js.curvature.block_estimator(block_size=SIZE)
+mfac = functools.partial(js.curvature.mfac, damping=1e-3)
+
+
+def tree(*lead, dtype=f32):
+    return {"kernel": jax.ShapeDtypeStruct((*lead, *SHAPE), dtype)}
+
+
+def memory(f, *args, donate=()):
+    """Bytes of temporary memory, and of arguments that results take the place of."""
+    compiled = jax.jit(f, donate_argnums=donate).lower(*args).compile()
+    found = compiled.memory_analysis()
+    return found.temp_size_in_bytes, found.alias_size_in_bytes
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_gradients_are_added_in_place_and_are_not_copied(dtype):
+    sums = jax.eval_shape(estimator.init, tree())
+    grads = tree(M, dtype=dtype)  # 1024 MB, 512 MB
+    temporary, in_place = memory(estimator.update, sums, grads, donate=0)
+    assert in_place >= SUMS
+    assert temporary < SCRATCH
+
+
+def test_blocks_are_inverted_in_place():
+    sums = jax.eval_shape(estimator.init, tree())
+    finalize = functools.partial(estimator.finalize, damping=1e-3)
+    temporary, in_place = memory(finalize, sums, donate=0)
+    assert in_place >= SUMS
+    assert temporary < 10 * MB
+
+
+def test_the_inverse_is_not_copied_to_be_used():
+    sums = jax.eval_shape(estimator.init, tree())
+    fisher = jax.eval_shape(functools.partial(estimator.finalize, damping=1e-3), sums)
+    removed = tree(dtype=bool)
+    temporary, _ = memory(js.curvature.ihvp, fisher, tree())
+    assert temporary < 3 * 16 * MB  # of vectors
+    temporary, _ = memory(js.curvature.eliminate, fisher, tree(), removed)
+    assert temporary < 3 * 16 * MB
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_mfac_makes_no_copy_of_the_gradients(dtype):
+    grads = tree(M, dtype=dtype)
+    temporary, _ = memory(lambda grads: mfac(grads).root, grads)
+    assert temporary < 10 * MB
+    fisher = jax.eval_shape(mfac, grads)
+    for f, *args in (
+        (js.curvature.inverse_diagonal, fisher),
+        (js.curvature.ihvp, fisher, tree()),
+        (js.curvature.span_ihvp, fisher, jax.ShapeDtypeStruct((M,), f32)),
+    ):
+        temporary, _ = memory(f, *args)
+        assert temporary < 3 * 16 * MB  # of vectors
