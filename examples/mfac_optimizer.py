@@ -1,0 +1,159 @@
+# %% [markdown]
+# # M-FAC as an optimizer
+#
+# The curvature that says which weights may go also says where to go: M-FAC multiplies
+# each gradient by the inverse Fisher matrix of the last few gradients, and needs no
+# matrix for it. Against SGD with momentum and Adam on real digits, each with the best
+# of its learning rates, in steps and in seconds.
+
+# %%
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich
+from _data import digits
+from matplotlib.figure import Figure
+from rich.table import Table
+
+import jaxsparse as js
+
+parser = argparse.ArgumentParser(description="M-FAC against SGD and Adam.")
+parser.add_argument("--small", action="store_true", help="few steps, few rates")
+parser.add_argument("--out", type=Path, default=Path("out/mfac_optimizer"))
+args, _ = parser.parse_known_args()  # a notebook has arguments of its own
+args.out.mkdir(parents=True, exist_ok=True)
+
+RECORDS, EVERY, BATCH = (10 if args.small else 50), 10, 64
+SEEDS = 2 if args.small else 5
+data = digits()
+flat = lambda images: jnp.asarray(images.reshape(len(images), -1))
+x, y = flat(data.x), jnp.asarray(data.y)
+x_test, y_test = flat(data.x_test), jnp.asarray(data.y_test)
+
+
+# %%
+def init(key: jax.Array) -> dict:
+    sizes = (64, 128, 64, 10)
+    draw = jax.nn.initializers.he_normal()
+    return {
+        f"dense_{i}": {
+            "kernel": draw(jax.random.fold_in(key, i), (sizes[i], sizes[i + 1])),
+            "bias": jnp.zeros(sizes[i + 1]),
+        }
+        for i in range(3)
+    }
+
+
+def forward(params: dict, x: jax.Array) -> jax.Array:
+    for i in range(3):
+        x = x @ params[f"dense_{i}"]["kernel"] + params[f"dense_{i}"]["bias"]
+        x = jax.nn.relu(x) if i < 2 else x
+    return x
+
+
+def loss_fn(params: dict, x, y) -> jax.Array:
+    logits = forward(params, x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+# %% [markdown]
+# A training run is a function of the learning rate and of a key, so all rates and all
+# seeds of an optimizer are one `vmap`. M-FAC is an optax transformation like the
+# others; its window of gradients is part of the state.
+
+
+# %%
+def sgd(rate):
+    return optax.sgd(rate, momentum=0.9)
+
+
+def mfac(rate):
+    return js.transforms.mfac(rate, window=64, damping=DAMPING, momentum=0.9)
+
+
+DAMPING = 1e-3
+OPTIMIZERS: dict[str, Callable] = {
+    "SGD, momentum 0.9": sgd,
+    "Adam": optax.adam,
+    "M-FAC, window 64": mfac,
+}
+
+
+def train(make: Callable, rate: jax.Array, key: jax.Array):
+    """The loss on all training images every few steps, and the test accuracy."""
+    params, tx = init(key), make(rate)
+
+    def step(carry, rows):
+        params, state = carry
+        grads = jax.grad(loss_fn)(params, x[rows], y[rows])
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def record(carry, rows):
+        carry, _ = jax.lax.scan(step, carry, rows)
+        return carry, loss_fn(carry[0], x, y)
+
+    rows = jax.random.randint(key, (RECORDS, EVERY, BATCH), 0, len(x))
+    (params, _), losses = jax.lax.scan(record, (params, tx.init(params)), rows)
+    right = jnp.argmax(forward(params, x_test), -1) == y_test
+    return losses, right.mean()
+
+
+# %% [markdown]
+# The rate is chosen on one seed, by the training loss at the end; the results are those
+# of other seeds.
+
+# %%
+exponents = np.arange(-4.0, 1.0, 1.0 if args.small else 0.5)
+rates = jnp.asarray(10.0**exponents, jnp.float32)
+tuning, *keys = jax.random.split(jax.random.key(0), 1 + SEEDS)
+keys = jnp.stack(keys)
+
+results = Table(title=f"{RECORDS * EVERY} steps of {BATCH} digits, {SEEDS} seeds")
+for column in ("", "rate", "training loss", "test accuracy", "ms a step"):
+    results.add_column(column, justify="right" if column else "left")
+curves = {}
+for name, make in OPTIMIZERS.items():
+    run = functools.partial(train, make)
+    losses, _ = jax.jit(jax.vmap(run, (0, None)))(rates, tuning)
+    last = np.nan_to_num(losses[:, -1], nan=np.inf)
+    rate = rates[int(np.argmin(last))]
+    losses, accuracies = jax.jit(jax.vmap(run, (None, 0)))(rate, keys)
+    alone = jax.jit(run)
+    jax.block_until_ready(alone(rate, keys[0]))  # compiles
+    begin = time.perf_counter()
+    jax.block_until_ready(alone(rate, keys[0]))
+    seconds = (time.perf_counter() - begin) / (RECORDS * EVERY)
+    curves[name] = np.asarray(losses), seconds
+    results.add_row(
+        name,
+        f"{rate:.1g}",
+        f"{losses[:, -1].mean():.5f}",
+        f"{accuracies.mean():.2%}",
+        f"{1e3 * seconds:.3f}",
+    )
+rich.print(results)
+
+# %%
+figure = Figure(figsize=(10, 4.2), layout="constrained")
+by_step, by_second = figure.subplots(1, 2, sharey=True)
+steps = EVERY * np.arange(1, RECORDS + 1)
+for name, (losses, seconds) in curves.items():
+    for axes, at in ((by_step, steps), (by_second, steps * seconds)):
+        (line,) = axes.plot(at, losses.mean(0), label=name)
+        low, high = losses.min(0), losses.max(0)
+        axes.fill_between(at, low, high, color=line.get_color(), alpha=0.2)
+by_step.set(xlabel="steps", ylabel="training loss", yscale="log")
+by_second.set(xlabel="seconds")
+for axes in (by_step, by_second):
+    axes.grid(alpha=0.3)
+by_step.legend(fontsize=9)
+figure.savefig(args.out / "mfac_optimizer.png", dpi=130)
+print(f"Wrote mfac_optimizer.png to {args.out}")
