@@ -85,7 +85,8 @@ def enforce(
         held = put_states(state, [s._replace(updated=None) for s in chosen])
         regrew = functools.reduce(jnp.logical_or, [s.regrew for s in chosen])
         held = reset_moments(held, updates, masks, regrew)
-        changed = functools.reduce(jnp.logical_or, [s.updated for s in chosen])
+        updated = [jnp.asarray(s.updated, bool) for s in chosen]
+        changed = functools.reduce(jnp.logical_or, updated)
         held = forget_pruned(held, masks, changed)
         updates, state = inner.update(updates, held, params, **extra_args)
         updates = add_change(updates, chosen)
