@@ -66,7 +66,9 @@ def loss_fn(params: dict, x, y) -> jax.Array:
 # %% [markdown]
 # A training run is a function of the learning rate and of a key, so all rates and all
 # seeds of an optimizer are one `vmap`. M-FAC is an optax transformation like the
-# others; its window of gradients is part of the state.
+# others; its window of gradients is part of the state. A damping of 0.1 was the best of
+# 0.1, 0.01, 1e-3 and 1e-5: with fewer gradients than weights most directions are known
+# by nothing else, and the step there is rate / damping times the gradient.
 
 
 # %%
@@ -75,10 +77,9 @@ def sgd(rate):
 
 
 def mfac(rate):
-    return js.transforms.mfac(rate, window=64, damping=DAMPING, momentum=0.9)
+    return js.transforms.mfac(rate, window=64, damping=0.1, momentum=0.9)
 
 
-DAMPING = 1e-3
 OPTIMIZERS: dict[str, Callable] = {
     "SGD, momentum 0.9": sgd,
     "Adam": optax.adam,

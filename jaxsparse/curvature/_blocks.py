@@ -390,4 +390,9 @@ def inverse_diagonals(roots: Triangle) -> Array:
     Returns:
       `[*lead, b]`.
     """
-    return jnp.sum(jnp.square(roots.square), axis=-2)
+    r = roots.square
+    with jax.enable_x64(True):
+        # In float64 squares are exact. In float32 they are, or are not, rounded before
+        # they are added, as the shape on a device suits the compiler.
+        squares = jnp.square(r.astype(jnp.float64))
+        return jnp.sum(squares, axis=-2).astype(r.dtype)

@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsparse._loops import after
+from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array
 
 SCRATCH_BYTES = 1 << 22  # float64 numbers that should stay in the cache
@@ -99,6 +102,14 @@ def over_blocks(
       What `f(*arrays)` returns.
     """
     total = math.prod(lead)
+    mesh = explicit_mesh(jax.tree.leaves(arrays))
+    if mesh is not None:
+        # Within blocks JAX need not be told how every result is sharded.
+        spec = jax.typeof(jax.tree.leaves(arrays)[0]).sharding.spec[: len(lead)]
+        automatic: Any = jax.sharding.auto_axes(
+            f, out_sharding=NamedSharding(mesh, P(*spec))
+        )
+        return automatic(*arrays)
     chunk = max(1, SCRATCH_BYTES // (8 * floats))
     if chunk >= total or is_spread(*jax.tree.leaves(arrays)):
         return f(*arrays)

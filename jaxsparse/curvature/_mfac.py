@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks
+from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature import _triangle
 from jaxsparse.curvature._chunks import SCRATCH_BYTES, cut, in_parts, is_spread
@@ -373,7 +376,7 @@ def _add_gram(gram: Triangle, g: Array, mask: Array | None, *, accurate: bool):
         if mask is not None:
             g = jnp.where(mask[None], g, jnp.zeros((), wide))
         axes = tuple(range(1, g.ndim))
-        return lax.dot_general(g, g, ((axes, axes), ((), ())), precision=HIGHEST)
+        return _product(g, g, axes, axes)
 
     with jax.enable_x64(True):
         total = _triangle.join(gram, wide)
@@ -422,8 +425,7 @@ def _dots(g: Array, x: Array, *, wide: Any) -> Array:
     m, x = g.shape[0], x.astype(wide)
     if g.dtype == wide:
         axes = tuple(range(x.ndim))
-        shifted = tuple(a + 1 for a in axes)
-        return lax.dot_general(g, x, ((shifted, axes), ((), ())), precision=HIGHEST)
+        return _product(g, x, tuple(a + 1 for a in axes), axes)
     if is_spread(g):
         return jnp.sum(g.astype(wide) * x[None], axis=tuple(range(1, g.ndim)))
     flat, x = g.reshape(m, -1), x.reshape(-1)
@@ -440,7 +442,7 @@ def _weighted(g: Array, c: Array, *, wide: Any) -> Array:
     """`G^T c`, of the parameter's shape. With G first XLA would transpose a copy."""
     m, c = g.shape[0], c.astype(wide)
     if g.dtype == wide:
-        return lax.dot_general(c, g, (((0,), (0,)), ((), ())), precision=HIGHEST)
+        return _product(c, g, (0,), (0,), along=g)
     if is_spread(g):
         return jnp.sum(g.astype(wide) * c.reshape(m, *[1] * (g.ndim - 1)), axis=0)
     flat = g.reshape(m, -1)
@@ -454,6 +456,26 @@ def _weighted(g: Array, c: Array, *, wide: Any) -> Array:
     return out.reshape(g.shape[1:])
 
 
+def _product(
+    a: Array, b: Array, over_a: Any, over_b: Any, *, along: Array | None = None
+) -> Array:
+    """A sum of products over axes of both.
+
+    On a mesh with explicit axes the result is on every device; or, with `along`, its
+    last axes are sharded as those of these gradients.
+    """
+    mesh, out = explicit_mesh([a, b]), None
+    if mesh is not None:
+        spec = [None] * (a.ndim - len(over_a) + b.ndim - len(over_b))
+        if along is not None:
+            last = (*jax.typeof(along).sharding.spec, *[None] * along.ndim)
+            last = last[1 : along.ndim]
+            spec = [*spec[: len(spec) - len(last)], *last]
+        out = NamedSharding(mesh, P(*spec))
+    axes = ((over_a, over_b), ((), ()))
+    return lax.dot_general(a, b, axes, precision=HIGHEST, out_sharding=out)
+
+
 def _columns_in_cache(m: int) -> int:
     return max(512, SCRATCH_BYTES // (8 * m))
 
@@ -465,7 +487,7 @@ def _diagonal(g: Array, root: Triangle, damping: Array, *, accurate: bool) -> Ar
 
     def diagonal(g: Array, r: Array) -> Array:
         g, shift = g.astype(wide), damping.astype(wide)
-        v = lax.dot_general(r, g, (((1,), (0,)), ((), ())), HIGHEST)
+        v = _product(r, g, (1,), (0,), along=g)
         rest = (1 - jnp.sum(jnp.square(v), axis=0)) / shift
         # No less than 1 / F_qq: where rounding would make it so, or negative.
         least = 1 / (shift + jnp.mean(jnp.square(g), axis=0))

@@ -89,13 +89,16 @@ def window_init(
             )
     rows = jax.tree.map(lambda w: _empty_rows(w, window, dtype), params)
     wide = _wide(rows)
-    damping = jnp.asarray(damping, wide)
+    everywhere = None
+    for G in jax.tree.leaves(rows):
+        everywhere = everywhere or _everywhere(getattr(G, "sharding", None))
+    damping = jnp.full((), damping, wide, device=everywhere)
     return MFacWindow(
         grads=rows,
-        gram=jnp.zeros((window, window), wide),
+        gram=jnp.zeros((window, window), wide, device=everywhere),
         factor=sliding.empty_factor(window, _shift(window, damping)),
         damping=damping,
-        oldest=jnp.zeros((), jnp.int32),
+        oldest=jnp.zeros((), jnp.int32, device=everywhere),
     )
 
 
@@ -236,7 +239,9 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
     Returns:
       A window.
     """
-    _checks.same_structure(masks, state.grads, name="masks", of="the window's parameters")
+    _checks.same_structure(
+        masks, state.grads, name="masks", of="the window's parameters"
+    )
     m, wide = len(state.gram), state.gram.dtype
 
     def clear(rows: PyTree, masks: PyTree) -> PyTree:
@@ -341,6 +346,14 @@ def _empty_rows(w: Any, m: int, dtype: Any) -> Array:
     return jnp.zeros(shape, dtype)
 
 
+def _everywhere(sharding: Any) -> NamedSharding | None:
+    """Replicated, where axes of a mesh are explicit and JAX wants to know; or None."""
+    if not isinstance(sharding, NamedSharding):
+        return None
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return NamedSharding(sharding.mesh, P()) if explicit else None
+
+
 def _squares(tree: PyTree, wide: Any) -> Array:
     found = [jnp.sum(jnp.square(x.astype(wide))) for x in jax.tree.leaves(tree)]
     return sum(found, start=jnp.zeros((), wide))
@@ -408,16 +421,13 @@ def _gram(G: Array, wide: Any) -> Array:
         dots = _dot(G, right, (axes, axes), wide)
         return lax.dynamic_update_slice_in_dim(total, dots, start, 1)
 
-    return lax.fori_loop(0, steps, columns, jnp.zeros((m, m), wide))
+    start = jnp.zeros((m, m), wide, device=_everywhere(jax.typeof(G).sharding))
+    return lax.fori_loop(0, steps, columns, start)
 
 
 def _dot(a: Array, b: Array, axes: tuple, wide: Any) -> Array:
     """Contracts `axes`; what is summed over devices is the same on all of them."""
-    kept = a.ndim + b.ndim - 2 * len(axes[0])
-    mesh = jax.typeof(b).sharding.mesh
-    out = None
-    if AxisType.Explicit in mesh.axis_types and axes != ((0,), (0,)):
-        out = NamedSharding(mesh, P(*[None] * kept))
+    out = _everywhere(jax.typeof(b).sharding) if axes != ((0,), (0,)) else None
     return lax.dot_general(
         a,
         b,

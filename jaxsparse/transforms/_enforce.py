@@ -7,7 +7,7 @@ import optax
 from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse._typing import PyTree
-from jaxsparse.transforms._mfac import forget_pruned
+from jaxsparse.transforms._mfac import forget_pruned, hide_pruned
 from jaxsparse.transforms._moments import reset_moments
 from jaxsparse.transforms._project import add_change, project
 from jaxsparse.transforms._state import (
@@ -88,7 +88,8 @@ def enforce(
         updated = [jnp.asarray(s.updated, bool) for s in chosen]
         changed = functools.reduce(jnp.logical_or, updated)
         held = forget_pruned(held, masks, changed)
-        updates, state = inner.update(updates, held, params, **extra_args)
+        shown = hide_pruned(params, masks, held)
+        updates, state = inner.update(updates, held, shown, **extra_args)
         updates = add_change(updates, chosen)
         return project(updates, masks, params), put_states(state, chosen)
 

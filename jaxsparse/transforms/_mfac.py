@@ -34,16 +34,21 @@ def scale_by_mfac(
     takes the place of the oldest before it is multiplied. Frantar, Kurtic & Alistarh
     (2021, M-FAC, arXiv:2107.03356).
 
-    Cost of a step: `4 m d` FLOP in two passes over the window, and `O(m^2)`. Memory:
-    `m d` numbers: 4.4 GB for the 4.4e6 parameters of BERT-tiny with m = 256, half of
-    that with `dtype=jnp.bfloat16`. Parameters may be sharded in any way: the window
-    lies with them, and a step costs one all-reduce of m numbers.
+    Cost of a step: `4 m d` FLOP in two passes over the window, and `O(m^2)`. On CPU it
+    takes as long as these two products alone: with d = 1e6 in float32, on 2 cores, 23
+    ms at m = 128 and 88 ms at m = 512. Memory: `m d` numbers: 4.4 GB for the 4.4e6
+    parameters of BERT-tiny with m = 256, half of that with `dtype=jnp.bfloat16`. Donate
+    the state to the jitted step: then one row is written, and none copied. Parameters
+    may be sharded in any way: the window lies with them, and a step costs one
+    all-reduce of m numbers.
 
     The window begins with zeros that count: until it is full the curvature is too small
-    by a factor of m / steps, and steps are larger.
+    by a factor of m / steps, and steps are larger: the first is `g m / (m damping +
+    |g|^2)`.
 
     A gradient with NaN or Inf is not entered into the window, and its product is NaN,
-    for `optax.apply_if_finite` to see.
+    for `optax.apply_if_finite` to see. (That wrapper selects between two states in
+    each step, which costs more passes over the window.)
 
     Under `enforce` with a `prune_schedule`, what is pruned leaves the window when masks
     change: the sparse mode of the reference implementation.
@@ -109,7 +114,8 @@ def mfac(
         1e-4 for its BERT models.
       window: how many gradients.
       damping: what is added to the diagonal of F.
-      momentum: of the average of the products; none by default.
+      momentum: of the average of the products, in [0, 1); none by default, as in the
+        reference implementation.
       weight_decay: L2 regularisation.
       dtype: that in which gradients are kept.
 
@@ -117,7 +123,7 @@ def mfac(
       An optimizer.
 
     Raises:
-      ValueError: `window < 1`, `damping <= 0`.
+      ValueError: `window < 1`, `damping <= 0`, a momentum outside [0, 1).
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -126,6 +132,11 @@ def mfac(
       >>> tx.update(grads, tx.init(params), params)[0]     # -g / (damping + |g|^2)
       {'w': Array([-0.1, -0.2], dtype=float32)}
     """
+    if momentum is not None and not 0 <= momentum < 1:
+        raise ValueError(
+            f"momentum must lie in [0, 1), got {momentum}: the average of the products "
+            "is v = momentum * v + (1 - momentum) * u."
+        )
     members = [scale_by_mfac(window=window, damping=damping, dtype=dtype)]
     if weight_decay:
         members.insert(0, optax.add_decayed_weights(weight_decay))
@@ -146,14 +157,40 @@ def forget_pruned(opt_state: PyTree, masks: PyTree, changed: Array) -> PyTree:
       A state like `opt_state`.
     """
     found = dict(jax.tree_util.tree_leaves_with_path(masks))
-    is_window = lambda x: isinstance(x, MFacWindow)
 
     def forget(window: Any) -> Any:
-        if not is_window(window):
+        if not _is_window(window):
             return window
         kept = jax.tree_util.tree_map_with_path(
             lambda path, _: found.get(path, jnp.ones((), bool)), window.grads
         )
         return when(changed, _mask, window, kept)
 
-    return jax.tree.map(forget, opt_state, is_leaf=is_window)
+    return jax.tree.map(forget, opt_state, is_leaf=_is_window)
+
+
+def hide_pruned(params: PyTree, masks: PyTree, opt_state: PyTree) -> PyTree:
+    """The parameters that an optimizer with a window of gradients may see.
+
+    In the step that prunes a weight it is not zero yet, and its decay would enter the
+    window.
+
+    Args:
+      params: the parameters before the step.
+      masks: a tree of bools like the parameters, those after the step.
+      opt_state: the state of any chain, wrapper or partition.
+
+    Returns:
+      Masked parameters; the same as they were if no window is in the state.
+    """
+    if not any(map(_is_window, jax.tree.leaves(opt_state, is_leaf=_is_window))):
+        return params
+
+    def hide(w: Array, mask: Array) -> Array:
+        return w if jnp.ndim(mask) == 0 else jnp.where(mask, w, jnp.zeros((), w.dtype))
+
+    return jax.tree.map(hide, params, masks)
+
+
+def _is_window(x: Any) -> bool:
+    return isinstance(x, MFacWindow)

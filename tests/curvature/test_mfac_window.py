@@ -138,12 +138,15 @@ def test_products_in_the_window_have_all_digits_in_float32(kind, m, d, ratio):
 
 
 def test_the_factor_of_a_long_window_does_not_drift():
-    m, d = 512, 1000
-    grads = gradients("decaying", 2 * m - 30, d)
+    m, d = 512, 2000
+    grads = gradients("wide", 2 * m - 30, d)
     state, products = feed(grads.tobytes(), m, d, 1e-6)
     assert factor_error(state) < 1e-6
-    expected = np.linalg.solve(fisher(by_age(state), 1e-6), grads[-1])
-    assert far(products[-1], expected) < 1e-5  # the condition number of S is 1,000
+    rows = by_age(state)
+    # For a small damping G^T (G G^T)^-1 e_g is all that is left.
+    system = rows @ rows.T + m * 1e-6 * np.eye(m)
+    expected = m * np.linalg.solve(system, np.eye(m)[-1]) @ rows
+    assert far(products[-1], expected) < 1e-6
 
 
 def test_cholesky_in_each_step_gives_the_same_factor_as_sliding():
@@ -318,10 +321,10 @@ def test_an_abstract_window_has_the_shapes_of_a_real_one(compilations):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_donated_window_is_written_in_place(dtype):
-    params = {"w": jnp.zeros((64, 48)), "b": jnp.zeros(48)}
+    params = {"w": jnp.zeros((300, 160)), "b": jnp.zeros(160)}
     state = mfac.window_init(params, window=96, damping=1e-2, dtype=dtype)
     size = sum(x.nbytes for x in jax.tree.leaves(state.grads))
-    masks = {"w": jnp.ones((64, 48), bool), "b": jnp.ones((), bool)}
+    masks = {"w": jnp.ones((300, 160), bool), "b": jnp.ones((), bool)}
     for f, x, most in (
         (mfac.window_update_ihvp, params, 0.1),
         (mfac.window_mask, masks, 1.01 if dtype == jnp.bfloat16 else 0.4),
@@ -344,9 +347,6 @@ def test_a_sharded_window_lies_with_its_parameters_and_is_never_gathered(kind):
     for k, spec in specs.items():
         expected = NamedSharding(mesh, P(None, *spec))
         assert state.grads[k].sharding.is_equivalent_to(expected, 1 + params[k].ndim)
-    whole = NamedSharding(mesh, P())
-    small = jax.device_put(state._replace(grads=()), whole)
-    state = small._replace(grads=state.grads)
     g = like(params, rng)
     masks = {k: jnp.asarray(rng.random(w.shape) < 0.5) for k, w in params.items()}
     spread = lambda tree: jax.device_put(tree, shardings)
