@@ -69,7 +69,7 @@ class Rows:
         cuts: dict[float, int],
         params: Any,
         refresh: Refresh,
-        pattern: js.patterns.Pattern = GLOBAL,
+        greedy: bool = False,
         **about,
     ):
         """One gradual run, measured whenever it passes a sparsity."""
@@ -80,8 +80,9 @@ class Rows:
                 pruned.params,
                 refresh(*pruned),
                 sparsity,
-                pattern=pattern,
+                pattern=GLOBAL,
                 masks=pruned.masks,
+                greedy=greedy,
                 steps=steps,
                 refresh=refresh,
             )
@@ -234,6 +235,9 @@ def run_resnet() -> None:
         cuts = dict(zip(sparsities, (4, 3, 2, 3, 4), strict=True))
         method = f"{kind}, joint, global, gradual"
         rows.along(method, cuts, params, fresh, **about)
+        if kind == "blocks":
+            name = "blocks, greedy, global, gradual"
+            rows.along(name, cuts, params, fresh, greedy=True, **about)
         prune = lambda s, f=fresh: js.solvers.obs(
             params, f(params, None), s, pattern=GLOBAL, steps=4, refresh=f
         )
@@ -330,6 +334,8 @@ def compare_minilm(rows: Rows, params, loss_fn, train, *, full: bool) -> None:
         rows.add(f"blocks, {update}, global", sparsities, prune, **about)
     if full:
         rows.add("blocks, joint, per layer", sparsities, obs(fisher, LAYER), **about)
+        greedy = obs(fisher, greedy=True)
+        rows.add("blocks, greedy, global", sparsities, greedy, **about)
         four = js.Block((4, 1))
         magnitude = functools.partial(js.prune, params, pattern=four)
         rows.add("4-blocks: magnitude, per layer", sparsities, magnitude)

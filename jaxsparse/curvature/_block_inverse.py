@@ -200,7 +200,7 @@ def block_restrict(
     b, stored = layout.block_size, root.square.dtype
     wide = jnp.float64 if accurate else stored
 
-    def restrict(root: Triangle, kept: Array) -> Triangle:
+    def restrict(root: Triangle, kept: Array, damping: Array) -> Triangle:
         factor = inverse_lower(_triangle.join(root, wide))  # F = L L^T
         fisher = matmul(factor, jnp.swapaxes(factor, -1, -2))
         both = kept[..., :, None] & kept[..., None, :]
@@ -210,7 +210,9 @@ def block_restrict(
 
     with jax.enable_x64(True):
         kept = to_blocks(mask, layout)
-        return over_blocks(restrict, layout.lead, 10 * b * b, root, kept, in_place=True)
+        parts = root, kept
+        options: Any = {"whole": (damping,), "in_place": True}
+        return over_blocks(restrict, layout.lead, 10 * b * b, *parts, **options)
 
 
 @functools.partial(jax.jit, static_argnames="layout")

@@ -26,6 +26,7 @@ from jaxsparse.curvature._factor import HIGHEST, inverse_root
 from jaxsparse.curvature._layout import (
     BlockLayout,
     block_layout,
+    block_sharding,
     check_block_size,
     to_blocks,
 )
@@ -204,7 +205,9 @@ def block_estimator(
         layouts = _layouts(params, block_size, pattern, axes)
         leaves = jax.tree.leaves(params)
         sums = tuple(
-            _triangle.zeros(layout.lead, block_size, _stored(w))
+            _triangle.zeros(
+                layout.lead, block_size, _stored(w), device=block_sharding(w, layout)
+            )
             for layout, w in zip(layouts, leaves, strict=True)
         )
         return Sums(sums, jnp.int32(0), jax.tree.structure(params), layouts)
@@ -350,14 +353,15 @@ def _root_(sums: Triangle, scale: Array, damping: Array, accurate: bool) -> Tria
     stored, wide = sums.square.dtype, _wide(sums.square.dtype, accurate)
     b = sums.square.shape[-1]
 
-    def root(sums: Triangle) -> Triangle:
+    def root(sums: Triangle, scale: Array, damping: Array) -> Triangle:
         lower = _triangle.join(sums, wide) * scale.astype(wide)
         eye = jnp.broadcast_to(jnp.eye(b, dtype=wide), lower.shape)
         return _triangle.split(inverse_root(lower + damping.astype(wide) * eye), stored)
 
     with jax.enable_x64(True):
         lead = sums.square.shape[:-2]
-        return over_blocks(root, lead, 8 * b * b, sums, in_place=True)
+        whole = scale, damping
+        return over_blocks(root, lead, 8 * b * b, sums, whole=whole, in_place=True)
 
 
 _sum_up = jax.jit(_sum_up_, static_argnames=("layout", "accurate"))

@@ -86,20 +86,23 @@ def over_blocks(
     lead: tuple[int, ...],
     floats: int,
     *arrays: Any,
+    whole: tuple[Array, ...] = (),
     in_place: bool = False,
 ) -> Any:
     """`f(*arrays)` for a function of independent blocks, a chunk of them at a time.
 
     Args:
-      f: takes and returns trees of arrays whose leading axes number blocks.
+      f: takes and returns trees of arrays whose leading axes number blocks; after
+        these it takes what is in `whole`.
       lead: these axes.
       floats: how many float64 of scratch `f` needs for a block.
       *arrays: trees of arrays `[*lead, ...]`.
+      whole: arrays that are the same for all blocks.
       in_place: whether results take the place of the first argument, chunk by chunk;
         they have to be of its shapes and types.
 
     Returns:
-      What `f(*arrays)` returns.
+      What `f(*arrays, *whole)` returns.
     """
     total = math.prod(lead)
     mesh = explicit_mesh(jax.tree.leaves(arrays))
@@ -109,10 +112,10 @@ def over_blocks(
         automatic: Any = jax.sharding.auto_axes(
             f, out_sharding=NamedSharding(mesh, P(*spec))
         )
-        return automatic(*arrays)
+        return automatic(*arrays, *whole)
     chunk = max(1, SCRATCH_BYTES // (8 * floats))
     if chunk >= total or is_spread(*jax.tree.leaves(arrays)):
-        return f(*arrays)
+        return f(*arrays, *whole)
     flat = jax.tree.map(lambda x: x.reshape(total, *x.shape[len(lead) :]), arrays)
 
     cut = lambda start, size, x: jax.tree.map(
@@ -121,14 +124,14 @@ def over_blocks(
 
     def put(start: Any, size: int, out: Any) -> Any:
         first = out if in_place else flat[0]
-        new = f(cut(start, size, first), *cut(start, size, flat[1:]))
+        new = f(cut(start, size, first), *cut(start, size, flat[1:]), *whole)
         write = lambda o, n: lax.dynamic_update_slice_in_dim(o, n, start, 0)
         return jax.tree.map(write, out, new)
 
     if in_place:
         out = flat[0]
     else:
-        shapes = jax.eval_shape(lambda: f(*cut(0, chunk, flat)))
+        shapes = jax.eval_shape(lambda: f(*cut(0, chunk, flat), *whole))
         empty = lambda s: jnp.zeros((total, *s.shape[1:]), s.dtype)
         out = jax.tree.map(empty, shapes)
     out = in_parts(total, chunk, put, out)

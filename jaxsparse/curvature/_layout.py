@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array
@@ -193,6 +196,32 @@ def from_blocks(blocks: Array, layout: BlockLayout) -> Array:
     x = blocks.reshape(layout.ordered)
     back = sorted(range(len(layout.order)), key=lambda k: layout.order[k])
     return x.transpose(*back).reshape(layout.shape)
+
+
+def block_sharding(x: Any, layout: BlockLayout) -> NamedSharding | None:
+    """How the blocks of a parameter lie: as it does, where blocks end with its axes.
+
+    Args:
+      x: the parameter.
+      layout: the parameter's.
+
+    Returns:
+      A sharding for `[*lead, ...]`; None where it is not known, for instance under a
+      jit on a mesh with automatic axes.
+    """
+    found = getattr(x, "sharding", None)
+    if not isinstance(found, NamedSharding) or found.mesh.size == 1:
+        return None
+    explicit = AxisType.Explicit in found.mesh.axis_types
+    if not (explicit or _checks.is_concrete(x)) or len(layout.split) > x.ndim:
+        return None
+    parts = (*found.spec, *[None] * x.ndim)
+    spec = [parts[a] for a in layout.order[: len(layout.lead)]]
+    devices = math.prod(found.mesh.shape[name] for name in jax.tree.leaves(spec[-1]))
+    merged = math.prod(layout.ordered[len(spec) - 1 :])
+    if merged % (devices * layout.block_size):
+        spec[-1] = None
+    return NamedSharding(found.mesh, P(*spec))
 
 
 def check_block_size(block_size: int) -> None:

@@ -10,23 +10,28 @@ and for the gradient `g_j` of row j, without that difference of nearly equal num
 trees: there is no copy of all parameters in one vector, and none of `G`.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks
-from jaxsparse._loops import after, when
+from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature import _sliding_factor as sliding
+from jaxsparse.curvature._gradient_rows import (
+    combine,
+    everywhere,
+    gram_of,
+    inner,
+    squares,
+    wide_type,
+)
 from jaxsparse.curvature._trees import check_damping
 from jaxsparse.tree import leaves_with_paths, map_with_path
-
-HIGHEST = lax.Precision.HIGHEST
 
 
 class MFacWindow(NamedTuple):
@@ -88,17 +93,17 @@ def window_init(
                 f"got {w.dtype}. Leave it out, for instance with optax.masked."
             )
     rows = jax.tree.map(lambda w: _empty_rows(w, window, dtype), params)
-    wide = _wide(rows)
-    everywhere = None
+    wide = wide_type(rows)
+    device = None
     for G in jax.tree.leaves(rows):
-        everywhere = everywhere or _everywhere(getattr(G, "sharding", None))
-    damping = jnp.full((), damping, wide, device=everywhere)
+        device = device or everywhere(getattr(G, "sharding", None))
+    damping = jnp.full((), damping, wide, device=device)
     return MFacWindow(
         grads=rows,
-        gram=jnp.zeros((window, window), wide, device=everywhere),
+        gram=jnp.zeros((window, window), wide, device=device),
         factor=sliding.empty_factor(window, _shift(window, damping)),
         damping=damping,
-        oldest=jnp.zeros((), jnp.int32, device=everywhere),
+        oldest=jnp.zeros((), jnp.int32, device=device),
     )
 
 
@@ -133,7 +138,8 @@ def window_update(
       Array([[5., 0.],
              [0., 0.]], dtype=float32)
     """
-    return _enter(state, grads, damping)[0]
+    _check_like_rows(state, grads, name="grads")
+    return _update(state, grads, _damping(state, damping))[0]
 
 
 def window_update_ihvp(
@@ -175,20 +181,15 @@ def window_update_ihvp(
       >>> mfac.window_update_ihvp(state, grads)[1]     # g m / (m damping + |g|^2)
       {'w': Array([0.33333334, 0.6666667 ], dtype=float32)}
     """
-    state, fits = _enter(state, grads, damping)
-    m, wide = len(state.gram), state.gram.dtype
-    c, damped = sliding.newest_column(state.factor)
-    rest = _combine(state.grads, jnp.roll(c, state.oldest), wide)
-    scale = m / (damped + _squares(rest, wide))
-    one = lambda g, r: jnp.where(fits, (scale * r).astype(g.dtype), g * 0)
-    return state, jax.tree.map(one, grads, rest)
+    _check_like_rows(state, grads, name="grads")
+    return _update_ihvp(state, grads, _damping(state, damping))
 
 
 def window_ihvp(state: MFacWindow, tree: PyTree, *, damping: Any = None) -> PyTree:
     """`F^-1 x = (x - G^T S^-1 G x) / damping`, for any x.
 
     Two passes over `G`, `4 m d` FLOP, and `O(m^2)`. For the newest gradient itself
-    `window_newest` is far more accurate.
+    `window_update_ihvp` is far more accurate.
 
     Args:
       state: a window.
@@ -211,18 +212,7 @@ def window_ihvp(state: MFacWindow, tree: PyTree, *, damping: Any = None) -> PyTr
       {'w': Array([1., 1.], dtype=float32)}
     """
     _check_like_rows(state, tree, name="tree")
-    m, wide = len(state.gram), state.gram.dtype
-    lam = _damping(state, damping)
-    factor = state.factor
-    if damping is not None:
-        system = (state.gram, state.oldest, _shift(m, lam))
-        factor = when(lam != state.damping, _another, factor, *system)
-    x = jax.tree.map(lambda x: x.astype(wide), tree)
-    inner = jnp.roll(_inner(state.grads, x, wide), -state.oldest)
-    c = sliding.solve(factor, inner)
-    seen = _combine(state.grads, jnp.roll(c, state.oldest), wide)
-    one = lambda out, x, p: ((x - p) / lam).astype(out.dtype)
-    return jax.tree.map(one, tree, x, seen)
+    return _ihvp(state, tree, _damping(state, damping))
 
 
 def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
@@ -242,22 +232,7 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
     _checks.same_structure(
         masks, state.grads, name="masks", of="the window's parameters"
     )
-    m, wide = len(state.gram), state.gram.dtype
-
-    def clear(rows: PyTree, masks: PyTree) -> PyTree:
-        def one(G: Array, mask: Array) -> Array:
-            if jnp.ndim(mask) == 0:
-                return G
-            return jnp.where(mask[None], G, jnp.zeros((), G.dtype))
-
-        return jax.tree.map(one, rows, masks)
-
-    # In a loop, for the reason given in `_enter`.
-    rows = when(state.oldest >= 0, clear, state.grads, masks)
-    found = [_gram(G, wide) for G in jax.tree.leaves(rows)]
-    gram = sum(found, start=jnp.zeros((m, m), wide))
-    factor = sliding.factorise(gram, state.oldest, _shift(m, state.damping))
-    return state._replace(grads=rows, gram=gram, factor=factor)
+    return _mask(state, masks)
 
 
 def _check_window(window: Any, damping: Any, dtype: Any) -> None:
@@ -287,13 +262,16 @@ def _damping(state: MFacWindow, damping: Any) -> Array:
     return jnp.asarray(damping, state.damping.dtype)
 
 
-def _enter(state: MFacWindow, grads: PyTree, damping: Any) -> tuple[MFacWindow, Array]:
+# Compiled once for all eager calls; inside of a caller's jit they are part of it.
+
+
+@jax.jit
+def _update(state: MFacWindow, grads: PyTree, damping: Array):
     """The window with one more gradient, and whether that was entered."""
-    _check_like_rows(state, grads, name="grads")
     m, wide = len(state.gram), state.gram.dtype
     new = jax.tree.map(lambda g, G: g.astype(G.dtype), grads, state.grads)
     # No inner product of what is entered, and no sum of m of them, overflows.
-    fits = _squares(new, wide) <= jnp.finfo(wide).max / 2**16
+    fits = squares(new, wide) <= jnp.finfo(wide).max / 2**16
 
     def write(rows: PyTree, new: PyTree, row: Array) -> PyTree:
         put = lambda G, g: lax.dynamic_update_index_in_dim(G, g, row, 0)
@@ -301,40 +279,77 @@ def _enter(state: MFacWindow, grads: PyTree, damping: Any) -> tuple[MFacWindow, 
 
     # A write outside of a loop XLA would repeat in each use of the rows, with a copy.
     rows = when(fits, write, state.grads, new, state.oldest)
+    dots = inner(rows, new, state.gram[0])
 
-    def count(system: tuple, dots: Array, lam: Array):
+    def enter(system: tuple, dots: Array, damping: Array):
         gram, factor, row = system
         gram = gram.at[row].set(dots).at[:, row].set(dots)
         row = (row + 1) % m
-        return gram, sliding.next_factor(factor, gram, row, _shift(m, lam)), row
+        return gram, sliding.next_factor(factor, gram, row, _shift(m, damping)), row
 
-    lam = state.damping
     system = (state.gram, state.factor, state.oldest)
-    gram, factor, oldest = when(fits, count, system, _inner(rows, new, wide), lam)
-    if damping is not None:
-        lam = _damping(state, damping)
-        system = (gram, oldest, _shift(m, lam))
-        factor = when(lam != state.damping, _another, factor, *system)
-    return MFacWindow(rows, gram, factor, lam, oldest), fits
+    gram, factor, oldest = when(fits, enter, system, dots, state.damping)
+    new_state = MFacWindow(rows, gram, factor, state.damping, oldest)
+    factor = _factor_for(new_state, damping)
+    return new_state._replace(factor=factor, damping=damping), fits
 
 
-def _another(factor: sliding.Factor, *system: Array) -> sliding.Factor:
-    del factor
-    return sliding.factorise(*system)
+@jax.jit
+def _update_ihvp(state: MFacWindow, grads: PyTree, damping: Array):
+    state, fits = _update(state, grads, damping)
+    m, wide = len(state.gram), state.gram.dtype
+    c, damped = sliding.newest_column(state.factor)
+    rest = combine(state.grads, jnp.roll(c, state.oldest), wide)
+    scale = m / (damped + squares(rest, wide))
+    one = lambda g, r: jnp.where(fits, (scale * r).astype(g.dtype), g * 0)
+    return state, jax.tree.map(one, grads, rest)
+
+
+@jax.jit
+def _ihvp(state: MFacWindow, tree: PyTree, damping: Array) -> PyTree:
+    wide = state.gram.dtype
+    x = jax.tree.map(lambda x: x.astype(wide), tree)
+    dots = jnp.roll(inner(state.grads, x, state.gram[0]), -state.oldest)
+    c = sliding.solve(_factor_for(state, damping), dots)
+    seen = combine(state.grads, jnp.roll(c, state.oldest), wide)
+    one = lambda out, x, p: ((x - p) / damping).astype(out.dtype)
+    return jax.tree.map(one, tree, x, seen)
+
+
+@jax.jit
+def _mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
+    m, wide = len(state.gram), state.gram.dtype
+
+    def clear(rows: PyTree, masks: PyTree) -> PyTree:
+        def one(G: Array, mask: Array) -> Array:
+            if jnp.ndim(mask) == 0:
+                return G
+            return jnp.where(mask[None], G, jnp.zeros((), G.dtype))
+
+        return jax.tree.map(one, rows, masks)
+
+    # In a loop, for the reason given in `_update`.
+    rows = when(state.oldest >= 0, clear, state.grads, masks)
+    found = (gram_of(G, wide) for G in jax.tree.leaves(rows))
+    gram = sum(found, start=jnp.zeros_like(state.gram))
+    factor = sliding.factorise(gram, state.oldest, _shift(m, state.damping))
+    return state._replace(grads=rows, gram=gram, factor=factor)
+
+
+def _factor_for(state: MFacWindow, damping: Array) -> sliding.Factor:
+    """The factor of the window, made anew where the damping is another."""
+
+    def anew(factor: sliding.Factor, *system: Array) -> sliding.Factor:
+        del factor
+        return sliding.factorise(*system)
+
+    system = (state.gram, state.oldest, _shift(len(state.gram), damping))
+    return when(damping != state.damping, anew, state.factor, *system)
 
 
 def _shift(m: int, damping: Array) -> Array:
     """`m damping`, and no subnormal number that would flush to zero."""
     return jnp.maximum(m * damping, jnp.finfo(damping.dtype).tiny)
-
-
-# The products with G. They are the cost: each reads all of it once.
-
-
-def _wide(rows: PyTree) -> Any:
-    """The type that sums are made in."""
-    double = any(G.dtype.itemsize > 4 for G in jax.tree.leaves(rows))
-    return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 def _empty_rows(w: Any, m: int, dtype: Any) -> Array:
@@ -344,95 +359,3 @@ def _empty_rows(w: Any, m: int, dtype: Any) -> Array:
         sharding = NamedSharding(sharding.mesh, P(None, *sharding.spec))
         return jnp.zeros(shape, dtype, device=sharding)
     return jnp.zeros(shape, dtype)
-
-
-def _everywhere(sharding: Any) -> NamedSharding | None:
-    """Replicated, where axes of a mesh are explicit and JAX wants to know; or None."""
-    if not isinstance(sharding, NamedSharding):
-        return None
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return NamedSharding(sharding.mesh, P()) if explicit else None
-
-
-def _squares(tree: PyTree, wide: Any) -> Array:
-    found = [jnp.sum(jnp.square(x.astype(wide))) for x in jax.tree.leaves(tree)]
-    return sum(found, start=jnp.zeros((), wide))
-
-
-def _inner(rows: PyTree, x: PyTree, wide: Any) -> Array:
-    """`G x`, [m]."""
-
-    def one(G: Array, x: Array) -> Array:
-        if G.dtype == wide:
-            axes = tuple(range(x.ndim))
-            return _dot(G, x.astype(wide), (tuple(a + 1 for a in axes), axes), wide)
-        # As a dot product XLA would widen all of a 16-bit G first, on CPU.
-        product = G.astype(wide) * x.astype(wide)[None]
-        return jnp.sum(product, axis=tuple(range(1, G.ndim)))
-
-    pairs = zip(jax.tree.leaves(rows), jax.tree.leaves(x), strict=True)
-    found = [one(G, x) for G, x in pairs]
-    m = jax.tree.leaves(rows)[0].shape[0] if found else 0
-    return sum(found, start=jnp.zeros(m, wide))
-
-
-def _combine(rows: PyTree, c: Array, wide: Any) -> PyTree:
-    """`G^T c`, a tree like the parameters."""
-
-    def one(G: Array) -> Array:
-        if G.dtype == wide:
-            return _dot(c, G, ((0,), (0,)), wide)
-        together = math.gcd(len(G), 8)
-
-        def some(i: Array, total: Array) -> Array:
-            held = after(i, G)  # or XLA would widen all of it in front of the loop
-            for j in range(together):
-                row = lax.dynamic_index_in_dim(held, i * together + j, keepdims=False)
-                total += c[i * together + j] * row.astype(wide)
-            return total
-
-        first = jnp.zeros_like(G[0], wide)
-        return lax.fori_loop(0, len(G) // together, some, first)
-
-    return jax.tree.map(one, rows)
-
-
-def _gram(G: Array, wide: Any) -> Array:
-    """`G G^T`, some columns at a time: of one factor XLA makes a transposed copy."""
-    m, axes = len(G), tuple(range(1, G.ndim))
-    some = min(m, 16)
-    steps = -(-m // some)
-
-    def rows(i: Array) -> tuple[Array, Array]:
-        start = jnp.minimum(i * some, m - some)
-        held = lax.dynamic_slice_in_dim(after(i, G), start, some)
-        return start, held.astype(wide)
-
-    def columns(i: Array, total: Array) -> Array:
-        start, right = rows(i)
-
-        def part(j: Array, total: Array) -> Array:
-            above, left = rows(j)
-            dots = _dot(left, right, (axes, axes), wide)
-            return lax.dynamic_update_slice(total, dots, (above, start))
-
-        if G.dtype != wide:
-            return lax.fori_loop(0, steps, part, total)
-        dots = _dot(G, right, (axes, axes), wide)
-        return lax.dynamic_update_slice_in_dim(total, dots, start, 1)
-
-    start = jnp.zeros((m, m), wide, device=_everywhere(jax.typeof(G).sharding))
-    return lax.fori_loop(0, steps, columns, start)
-
-
-def _dot(a: Array, b: Array, axes: tuple, wide: Any) -> Array:
-    """Contracts `axes`; what is summed over devices is the same on all of them."""
-    out = _everywhere(jax.typeof(b).sharding) if axes != ((0,), (0,)) else None
-    return lax.dot_general(
-        a,
-        b,
-        (axes, ((), ())),
-        precision=HIGHEST,
-        preferred_element_type=wide,
-        out_sharding=out,
-    )

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
@@ -98,7 +100,9 @@ def per_example_grads(
             f"{chunk=} does not divide the {m} gradients, which lie on several "
             "devices. Choose a divisor."
         )
-    grads = _grads(loss_fn, taken, rest, masks, groups, chunk=parts, dtype=dtype)
+    lie = _shardings(taken, groups)
+    options: Any = {"chunk": parts, "dtype": dtype, "shardings": lie}
+    grads = _grads(loss_fn, taken, rest, masks, groups, **options)
     named = leaves_with_paths(grads)
     leaves = [g for _, g in named]
     if all(map(_checks.is_concrete, leaves)):
@@ -106,8 +110,41 @@ def per_example_grads(
     return grads
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "chunk", "dtype"))
-def _grads(loss_fn, taken, rest, masks, groups, *, chunk: int, dtype) -> PyTree:
+def _shardings(taken: PyTree, groups: Any) -> tuple[NamedSharding | None, ...]:
+    """How the gradients are to lie, where the compiler would be free to choose.
+
+    That is on a mesh with automatic axes. Within a jit of the caller's it is not known
+    how the parameters lie.
+    """
+    of = lambda x: getattr(x, "sharding", None) if _checks.is_concrete(x) else None
+    data = [of(x) for x in jax.tree.leaves(groups)]
+    first = [s.spec[0] for s in data if isinstance(s, NamedSharding) and s.spec]
+    m_axis = first[0] if first else None
+
+    def one(w: Array) -> NamedSharding | None:
+        found = of(w)
+        if not isinstance(found, NamedSharding) or found.mesh.size == 1:
+            return None
+        if AxisType.Explicit in found.mesh.axis_types:
+            return None
+        names = jax.tree.leaves(tuple(found.spec))
+        free = m_axis if not set(jax.tree.leaves(m_axis)) & set(names) else None
+        return NamedSharding(found.mesh, P(free, *found.spec))
+
+    return tuple(map(one, jax.tree.leaves(taken)))
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "chunk", "dtype", "shardings"))
+def _grads(
+    loss_fn, taken, rest, masks, groups, *, chunk: int, dtype, shardings
+) -> PyTree:
+    found = _in_chunks(loss_fn, taken, rest, masks, groups, chunk, dtype)
+    leaves, treedef = jax.tree.flatten(found)
+    put = lambda g, s: g if s is None else lax.with_sharding_constraint(g, s)
+    return treedef.unflatten(map(put, leaves, shardings))
+
+
+def _in_chunks(loss_fn, taken, rest, masks, groups, chunk: int, dtype) -> PyTree:
     def loss(taken: PyTree, group: Any) -> Array:
         return loss_fn(_together(taken, rest), group)
 
@@ -125,8 +162,8 @@ def _grads(loss_fn, taken, rest, masks, groups, *, chunk: int, dtype) -> PyTree:
     m = jax.tree.leaves(groups)[0].shape[0]
     if chunk == m:
         return several(groups)
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], groups))
     if not is_spread(*jax.tree.leaves(groups)):
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], groups))
         empty = jax.tree.map(lambda s: jnp.zeros((m, *s.shape), s.dtype), shapes)
 
         def fill(start: Any, size: int, out: PyTree) -> PyTree:
@@ -140,15 +177,24 @@ def _grads(loss_fn, taken, rest, masks, groups, *, chunk: int, dtype) -> PyTree:
     turns = m // chunk
     apart = lambda x: x.reshape(chunk, turns, *x.shape[1:])
     groups = jax.tree.map(apart, groups)
-    empty = lambda s: jnp.zeros((chunk, turns, *s.shape), s.dtype)
+
+    def grads_of(i: Any) -> PyTree:
+        cut = lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
+        return several(jax.tree.map(cut, groups))
+
+    def empty(like: Any) -> Array:
+        shape, sharding = (chunk, turns, *like.shape[1:]), like.sharding
+        if sharding is not None:  # on a mesh with explicit axes it has to be the same
+            spec = P(sharding.spec[0], None, *sharding.spec[1:])
+            sharding = NamedSharding(sharding.mesh, spec)
+        return jnp.zeros(shape, like.dtype, device=sharding)
 
     def turn(i: Any, out: PyTree) -> PyTree:
-        cut = lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
-        new = several(jax.tree.map(cut, groups))
         write = lambda o, g: lax.dynamic_update_index_in_dim(o, g, i, 1)
-        return jax.tree.map(write, out, new)
+        return jax.tree.map(write, out, grads_of(i))
 
-    out = lax.fori_loop(0, turns, turn, jax.tree.map(empty, shapes))
+    start = jax.tree.map(empty, jax.eval_shape(lambda: grads_of(0)))
+    out = lax.fori_loop(0, turns, turn, start)
     return jax.tree.map(lambda x: x.reshape(m, *x.shape[2:]), out)
 
 

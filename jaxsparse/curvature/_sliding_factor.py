@@ -7,7 +7,9 @@ oldest out and puts the newest in:
   UPDATE by rotations. Nothing is subtracted, so it cannot break down;
 - the newest is the last column, which comes from a triangular solve in the same sweep.
 
-On CPU, in float32 and for m = 32, 128, 512, 1024, a sweep takes TODO.
+For m = 32, 128, 512 and 1024 a sweep takes 0.03, 0.11, 0.70 and 2.2 ms (float32, 2
+cores), a new factor by LAPACK 0.02, 0.05, 0.74 and 4.0 ms; that one takes several times
+as long where other work holds a core that its threads wait for.
 """
 
 import math
@@ -54,8 +56,9 @@ def next_factor(factor: Factor, gram: Array, oldest: Array, shift: Array) -> Fac
 
     `O(m^2)` on CPU: a sweep of rotations, and every 64 rows a factor by Cholesky's
     method. A rotation rounds, and each entry goes through one in every step until its
-    row leaves, so that the error grows with the square root of the steps: in float32
-    it is TODO of S after 512 steps, TODO with a new factor every 64.
+    row leaves, so that the error grows with the square root of m: in float32, at m =
+    512 and 1024 and over thousands of steps, it came to 1.2e-6 and 1.7e-6 of S with a
+    new factor once a round, and stayed within 6.5e-7 with one every 64 rows.
 
     On accelerators, where m short steps in a row are slow, it is Cholesky's method in
     each step, `m^3 / 3` FLOP.
@@ -188,7 +191,11 @@ def _renew(factor: Factor, gram: Array, oldest: Array) -> Factor:
 
 def _cholesky(gram: Array, oldest: Array, added: Array) -> Array:
     by_age = jnp.roll(jnp.roll(gram, -oldest, 0), -oldest, 1)
-    return lax.linalg.cholesky(by_age + jnp.diag(added), symmetrize_input=False).T
+    each = jnp.arange(len(gram))
+    system = by_age.at[each, each].add(added)
+    # LAPACK takes columns first. Of a symmetric matrix the transpose is the same; this
+    # one needs no copy, and none of what goes into the loop around it in each step.
+    return lax.linalg.cholesky(system.T, symmetrize_input=False).T
 
 
 def _forward(upper: Array, x: Array) -> Array:

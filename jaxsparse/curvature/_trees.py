@@ -201,8 +201,8 @@ def absolute_damping(
         scalar = jnp.asarray(damping, dtype)
     if _checks.is_concrete(scalar) and float(scalar) == 0:
         raise ValueError(
-            f"With {damping=}, {rel_damping=} the damping is 0 in {scalar.dtype}: all "
-            "gradients are 0, or so small that their squares are. Pass a larger damping."
+            f"With {damping=}, {rel_damping=} the damping is 0 in {scalar.dtype}: too "
+            "small, or all gradients are 0. Pass a larger damping."
         )
     return scalar
 

@@ -33,19 +33,21 @@ class Triangle(NamedTuple):
     diagonal: Array
 
 
-def zeros(shape: tuple[int, ...], size: int, dtype) -> Triangle:
+def zeros(shape: tuple[int, ...], size: int, dtype, *, device=None) -> Triangle:
     """Triangles of zeros.
 
     Args:
       shape: how many, as a shape.
       size: rows of one of them.
       dtype: float32 or float64.
+      device: a device or a sharding.
 
     Returns:
       A `Triangle`.
     """
     return Triangle(
-        jnp.zeros((*shape, size, size), dtype), jnp.zeros((*shape, size), dtype)
+        jnp.zeros((*shape, size, size), dtype, device=device),
+        jnp.zeros((*shape, size), dtype, device=device),
     )
 
 

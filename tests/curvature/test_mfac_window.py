@@ -154,6 +154,7 @@ def test_cholesky_in_each_step_gives_the_same_factor_as_sliding():
     m, d = 6, 40
     wide = gradients("wide", 3 * m, d)
     twins = np.repeat(wide[:2], 2 * m, 0)
+    slide, exchange = jax.jit(sliding._slide), jax.jit(sliding._exchange)
     for grads, singular in ((wide, False), (100 * twins, True)):
         shift = jnp.float32(1e-6)
         slid = exchanged = sliding.empty_factor(m, shift)
@@ -161,8 +162,8 @@ def test_cholesky_in_each_step_gives_the_same_factor_as_sliding():
         for t, g in enumerate(grads):
             rows[t % m] = g
             system = (jnp.asarray(rows @ rows.T), jnp.int32((t + 1) % m), shift)
-            slid = sliding._slide(slid, *system)
-            exchanged = sliding._exchange(exchanged, *system)
+            slid = slide(slid, *system)
+            exchanged = exchange(exchanged, *system)
             size = np.max(np.abs(slid.upper))
             near = 1e-2 if singular else 1e-5
             np.testing.assert_allclose(
@@ -212,6 +213,19 @@ def test_a_repeated_gradient_gets_a_step_of_the_right_size():
     assert 0.1 < size < 10
 
 
+def test_many_more_gradients_than_weights_and_next_to_no_damping():
+    """S is singular but for rounding; what is rounding must not grow from row to row."""
+    m, d = 256, 50
+    grads = gradients("decaying", 2 * m + 5, d)
+    damping = float(np.float32(np.mean(np.sum(grads**2, 1)) / d / 1e9))
+    state, products = feed(grads.tobytes(), m, d, damping)
+    assert np.all(np.isfinite(products))
+    assert factor_error(state) < 1e-5
+    expected = np.linalg.solve(fisher(by_age(state), damping), grads[-1])
+    size = np.linalg.norm(products[-1]) / np.linalg.norm(expected)
+    assert 0.1 < size < 10
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e19])
 def test_a_gradient_that_is_not_finite_is_not_entered(bad):
     rng = np.random.default_rng(4)
@@ -231,6 +245,15 @@ def test_a_gradient_that_is_not_finite_is_not_entered(bad):
 
 
 # What else it can do.
+
+
+def test_a_tree_without_parameters_is_no_error():
+    """What `optax.partition` shows to a group that no parameter is in."""
+    state = mfac.window_init({"w": optax.MaskedNode()}, window=2, damping=1e-3)
+    for _ in range(3):
+        state, product = update_ihvp(state, {"w": optax.MaskedNode()})
+    assert product == {"w": optax.MaskedNode()}
+    assert not np.any(state.gram)
 
 
 @pytest.mark.usefixtures("x64")

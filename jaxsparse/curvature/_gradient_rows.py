@@ -1,0 +1,165 @@
+"""Products with G, a tree of m gradients: leaves `[m, *shape]`, read once in each.
+
+Sums are made in float32 at least. No product makes a copy of G, of its own type or a
+wider one.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxsparse._loops import after
+from jaxsparse._typing import Array, PyTree
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+def wide_type(rows: PyTree) -> Any:
+    """The type that sums are made in.
+
+    Args:
+      rows: leaves of floating-point types.
+
+    Returns:
+      float32, or float64 where one of the leaves is.
+    """
+    double = any(G.dtype.itemsize > 4 for G in jax.tree.leaves(rows))
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def everywhere(sharding: Any) -> NamedSharding | None:
+    """The sharding of what is the same on all devices.
+
+    Args:
+      sharding: that of the arrays which it is made from.
+
+    Returns:
+      A sharding on a mesh of explicit axes, where JAX wants it said; None elsewhere.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return None
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return NamedSharding(sharding.mesh, P()) if explicit else None
+
+
+def squares(tree: PyTree, wide: Any) -> Array:
+    """The sum of all squares.
+
+    Args:
+      tree: arrays.
+      wide: the type that sums are made in.
+
+    Returns:
+      A scalar.
+    """
+    found = [jnp.sum(jnp.square(x.astype(wide))) for x in jax.tree.leaves(tree)]
+    return sum(found, start=jnp.zeros((), wide))
+
+
+def inner(rows: PyTree, x: PyTree, like: Array) -> Array:
+    """`G x`.
+
+    Args:
+      rows: G.
+      x: a tree like the parameters.
+      like: `[m]`, of the type that sums are made in.
+
+    Returns:
+      `[m]`, summed over all parameters.
+    """
+    wide = like.dtype
+
+    def one(G: Array, x: Array) -> Array:
+        if G.dtype == wide:
+            axes = tuple(range(x.ndim))
+            return _dot(G, x.astype(wide), (tuple(a + 1 for a in axes), axes), wide)
+        # As a dot product XLA would widen all of a 16-bit G first, on CPU.
+        product = G.astype(wide) * x.astype(wide)[None]
+        return jnp.sum(product, axis=tuple(range(1, G.ndim)))
+
+    pairs = zip(jax.tree.leaves(rows), jax.tree.leaves(x), strict=True)
+    return sum((one(G, x) for G, x in pairs), start=jnp.zeros_like(like))
+
+
+def combine(rows: PyTree, c: Array, wide: Any) -> PyTree:
+    """`G^T c`.
+
+    Args:
+      rows: G.
+      c: `[m]`.
+      wide: the type that sums are made in.
+
+    Returns:
+      A tree like the parameters, of type `wide`.
+    """
+
+    def one(G: Array) -> Array:
+        if G.dtype == wide:
+            return _dot(c, G, ((0,), (0,)), wide)
+        together = math.gcd(len(G), 8)
+
+        def some(i: Array, total: Array) -> Array:
+            held = after(i, G)  # or XLA would widen all of it in front of the loop
+            for j in range(together):
+                row = lax.dynamic_index_in_dim(held, i * together + j, keepdims=False)
+                total += c[i * together + j] * row.astype(wide)
+            return total
+
+        first = jnp.zeros_like(G[0], wide)
+        return lax.fori_loop(0, len(G) // together, some, first)
+
+    return jax.tree.map(one, rows)
+
+
+def gram_of(G: Array, wide: Any) -> Array:
+    """`G G^T`, some columns at a time: of one factor XLA makes a transposed copy.
+
+    Args:
+      G: one leaf, `[m, *shape]`.
+      wide: the type that sums are made in.
+
+    Returns:
+      `[m, m]`.
+    """
+    m, axes = len(G), tuple(range(1, G.ndim))
+    some = min(m, 16)
+    steps = -(-m // some)
+
+    def rows(i: Array) -> tuple[Array, Array]:
+        start = jnp.minimum(i * some, m - some)
+        held = lax.dynamic_slice_in_dim(after(i, G), start, some)
+        return start, held.astype(wide)
+
+    def columns(i: Array, total: Array) -> Array:
+        start, right = rows(i)
+
+        def part(j: Array, total: Array) -> Array:
+            above, left = rows(j)
+            dots = _dot(left, right, (axes, axes), wide)
+            return lax.dynamic_update_slice(total, dots, (above, start))
+
+        if G.dtype != wide:
+            return lax.fori_loop(0, steps, part, total)
+        dots = _dot(G, right, (axes, axes), wide)
+        return lax.dynamic_update_slice_in_dim(total, dots, start, 1)
+
+    start = jnp.zeros((m, m), wide, device=everywhere(jax.typeof(G).sharding))
+    return lax.fori_loop(0, steps, columns, start)
+
+
+def _dot(a: Array, b: Array, axes: tuple, wide: Any) -> Array:
+    """Contracts `axes`; what is summed over devices is the same on all of them."""
+    out = everywhere(jax.typeof(b).sharding) if axes != ((0,), (0,)) else None
+    return lax.dot_general(
+        a,
+        b,
+        (axes, ((), ())),
+        precision=HIGHEST,
+        preferred_element_type=wide,
+        out_sharding=out,
+    )
