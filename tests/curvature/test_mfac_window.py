@@ -214,7 +214,7 @@ def test_a_repeated_gradient_gets_a_step_of_the_right_size():
 
 
 def test_many_more_gradients_than_weights_and_next_to_no_damping():
-    """S is singular but for rounding; what is rounding must not grow from row to row."""
+    """S is singular but for rounding; rounding must not grow from row to row."""
     m, d = 256, 50
     grads = gradients("decaying", 2 * m + 5, d)
     damping = float(np.float32(np.mean(np.sum(grads**2, 1)) / d / 1e9))
