@@ -69,7 +69,8 @@ def window_init(
         reference implementation.
       damping: what is added to the diagonal of F.
       dtype: that in which gradients are kept; that of their parameters if None.
-        Sums are made in float32 at least.
+        Sums are made in float32 at least. (In 16 bits a step takes 1.5 times as long
+        on CPU.)
 
     Returns:
       A window.
@@ -159,6 +160,9 @@ def window_update_ihvp(
     most 1e-6 where gradients point in different directions, whatever the damping. (The
     formula with `1 / damping` loses all digits there.) Of a gradient that others
     explain up to rounding no digit is left; the product is then neither NaN nor large.
+    On CPU XLA sums a parameter of 1e6 weights to 2e-5 of `|g|^2` only; the error is
+    then 1e-5 where gradients share half of their length, and still 2e-7 where they
+    share none.
 
     Args:
       state: a window.
@@ -219,7 +223,7 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
     """Takes pruned coordinates out of all gradients of a window.
 
     It is then the window of the parameters that are left, as if the others had never
-    been there. It costs `2 m^2 d` FLOP, as much as m / 2 updates.
+    been there. It costs `2 m^2 d` FLOP, as many as m / 2 steps of `window_update_ihvp`.
 
     Args:
       state: a window.
