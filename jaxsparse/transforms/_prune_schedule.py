@@ -16,6 +16,7 @@ from jaxsparse._loops import when
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
 from jaxsparse.transforms._enforce import enforce
 from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
+from jaxsparse.transforms._mfac import forget_pruned
 from jaxsparse.transforms._state import PruneScheduleState
 from jaxsparse.tree import AxesRule, leaves_with_paths
 
@@ -85,6 +86,7 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
                 jnp.broadcast_to(mask, like.shape), copy=True
             )
             state = state._replace(masks=jax.tree.map(fit, masks, state.masks))
+            opt_state = forget_pruned(opt_state, state.masks, jnp.ones((), bool))
         return (state._replace(step=jnp.asarray(step, jnp.int32)), opt_state)
 
 
