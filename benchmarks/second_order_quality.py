@@ -42,7 +42,7 @@ import jaxsparse as js  # noqa: E402
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 TARGET = HERE / "results" / "second_order_quality.json"
-MFAC = 10.0  # relative damping of the full matrix
+MFAC = 100.0  # relative damping of the full matrix
 DAMPING = 0.1  # and of blocks, for MiniLM
 GLOBAL, LAYER = js.Unstructured(scope="global"), js.Unstructured()
 Prune = Callable[[float], js.Pruned]
@@ -202,7 +202,7 @@ def run_resnet() -> None:
     del about["block_size"]
     grads = jax.tree.map(lambda g: g[:512], grads)
     about["gradients"] = 512
-    for rel_damping in (1e1, 1e2, 1e3, 1e4):
+    for rel_damping in (1e0, 1e1, 1e2, 1e3, 1e4):
         about["rel_damping"] = rel_damping
         fisher = js.curvature.mfac(grads, rel_damping=rel_damping)
         for update in ("joint", "independent"):
