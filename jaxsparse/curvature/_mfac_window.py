@@ -232,6 +232,15 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
 
     Returns:
       A window.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"w": jnp.zeros(2)}
+      >>> state = js.curvature.window_init(params, window=1, damping=0.5)
+      >>> state = js.curvature.window_update(state, {"w": jnp.array([1.0, 2.0])})
+      >>> masks = {"w": jnp.array([True, False])}
+      >>> js.curvature.window_mask(state, masks).gram
+      Array([[1.]], dtype=float32)
     """
     _checks.same_structure(
         masks, state.grads, name="masks", of="the window's parameters"
