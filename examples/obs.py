@@ -25,7 +25,7 @@ from rich.table import Table
 import jaxsparse as js
 
 parser = argparse.ArgumentParser(description="Prune a ResNet-20 by its curvature.")
-parser.add_argument("--small", action="store_true", help="few gradients, few images")
+parser.add_argument("--small", action="store_true", help="one stage, few gradients")
 parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
 parser.add_argument("--out", type=Path, default=Path("out/obs"))
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
@@ -49,6 +49,7 @@ except ImportError:
 
 SPARSITIES = (0.5, 0.7) if args.small else (0.3, 0.5, 0.6, 0.7, 0.8)
 GRADIENTS = 128 if args.small else 1_024
+WHERE = r"^layer3.*conv.\.weight$" if args.small else None
 GLOBAL = js.Unstructured(scope="global")  # all weights of all layers compete
 
 # %% [markdown]
@@ -71,7 +72,7 @@ def batches() -> Iterator[dict]:
 
 def gradients(params, count: int, masks=None):
     stream = js.curvature.stream_grads(
-        loss_fn, params, batches(), count=count, masks=masks
+        loss_fn, params, batches(), count=count, where=WHERE, masks=masks
     )
     return js.curvature.collect_grads(stream, count=count)
 
@@ -98,9 +99,10 @@ diagonal = js.curvature.diagonal_fisher(grads, rel_damping=1.0)
 blocks = js.curvature.block_fisher(grads, block_size=50, rel_damping=1.0)
 full = js.curvature.mfac(grads, rel_damping=10.0)
 
-obs = functools.partial(js.solvers.obs, params, pattern=GLOBAL)
+options = {"pattern": GLOBAL, "where": WHERE}
+obs = functools.partial(js.solvers.obs, params, **options)
 methods = {
-    "magnitude": functools.partial(js.prune, params, pattern=GLOBAL),
+    "magnitude": functools.partial(js.prune, params, **options),
     "diagonal": functools.partial(obs, diagonal),
     "blocks, as the papers": functools.partial(obs, blocks, update="independent"),
     "blocks, exact": functools.partial(obs, blocks),
@@ -121,7 +123,7 @@ for name, prune in methods.items():
 # the network as it is now, prune a little more. One gradual run passes all sparsities.
 
 # %%
-CUT = 1.5 if args.small else 1.1  # each cut leaves one part in this of the weights
+CUT = 2.0 if args.small else 1.1  # each cut leaves one part in this of the weights
 
 
 def refresh(params, masks):
@@ -137,11 +139,11 @@ for before, sparsity in itertools.pairwise((0.0, *SPARSITIES)):
         pruned.params,
         refresh(*pruned),
         sparsity,
-        pattern=GLOBAL,
         masks=pruned.masks,
         greedy=True,
         steps=max(1, cuts),
         refresh=refresh,
+        **options,
     )
     curves[name].append(accuracy(pruned.params, stats, x_test, y_test))
 
@@ -153,7 +155,6 @@ for sparsity in (0.0, *SPARSITIES):
 for name, curve in curves.items():
     results.add_row(name, *(f"{value:.4f}" for value in curve))
 rich.print(results)
-rich.print(js.report.table(pruned.params, pruned.masks, title="Where they went"))
 
 # %%
 figure = Figure(figsize=(7, 4.5), layout="constrained")

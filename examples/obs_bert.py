@@ -34,9 +34,9 @@ train, dev = map(np.load, find(*texts, skip_missing=args.skip_missing))
 params = load(find_weights(skip_missing=args.skip_missing))
 args.out.mkdir(parents=True, exist_ok=True)
 
-SPARSITIES = (0.5, 0.7) if args.small else (0.5, 0.6, 0.7, 0.8)
+SPARSITIES = (0.7, 0.9) if args.small else (0.5, 0.6, 0.7, 0.8)
 GRADIENTS, PAIRS = (32, 100) if args.small else (256, 500)
-WHERE = r"^encoder/layer_[01]/attention/.*kernel$" if args.small else None
+WHERE = r"^encoder/layer_[01]/(intermediate|output)/kernel$" if args.small else None
 GLOBAL = js.Unstructured(scope="global")  # all weights of all layers compete
 BLOCK_SIZE = 48
 evaluate = functools.partial(stsb_spearman, file=dev, first=PAIRS)
