@@ -312,15 +312,15 @@ def compare_minilm(rows: Rows, params, loss_fn, train, *, full: bool) -> None:
         magnitude = functools.partial(js.prune, params, pattern=pattern)
         rows.add(f"magnitude, {scope}", sparsities, magnitude)
 
-    about: dict = {"gradients": 256, "average": 1, "rel_damping": DAMPING}
+    about: dict = {"gradients": 1024, "average": 1, "rel_damping": DAMPING}
     estimator = js.curvature.diagonal_estimator()
-    sums = summed_up(estimator, params, None, 256)
+    sums = summed_up(estimator, params, None, 1024)
     fisher = estimator.finalize(sums, rel_damping=DAMPING)
     rows.add("diagonal, global", sparsities, obs(fisher), **about)
 
     about["block_size"] = 48
     estimator = js.curvature.block_estimator(block_size=48)
-    sums = summed_up(estimator, params, None, 256)
+    sums = summed_up(estimator, params, None, 1024)
     for rel_damping in (1e-3, 1e-2, 1e0, 1e1) if full else ():
         fisher = estimator.finalize(sums, rel_damping=rel_damping)
         about |= {"rel_damping": rel_damping, "damping": float(fisher.damping)}
@@ -341,7 +341,7 @@ def compare_minilm(rows: Rows, params, loss_fn, train, *, full: bool) -> None:
         rows.add("4-blocks: magnitude, per layer", sparsities, magnitude)
         del fisher, sums
         estimator = js.curvature.block_estimator(block_size=48, pattern=four)
-        sums = summed_up(estimator, params, None, 256)
+        sums = summed_up(estimator, params, None, 1024)
         fisher = estimator.finalize(sums, rel_damping=DAMPING)
         for update in ("joint", "independent"):
             name = f"4-blocks: blocks, {update}, per layer"
@@ -351,10 +351,10 @@ def compare_minilm(rows: Rows, params, loss_fn, train, *, full: bool) -> None:
     # A change of the weights between cuts changes the curvature.
     def fresh(params, masks):
         estimator = js.curvature.block_estimator(block_size=48)
-        sums = summed_up(estimator, params, masks, 128)
+        sums = summed_up(estimator, params, masks, 512)
         return estimator.finalize(sums, rel_damping=DAMPING)
 
-    about = {"gradients": 128, "average": 1, "rel_damping": DAMPING, "block_size": 48}
+    about = {"gradients": 512, "average": 1, "rel_damping": DAMPING, "block_size": 48}
     cuts = dict(zip(sparsities, (2, 1, 1, 2), strict=True))
     rows.along("blocks, joint, global, gradual", cuts, params, fresh, **about)
 

@@ -97,7 +97,7 @@ grads = jax.tree.map(jnp.asarray, gradients(params, GRADIENTS))
 # %%
 diagonal = js.curvature.diagonal_fisher(grads, rel_damping=1.0)
 blocks = js.curvature.block_fisher(grads, block_size=50, rel_damping=1.0)
-full = js.curvature.mfac(grads, rel_damping=10.0)
+full = js.curvature.mfac(grads, rel_damping=100.0)
 
 options = {"pattern": GLOBAL, "where": WHERE}
 obs = functools.partial(js.solvers.obs, params, **options)
