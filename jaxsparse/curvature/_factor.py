@@ -11,6 +11,7 @@ from jax import lax
 from jaxsparse._typing import Array
 
 HIGHEST = lax.Precision.HIGHEST
+_SUBSTITUTED = 16  # rows below which products are too small to pay
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -30,7 +31,8 @@ def inverse_lower(lower: Array) -> Array:
     """The inverse of lower-triangular matrices.
 
     From `[[A, 0], [C, D]]^-1 = [[A^-1, 0], [-D^-1 C A^-1, D^-1]]`: the inverses of all
-    diagonal blocks of one size give those of twice the size, all at once.
+    diagonal blocks of one size give those of twice the size, all at once. The smallest
+    are substituted.
 
     Args:
       lower: `[..., n, n]`; what is above the diagonal is not looked at.
@@ -39,15 +41,20 @@ def inverse_lower(lower: Array) -> Array:
       `[..., n, n]`, zeros above the diagonal.
     """
     n, lead = lower.shape[-1], lower.shape[:-2]
-    full = 1 << (n - 1).bit_length()
+    blocks = 1
+    while n > _SUBSTITUTED * blocks:
+        blocks *= 2
+    size = -(-n // blocks)
+    full = size * blocks
     if full != n:
         pad = [(0, 0)] * len(lead) + [(0, full - n)] * 2
         ones = jnp.pad(jnp.zeros(n, lower.dtype), (0, full - n), constant_values=1)
         lower = jnp.pad(lower, pad) + jnp.broadcast_to(
             jnp.diag(ones), (*lead, full, full)
         )
-    inverse = (1 / jnp.diagonal(lower, axis1=-2, axis2=-1))[..., None, None]
-    size = 1
+    tiles = lower.reshape(*lead, blocks, size, blocks, size)
+    tiles = jnp.moveaxis(jnp.diagonal(tiles, axis1=-4, axis2=-2), -1, -3)
+    inverse = _substitute(tiles)
     while size < full:
         pairs = full // (2 * size)
         below = _below_diagonal(lower, pairs, size)
@@ -58,6 +65,19 @@ def inverse_lower(lower: Array) -> Array:
         inverse = jnp.concatenate([top, jnp.concatenate([corner, d], -1)], -2)
         size *= 2
     return inverse.reshape(*lead, full, full)[..., :n, :n]
+
+
+def _substitute(lower: Array) -> Array:
+    """The inverse of a few rows, by forward substitution written out."""
+    n = lower.shape[-1]
+    eye = jnp.eye(n, dtype=lower.dtype)
+    rows: list[Array] = []
+    for i in range(n):
+        row = jnp.broadcast_to(eye[i], lower.shape[:-1])
+        for j in range(i):
+            row = row - lower[..., i, j, None] * rows[j]
+        rows.append(row / lower[..., i, i, None])
+    return jnp.stack(rows, -2)
 
 
 def _below_diagonal(lower: Array, pairs: int, size: int) -> Array:
