@@ -102,19 +102,24 @@ def loss_fn(params, rows):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
 
 
+@jax.jit
+@jax.vmap
+def draw(key):
+    """What the runs of one seed have in common: where they start, and the batches."""
+    rows = lambda key: jax.random.randint(key, (BATCH,), 0, len(x))
+    return init(key), jax.vmap(rows)(jax.random.split(key, STEPS))
+
+
 @partial(jax.jit, static_argnums=0)
-@partial(jax.vmap, in_axes=(None, 0))
-def train(tx, key):
-    def step(carry, key):
+@partial(jax.vmap, in_axes=(None, 0, 0))
+def train(tx, params, batches):
+    def step(carry, rows):
         params, opt_state = carry
-        rows = jax.random.randint(key, (BATCH,), 0, len(x))
         grads = jax.grad(loss_fn)(params, rows)
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    params = init(key)
-    keys = jax.random.split(key, STEPS)
-    (params, opt_state), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
+    (params, opt_state), _ = jax.lax.scan(step, (params, tx.init(params)), batches)
     accuracy = jnp.mean(jnp.argmax(apply(params, x_test), axis=-1) == y_test)
     return params, opt_state, accuracy
 
@@ -131,8 +136,8 @@ results.add_column("score")
 results.add_column("mean", justify="right")
 results.add_column("each seed", justify="right")
 adam = optax.adam(optax.cosine_decay_schedule(2e-3, STEPS))
-keys, tables = jax.random.split(jax.random.key(0), SEEDS), {}
-_, _, dense = train(adam, keys)
+starts, tables = draw(jax.random.split(jax.random.key(0), SEEDS)), {}
+_, _, dense = train(adam, *starts)
 results.add_row("(dense)", f"{dense.mean():.2%}", "  ".join(f"{a:.2%}" for a in dense))
 for name, score in js.report.progress(scores.items(), description="train"):
     prune_schedule = js.prune_schedule(
@@ -142,7 +147,7 @@ for name, score in js.report.progress(scores.items(), description="train"):
         pattern=js.Unstructured(scope="global"),
         total_steps=STEPS,
     )
-    params, opt_state, found = train(prune_schedule.wrap(adam), keys)
+    params, opt_state, found = train(prune_schedule.wrap(adam), *starts)
     for seed in reversed(range(SEEDS)):  # `train` is vmapped over seeds, these are not
         one = jax.tree.map(lambda x, seed=seed: x[seed], (opt_state, params))
         js.check(*one)

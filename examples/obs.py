@@ -25,7 +25,7 @@ from rich.table import Table
 import jaxsparse as js
 
 parser = argparse.ArgumentParser(description="Prune a ResNet-20 by its curvature.")
-parser.add_argument("--small", action="store_true", help="one stage, few gradients")
+parser.add_argument("--small", action="store_true", help="two blocks, few gradients")
 parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
 parser.add_argument("--out", type=Path, default=Path("out/obs"))
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
@@ -40,7 +40,7 @@ files = find(
 weights, test, jpeg_train, png_train = map(np.load, files)
 args.out.mkdir(parents=True, exist_ok=True)
 params, stats = load(weights)
-x_test, y_test = (test[key][: 400 if args.small else 2_000] for key in ("x", "y"))
+x_test, y_test = (test[key][: 200 if args.small else 2_000] for key in ("x", "y"))
 try:
     x, y = decode(jpeg_train, 1_000 if args.small else 20_000)
 except ImportError:
@@ -48,8 +48,9 @@ except ImportError:
     x, y = png_train["x"], png_train["y"]
 
 SPARSITIES = (0.5, 0.7) if args.small else (0.3, 0.5, 0.6, 0.7, 0.8)
-GRADIENTS = 128 if args.small else 1_024
-WHERE = r"^layer3.*conv.\.weight$" if args.small else None
+GRADIENTS = 64 if args.small else 1_024
+WHERE = r"^layer3\.[12]\.conv.\.weight$" if args.small else None
+BLOCK_SIZE = 25 if args.small else 50
 GLOBAL = js.Unstructured(scope="global")  # all weights of all layers compete
 
 # %% [markdown]
@@ -96,7 +97,7 @@ grads = jax.tree.map(jnp.asarray, gradients(params, GRADIENTS))
 
 # %%
 diagonal = js.curvature.diagonal_fisher(grads, rel_damping=1.0)
-blocks = js.curvature.block_fisher(grads, block_size=50, rel_damping=1.0)
+blocks = js.curvature.block_fisher(grads, block_size=BLOCK_SIZE, rel_damping=1.0)
 full = js.curvature.mfac(grads, rel_damping=100.0)
 
 options = {"pattern": GLOBAL, "where": WHERE}
@@ -128,7 +129,7 @@ CUT = 2.0 if args.small else 1.1  # each cut leaves one part in this of the weig
 
 def refresh(params, masks):
     grads = gradients(params, GRADIENTS // 2, masks)
-    return js.curvature.block_fisher(grads, block_size=50, rel_damping=0.1)
+    return js.curvature.block_fisher(grads, block_size=BLOCK_SIZE, rel_damping=0.1)
 
 
 name = "blocks, greedy, recomputed"

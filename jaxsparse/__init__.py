@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxsparse import allocations as allocations
+from jaxsparse import calibration as calibration
 from jaxsparse import curvature as curvature
 from jaxsparse import losses as losses
 from jaxsparse import oneshot as oneshot
@@ -16,6 +17,7 @@ from jaxsparse import recipes as recipes
 from jaxsparse import schedules as schedules
 from jaxsparse import scores as scores
 from jaxsparse import solvers as solvers
+from jaxsparse import tracing as tracing
 from jaxsparse import transforms as transforms
 from jaxsparse import tree as tree
 from jaxsparse.oneshot import Pruned as Pruned
@@ -24,6 +26,8 @@ from jaxsparse.patterns import NM as NM
 from jaxsparse.patterns import Block as Block
 from jaxsparse.patterns import Channel as Channel
 from jaxsparse.patterns import Unstructured as Unstructured
+from jaxsparse.tracing import Trace as Trace
+from jaxsparse.tracing import trace as trace
 from jaxsparse.transforms import apply_updates as apply_updates
 from jaxsparse.transforms import check as check
 from jaxsparse.transforms import enforce as enforce

@@ -8,6 +8,10 @@ from jaxsparse.curvature._diagonal import diagonal_estimator as diagonal_estimat
 from jaxsparse.curvature._diagonal import diagonal_fisher as diagonal_fisher
 from jaxsparse.curvature._estimator import Estimator as Estimator
 from jaxsparse.curvature._estimator import Sums as Sums
+from jaxsparse.curvature._gram import GramFactor as GramFactor
+from jaxsparse.curvature._gram import damped_inverse as damped_inverse
+from jaxsparse.curvature._gram import factor_gram as factor_gram
+from jaxsparse.curvature._gram import inverse_upper as inverse_upper
 from jaxsparse.curvature._kronecker import KroneckerFisher as KroneckerFisher
 from jaxsparse.curvature._kronecker import kronecker_estimator as kronecker_estimator
 from jaxsparse.curvature._kronecker import kronecker_fisher as kronecker_fisher

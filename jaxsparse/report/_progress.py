@@ -33,6 +33,11 @@ class Progress(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return self._show() if self._shown else iter(self._iterable)
 
+    @property
+    def shown(self) -> bool:
+        """Whether there is a bar."""
+        return self._shown
+
     def say(self, text: str) -> None:
         """Shows a text beside the bar, in place of the one before.
 

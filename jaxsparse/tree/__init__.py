@@ -13,3 +13,7 @@ from jaxsparse.tree._select import default_where as default_where
 from jaxsparse.tree._select import nearest as nearest
 from jaxsparse.tree._select import select as select
 from jaxsparse.tree._variables import unwrap_variables as unwrap_variables
+from jaxsparse.tree._views import MatrixView as MatrixView
+from jaxsparse.tree._views import from_matrices as from_matrices
+from jaxsparse.tree._views import matrix_view as matrix_view
+from jaxsparse.tree._views import to_matrices as to_matrices

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import jaxsparse as js
+
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")  # as examples run
@@ -59,6 +61,56 @@ def test_resnets_give_the_reference_logits(example, data, name):
     logits, _ = jax.jit(resnet.forward)(params, moments, images)
     reference = data("weights/ref_outputs.npz")[name]
     np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_stories_give_the_reference_logits(example, data, stacked):
+    stories, file = example("_stories"), data("weights/stories260K.npz")
+    ids = data("text/tinystories_dev_tok512.npz")["ids"][:64].astype(np.int32)
+    params = (stories.load_stacked if stacked else stories.load)(file)
+    run = stories.logits_scanned if stacked else stories.logits
+    reference = data("weights/ref_outputs.npz")["stories260K"]
+    np.testing.assert_allclose(jax.jit(run)(params, ids), reference, rtol=0, atol=1e-4)
+
+
+def test_stories_have_the_reference_perplexity(example, data):
+    stories, file = example("_stories"), data("weights/stories260K.npz")
+    texts = data("text/tinystories_dev_tok512.npz")
+    assert stories.windows(texts, 1716, 2015)[:, :-1].size == 122_880
+    params = stories.load(file)
+    # All 240 windows give 4.923, as they should, in 20 seconds; these are the first 16.
+    windows = stories.windows(texts, 1716, 1815)[:16]
+    assert stories.perplexity(params, windows) == pytest.approx(4.920, abs=1e-3)
+    matrices = js.tree.select(params, stories.MATRICES)
+    assert sum(jax.tree.leaves(matrices)) == 35
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "key"),
+    [
+        ("vit_cifar10", "cifar10_png_test200", "x"),
+        ("vit_mnist", "mnist", "x_test"),
+    ],
+)
+def test_vits_give_the_reference_logits(example, data, name, images, key):
+    vit = example("_vit")
+    params = vit.load(data(f"weights/{name}.npz"))
+    x = data(f"images/{images}.npz")[key][:16]
+    reference = data("weights/ref_outputs.npz")[name]
+    logits = jax.jit(vit.apply)(params, x)
+    np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-4)
+    assert sum(js.tree.select(params, vit.MATRICES).values()) == 24
+
+
+def test_mobilenet_gives_the_reference_logits(example, data):
+    mobilenet, name = example("_mobilenet"), "vww96_mobilenetv1_025_keras"
+    params, moments = mobilenet.load(data(f"weights/{name}.npz"))
+    images = data("images/vww96_test800.npz")
+    logits = jax.jit(mobilenet.apply)(params, moments, images["x"][:16])
+    reference = data("weights/ref_outputs.npz")[name]
+    np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-4)
+    for where in (mobilenet.DEPTHWISE, mobilenet.POINTWISE):
+        assert sum(js.tree.select(params, where).values()) == 13
 
 
 def test_minilm_gives_the_reference_embeddings(example, data):
@@ -115,6 +167,46 @@ def test_the_loss_of_a_batch_of_images_is_the_mean_over_them(example, last):
     logits, moved = train(params, moments, images)
     assert logits.shape == (4, 10)
     assert all(not np.array_equal(moved[name], moments[name]) for name in moments)
+
+
+def small_stories() -> dict[str, np.ndarray]:
+    """A file of two layers, width 16 and 20 tokens, with the names of the real one."""
+    rng = np.random.default_rng(0)
+    shapes = {"attention.wq": (16, 16), "attention.wk": (8, 16)}
+    shapes |= {"attention.wv": (8, 16), "attention.wo": (16, 16)}
+    shapes |= {f"feed_forward.w{i}": (24, 16) for i in (1, 3)}
+    shapes |= {"feed_forward.w2": (16, 24), "attention_norm": (16,), "ffn_norm": (16,)}
+    file = {"tok_embeddings": (20, 16), "norm": (16,)}
+    file |= {f"layers.{i}.{name}": s for i in (0, 1) for name, s in shapes.items()}
+    return {f"{n}.weight": np.float32(rng.normal(size=s)) for n, s in file.items()}
+
+
+def test_stories_do_not_see_what_comes(example):
+    stories, file = example("_stories"), small_stories()
+    tokens = np.random.default_rng(1).integers(0, 20, (2, 6)).astype(np.int32)
+    params, run = stories.load(file), jax.jit(stories.logits)
+    changed = tokens.copy()
+    changed[0, 4] = (tokens[0, 4] + 1) % 20
+    found, other = run(params, tokens), run(params, changed)
+    same = np.isclose(found, other, rtol=0, atol=1e-5).all(-1)
+    assert same.tolist() == [[True] * 4 + [False] * 2, [True] * 6]
+    scanned = jax.jit(stories.logits_scanned)(stories.load_stacked(file), tokens)
+    np.testing.assert_allclose(scanned, found, rtol=0, atol=1e-4)
+
+
+def test_windows_of_stories_overlap_in_one_token(example):
+    stories, file = example("_stories"), small_stories()
+    data = {"ids": np.arange(20, dtype=np.uint16), "offsets": np.array([0, 3, 9, 18])}
+    windows = stories.windows(data, 1, 2, length=4)
+    assert windows.tolist() == [
+        [3, 4, 5, 6, 7],
+        [7, 8, 9, 10, 11],
+        [11, *range(12, 16)],
+    ]
+    params = stories.load(file)
+    losses = [stories.perplexity(params, windows[i : i + 1]) for i in range(3)]
+    whole = stories.perplexity(params, windows, batch=2)  # the last batch is smaller
+    assert whole == pytest.approx(np.exp(np.mean(np.log(losses))), rel=1e-4)
 
 
 def small_minilm(width: int = 24) -> dict:

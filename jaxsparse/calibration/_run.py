@@ -1,0 +1,208 @@
+"""Statistics of all inputs of a model, in one pass over calibration data."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.calibration._capture import capture
+from jaxsparse.calibration._rows import contribution
+from jaxsparse.calibration._statistics import Statistics
+from jaxsparse.calibration._stats import RunningStats, finalize, init, merge
+from jaxsparse.tracing import Kernel, Trace, retrace
+from jaxsparse.tree import select
+
+
+def run(
+    trace: Trace,
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    gram: bool = True,
+    where: Where = None,
+    weight: Callable[..., Array] | None = None,
+    host: bool = False,
+) -> Statistics:
+    """Runs a model over calibration data and keeps statistics of what meets its kernels.
+
+    Means, second moments and (with `gram`) the matrices `X^T X / n` of the inputs of
+    every kernel, in the order of its own columns: a convolution's patches, an attention
+    kernel's heads. Kernels that read the same input share one. Each expert counts the
+    tokens that reach it where they are routed by `ragged_dot`; where experts are a batch
+    axis of a product, every row counts, also one of padding.
+
+    All statistics are those of the model as it is; for pruning in which each layer sees
+    what the pruned layers before it give, see `jaxsparse.oneshot.layerwise`.
+
+    Memory: the statistics (a gram of `d_in^2` floats for each distinct input) and the
+    activations of one batch.
+
+    Args:
+      trace: what `jaxsparse.trace` found. It is made anew for batches of other shapes.
+      params: the parameters.
+      batches: for each step the model's inputs, a tuple where it takes several.
+      gram: whether to keep the gram matrices.
+      where: which kernels take part; see `jaxsparse.tree.select`.
+      weight: `weight(*inputs)` gives one number for each sample of a batch (its first
+        axis), such as the importance of a diffusion timestep.
+      host: keeps the running statistics in host memory between batches.
+
+    Returns:
+      A `Statistics`.
+
+    Raises:
+      ValueError: no batches, other parameters than those traced, a selected parameter
+        that the trace could not follow.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"w": jnp.ones((2, 3))}
+      >>> apply_fn = lambda params, x: x @ params["w"]
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 0.0]])
+      >>> trace = js.trace(apply_fn, params, x)
+      >>> stats = js.calibration.run(trace, params, [x, x])
+      >>> stats.of("w").gram
+      Array([[5., 1.],
+             [1., 2.]], dtype=float32)
+    """
+    kernels = selected_kernels(trace, params, where)
+    by_input = {kernel.input: kernel for kernel in reversed(kernels.values())}
+    leaves = jax.tree.leaves(params)
+    compiled: dict[Any, Any] = {}
+    states: dict[str, RunningStats] | None = None
+    for batch in batches:
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        key = str(jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), inputs))
+        if key not in compiled:
+            here = retrace(trace, params, jax.tree.map(jnp.asarray, inputs))
+            again = {name: here.kernels[k.path] for name, k in by_input.items()}
+            compiled[key] = jax.jit(pass_over(here, again, gram=gram))
+        by_sample = None if weight is None else jnp.asarray(weight(*inputs))
+        found = compiled[key](leaves, inputs, by_sample)
+        states = found if states is None else jax.tree.map(jnp.asarray, states)
+        if found is not states:
+            states = {name: merge(states[name], found[name]) for name in states}
+        if host:
+            states = jax.tree.map(np.asarray, states)
+    if states is None:
+        raise ValueError("batches: there are none. Was the iterator used up before?")
+    entries = tuple((path, k.input, k.view) for path, k in kernels.items())
+    return Statistics({name: finalize(s) for name, s in states.items()}, entries)
+
+
+def selected_kernels(
+    trace: Trace, params: PyTree, where: Where = None
+) -> dict[str, Kernel]:
+    """The kernels of a trace that take part.
+
+    Args:
+      trace: a trace.
+      params: the parameters.
+      where: see `jaxsparse.tree.select`.
+
+    Returns:
+      By path, in the order in which the model reads them.
+
+    Raises:
+      ValueError: a selected parameter that could not be followed, or none is left.
+    """
+    chosen = jax.tree.leaves(select(params, where))
+    wanted = {path for path, take in zip(trace.paths, chosen, strict=True) if take}
+    for lost in trace.unfollowed:
+        if wanted & set(lost.paths) - set(trace.kernels):
+            raise ValueError(f"{lost.reason} Or leave it out with `where`.")
+    kernels = {p: kernel for p, kernel in trace.kernels.items() if p in wanted}
+    if not kernels:
+        raise ValueError(
+            f"None of the selected parameters is a kernel: {sorted(wanted)[:8]}. The "
+            f"model's kernels are {list(trace.kernels)[:8]}."
+        )
+    return kernels
+
+
+def pass_over(
+    trace: Trace, kernels: dict[str, Kernel], *, gram: bool
+) -> Callable[..., dict[str, RunningStats]]:
+    """A function of parameters and inputs that returns the statistics of a batch.
+
+    Args:
+      trace: of the batch's shapes.
+      kernels: by the name that their statistics shall have.
+      gram: whether to take gram matrices.
+
+    Returns:
+      `f(leaves, inputs, weight) -> {name: RunningStats}`, to be jitted.
+    """
+    readings = {
+        reading.site.address: (kernel, reading)
+        for kernel in kernels.values()
+        for reading in kernel.readings
+    }
+    # One equation may read several of them, as a fused kernel is concatenated.
+    several = [
+        (name, reading)
+        for name, kernel in kernels.items()
+        for reading in kernel.readings
+    ]
+    scans = {address: reading.scans for address, (_, reading) in readings.items()}
+
+    def statistics(
+        leaves: list[Array], inputs: Any, weight: Array | None
+    ) -> dict[str, RunningStats]:
+        def look(address: Any, eqn: Any, operands: list[Any]) -> Any:
+            return {
+                str(i): contribution(
+                    reading,
+                    eqn,
+                    operands,
+                    gram=gram,
+                    sample=None if weight is None else _samples(trace, name, reading),
+                    weight=weight,
+                )
+                for i, (name, reading) in enumerate(several)
+                if reading.site.address == address
+            }
+
+        flat = [*leaves, *jax.tree.leaves(inputs)]
+        _, found = capture(trace.program, flat, look, scans)
+        states: dict[str, RunningStats] = {}
+        for i, (name, reading) in enumerate(several):
+            part = found[reading.site.address][str(i)]
+            states[name] = _placed(states.get(name), part, kernels[name], reading)
+        return states
+
+    return statistics
+
+
+def _samples(trace: Trace, name: str, reading: Any) -> np.ndarray:
+    sample = reading.samples(trace.samples)
+    if np.any(sample < 0):
+        raise ValueError(
+            f"{name}: the rows of its inputs at {reading.site.source} do not each "
+            "belong to one sample (the first axis of the first input), so they cannot "
+            "be weighted. Leave it out with `where`, or give no `weight`."
+        )
+    return sample
+
+
+def _placed(
+    state: RunningStats | None, part: RunningStats, kernel: Kernel, reading: Any
+) -> RunningStats:
+    """Adds what one equation saw at its place among the kernel's batch indices."""
+    view, at = kernel.view, reading.batch.reshape(-1)
+    scans = len(reading.scans)
+    lead = part.count.ndim
+    assert lead == scans + 1, "a leading axis for each scan, and one of the equation"
+    flat = lambda x: x.reshape(-1, *x.shape[lead:])
+    part = jax.tree.map(flat, part)
+    total = int(np.prod(view.batch)) if view.batch else 1
+    if not np.array_equal(at, np.arange(total)):
+        empty = init(
+            (total,), view.d_in, gram=part.products is not None, dtype=part.mean.dtype
+        )
+        part = jax.tree.map(lambda e, x: e.at[jnp.asarray(at)].set(x), empty, part)
+    shaped = jax.tree.map(lambda x: x.reshape(*view.batch, *x.shape[1:]), part)
+    return shaped if state is None else merge(state, shaped)

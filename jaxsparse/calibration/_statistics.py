@@ -1,0 +1,151 @@
+"""Statistics of the inputs of all kernels, by path."""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import jax
+
+from jaxsparse._typing import Array
+from jaxsparse.tree import Axes, MatrixView
+
+
+class InputStats(NamedTuple):
+    """What is known of the inputs `x` that meet a kernel, `n` rows of `d_in` numbers.
+
+    Batch axes are those of the kernel's view: experts, stacked layers, the groups of a
+    convolution. Rows may be weighted; then `count` is the sum of the weights.
+
+    Attributes:
+      count: `[*batch]`, float32 (float64 for float64 inputs, like all others). Where it
+        is 0 no row was seen and the others are 0.
+      mean: `[*batch, d_in]`, `E[x]`.
+      square: `[*batch, d_in]`, `E[x^2]`; `sqrt` of it is the column norm, for one row.
+      variance: `[*batch, d_in]`, `E[(x - E[x])^2]`.
+      gram: `[*batch, d_in, d_in]`, `E[x x^T]`, or None where it was not asked for.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> state = js.calibration.init((), 2, gram=False)
+      >>> state = js.calibration.update(state, jnp.array([[1.0, 2.0], [3.0, 2.0]]))
+      >>> js.calibration.finalize(state).mean
+      Array([2., 2.], dtype=float32)
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    mean: Array
+    square: Array
+    variance: Array
+    gram: Array | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inputs"],
+    meta_fields=["kernels"],
+)
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """The statistics of a model's inputs; kernels that read the same input share one.
+
+    Attributes:
+      inputs: by the name of an input.
+      kernels: for each kernel its path, the name of its input, and how it is read.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> state = js.calibration.init((), 2, gram=False)
+      >>> state = js.calibration.update(state, jnp.array([[1.0, 2.0], [3.0, 2.0]]))
+      >>> view = js.tree.matrix_view((2, 4), js.Axes(input=(0,), output=(1,)))
+      >>> stats = js.calibration.Statistics(
+      ...     inputs={"x": js.calibration.finalize(state)},
+      ...     kernels=(("query/kernel", "x", view), ("key/kernel", "x", view)),
+      ... )
+      >>> stats.of("key/kernel").mean
+      Array([2., 2.], dtype=float32)
+      >>> stats.axes
+      {'^query/kernel$': Axes(input=(0,), output=(1,), batch=()),
+       '^key/kernel$': Axes(input=(0,), output=(1,), batch=())}
+    """
+
+    inputs: dict[str, InputStats]
+    kernels: tuple[tuple[str, str, MatrixView], ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the kernels."""
+        return tuple(path for path, _, _ in self.kernels)
+
+    @property
+    def axes(self) -> dict[str, Axes]:
+        """The kernels' axes, to be passed to `js.patterns.masks(..., axes=...)`.
+
+        By a regular expression that matches the path and no other. Where a view splits
+        an axis into batches and outputs (the groups of a convolution), the axis counts
+        as outputs. One that it splits otherwise has no axes, and is left out.
+        """
+        found = {path: _own_axes(view) for path, _, view in self.kernels}
+        return {f"^{re.escape(p)}$": axes for p, axes in found.items() if axes}
+
+    def of(self, path: str) -> InputStats:
+        """The statistics of the inputs that meet a kernel.
+
+        Args:
+          path: the kernel's path.
+
+        Returns:
+          Its `InputStats`.
+
+        Raises:
+          KeyError: there are none of it.
+        """
+        return self.inputs[self._entry(path)[1]]
+
+    def view(self, path: str) -> MatrixView:
+        """How a kernel is read as matrices.
+
+        Args:
+          path: the kernel's path.
+
+        Returns:
+          Its `MatrixView`.
+
+        Raises:
+          KeyError: there are no statistics of it.
+        """
+        return self._entry(path)[2]
+
+    def _entry(self, path: str) -> tuple[str, str, MatrixView]:
+        for entry in self.kernels:
+            if entry[0] == path:
+                return entry
+        raise KeyError(
+            f"There are no statistics of {path!r}; there are of {list(self.paths)}."
+        )
+
+
+def _own_axes(view: MatrixView) -> Axes | None:
+    """The axes of the kernel's own shape, or None where no axes say the same."""
+    if view.split == view.shape:
+        return view.axes
+    found: dict[str, tuple[int, ...]] = {"input": (), "output": (), "batch": ()}
+    parts = list(range(len(view.split)))
+    last = len(view.shape) - 1
+    for axis, size in enumerate(view.shape):
+        taken: list[int] = []
+        size_of = lambda taken: math.prod(view.split[a] for a in taken)
+        while parts and (not taken or axis == last or size_of(taken) < size):
+            taken.append(parts.pop(0))
+        if not taken or size_of(taken) != size:
+            return None
+        # Parts of size 1 say nothing, but a kernel has outputs also where it has one.
+        told = [a for a in taken if view.split[a] > 1 or a in view.axes.output]
+        kinds = {k for k in found for a in told or taken if a in getattr(view.axes, k)}
+        if kinds == {"output", "batch"}:
+            kinds = {"output"}
+        if len(kinds) > 1:
+            return None
+        found[kinds.pop()] += (axis,)
+    return Axes(**found)

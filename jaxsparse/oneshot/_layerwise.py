@@ -1,0 +1,319 @@
+"""`layerwise`: each layer is solved with the inputs that the pruned ones give."""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _checks, patterns, solvers
+from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.calibration import InputStats, selected_kernels
+from jaxsparse.curvature import factor_gram
+from jaxsparse.oneshot._pass import Pass
+from jaxsparse.oneshot._resume import Progress, resumed, saved
+from jaxsparse.oneshot._stages import Bundle, Unit
+from jaxsparse.tracing import Kernel, trace
+from jaxsparse.tree import from_matrices, leaves_with_paths, to_matrices
+
+Solver = Callable[..., solvers.Solved]
+
+
+class LayerInfo(NamedTuple):
+    """How well one kernel was solved: an entry for each of its matrices, `[*batch]`.
+
+    Attributes:
+      error: `tr((W' - W) G (W' - W)^T)`, `G` the second moment of its inputs.
+      relative_error: `error / tr(W G W^T)`.
+      masked_error: what the error would be with the same mask and without a change of
+        the weights that are left, relative too.
+      damping: what was added to the diagonal of `G`.
+      dead: how many of its inputs are always 0.
+      rows: how many rows of inputs were seen.
+      sparsity: the fraction removed.
+      seconds: what the solver took, for all matrices of the kernel.
+    """
+
+    error: Array
+    relative_error: Array
+    masked_error: Array
+    damping: Array
+    dead: Array
+    rows: Array
+    sparsity: Array
+    seconds: float
+
+
+class Layerwise(NamedTuple):
+    """The result of `layerwise`.
+
+    Attributes:
+      params: the pruned parameters.
+      masks: True = kept; a scalar True where nothing was pruned.
+      info: a `LayerInfo` for each kernel, by path, in the order of solving.
+    """
+
+    params: Any
+    masks: Any
+    info: dict[str, LayerInfo]
+
+
+def layerwise(
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    sparsity: float | Mapping[str, float] | PyTree = None,
+    solver: Solver = solvers.sparsegpt,
+    pattern: patterns.Pattern = patterns.Unstructured(),
+    where: Where = None,
+    share: Callable[[Array], Any] | None = None,
+    gram: bool = True,
+    sequential: bool = True,
+    host: bool = False,
+    rules: Mapping[str, str] | None = None,
+    directory: Any = None,
+    show: bool | None = None,
+) -> Layerwise:
+    """Prunes a trained model layer by layer, from calibration data alone.
+
+    The model's jaxpr is evaluated once over all batches. At each kernel it stops: the
+    second moments of the inputs that arrive there, which pruned layers made, are summed
+    up; the kernel is solved and replaced; it goes on. Frantar & Alistarh (2023,
+    SparseGPT, arXiv:2301.00774) call it sequential calibration and stop at decoder
+    blocks; here every kernel is a stop, of any model. Kernels that read the same
+    numbers (query, key and value) share statistics and factor. Layers that are stacked
+    for a scan are pruned turn by turn, experts side by side. A kernel that is read more
+    than once (tied weights, a recurrent cell) is solved with the inputs of all places.
+
+    Pieces of the program between stops are compiled once for equal blocks. On the
+    device there are the parameters, one input's statistics and the activations of one
+    batch; those of the other batches too, unless `host`.
+
+    With `directory` a checkpoint is written after each stop. The same call goes on from
+    the last one, and ends with the same bits.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs)`; see `jaxsparse.trace`.
+      params: the parameters.
+      batches: the calibration data: for each batch the model's inputs, a tuple where it
+        takes several. They are kept until the end. All of one shape compile once.
+      sparsity: one number; a mapping from paths to numbers, or a tree of numbers like
+        `params` (see `jaxsparse.allocations`). May be left out for `NM`.
+      solver: `solver(w, evidence, sparsity, pattern=pattern) -> Solved` for a matrix
+        `[d_out, d_in]`, such as those of `jaxsparse.solvers`, or a
+        `functools.partial` of one.
+      pattern: what is pruned together.
+      where: which parameters take part; by default all kernels but embeddings.
+      share: makes of a gram matrix, once for all kernels that share it, the evidence
+        that the solver takes. By default `js.curvature.factor_gram` for `sparsegpt` as
+        it is, and nothing for others.
+      gram: False for solvers that only need the second moment of each input, `[d_in]`.
+      sequential: False takes all statistics from the model as it was.
+      host: keeps activations in host memory.
+      rules: for foreign primitives, as for `jaxsparse.trace`.
+      directory: where to write checkpoints.
+      show: a progress bar and a table at the end. By default in a terminal.
+
+    Returns:
+      The parameters, masks and infos.
+
+    Raises:
+      ValueError: no batches; a selected parameter that the trace could not follow; a
+        factorisation that fails, with the parameter's path; a sparsity out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"in": jax.random.normal(keys[0], (8, 16)),
+      ...           "out": jax.random.normal(keys[1], (16, 4))}
+      >>> apply_fn = lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"]
+      >>> x = jax.random.normal(keys[2], (64, 8))
+      >>> pruned = js.oneshot.layerwise(apply_fn, params, [x], sparsity=0.5)
+      >>> list(pruned.info), int(pruned.masks["in"].sum())
+      (['in', 'out'], 64)
+    """
+    from jaxsparse import report  # rich: not every program needs it
+
+    data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    if not data:
+        raise ValueError("batches: there are none. Was the iterator used up before?")
+    traced = trace(apply_fn, params, *data[0], rules=rules)
+    kernels = selected_kernels(traced, params, where)
+    wanted = _sparsities(sparsity, params, kernels, pattern)
+    if share is None and solver is solvers.sparsegpt and gram:
+        share = functools.partial(factor_gram, rel_damping=0.01)
+    solve = functools.partial(
+        _solve_bundle, kernels=kernels, wanted=wanted, solver=solver, pattern=pattern
+    )
+    walk = Pass(traced, kernels, params, data, gram=gram, host=host)
+    state = Progress(0, dict(walk.leaves), {}, {})
+    if directory is not None:
+        state = resumed(directory, state, traced, walk.stages)
+        walk.leaves.update(state.leaves)
+    dense = None if sequential else walk.all_statistics()
+    bar = report.progress(walk.stages, description="layerwise", show=show)
+    for index, stage in enumerate(bar):
+        if index >= state.stage:
+            found = walk.statistics(stage) if dense is None else dense[index]
+            for bundle, stats in zip(stage.bundles, found, strict=True):
+                new = solve(bundle, walk.leaves, stats, _evidence(stats, share, gram))
+                for path, (w, mask, placed) in new.items():
+                    _put(state, walk, path, w, mask, placed, kernels[path])
+                    error = float(np.mean(placed[1].relative_error))
+                    bar.say(f"{path}: relative error {error:.2e}")
+            state = state._replace(stage=index + 1, leaves=dict(walk.leaves))
+            if directory is not None:
+                saved(directory, state, traced)
+        if dense is None:
+            walk.go_on(index)
+    result = _result(state, params, traced, kernels)
+    if bar.shown:
+        print(report.layer_table(result.info))
+    return result
+
+
+def _sparsities(sparsity, params, kernels, pattern) -> dict[str, float | None]:
+    """One number for each kernel."""
+    if sparsity is None:
+        if not isinstance(pattern, patterns.NM):
+            raise ValueError(f"{pattern} needs a sparsity.")
+        return dict.fromkeys(kernels)
+    if isinstance(sparsity, Mapping) and set(sparsity) >= set(kernels):
+        wanted = {path: sparsity[path] for path in kernels}
+    elif jax.tree_util.all_leaves([sparsity]):
+        wanted = dict.fromkeys(kernels, sparsity)
+    else:
+        _checks.same_structure(sparsity, params, name="sparsity")
+        by_path = dict(leaves_with_paths(sparsity))
+        wanted = {path: by_path[path] for path in kernels}
+    for path, s in wanted.items():
+        _checks.check_sparsity(s, name=f"sparsity of {path}")
+    return {path: float(s) for path, s in wanted.items()}
+
+
+def _evidence(stats: InputStats, share: Any, gram: bool) -> Any:
+    if not gram:
+        return stats.square
+    assert stats.gram is not None, "asked for"
+    if share is None:
+        return stats.gram
+    return jax.jit(jax.vmap(share))(stats.gram)
+
+
+def _solve_bundle(
+    bundle: Bundle,
+    leaves: dict[str, Array],
+    stats: InputStats,
+    evidence: Any,
+    *,
+    kernels: Mapping[str, Kernel],
+    wanted: Mapping[str, float | None],
+    solver: Solver,
+    pattern: patterns.Pattern,
+) -> dict[str, tuple[Array, Array, LayerInfo]]:
+    """Solves the kernels of a bundle: `[places, d_out, d_in]` each."""
+    found = {}
+    for unit in bundle.units:
+        begin = time.perf_counter()
+        matrices = _matrices(leaves[unit.path], unit, kernels[unit.path])
+        solved, masked = _solve_places(
+            matrices, evidence, wanted[unit.path], stats.gram, solver, pattern
+        )
+        solved = jax.block_until_ready(solved)
+        seconds = time.perf_counter() - begin
+        _check(unit, solved, stats)
+        kept = jnp.mean(solved.mask.astype(jnp.float32), axis=(1, 2))
+        info = LayerInfo(
+            *map(
+                np.asarray,
+                (
+                    solved.info.error,
+                    solved.info.relative_error,
+                    masked,
+                    solved.info.damping,
+                    solved.info.dead,
+                    stats.count,
+                    1 - kept,
+                ),
+            ),
+            seconds,
+        )
+        found[unit.path] = solved.w, solved.mask, (unit.places, info)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _solve_places(matrices, evidence, sparsity, gram, solver, pattern):
+    one = lambda w, e: solver(w, e, sparsity, pattern=pattern)
+    solved = jax.vmap(one)(matrices, evidence)
+    if gram is None:
+        return solved, solved.info.relative_error
+    lost = jnp.where(solved.mask, 0, matrices.astype(gram.dtype))
+    energy = lambda x: jnp.einsum("pij,pjk,pik->p", x, gram, x, optimize="optimal")
+    whole = energy(matrices.astype(gram.dtype))
+    return solved, energy(lost) / jnp.where(whole > 0, whole, 1)
+
+
+def _matrices(w: Array, unit: Unit, kernel: Kernel) -> Array:
+    matrices = to_matrices(jnp.asarray(w), kernel.view)
+    return matrices.reshape(-1, *matrices.shape[-2:])[unit.places]
+
+
+def _check(unit: Unit, solved: solvers.Solved, stats: InputStats) -> None:
+    failed = np.flatnonzero(np.asarray(solved.info.failed))
+    if len(failed):
+        at = "" if not unit.places.any() else f" (batch index {unit.places[failed[0]]})"
+        diagonal = np.asarray(stats.square[failed[0]])
+        raise ValueError(
+            f"{unit.path}{at}: its gram matrix is not positive definite, from "
+            f"{float(stats.count[failed[0]]):.0f} rows of {diagonal.size} inputs, "
+            f"diagonal {diagonal.min():.3g} to {diagonal.max():.3g}, damping "
+            f"{float(solved.info.damping[failed[0]]):.3g}. More rows help, or a larger "
+            "rel_damping: solver=functools.partial(js.solvers.sparsegpt, "
+            "rel_damping=0.1)."
+        )
+
+
+def _put(state, walk, path, w, mask, placed, kernel: Kernel) -> None:
+    """Puts the solved matrices of a kernel in their places."""
+    view, (places, info) = kernel.view, placed
+    total = int(np.prod(view.batch)) if view.batch else 1
+    old = to_matrices(jnp.asarray(walk.leaves[path]), view)
+    flat = old.reshape(total, *old.shape[-2:])
+    new = flat.at[places].set(w.astype(flat.dtype)).reshape(old.shape)
+    sharding = getattr(walk.leaves[path], "sharding", None)
+    leaf = from_matrices(new, view)
+    walk.leaves[path] = leaf if sharding is None else jax.device_put(leaf, sharding)
+    if path not in state.masks:
+        state.masks[path] = np.ones(view.shape, bool)
+        empty = lambda x: np.full(total, np.nan if x.dtype.kind == "f" else 0, x.dtype)
+        state.info[path] = LayerInfo(*map(empty, info[:-1]), 0.0)
+    known = to_matrices(state.masks[path], view)
+    flat_mask = np.array(known.reshape(total, *known.shape[-2:]))
+    flat_mask[places] = np.asarray(mask)
+    state.masks[path] = np.asarray(from_matrices(flat_mask.reshape(known.shape), view))
+    for whole, part in zip(state.info[path][:-1], info[:-1], strict=True):
+        whole[places] = part
+    state.info[path] = state.info[path]._replace(
+        seconds=state.info[path].seconds + info.seconds
+    )
+
+
+def _result(state, params, traced, kernels: Mapping[str, Kernel]) -> Layerwise:
+    leaves, masks = [], []
+    for path, leaf in zip(traced.paths, jax.tree.leaves(params), strict=True):
+        leaves.append(state.leaves.get(path, leaf))
+        mask = state.masks.get(path)
+        masks.append(jnp.asarray(True) if mask is None else jnp.asarray(mask))
+    shaped = {
+        path: LayerInfo(
+            *(x.reshape(kernels[path].view.batch) for x in info[:-1]), info.seconds
+        )
+        for path, info in state.info.items()
+    }
+    unflatten = functools.partial(jax.tree.unflatten, traced.treedef)
+    return Layerwise(unflatten(leaves), unflatten(masks), shaped)

@@ -1,0 +1,200 @@
+"""The one pass over calibration data: where it is, and what it sees there."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.calibration import InputStats, RunningStats, finalize, init, merge
+from jaxsparse.calibration import capture_at, contribution
+from jaxsparse.oneshot._segments import Pieces
+from jaxsparse.oneshot._stages import Bundle, Stage, flat_program, stages_of
+from jaxsparse.tracing import Kernel, Trace, retrace
+
+
+class Pass:
+    """A model's program over some batches, stopped before a stage.
+
+    Attributes:
+      leaves: the parameters by path, as they are by now.
+      stages: what is solved, in order.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        kernels: Mapping[str, Kernel],
+        params: PyTree,
+        batches: list[tuple[Any, ...]],
+        *,
+        gram: bool,
+        host: bool,
+    ):
+        self.leaves = dict(zip(trace.paths, jax.tree.leaves(params), strict=True))
+        self._paths, self._gram, self._host = trace.paths, gram, host
+        self._compiled: dict[Any, Any] = {}
+        self._programs: dict[str, tuple[Pieces, tuple[Stage, ...], set[int]]] = {}
+        self._batches: list[tuple[str, dict[int, Any]]] = []
+        for inputs in batches:
+            inputs = jax.tree.map(jnp.asarray, inputs)
+            key = str(jax.tree.map(jax.typeof, inputs))
+            if key not in self._programs:
+                here = retrace(trace, params, inputs)
+                again = {path: here.kernels[path] for path in kernels}
+                flat = flat_program(here, again)
+                stages = stages_of(flat, again)
+                pieces = Pieces(flat, self._compiled)
+                looks = [k.at for s in stages for b in s.bundles for k in b.looks]
+                self._programs[key] = pieces, stages, pieces.leading_to(looks)
+            flat = self._programs[key][0].flat
+            numbers = flat.arguments[len(self._paths) :]
+            values = jax.tree.leaves(inputs)
+            self._batches.append((key, dict(zip(numbers, values, strict=True))))
+        self.stages = next(iter(self._programs.values()))[1]
+        self._at = -1
+        self._advance(0)
+
+    def statistics(self, stage: Stage) -> list[InputStats]:
+        """What the stage's kernels see.
+
+        Args:
+          stage: the one before which the pass stands.
+
+        Returns:
+          The statistics of each of its bundles, `[places, ...]`.
+        """
+        index = next(i for i, s in enumerate(self.stages) if s is stage)
+        total: list[RunningStats] | None = None
+        for number in range(len(self._batches)):
+            found = self._see(number, index)
+            if total is None:
+                total = found
+            else:
+                total = [merge(a, b) for a, b in zip(total, found, strict=True)]
+        assert total is not None, "there is at least one batch"
+        return [finalize(state) for state in total]
+
+    def go_on(self, index: int) -> None:
+        """Runs the program, with the parameters as they are, to the next stage.
+
+        Args:
+          index: of the stage that is done.
+        """
+        if index + 1 < len(self.stages):
+            self._advance(index + 1)
+
+    def all_statistics(self) -> list[list[InputStats]]:
+        """What all stages see when nothing is changed.
+
+        Returns:
+          The statistics of each stage's bundles.
+        """
+        found = []
+        for index, stage in enumerate(self.stages):
+            found.append(self.statistics(stage))
+            self.go_on(index)
+        return found
+
+    def _advance(self, index: int) -> None:
+        for number, (key, live) in enumerate(self._batches):
+            pieces, stages, needed = self._programs[key]
+            wanted = pieces.live_at(stages[index].begin, needed)
+            missing = sorted(wanted - set(live))
+            new = dict(zip(missing, self._run(pieces, missing, live), strict=True))
+            live = {**{x: live[x] for x in wanted if x in live}, **new}
+            if self._host:
+                live = jax.tree.map(np.asarray, live)
+            self._batches[number] = key, live
+
+    def _run(self, pieces: Pieces, wanted: Any, live: dict[int, Any]) -> list[Array]:
+        if not wanted:
+            return []
+        segment = pieces.segment(wanted, live)
+        return segment.call([self._value(pieces, x, live) for x in segment.ins])
+
+    def _value(self, pieces: Pieces, x: int, live: dict[int, Any]) -> Any:
+        if x in live:
+            return live[x]
+        if x in pieces.flat.constants:
+            return pieces.flat.constants[x]
+        return self.leaves[self._paths[pieces.flat.arguments.index(x)]]
+
+    def _see(self, number: int, index: int) -> list[RunningStats]:
+        key, live = self._batches[number]
+        pieces, stages, _ = self._programs[key]
+        return [self._see_bundle(pieces, b, live) for b in stages[index].bundles]
+
+    def _see_bundle(
+        self, pieces: Pieces, bundle: Bundle, live: dict[int, Any]
+    ) -> RunningStats:
+        total = None
+        places = np.unique(np.concatenate([look.places for look in bundle.looks]))
+        if len(bundle.looks) == 1:
+            places = bundle.looks[0].places
+        for look in bundle.looks:
+            part = self._see_step(pieces, look, live)
+            if not np.array_equal(look.places, places):
+                size, d_in = len(places), part.mean.shape[-1]
+                empty = init((size,), d_in, gram=self._gram, dtype=part.mean.dtype)
+                at = np.searchsorted(places, look.places)
+                part = jax.tree.map(lambda e, x, at=at: e.at[at].set(x), empty, part)
+            total = part if total is None else merge(total, part)
+        assert total is not None, "a bundle has a look"
+        return total
+
+    def _see_step(self, pieces: Pieces, look: Any, live: dict[int, Any]) -> RunningStats:
+        step, reading = pieces.flat.steps[look.at], look.reading
+        direct = step.address == reading.site.address
+        shapes = [v.aval for v in step.eqn.invars]
+        # A contraction needs its inputs alone; a loop needs everything.
+        keep = [
+            isinstance(x, int) and (not direct or i != reading.site.operand)
+            for i, x in enumerate(step.ins)
+        ]
+        wanted = tuple(dict.fromkeys(x for x, k in zip(step.ins, keep, strict=True) if k))
+        missing = [x for x in wanted if x not in live]
+        here = {**live, **dict(zip(missing, self._run(pieces, missing, live), strict=True))}
+        values = [
+            here[x] if k else (shape if isinstance(x, int) else x.val)
+            for x, k, shape in zip(step.ins, keep, shapes, strict=True)
+        ]
+        arrays = [v for v, k in zip(values, keep, strict=True) if k]
+        fixed = str([v for v, k in zip(values, keep, strict=True) if not k])
+        key = (
+            "see",
+            step.text,
+            fixed,
+            reading.inputs.tobytes(),
+            (step.name,) if direct else id(step.eqn),
+        )
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(_seeing(step, reading, values, keep, self._gram))
+        return self._compiled[key](arrays)
+
+
+def _seeing(step: Any, reading: Any, values: list[Any], keep: list[bool], gram: bool):
+    """A function from a step's operands to the statistics of one kernel's inputs."""
+    others = [None if k else v for v, k in zip(values, keep, strict=True)]
+
+    def see(arrays: list[Array]) -> RunningStats:
+        given = iter(arrays)
+        operands = [
+            next(given) if k else v for v, k in zip(others, keep, strict=True)
+        ]
+        look = lambda address, eqn, ops: {
+            "": contribution(reading, eqn, ops, gram=gram, sample=None, weight=None)
+        }
+        if step.address == reading.site.address:
+            found = look(step.address, step.eqn, operands)[""]
+        else:
+            site = reading.site.address
+            scans = {site: reading.scans}
+            _, all_found = capture_at(step.eqn, operands, step.address, look, scans)
+            found = all_found[site][""]
+        lead = found.count.ndim
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[lead:]), found)
+
+    return see

@@ -1,0 +1,92 @@
+"""Checkpoints of a layer-wise run: killed, it goes on after its last layer."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsparse.tracing import Trace
+
+
+class Progress(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+      stage: how many stages are done.
+      leaves: the parameters by path.
+      masks: by path, of the kernels that were solved.
+      info: by path, flat over each kernel's matrices.
+    """
+
+    stage: int
+    leaves: dict[str, Any]
+    masks: dict[str, Any]
+    info: dict[str, Any]
+
+
+def saved(directory: Any, state: Progress, trace: Trace) -> None:
+    """Writes a checkpoint of what is done; the one before goes when it is whole.
+
+    Args:
+      directory: where to.
+      state: what is done.
+      trace: of the model.
+    """
+    from jaxsparse import checkpoint  # brings orbax
+
+    unflatten = lambda leaves: jax.tree.unflatten(trace.treedef, leaves)
+    masks = [state.masks.get(path, np.asarray(True)) for path in trace.paths]
+    info = {
+        path: [[x.tolist(), x.dtype.name] for x in layer[:-1]] + [layer.seconds]
+        for path, layer in state.info.items()
+    }
+    checkpoint.save(
+        directory,
+        step=state.stage,
+        params=unflatten([state.leaves[path] for path in trace.paths]),
+        masks=unflatten(masks),
+        extra={"layerwise": info, "solved": sorted(state.masks)},
+        keep=1,
+    )
+
+
+def resumed(directory: Any, state: Progress, trace: Trace, stages: Any) -> Progress:
+    """What a directory holds of an earlier run, or the state as it is.
+
+    Args:
+      directory: where `saved` wrote.
+      state: the state of a new run.
+      trace: of the model.
+      stages: of this run.
+
+    Returns:
+      The state to go on from.
+
+    Raises:
+      ValueError: a checkpoint of another run.
+    """
+    from jaxsparse import checkpoint
+    from jaxsparse.oneshot._layerwise import LayerInfo
+
+    if checkpoint.latest_step(directory) is None:
+        return state
+    template = jax.tree.unflatten(
+        trace.treedef, [state.leaves[path] for path in trace.paths]
+    )
+    restored = checkpoint.restore(directory, params=template)
+    info = restored.extra.get("layerwise")
+    done = {u.path for s in stages[: restored.step] for b in s.bundles for u in b.units}
+    if info is None or done != set(restored.extra["solved"]):
+        raise ValueError(
+            f"{directory}: a checkpoint of another run: it has solved "
+            f"{restored.extra.get('solved')}, this one would have solved "
+            f"{sorted(done)} after {restored.step} stages. Give another directory."
+        )
+    leaves = dict(zip(trace.paths, jax.tree.leaves(restored.params), strict=True))
+    every = dict(zip(trace.paths, jax.tree.leaves(restored.masks), strict=True))
+    masks = {path: np.asarray(every[path]) for path in done}
+    layers = {
+        path: LayerInfo(*(np.array(x, dtype) for x, dtype in layer[:-1]), layer[-1])
+        for path, layer in info.items()
+    }
+    return Progress(restored.step, leaves, masks, layers)

@@ -1,0 +1,53 @@
+"""How well each layer was solved, as text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_HEAD = ("kernel", "sparsity", "relative error", "masked only", "dead", "rows", "s")
+
+
+def layer_table(info: Mapping[str, Any]) -> str:
+    """The result of `js.oneshot.layerwise` as a table.
+
+    The relative error is that of a kernel's outputs on the calibration data, 1 for no
+    kernel at all; "masked only" is what it would be with the same mask and without a
+    change of the weights that are left. Of several matrices (experts, stacked layers)
+    the mean is shown.
+
+    Args:
+      info: the infos by path.
+
+    Returns:
+      Plain text, a line for each kernel.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> x = jnp.array([[1.0, 1.0], [1.0, -1.0]])
+      >>> pruned = js.oneshot.layerwise(
+      ...     lambda p, x: x @ p["w"], {"w": jnp.array([[1.0], [2.0]])}, [x],
+      ...     sparsity=0.5, show=False)
+      >>> print(js.report.layer_table(pruned.info).splitlines()[1][:26])
+      w          0.500       2.0
+    """
+    rows = [_HEAD]
+    for path, layer in info.items():
+        mean = lambda x: float(np.mean(x))
+        rows.append(
+            (
+                path,
+                f"{mean(layer.sparsity):.3f}",
+                f"{mean(layer.relative_error):.2e}",
+                f"{mean(layer.masked_error):.2e}",
+                f"{mean(layer.dead):.4g}",
+                f"{mean(layer.rows):.4g}",
+                f"{layer.seconds:.2f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    line = lambda row: "  ".join(
+        [row[0].ljust(widths[0])]
+        + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    )
+    return "\n".join(map(line, rows))

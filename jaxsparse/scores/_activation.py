@@ -1,0 +1,325 @@
+"""Scores from the inputs of kernels: what a layer's output says of each weight."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from jaxsparse import _checks
+from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.calibration import InputStats, Statistics
+from jaxsparse.tree import MatrixView, leaves_with_paths, map_with_path, select
+
+
+def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
+    """Wanda: `|W_ij| * sqrt(E[x_j^2])`.
+
+    The change of the output of unit i when one weight is removed, by its root mean
+    square over the calibration rows. Sun et al. (2023, arXiv:2306.11695).
+
+    The weights of one output unit compete in the paper: use it as
+    `js.patterns.masks(scores, s, pattern=js.Unstructured(scope="output"),
+    axes=stats.axes)`, or with `js.NM`, whose groups lie within one as well.
+
+    Differs from the reference implementation, whose norm is of a sequence and not of a
+    row: a factor `sqrt(sequence length)` that all weights share. Scores of inputs that
+    an expert never saw are 0; see `js.calibration.unseen`.
+
+    Args:
+      params: a tree of arrays.
+      stats: the statistics of the inputs of what takes part.
+      where: which parameters have to have statistics; see `jaxsparse.tree.select`.
+
+    Returns:
+      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what has
+      no statistics.
+
+    Raises:
+      ValueError: a selected parameter has no statistics, or those of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> state = js.calibration.init((), 2, gram=False)
+      >>> state = js.calibration.update(state, jnp.array([[3.0, 1.0]]))
+      >>> view = js.tree.matrix_view((2, 1), js.Axes(input=(0,), output=(1,)))
+      >>> stats = js.calibration.Statistics(
+      ...     {"x": js.calibration.finalize(state)}, (("kernel", "x", view),))
+      >>> js.scores.wanda({"kernel": jnp.array([[1.0], [-2.0]])}, stats)
+      {'kernel': Array([[3.], [2.]], dtype=float32)}
+    """
+
+    def score(path: str, w: Array) -> Array:
+        return _times_inputs(jnp.abs(w), jnp.sqrt(stats.of(path).square), stats, path)
+
+    return _each(score, params, stats.paths, where, stats)
+
+
+def gblm(
+    params: PyTree,
+    stats: Statistics,
+    gradients: PyTree,
+    *,
+    alpha: float = 100.0,
+    where: Where = None,
+) -> PyTree:
+    """GBLM: Wanda and the size of the gradients, `|W| * (sqrt(E[x^2]) + alpha * G)`.
+
+    Das et al. (2023, arXiv:2311.04902). The two terms have different units, and `alpha`
+    is what weighs them: the first has that of an output of the layer, the second that
+    of the loss. The weights of one output unit compete, as for `wanda`.
+
+    Differs from the reference implementation, where the norm of the activations is of a
+    sequence of T tokens and grows with `sqrt(T)`: its scores are in the order of
+    `alpha / sqrt(T)` here. The gradients are those of the dense model in both.
+
+    Args:
+      params: a tree of arrays.
+      stats: the statistics of the inputs of what takes part.
+      gradients: `G`, from `js.calibration.gradient_norms`; None for the others.
+      alpha: what the gradients are multiplied by.
+      where: which parameters have to have both; see `jaxsparse.tree.select`.
+
+    Returns:
+      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what has
+      no statistics or no gradients.
+
+    Raises:
+      ValueError: a selected parameter has no statistics or no gradients, or those of
+        another shape; an `alpha` that is negative.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> state = js.calibration.init((), 2, gram=False)
+      >>> state = js.calibration.update(state, jnp.array([[3.0, 1.0]]))
+      >>> view = js.tree.matrix_view((2, 1), js.Axes(input=(0,), output=(1,)))
+      >>> stats = js.calibration.Statistics(
+      ...     {"x": js.calibration.finalize(state)}, (("kernel", "x", view),))
+      >>> params = {"kernel": jnp.array([[1.0], [-2.0]])}
+      >>> sizes = {"kernel": jnp.array([[0.01], [0.02]])}
+      >>> js.scores.gblm(params, stats, sizes)
+      {'kernel': Array([[4.], [6.]], dtype=float32)}
+    """
+    if _checks.is_concrete(alpha) and not float(alpha) >= 0:
+        raise ValueError(f"alpha must be a number of at least 0, got {alpha!r}.")
+    sizes = dict(leaves_with_paths(gradients))
+
+    def score(path: str, w: Array) -> Array:
+        norm, size = jnp.sqrt(stats.of(path).square), _checked(path, w, sizes[path])
+        by_inputs = _times_inputs(jnp.abs(w), norm, stats, path)
+        return by_inputs + alpha * jnp.abs(w) * size.astype(w.dtype)
+
+    both = [path for path in stats.paths if path in sizes]
+    return _each(score, params, both, where, stats, sizes)
+
+
+def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> PyTree:
+    """`|W| * G`: the gradients' half of GBLM.
+
+    Of single examples' gradients, so that it is not 0 at a minimum as `taylor` is. Das
+    et al. (2023, arXiv:2311.04902).
+
+    Args:
+      params: a tree of arrays.
+      gradients: `G`, from `js.calibration.gradient_norms`; None for the others.
+      where: which parameters have to have gradients; see `jaxsparse.tree.select`.
+
+    Returns:
+      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what has
+      no gradients.
+
+    Raises:
+      ValueError: a selected parameter has no gradients, or of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> grads = {"kernel": jnp.array([[[1.0], [0.0]], [[-3.0], [1.0]]])}
+      >>> sizes = js.calibration.gradient_norms(grads, order=1)
+      >>> js.scores.gradient_norm({"kernel": jnp.array([[1.0], [-2.0]])}, sizes)
+      {'kernel': Array([[4.], [2.]], dtype=float32)}
+    """
+    sizes = dict(leaves_with_paths(gradients))
+
+    def score(path: str, w: Array) -> Array:
+        return jnp.abs(w) * _checked(path, w, sizes[path]).astype(w.dtype)
+
+    return _each(score, params, list(sizes), where, None, sizes)
+
+
+def flap(
+    params: PyTree,
+    stats: Statistics,
+    *,
+    standardise: bool = False,
+    where: Where = None,
+) -> PyTree:
+    """FLAP's fluctuation of an input channel: `Var[x_j] * sum_i W_ij^2`.
+
+    What is lost of the output when channel j is replaced by its mean, which a bias can
+    hold (`bias_compensation`): the expected squared error, but for correlations. An et
+    al. (2023, arXiv:2312.11983), where it is called WIFV. All weights of a channel get
+    the channel's score, so that `js.Channel(axis=...)` of an input axis selects
+    channels, and of the heads' axis of a `(heads, head_dim, out)` kernel whole heads.
+
+    Differs from the reference implementation, whose variance is not one (its recursion
+    changes the mean it should compare with, and leaves the first sequence out); whose
+    attention scores are squared and its other scores are not.
+
+    Args:
+      params: a tree of arrays.
+      stats: the statistics of the inputs of what takes part.
+      standardise: subtract the mean over the channels of a kernel and divide by their
+        standard deviation, as in the paper where channels of all kernels compete in
+        one global scope.
+      where: which parameters have to have statistics; see `jaxsparse.tree.select`.
+
+    Returns:
+      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what has
+      no statistics.
+
+    Raises:
+      ValueError: a selected parameter has no statistics, or those of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> state = js.calibration.init((), 2, gram=False)
+      >>> x = jnp.array([[3.0, 1.0], [1.0, 1.0]])
+      >>> state = js.calibration.update(state, x)
+      >>> view = js.tree.matrix_view((2, 2), js.Axes(input=(0,), output=(1,)))
+      >>> stats = js.calibration.Statistics(
+      ...     {"x": js.calibration.finalize(state)}, (("kernel", "x", view),))
+      >>> js.scores.flap({"kernel": jnp.array([[1.0, 2.0], [9.0, 9.0]])}, stats)
+      {'kernel': Array([[5., 5.], [0., 0.]], dtype=float32)}
+    """
+
+    def score(path: str, w: Array) -> Array:
+        view, known = stats.view(path), stats.of(path)
+        squares = jnp.square(w).reshape(view.split)
+        squares = jnp.sum(squares, axis=view.axes.output, keepdims=True)
+        channels = squares * _along_inputs(known.variance.astype(w.dtype), view)
+        if standardise:
+            over = view.axes.input
+            channels = channels - jnp.mean(channels, axis=over, keepdims=True)
+            spread = jnp.std(channels, axis=over, keepdims=True)
+            channels = channels / jnp.where(spread > 0, spread, 1)
+        return jnp.broadcast_to(channels, view.split).reshape(w.shape)
+
+    return _each(score, params, stats.paths, where, stats)
+
+
+def bias_compensation(w: Array, mean: Array, kept: Array) -> Array:
+    """What to add to the bias for the inputs that are removed: `sum_j W_ij E[x_j]`.
+
+    With it the layer's output keeps its mean over the calibration rows. An et al.
+    (2023, arXiv:2312.11983); it holds for single weights as well as for channels.
+
+    Args:
+      w: the kernel before it is pruned, `[*batch, d_out, d_in]`, as
+        `js.tree.to_matrices` makes it.
+      mean: the inputs' mean, `[*batch, d_in]`.
+      kept: bools, True = kept, for inputs `[*batch, d_in]` or for weights
+        `[*batch, d_out, d_in]`.
+
+    Returns:
+      `[*batch, d_out]`, in the kernel's dtype.
+
+    Raises:
+      ValueError: a mean or a mask of another shape.
+      TypeError: a mask that is not of bools.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> w, mean = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([10.0, 1.0])
+      >>> js.scores.bias_compensation(w, mean, jnp.array([True, False]))
+      Array([2., 4.], dtype=float32)
+    """
+    *batch, _, d_in = jnp.shape(w)
+    if jnp.shape(mean) != (*batch, d_in):
+        raise ValueError(
+            f"A kernel of shape {jnp.shape(w)} has a mean of shape {(*batch, d_in)}, "
+            f"got {jnp.shape(mean)}."
+        )
+    if jnp.shape(kept) not in ((*batch, d_in), jnp.shape(w)):
+        raise ValueError(
+            f"The mask has shape {jnp.shape(kept)}: it must have that of the mean, "
+            f"{jnp.shape(mean)}, or that of the kernel, {jnp.shape(w)}."
+        )
+    if kept.dtype != jnp.bool_:
+        raise TypeError(f"A mask holds bools, True = kept; got {kept.dtype}.")
+    wide = max(w.dtype, mean.dtype, key=lambda dtype: dtype.itemsize)
+    by_weight = kept if kept.ndim == w.ndim else kept[..., None, :]
+    lost = jnp.where(by_weight, jnp.zeros((), wide), w.astype(wide))
+    return jnp.sum(lost * mean[..., None, :].astype(wide), axis=-1).astype(w.dtype)
+
+
+def _each(
+    score: Callable[[str, Array], Array],
+    params: PyTree,
+    known: list[str] | tuple[str, ...],
+    where: Where,
+    stats: Statistics | None,
+    sizes: dict[str, Array] | None = None,
+) -> PyTree:
+    """`score` where there is what it needs, else zeros, in float32 and rounded once."""
+
+    def one(path: str, w: Array, taken: bool) -> Array:
+        if path not in known:
+            if taken:
+                raise ValueError(_missing(path, stats, sizes))
+            return jnp.zeros_like(w)
+        if stats is not None:
+            _check_fits(path, w, stats.of(path), stats.view(path))
+        _checks.check_floating(path, w)
+        wide = w.dtype if w.dtype.itemsize > 4 else jnp.float32
+        return score(path, w.astype(wide)).astype(w.dtype)
+
+    return map_with_path(one, params, select(params, where))
+
+
+def _missing(path: str, stats: Statistics | None, sizes: dict | None) -> str:
+    if stats is not None and path not in stats.paths:
+        return (
+            f"{path}: selected by `where`, but there are no statistics of its inputs, "
+            f"only of {list(stats.paths)[:4]}. Leave it out with `where`: a score "
+            "without them would be in another unit."
+        )
+    return (
+        f"{path}: selected by `where`, but there are no gradients of it, only of "
+        f"{list(sizes or {})[:4]}. Take the gradients with the same `where`."
+    )
+
+
+def _check_fits(path: str, w: Array, known: InputStats, view: MatrixView) -> None:
+    if view.shape != jnp.shape(w):
+        raise ValueError(
+            f"{path}: statistics for a parameter of shape {view.shape}, which has "
+            f"{jnp.shape(w)}. Were they taken of another model?"
+        )
+    expected = (*view.batch, view.d_in)
+    if known.square.shape != expected:
+        raise ValueError(
+            f"{path}: statistics of shape {known.square.shape} for a kernel that is "
+            f"read with inputs {expected}."
+        )
+
+
+def _checked(path: str, w: Array, size: Array) -> Array:
+    if jnp.shape(size) != jnp.shape(w):
+        raise ValueError(
+            f"{path}: gradient norms of shape {jnp.shape(size)} for a parameter of "
+            f"shape {jnp.shape(w)}. Pass `js.calibration.gradient_norms(grads)`, which "
+            "sums over the examples."
+        )
+    return size
+
+
+def _times_inputs(w: Array, values: Array, stats: Statistics, path: str) -> Array:
+    view = stats.view(path)
+    values = _along_inputs(values.astype(w.dtype), view)
+    return (w.reshape(view.split) * values).reshape(w.shape)
+
+
+def _along_inputs(values: Array, view: MatrixView) -> Array:
+    """`[*batch, d_in]` in the axes of `view.split`, of size 1 along the outputs."""
+    held = (*view.axes.batch, *view.axes.input)
+    values = values.reshape([view.split[a] for a in held])
+    values = values.transpose(sorted(range(len(held)), key=held.__getitem__))
+    return jnp.expand_dims(values, view.axes.output)

@@ -1,0 +1,261 @@
+"""Alternating directions: weights and their sparse copies pull at each other."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse import _checks, patterns
+from jaxsparse._typing import Array
+from jaxsparse.curvature._factor import matmul
+from jaxsparse.curvature._gram import GramFactor, damped_inverse, factor_gram
+from jaxsparse.solvers import _solved
+from jaxsparse.solvers._refit import conjugate_gradients
+from jaxsparse.solvers._solved import Solved
+
+_CHECKED = 3  # iterations between two looks at the support
+
+
+def admm(
+    w: Array,
+    gram: Array | GramFactor,
+    sparsity: float | Array | None = None,
+    *,
+    pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+    rho: float = 1.0,
+    iterations: int = 20,
+    mask_iterations: int = 15,
+    rel_damping: float | Array = 0.1,
+) -> Solved:
+    """Prunes a layer by ADMM: no loop over columns, only products of matrices.
+
+    In inputs scaled so that the gram matrix has a diagonal of ones, `H = G + damping
+    I`: `Z <- (W + U) * mask`, `U <- U + W - Z`, `W <- (H W_0 + rho (Z - U)) (H + rho
+    I)^-1`, and in the first iterations the mask keeps what is largest in `W + U`. Boza
+    (2024, "Fast and Effective Weight Update for Pruned Large Language Models",
+    arXiv:2401.02938).
+
+    Differs from the reference implementation: counts are exact, groups are of any size,
+    and there is no schedule of the sparsity (in the reference it has no effect but for
+    masks by output).
+
+    Args:
+      w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.
+      gram: `X^T X / n`, `[d_in, d_in]`; of a factor the undamped matrix is taken.
+      sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
+        left out.
+      pattern: `Unstructured("layer" or "output")`, or `NM`.
+      rho: how hard the copies pull, relative to a diagonal of ones.
+      iterations: of them all.
+      mask_iterations: those in which the mask may still change.
+      rel_damping: added to the diagonal of ones.
+
+    Returns:
+      The weights, mask and info. Weights of dead inputs are the first to go; those that
+      are kept stay what they are.
+
+    Raises:
+      ValueError: shapes that do not fit, NaN or Inf, options out of range.
+      TypeError: other patterns, types that are not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> w = jnp.array([[1.0, 2.0, 3.0]])
+      >>> gram = jnp.array([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])    # two equal inputs
+      >>> js.solvers.admm(w, gram, 0.34, rel_damping=0.01).mask.tolist()
+      [[False, True, True]]
+    """
+    sparsity = _check(w, gram, sparsity, pattern, rel_damping, rho, solver="admm")
+    _checks.check_positive_int(iterations, name="iterations")
+    _checks.check_positive_int(mask_iterations, name="mask_iterations")
+    plain = _solved.plain_gram(w, gram)
+    steps = (iterations, min(iterations, mask_iterations))
+    return _solved.done(
+        _admm_jitted(w, plain, sparsity, rho, rel_damping, pattern, steps)
+    )
+
+
+def alps(
+    w: Array,
+    gram: Array | GramFactor,
+    sparsity: float | Array | None = None,
+    *,
+    pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+    rho: float = 0.1,
+    iterations: int = 300,
+    refit_iterations: int = 10,
+    rel_damping: float | Array = 0.01,
+) -> Solved:
+    """Prunes a layer by ADMM with a growing penalty, then refits what is kept.
+
+    As `admm`, but `rho` starts small and grows, by 1.3 while more than a tenth of the
+    kept weights changed in three iterations, by 1.2 while more than one in 200 did,
+    else by 1.1, until no mask changes any more. One eigendecomposition serves every
+    `rho`. Then conjugate gradients find the weights for this mask. Of the solvers here
+    it leaves the smallest error. Meng et al. (2024, ALPS, arXiv:2406.07831).
+
+    Differs from the reference implementation: counts are exact and hold for every
+    pattern.
+
+    Args:
+      w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.
+      gram: `X^T X / n`, `[d_in, d_in]`; of a factor the undamped matrix is taken.
+      sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
+        left out.
+      pattern: `Unstructured("layer" or "output")`, or `NM`.
+      rho: the first penalty, relative to a diagonal of ones.
+      iterations: the most there may be.
+      refit_iterations: of conjugate gradients.
+      rel_damping: added to the diagonal of ones.
+
+    Returns:
+      The weights, mask and info. Weights of dead inputs are the first to go; those that
+      are kept stay what they are.
+
+    Raises:
+      ValueError: shapes that do not fit, NaN or Inf, options out of range.
+      TypeError: other patterns, types that are not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> w = jnp.array([[1.0, 2.0, 3.0]])
+      >>> gram = jnp.array([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])    # two equal inputs
+      >>> js.solvers.alps(w, gram, 0.34).mask.tolist()
+      [[False, True, True]]
+    """
+    sparsity = _check(w, gram, sparsity, pattern, rel_damping, rho, solver="alps")
+    _checks.check_positive_int(iterations, name="iterations")
+    _checks.check_positive_int(refit_iterations, name="refit_iterations")
+    plain = _solved.plain_gram(w, gram)
+    steps = (iterations, refit_iterations)
+    return _solved.done(
+        _alps_jitted(w, plain, sparsity, rho, rel_damping, pattern, steps)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "steps"))
+def _admm_jitted(w, gram, sparsity, rho, rel_damping, pattern, steps) -> Solved:
+    solve = functools.partial(_admm, pattern=pattern, steps=steps)
+    return _solved.on_mesh(solve, w, gram, sparsity, rho, rel_damping)
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "steps"))
+def _alps_jitted(w, gram, sparsity, rho, rel_damping, pattern, steps) -> Solved:
+    solve = functools.partial(_alps, pattern=pattern, steps=steps)
+    return _solved.on_mesh(solve, w, gram, sparsity, rho, rel_damping)
+
+
+def _check(w, gram, sparsity, pattern, rel_damping, rho, *, solver: str) -> Any:
+    _solved.check_layer(w, gram)
+    sparsity = _solved.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
+    _solved.check_dampings(None, rel_damping)
+    if _checks.is_concrete(rho) and not 0 < float(rho) < float("inf"):
+        raise ValueError(f"rho must be a number above 0, got {rho}.")
+    return sparsity
+
+
+class _Scaled(NamedTuple):
+    """A layer in inputs whose second moments are 1."""
+
+    target: Array  # W sqrt(diag G), 0 for dead inputs
+    gram: Array  # a diagonal of ones and the damping
+    scale: Array  # [1, d_in]
+
+
+def _rescale(w: Array, gram: Array, added: Array) -> _Scaled:
+    diagonal = jnp.diagonal(gram)
+    scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, jnp.ones_like(diagonal)))
+    scaled = gram / scale[:, None] / scale[None, :]
+    dead = jnp.where(diagonal > 0, jnp.zeros_like(diagonal), jnp.ones_like(diagonal))
+    target = w.astype(gram.dtype) * (scale * (1 - dead))[None, :]
+    return _Scaled(target, scaled + jnp.diag(dead + added), scale[None, :])
+
+
+def _admm(w, gram, sparsity, rho, rel_damping, *, pattern, steps) -> Solved:
+    rho, added = (jnp.asarray(x).astype(gram.dtype) for x in (rho, rel_damping))
+    target, scaled, scale = _rescale(w, gram, added)
+    choose = functools.partial(_choose, sparsity=sparsity, pattern=pattern)
+    factor = factor_gram(scaled, damping=rho)
+    inverse = damped_inverse(factor)
+    wanted = matmul(target, scaled)
+
+    def step(i: Any, state: Any) -> Any:
+        w, u, mask = state
+        pulled = w + u
+        if i is None:
+            mask = choose(pulled)
+        z = jnp.where(mask, pulled, jnp.zeros_like(pulled))
+        u = pulled - z
+        return matmul(wanted + rho * (z - u), inverse), u, mask
+
+    state = (target, jnp.zeros_like(target), jnp.ones(target.shape, bool))
+    iterations, choosing = steps
+    state = lax.fori_loop(0, choosing, lambda _, s: step(None, s), state)
+    w_new, u, mask = lax.fori_loop(0, iterations - choosing, step, state)
+    return _solved.finish(
+        w, (w_new + u) / scale, mask, gram, damping=added, failed=factor.failed
+    )
+
+
+class _Alternating(NamedTuple):
+    w: Array
+    sparse: Array
+    dual: Array
+    mask: Array
+    rho: Array
+    turn: Array
+    settled: Array
+
+
+def _alps(w, gram, sparsity, rho, rel_damping, *, pattern, steps) -> Solved:
+    rho, added = (jnp.asarray(x).astype(gram.dtype) for x in (rho, rel_damping))
+    target, scaled, scale = _rescale(w, gram, added)
+    choose = functools.partial(_choose, sparsity=sparsity, pattern=pattern)
+    values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
+    wanted = matmul(target, scaled)
+    iterations, refits = steps
+
+    def step(_, state: _Alternating) -> _Alternating:
+        _, sparse, dual, _, rho, turn, settled = state
+        pull = matmul(wanted - dual + rho * sparse, vectors) / (values + rho)[None, :]
+        w = matmul(pull, vectors.T)
+        free = w + dual / rho
+        mask = choose(free)
+        sparse = jnp.where(mask, free, jnp.zeros_like(free))
+        dual = dual + rho * (w - sparse)
+        return _Alternating(w, sparse, dual, mask, rho, turn + 1, settled)
+
+    def round_(state: _Alternating) -> _Alternating:
+        new = lax.fori_loop(0, _CHECKED, step, state)
+        changed = jnp.sum(new.mask != state.mask, dtype=jnp.float32)
+        kept = jnp.sum(new.mask, dtype=jnp.float32)
+        share = changed / jnp.maximum(kept, 1)
+        grow = jnp.where(share >= 0.1, 1.3, jnp.where(share >= 0.005, 1.2, 1.1))
+        return new._replace(
+            rho=state.rho * grow.astype(state.rho.dtype), settled=changed == 0
+        )
+
+    first = choose(target)
+    start = _Alternating(
+        target,
+        target,
+        jnp.zeros_like(target),
+        first,
+        rho,
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), bool),
+    )
+    going = lambda state: (state.turn < iterations) & ~state.settled
+    end = lax.while_loop(going, round_, start)
+    moved = conjugate_gradients(target, end.mask, scaled, end.sparse, refits)
+    failed = ~jnp.all(jnp.isfinite(values))
+    return _solved.finish(
+        w, moved / scale, end.mask, gram, damping=added, failed=failed
+    )
+
+
+def _choose(w: Array, *, sparsity: Any, pattern: patterns.Pattern) -> Array:
+    """The mask of what is largest."""
+    return patterns.masks(jnp.abs(w), sparsity, pattern=pattern, axes=_solved.AXES)

@@ -1,0 +1,212 @@
+"""From the places that read a parameter to its input, output and batch axes."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxsparse.tracing import _axes
+from jaxsparse.tracing._axes import Axis
+from jaxsparse.tracing._rules import Dims
+from jaxsparse.tracing._walk import Address, Site
+from jaxsparse.tree import Axes, MatrixView, matrix_view
+
+
+class NotFollowed(Exception):
+    """A parameter that has no one reading as a matrix; says why."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """How one equation reads one kernel: where inputs and matrices are found in it.
+
+    Attributes:
+      site: the equation.
+      inputs: `[d_in]`, for each column of the kernel's matrices its place along the
+        site's contracted axes.
+      batch: for each of the site's batch indices (loops first, in their order) the
+        kernel's flat batch index; of the shape of these indices.
+      scans: the scans that hand out the kernel's slices, outermost first.
+    """
+
+    site: Site
+    inputs: np.ndarray
+    batch: np.ndarray
+    scans: tuple[Address, ...]
+
+    def samples(self, axis: Axis) -> np.ndarray:
+        """For each row of inputs its place along an axis of the model's inputs.
+
+        Args:
+          axis: the axis that counts the samples of a batch.
+
+        Returns:
+          `[n]`, -1 for a row that does not belong to one of them.
+        """
+        site = self.site
+        contracted, batch = site.of_input
+        dims, repeat = site.input_dims, 1
+        free = [d for i, d in enumerate(dims) if i not in contracted and i not in batch]
+        if site.conv is not None:
+            first, positions = site.conv
+            free, repeat = [dims[first]], positions
+        return np.repeat(_match(free, [axis]), repeat)
+
+    @property
+    def key(self) -> Any:
+        """Equal for readings whose statistics are the same."""
+        place = self.inputs.tobytes(), self.batch.tobytes(), self.batch.shape
+        return self.site.reads, place, self.scans
+
+
+def view_of(
+    path: str, shape: tuple[int, ...], sites: Sequence[Site]
+) -> tuple[MatrixView, tuple[Reading, ...]]:
+    """The view of a parameter, and how each site reads it.
+
+    Args:
+      path: the parameter's path.
+      shape: its shape.
+      sites: the equations that contract it, at least one.
+
+    Returns:
+      The view and the readings.
+
+    Raises:
+      NotFollowed: its sites disagree, or read parts that no view describes.
+    """
+    dims = next(dims for p, dims in sites[0].origin.sources if p == path)
+    roles: dict[int, str] = {}
+    for site in sites:
+        _assign(roles, dims, site)
+    sizes, names, parts = [], [], []
+    for axis in dims:
+        for name, part in _runs(axis, roles):
+            sizes.append(part.size)
+            names.append(name)
+            parts.append(part)
+    pick = lambda name: tuple(i for i, n in enumerate(names) if n == name)
+    axes = Axes(pick("input"), pick("output"), pick("batch"))
+    split = shape if len(sizes) == len(shape) else tuple(sizes)
+    view = matrix_view(shape, axes, split=split)
+    places = {
+        name: [parts[i] for i in getattr(axes, name)] for name in ("input", "batch")
+    }
+    return view, tuple(_reading(site, places) for site in sites)
+
+
+def _kernel_dims(site: Site) -> tuple[Dims, Dims, Dims]:
+    """The contracted, batch and produced axes of a site's kernel operand."""
+    dims = site.origin.dims
+    contracted = tuple(dims[a] for a in site.contracted)
+    batch = tuple(dims[a] for a in site.batch)
+    rest = [
+        d for i, d in enumerate(dims) if i not in site.contracted and i not in site.batch
+    ]
+    if site.groups > 1:
+        (out,) = rest
+        group, within = _axes.split_minor(out, out.size // site.groups)
+        batch, rest = (group,), [within]
+    return contracted, batch, tuple(rest)
+
+
+def _assign(roles: dict[int, str], own: Dims, site: Site) -> None:
+    try:
+        contracted, batch, rest = _kernel_dims(site)
+    except _axes.Incompatible as error:
+        raise NotFollowed(f"its groups do not fit: {error}") from error
+    mine = {id(x) for axis in own for x in _axes.leaves(axis)}
+    named = (contracted, "input"), (batch, "batch"), (rest, "output")
+    for axes, role in named:
+        for axis in axes:
+            for x in _axes.leaves(axis):
+                if id(x) not in mine:
+                    continue
+                if roles.setdefault(id(x), role) != role and x.size > 1:
+                    raise NotFollowed(
+                        f"an axis of {x.size} is {roles[id(x)]} axis at one place and "
+                        f"{role} axis at {site.source}"
+                    )
+
+
+def _runs(axis: Axis, roles: dict[int, str]) -> list[tuple[str, Axis]]:
+    """The parts of one axis of a parameter that have a role of their own."""
+    node = _axes.find(axis)
+    # What no site has was sliced along, or is of size 1: it is carried.
+    named = {roles.get(id(x), "batch") for x in _axes.leaves(node)}
+    if len(named) == 1:
+        return [(named.pop(), node)]
+    if node.is_sum:
+        raise NotFollowed(
+            "parts of one of its axes are read in different ways; keep them as "
+            "parameters of their own"
+        )
+    runs: list[tuple[str, list[Axis]]] = []
+    for part in node.parts:
+        for name, piece in _runs(part, roles):
+            if runs and runs[-1][0] == name:
+                runs[-1][1].append(piece)
+            else:
+                runs.append((name, [piece]))
+    return [(name, _axes.product(pieces)) for name, pieces in runs]
+
+
+def _reading(site: Site, places: dict[str, list[Axis]]) -> Reading:
+    contracted, batch, _ = _kernel_dims(site)
+    loops = tuple(axis for _, axis in site.origin.loops)
+    inputs = _match(places["input"], contracted)
+    if np.any(inputs < 0):
+        raise NotFollowed(f"only a part of its inputs is read at {site.source}")
+    # Each index that the site has must be one of the kernel.
+    space = (*loops, *batch)
+    ones = site.origin.dropped
+    flat = _match([*space, *ones], places["batch"], distinct=True)
+    shape = tuple(a.size for a in space)
+    if np.any(flat < 0):
+        raise NotFollowed(f"its slices at {site.source} could not be told apart")
+    return Reading(
+        site, inputs, flat.reshape(shape), tuple(a for a, _ in site.origin.loops)
+    )
+
+
+def _match(
+    wanted: Sequence[Axis], given: Sequence[Axis], *, distinct: bool = False
+) -> np.ndarray:
+    """For each index along the wanted axes its place along the given ones, or -1.
+
+    -1 too where places must be distinct, and the common leaves do not tell them so.
+    """
+    left, right = _labels(wanted), _labels(given)
+    common = [key for key in left if key in right]
+    sign = lambda labels, n: sum(
+        ((labels[key] + 1) * weight for key, weight in zip(common, weights, strict=True)),
+        np.zeros(n, np.int64),
+    )
+    weights, weight = [], 1
+    for key in common:
+        weights.append(weight)
+        weight *= int(max(left[key].max(), right[key].max())) + 2
+    n, m = (math.prod(a.size for a in axes) for axes in (wanted, given))
+    a, b = sign(left, n), sign(right, m)
+    order = np.argsort(b, kind="stable")
+    at = np.searchsorted(b[order], a)
+    many = np.searchsorted(b[order], a, side="right") - at
+    found = order[np.minimum(at, m - 1)]
+    return np.where((many == 1) | ((many > 1) & (not distinct)), found, -1)
+
+
+def _labels(axes: Sequence[Axis]) -> dict[int, np.ndarray]:
+    """For each leaf its index along the flattened axes, -1 where it has no part."""
+    total = math.prod(a.size for a in axes)
+    inner, labels = total, {}
+    for axis in axes:
+        inner //= axis.size
+        at = np.arange(total) // inner % axis.size
+        for x, index in _axes.coordinates(axis):
+            found = index[at]
+            labels[id(x)] = (
+                np.maximum(labels[id(x)], found) if id(x) in labels else found
+            )
+    return labels

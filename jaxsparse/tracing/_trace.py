@@ -1,0 +1,310 @@
+"""`trace`: what a model does with each of its parameters."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxsparse._typing import PyTree
+from jaxsparse.tracing._kernels import NotFollowed, Reading, view_of
+from jaxsparse.tracing._walk import Origin, Site, Walk, abstract
+from jaxsparse.tree import Axes, MatrixView, leaves_with_paths
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """A parameter that is contracted with data.
+
+    Attributes:
+      path: its path.
+      view: its input, output and batch axes: how it is read as matrices.
+      readings: every place where it is contracted; more than one for tied weights.
+      input: the name of its input: kernels of the same name read the same numbers.
+      flops: of all its contractions for the example inputs, two for a multiply-add.
+      via: the primitives that changed its entries before it was contracted: masks,
+        scales, quantisation. Empty for a plain kernel.
+    """
+
+    path: str
+    view: MatrixView
+    readings: tuple[Reading, ...]
+    input: str
+    flops: int
+    via: tuple[str, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The lines of the model at which it is contracted."""
+        return tuple(reading.site.source for reading in self.readings)
+
+
+class Unfollowed(NamedTuple):
+    """What the walk could not follow.
+
+    Attributes:
+      paths: the parameters concerned; empty where only activations are.
+      primitive: the primitive at which their trail ends.
+      source: the line of the model.
+      reason: in words, with what to state by hand.
+    """
+
+    paths: tuple[str, ...]
+    primitive: str
+    source: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """What a model does with each of its parameters. It holds no parameters.
+
+    Attributes:
+      kernels: by path, in the order in which the model first reads them.
+      lookups: for each parameter that is indexed (an embedding) the lines of the model.
+      unfollowed: what the walk could not follow.
+      apply_fn: the function that was traced.
+      program: its jaxpr.
+      paths: the parameters' paths, in the order of the program's first variables.
+      treedef: the structure of the parameters.
+      out_shape: the abstract result.
+      inputs: the abstract example inputs.
+      samples: the first axis of the first input, which counts samples.
+      rules: what was given for foreign primitives.
+    """
+
+    kernels: Mapping[str, Kernel]
+    lookups: Mapping[str, tuple[str, ...]]
+    unfollowed: tuple[Unfollowed, ...]
+    apply_fn: Callable[..., Any]
+    program: Any
+    paths: tuple[str, ...]
+    treedef: Any
+    out_shape: Any
+    inputs: Any
+    samples: Any
+    rules: Mapping[str, str]
+
+    @property
+    def axes(self) -> dict[str, Axes]:
+        """Each kernel's axes, in the form that `axes=` takes everywhere.
+
+        Grouped convolutions are left out: their groups are a part of an axis, which
+        `Axes` cannot say.
+        """
+        return {
+            f"^{re.escape(path)}$": kernel.view.axes
+            for path, kernel in self.kernels.items()
+            if kernel.view.split == kernel.view.shape
+        }
+
+    @property
+    def flops(self) -> int:
+        """Of all contractions of kernels, for the example inputs."""
+        return sum(kernel.flops for kernel in self.kernels.values())
+
+    def __str__(self) -> str:
+        width = max([len(path) for path in self.kernels] + [6])
+        head = f"{'kernel':{width}}  {'shape':18} {'in':10} {'out':10} {'batch':8} MFLOP"
+        rows = [head]
+        for path, kernel in self.kernels.items():
+            axes, shape = kernel.view.axes, kernel.view.split
+            cells = [
+                ",".join(map(str, a)) for a in (axes.input, axes.output, axes.batch)
+            ]
+            sizes = "x".join(map(str, shape))
+            rows.append(
+                f"{path:{width}}  {sizes:18} {cells[0]:10} {cells[1]:10} "
+                f"{cells[2]:8} {kernel.flops / 1e6:.3g}"
+            )
+        rows += [f"not followed: {u.reason}" for u in self.unfollowed]
+        return "\n".join(rows)
+
+
+def trace(
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    *example_inputs: Any,
+    rules: Mapping[str, str] | None = None,
+) -> Trace:
+    """Finds, for any model, where and how each parameter is contracted.
+
+    The model is traced once, with abstract values: nothing is computed. From the jaxpr
+    follow, for each kernel, which of its axes are contracted with data (input axes),
+    which are produced (output), and which are carried along (batch: experts, layers
+    stacked for a scan, groups of a convolution); through reshapes, transposes, slices,
+    concatenations and casts, and through jit, remat, custom derivatives, scan, while,
+    cond and vmap.
+
+    Differs from Torch-Pruning's and OTO's graphs: they hook module classes or walk
+    autograd nodes, and take what they do not know for elementwise. Here nothing depends
+    on classes or names, and what is not known is said (`Trace.unfollowed`).
+
+    Args:
+      apply_fn: `apply_fn(params, *example_inputs)`: a Linen module's `apply`, a
+        function that merges an NNX graph definition and state, an Equinox model
+        combined with its static part, or any other function.
+      params: its parameters, arrays or `jax.ShapeDtypeStruct`s, in any pytree.
+      *example_inputs: arrays or `jax.ShapeDtypeStruct`s of the shapes to be used.
+      rules: for primitives that JAX does not know from inside, such as
+        `"pallas_call[my_kernel]"` or `"ffi_call[my_target]"`, an einsum-like equation
+        of their operands and results, `"btd,df->btf"`; `?` stands for what has no part
+        in it. The name in brackets may be left out.
+
+    Returns:
+      A `Trace`.
+
+    Raises:
+      TypeError: `params` have no arrays.
+      ValueError: an equation in `rules` does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
+      >>> params = {"query": jnp.ones((16, 4, 8)), "bias": jnp.ones((4, 8))}
+      >>> def apply_fn(params, x):
+      ...     flat = params["query"].reshape(16, 32)
+      ...     return (x @ flat).reshape(-1, 4, 8) + params["bias"]
+      >>> t = js.trace(apply_fn, params, jnp.ones((5, 16)))
+      >>> t.kernels["query"].view.axes
+      Axes(input=(0,), output=(1, 2), batch=())
+      >>> t.kernels["query"].flops == 2 * 5 * 16 * 32
+      True
+    """
+    found = leaves_with_paths(params)
+    if not found:
+        raise TypeError("params: there are no arrays in them.")
+    flat, treedef = jax.tree.flatten(params)
+    shapes = [abstract(x) for x in flat]
+    inputs = jax.tree.map(
+        lambda x: abstract(x) if hasattr(x, "shape") else x, example_inputs
+    )
+    program, out_shape = jax.make_jaxpr(
+        lambda leaves, inputs: apply_fn(jax.tree.unflatten(treedef, leaves), *inputs),
+        return_shape=True,
+    )(shapes, inputs)
+    walk = Walk(rules or {})
+    paths = tuple(path for path, _ in found)
+    args = []
+    for i, var in enumerate(program.jaxpr.invars):
+        value = walk.new(var.aval.shape, data=i >= len(paths))
+        if i < len(paths):
+            value = value._replace(origin=_own(paths[i], walk, var.aval.shape))
+        args.append(value)
+    walk.run(program, args, (), 1)
+    kernels, unfollowed = _kernels(walk, dict(zip(paths, shapes, strict=True)))
+    lookups = {path: tuple(lines) for path, lines in walk.lookups.items()}
+    return Trace(
+        kernels,
+        lookups,
+        unfollowed,
+        apply_fn,
+        program,
+        paths,
+        treedef,
+        out_shape,
+        inputs,
+        next((v.dims[0] for v in args[len(paths) :] if v.dims), None),
+        rules or {},
+    )
+
+
+def retrace(trace_: Trace, params: PyTree, inputs: tuple[Any, ...]) -> Trace:
+    """The same model with inputs of other shapes; the trace itself where they agree.
+
+    Args:
+      trace_: a trace.
+      params: the parameters.
+      inputs: arrays.
+
+    Returns:
+      A `Trace`.
+
+    Raises:
+      ValueError: parameters of another structure or other shapes.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> t = js.trace(lambda p, x: x @ p["w"], params, jnp.ones((5, 3)))
+      >>> js.tracing.retrace(t, params, (jnp.ones((7, 3)),)).flops / t.flops
+      1.4
+    """
+    treedef = jax.tree.structure(params)
+    shapes = [abstract(x) for x in jax.tree.leaves(params)]
+    traced = [v.aval for v in trace_.program.jaxpr.invars[: len(trace_.paths)]]
+    if treedef != trace_.treedef:
+        raise ValueError("params have another structure than those that were traced.")
+    for path, s, t in zip(trace_.paths, shapes, traced, strict=True):
+        if s.shape != t.shape:
+            raise ValueError(f"{path}: traced with shape {t.shape}, got {s.shape}.")
+    same = lambda a, b: jax.tree.map(abstract, a) == jax.tree.map(abstract, b)
+    types = [s.dtype == t.dtype for s, t in zip(shapes, traced, strict=True)]
+    if all(types) and same(inputs, trace_.inputs):
+        return trace_
+    return trace(trace_.apply_fn, params, *inputs, rules=trace_.rules)
+
+
+def _own(path: str, walk: Walk, shape: tuple[int, ...]) -> Any:
+    dims = walk.new(shape, data=False).dims  # apart from the axes that are unified
+    return Origin(((path, dims),), dims)
+
+
+def _kernels(
+    walk: Walk, shapes: Mapping[str, Any]
+) -> tuple[dict[str, Kernel], tuple[Unfollowed, ...]]:
+    by_path: dict[str, list[Site]] = collections.defaultdict(list)
+    for site in walk.sites:
+        for path, _ in site.origin.sources:
+            by_path[path].append(site)
+    kernels: dict[str, Kernel] = {}
+    unfollowed: list[Unfollowed] = []
+    names: dict[Any, str] = {}
+    for path, sites in by_path.items():
+        last = sites[-1]
+        try:
+            if "dynamic_slice" in frozenset().union(*(s.origin.via for s in sites)):
+                raise NotFollowed(
+                    "slices of it are taken at a traced index; let a scan hand them out"
+                )
+            view, readings = view_of(path, tuple(shapes[path].shape), sites)
+        except NotFollowed as error:
+            reason = (
+                f"{path}: {error} ({last.primitive} at {last.source}). State its axes "
+                f"by hand, axes={{r'{re.escape(path)}': js.Axes(...)}}, and give its "
+                "statistics yourself."
+            )
+            unfollowed.append(Unfollowed((path,), last.primitive, last.source, reason))
+            continue
+        key = frozenset(reading.key for reading in readings), view.batch
+        kernels[path] = Kernel(
+            path,
+            view,
+            readings,
+            names.setdefault(key, path),
+            sum(site.flops for site in sites),
+            tuple(sorted(frozenset().union(*(s.origin.via for s in sites)))),
+        )
+    for stop in walk.stops:
+        lost = tuple(p for p in stop.paths if p not in kernels)
+        if stop.paths and not lost:
+            continue
+        unfollowed.append(_explained(stop, lost))
+    return kernels, tuple(dict.fromkeys(unfollowed))
+
+
+def _explained(stop: Any, paths: tuple[str, ...]) -> Unfollowed:
+    who = ", ".join(paths)
+    if stop.unknown:
+        reason = (
+            f"{who}: there is no rule for the primitive {stop.primitive} at "
+            f"{stop.source}. Give one: rules={{'{stop.primitive}': 'btd,df->btf'}}, or "
+            "state the axes by hand."
+        )
+    else:
+        reason = (
+            f"{who}: no contraction with data, but {stop.primitive} at {stop.source}. "
+            "If it is a kernel, state its axes by hand and give its statistics yourself."
+        )
+    return Unfollowed(paths, stop.primitive, stop.source, reason)

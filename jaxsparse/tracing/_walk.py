@@ -1,0 +1,429 @@
+"""One walk of a jaxpr: the axes of every value, and every place that reads a parameter."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from jaxsparse.tracing import _axes, _rules
+from jaxsparse.tracing._axes import Axis, leaf
+from jaxsparse.tracing._rules import Dims, Rule
+
+Address = tuple[int, ...]
+"""Where an equation is: its index, then for each jaxpr that it lies in which of its
+equation's jaxprs and the index there."""
+
+
+class Origin(NamedTuple):
+    """How a value came about from parameters, and from nothing else.
+
+    Its axes are expressions of the parameters' own axes, which no other value shares:
+    a square kernel's two axes stay apart here.
+    """
+
+    sources: tuple[tuple[str, Dims], ...]  # parameters with their axes
+    dims: Dims
+    dropped: Dims = ()  # axes of size 1 that were squeezed away
+    via: frozenset[str] = frozenset()  # what changed entries on the way
+    loops: tuple[tuple[Address, Axis], ...] = ()  # scans that hand out its slices
+
+
+class Value(NamedTuple):
+    """What is known of a traced value."""
+
+    dims: Dims
+    data: bool  # whether it depends on the inputs
+    token: Any  # equal tokens, equal values
+    origin: Origin | None = None
+
+
+class Site(NamedTuple):
+    """An equation that contracts parameters with data."""
+
+    address: Address
+    primitive: str
+    operand: int  # which operand comes from the parameters
+    other: int  # and which from the inputs
+    origin: Origin
+    contracted: tuple[int, ...]  # axes of that operand
+    batch: tuple[int, ...]
+    of_input: tuple[tuple[int, ...], tuple[int, ...]]  # the same of the other operand
+    input_dims: Dims  # all axes of the other operand
+    groups: int  # of a convolution
+    conv: tuple[int, int] | None  # its input's axis of samples, positions of a sample
+    reads: Any  # equal values, equal statistics
+    times: int | None  # how often the equation runs; None where no one knows
+    flops: int
+    source: str
+
+
+class Stop(NamedTuple):
+    """Where a parameter's trail ends: it meets data other than in a contraction."""
+
+    paths: tuple[str, ...]
+    primitive: str
+    source: str
+    unknown: bool  # whether there is no rule for the primitive
+
+
+_CALLED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+def closed(jaxpr: Any) -> Any:
+    """A jaxpr with its constants, which most have none of."""
+    return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
+
+
+def called(eqn: Any) -> Any:
+    """The jaxpr that an equation runs once, with its own operands; or None."""
+    key = _CALLED.get(eqn.primitive.name)
+    found = eqn.params.get(key) if key else None
+    return None if found is None else closed(found)
+
+
+def inner(eqn: Any) -> list[Any]:
+    """All jaxprs of an equation, in the order that addresses count."""
+    name, p = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return [closed(p["jaxpr"])]
+    if name == "while":
+        return [closed(p["cond_jaxpr"]), closed(p["body_jaxpr"])]
+    if name == "cond":
+        return [closed(b) for b in p["branches"]]
+    one = called(eqn)
+    return [] if one is None else [one]
+
+
+def source_of(eqn: Any) -> str:
+    """The line of the model that an equation comes from."""
+    from jax._src import source_info_util  # jaxprs carry it; nothing public reads it
+
+    return source_info_util.summarize(eqn.source_info)
+
+
+class Walk:
+    """The state of one walk: what it found so far.
+
+    Attributes:
+      sites: contractions of parameters.
+      stops: other ends of parameters.
+      lookups: paths of parameters that are indexed (embeddings).
+    """
+
+    def __init__(self, rules: Mapping[str, str]):
+        self.sites: list[Site] = []
+        self.stops: list[Stop] = []
+        self.lookups: dict[str, list[str]] = {}
+        self._foreign = {k: _rules.by_einsum(v) for k, v in rules.items()}
+        self._equations = dict(rules)
+        self._known: dict[Any, int] = {}
+        self._count = iter(range(1 << 62))
+
+    def run(
+        self, jaxpr: Any, args: Sequence[Value], address: Address, times: int | None
+    ) -> list[Value]:
+        """Walks a closed jaxpr.
+
+        Args:
+          jaxpr: with its constants.
+          args: one value for each of its variables.
+          address: of the jaxpr, () for the outermost one.
+          times: how often it runs.
+
+        Returns:
+          The values of its results.
+        """
+        env: dict[Any, Value] = {}
+        for var, const in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
+            env[var] = self.new(var.aval.shape, data=False, token=("const", id(const)))
+        env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Value:
+            if isinstance(atom, core.Literal):
+                token = ("literal", str(atom.val), str(atom.aval))
+                return self.new(atom.aval.shape, data=False, token=token)
+            return env[atom]
+
+        for index, eqn in enumerate(jaxpr.jaxpr.eqns):
+            ins = [read(x) for x in eqn.invars]
+            outs = self._eqn(eqn, ins, (*address, index), times)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(x) for x in jaxpr.jaxpr.outvars]
+
+    def new(self, shape: Sequence[int], *, data: bool, token: Any = None) -> Value:
+        """A value of which nothing is known."""
+        token = self._token(token) if token is not None else next(self._count)
+        return Value(tuple(leaf(n) for n in shape), data, token)
+
+    def _token(self, key: Any) -> int:
+        return self._known.setdefault(key, next(self._count))
+
+    def _eqn(
+        self, eqn: Any, ins: list[Value], address: Address, times: int | None
+    ) -> list[Value]:
+        name = eqn.primitive.name
+        foreign = self._foreign_name(eqn)
+        if foreign is None:
+            if name == "scan":
+                return self._scan(eqn, ins, address, times)
+            if name == "while":
+                return self._while(eqn, ins, address)
+            if name == "cond":
+                return self._cond(eqn, ins, address, times)
+            jaxpr = called(eqn)
+            if jaxpr is not None:
+                return self.run(jaxpr, ins, (*address, 0), times)
+        rule = self._foreign[foreign] if foreign else _rules.RULES.get(name)
+        known = rule is not None
+        rule = rule or _rules.opaque
+        dims = rule(eqn, [v.dims for v in ins])
+        data = any(v.data for v in ins)
+        origins: list[Origin | None] = [None] * len(dims)
+        if not data:
+            origins = self._origins(eqn, ins, rule)
+        elif any(v.origin for v in ins):
+            self._meet(eqn, ins, address, times, foreign, known)
+        token = self._value_number(eqn, ins)
+        return [
+            Value(d, data, self._token((token, i)), origin)
+            for i, (d, origin) in enumerate(zip(dims, origins, strict=True))
+        ]
+
+    def _foreign_name(self, eqn: Any) -> str | None:
+        names = [eqn.primitive.name]
+        for key in ("name", "target_name", "name_and_src_info"):
+            found = eqn.params.get(key)
+            found = getattr(found, "name", found)
+            if isinstance(found, str):
+                names.append(f"{names[0]}[{found}]")
+        return next((n for n in reversed(names) if n in self._foreign), None)
+
+    def _value_number(self, eqn: Any, ins: list[Value]) -> int:
+        try:
+            params = tuple(sorted(eqn.params.items()))
+            if eqn.effects:
+                return next(self._count)
+            return self._token((eqn.primitive.name, params, tuple(v.token for v in ins)))
+        except TypeError:  # unhashable parameters
+            return next(self._count)
+
+    def _origins(
+        self, eqn: Any, ins: list[Value], rule: Rule
+    ) -> list[Origin | None]:
+        name, none = eqn.primitive.name, [None] * len(eqn.outvars)
+        found = [v.origin for v in ins if v.origin]
+        if not found:
+            return list(none)
+        if name not in _rules.STRUCTURAL and name not in _rules.ELEMENTWISE:
+            paths = tuple(path for o in found for path, _ in o.sources)
+            self.stops.append(Stop(paths, name, source_of(eqn), False))
+            return list(none)
+        shape = lambda atom: atom.aval.shape
+        before = [
+            v.origin.dims if v.origin else tuple(leaf(n) for n in shape(x))
+            for v, x in zip(ins, eqn.invars, strict=True)
+        ]
+        after = rule(eqn, before)
+        via = frozenset().union(*(o.via for o in found))
+        partial = name == "dynamic_slice" and any(
+            a.size != b.size for a, b in zip(before[0], after[0], strict=True)
+        )
+        if name not in _rules.STRUCTURAL or partial:
+            via |= {name}
+        ones = [d for dims in before for d in dims if d.size == 1]
+        loops = tuple(dict.fromkeys(x for o in found for x in o.loops))
+        results: list[Origin | None] = []
+        for dims in after:
+            left = {id(_axes.find(d)) for d in dims}
+            dropped = (*(d for o in found for d in o.dropped), *ones)
+            dropped = tuple(d for d in dropped if id(_axes.find(d)) not in left)
+            sources = {path: dims for o in found for path, dims in o.sources}
+            results.append(Origin(tuple(sources.items()), dims, dropped, via, loops))
+        return results
+
+    def _meet(
+        self,
+        eqn: Any,
+        ins: list[Value],
+        address: Address,
+        times: int | None,
+        foreign: str | None,
+        known: bool,
+    ) -> None:
+        """Parameters meet data: a contraction, a look-up, or the end of their trail."""
+        name, source = eqn.primitive.name, source_of(eqn)
+        for at, value in enumerate(ins):
+            if value.origin is None:
+                continue
+            paths = tuple(path for path, _ in value.origin.sources)
+            if name == "gather" and at == 0:
+                for path in paths:
+                    self.lookups.setdefault(path, []).append(source)
+                continue
+            if foreign:
+                sides = _foreign_sides(self._equations[foreign], at, ins)
+            else:
+                sides = _sides(eqn, at)
+            if sides is None or not ins[sides[0]].data:
+                # What is added, or a vector that scales, is no kernel: no one asks.
+                matrix = any(d.size > 1 for d in value.origin.dims[:-1])
+                if (matrix and name not in {"add", "add_any", "sub"}) or not known:
+                    self.stops.append(Stop(paths, name, source, not known))
+                continue
+            other, contracted, batch, of_input = sides
+            settings = {
+                k: v for k, v in eqn.params.items() if k not in _NOT_SETTINGS
+            }
+            reads = (ins[other].token, name, other, str(settings))
+            shape = eqn.invars[at].aval.shape
+            flops = 2 * math.prod(eqn.outvars[0].aval.shape)
+            flops *= math.prod(shape[a] for a in contracted)
+            self.sites.append(
+                Site(
+                    address,
+                    name,
+                    at,
+                    other,
+                    value.origin,
+                    contracted,
+                    batch,
+                    of_input,
+                    ins[other].dims,
+                    eqn.params.get("feature_group_count", 1),
+                    _positions(eqn) if name == "conv_general_dilated" else None,
+                    reads,
+                    times,
+                    flops * (times or 1),
+                    source,
+                )
+            )
+
+    def _scan(
+        self, eqn: Any, ins: list[Value], address: Address, times: int | None
+    ) -> list[Value]:
+        p = eqn.params
+        length, first, last = p["length"], p["num_consts"], p["num_consts"]
+        last += p["num_carry"]
+        layer = leaf(length, "layer")
+        data = any(v.data for v in ins)
+        inside = list(ins[:first])
+        for v in ins[first:last]:
+            inside.append(Value(v.dims, data, next(self._count)))
+        for v in ins[last:]:
+            _rules.unify(v.dims[0], layer, "scan")
+            origin = v.origin
+            if origin is not None:
+                loops = (*origin.loops, (address, origin.dims[0]))
+                origin = origin._replace(dims=origin.dims[1:], loops=loops)
+            inside.append(Value(v.dims[1:], v.data, next(self._count), origin))
+        many = None if times is None else times * length
+        outs = self.run(inner(eqn)[0], inside, (*address, 0), many)
+        carried = last - first
+        for a, b in zip(ins[first:last], outs[:carried], strict=True):
+            _same(a.dims, b.dims, "scan")
+        results = [Value(v.dims, data, next(self._count)) for v in outs[:carried]]
+        for v in outs[carried:]:
+            results.append(Value((layer, *v.dims), v.data, next(self._count)))
+        return results
+
+    def _while(self, eqn: Any, ins: list[Value], address: Address) -> list[Value]:
+        p = eqn.params
+        tests, bodies = p["cond_nconsts"], p["body_nconsts"]
+        data = any(v.data for v in ins)
+        carry = [
+            Value(v.dims, data, next(self._count)) for v in ins[tests + bodies :]
+        ]
+        test, body = inner(eqn)
+        self.run(test, [*ins[:tests], *carry], (*address, 0), None)
+        arguments = [*ins[tests : tests + bodies], *carry]
+        outs = self.run(body, arguments, (*address, 1), None)
+        for a, b in zip(carry, outs, strict=True):
+            _same(a.dims, b.dims, "while")
+        return [Value(v.dims, data, next(self._count)) for v in outs]
+
+    def _cond(
+        self, eqn: Any, ins: list[Value], address: Address, times: int | None
+    ) -> list[Value]:
+        results: list[Value] = []
+        for i, branch in enumerate(inner(eqn)):
+            outs = self.run(branch, ins[1:], (*address, i), times)
+            for a, b in zip(results, outs, strict=False):
+                _same(a.dims, b.dims, "cond")
+            results = results or outs
+        data = any(v.data for v in ins)
+        return [Value(v.dims, data or v.data, next(self._count)) for v in results]
+
+
+_NOT_SETTINGS = {"preferred_element_type", "out_sharding", "precision"}
+
+
+def _same(a: Dims, b: Dims, why: str) -> None:
+    for x, y in zip(a, b, strict=True):
+        _rules.unify(x, y, why)
+
+
+# The other operand, the contracted and the batch axes of this one, and of the other.
+_Sides = tuple[
+    int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]
+]
+
+
+def _sides(eqn: Any, at: int) -> _Sides | None:
+    """How an equation contracts its operand `at`; None where it does not."""
+    name, p = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        contracted, batch = p["dimension_numbers"]
+        theirs = tuple(contracted[1 - at]), tuple(batch[1 - at])
+        return 1 - at, tuple(contracted[at]), tuple(batch[at]), theirs
+    if name == "conv_general_dilated" and at == 1 and p["batch_group_count"] == 1:
+        spec = p["dimension_numbers"]
+        return 0, tuple(spec.rhs_spec[1:]), (), ((spec.lhs_spec[1],), ())
+    if name in {"ragged_dot", "ragged_dot_general"} and at == 1:
+        return 0, (1,), (0,), ((1,), ())
+    return None
+
+
+def _positions(eqn: Any) -> tuple[int, int]:
+    spec, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
+    return spec.lhs_spec[0], math.prod(shape[a] for a in spec.out_spec[2:])
+
+
+def _foreign_sides(equation: str, at: int, ins: list[Value]) -> _Sides | None:
+    left, right = equation.replace(" ", "").split("->")
+    operands = left.split(",")
+    mine, result = operands[at], right.split(",")[0]
+    for other, letters in enumerate(operands):
+        if other == at or not ins[other].data or not set(mine) & set(letters):
+            continue
+        contracted = [c for c in mine if c in letters and c not in result]
+        batch = [c for c in mine if c in letters and c in result]
+        place = lambda word, of: tuple(of.index(c) for c in word)
+        theirs = place(contracted, letters), place(batch, letters)
+        return other, place(contracted, mine), place(batch, mine), theirs
+    return None
+
+
+def equations(jaxpr: Any, address: Address = ()) -> Iterator[tuple[Address, Any]]:
+    """All equations of a jaxpr and of those in it, with their addresses."""
+    for index, eqn in enumerate(jaxpr.jaxpr.eqns):
+        yield (*address, index), eqn
+        for i, sub in enumerate(inner(eqn)):
+            yield from equations(sub, (*address, index, i))
+
+
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape and type of an array, or of what stands for one."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -1,0 +1,119 @@
+"""A kernel as a batch of matrices `[d_out, d_in]`, which is what solvers work on."""
+
+import dataclasses
+import math
+
+from jaxsparse._typing import Array
+from jaxsparse.tree._axes import Axes
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """How a parameter is read as matrices.
+
+    Attributes:
+      shape: the parameter's shape.
+      split: the shape in which its axes are told apart. It is `shape` but where only a
+        part of an axis is carried along: the groups of a grouped convolution
+        `(*window, in/g, out)` are read from `(*window, in/g, g, out/g)`.
+      axes: the input, output and batch axes of `split`.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> view = js.tree.matrix_view((3, 3, 8, 16), js.Axes(input=(0, 1, 2), output=(3,)))
+      >>> view.batch, view.d_out, view.d_in
+      ((), 16, 72)
+    """
+
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    axes: Axes
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The sizes of the batch axes."""
+        return tuple(self.split[a] for a in self.axes.batch)
+
+    @property
+    def d_out(self) -> int:
+        """The rows of a matrix."""
+        return math.prod(self.split[a] for a in self.axes.output)
+
+    @property
+    def d_in(self) -> int:
+        """The columns of a matrix: what one row of inputs holds."""
+        return math.prod(self.split[a] for a in self.axes.input)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes of `split` in the order batch, output, input."""
+        return self.axes.batch + self.axes.output + self.axes.input
+
+
+def matrix_view(
+    shape: tuple[int, ...], axes: Axes, *, split: tuple[int, ...] | None = None
+) -> MatrixView:
+    """The view of a parameter of this shape.
+
+    Args:
+      shape: the parameter's shape.
+      axes: its axes, or those of `split`.
+      split: see `MatrixView`.
+
+    Returns:
+      A `MatrixView`.
+
+    Raises:
+      ValueError: `axes` do not name each axis once, or `split` is of another size.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.tree.matrix_view((8, 4, 2), js.Axes(input=(0,), output=(1, 2))).d_out
+      8
+    """
+    split = tuple(shape) if split is None else tuple(split)
+    if math.prod(split) != math.prod(shape):
+        raise ValueError(f"split {split} holds not as much as the shape {shape}.")
+    return MatrixView(tuple(shape), split, axes.normalised("kernel", len(split)))
+
+
+def to_matrices(w: Array, view: MatrixView) -> Array:
+    """The parameter as `[*batch, d_out, d_in]`.
+
+    Args:
+      w: an array of the parameter's shape.
+      view: the parameter's view.
+
+    Returns:
+      The same numbers; the last input axis is the fastest.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> view = js.tree.matrix_view((2, 3), js.Axes(input=(0,), output=(1,)))
+      >>> js.tree.to_matrices(jnp.ones((2, 3)), view).shape
+      (3, 2)
+    """
+    w = w.reshape(view.split).transpose(view.order)
+    return w.reshape(*view.batch, view.d_out, view.d_in)
+
+
+def from_matrices(matrices: Array, view: MatrixView) -> Array:
+    """The inverse of `to_matrices`.
+
+    Args:
+      matrices: `[*batch, d_out, d_in]`.
+      view: the parameter's view.
+
+    Returns:
+      An array of the parameter's shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> view = js.tree.matrix_view((2, 3), js.Axes(input=(0,), output=(1,)))
+      >>> js.tree.from_matrices(jnp.ones((3, 2)), view).shape
+      (2, 3)
+    """
+    order = view.order
+    w = matrices.reshape([view.split[a] for a in order])
+    inverse = [order.index(a) for a in range(len(order))]
+    return w.transpose(inverse).reshape(view.shape)

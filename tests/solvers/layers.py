@@ -1,0 +1,35 @@
+"""Layers with correlated inputs, for the tests of layer-wise solvers."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxsparse as js
+
+D_OUT, D_IN = 16, 44
+LAYER, ROWS = js.Unstructured(), js.Unstructured("output")
+TWO_OF_FOUR = js.NM(2, 4)
+PATTERNS = {"layer": LAYER, "output": ROWS, "nm": TWO_OF_FOUR}
+
+
+def layer(d_out=D_OUT, d_in=D_IN, seed=0, dead=(), rows=400):
+    """A kernel and a gram matrix, numpy float64."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((d_in, d_in)) + 0.5 * rng.standard_normal((d_in, 1))
+    x = rng.standard_normal((rows, d_in)) @ mix
+    x[:, list(dead)] = 0
+    return rng.standard_normal((d_out, d_in)), x.T @ x / rows
+
+
+def single(*arrays):
+    return [jnp.asarray(a, jnp.float32) for a in arrays]
+
+
+def assert_obeys(mask, sparsity, pattern):
+    """The exact count in each competing group."""
+    removed = ~np.asarray(mask)
+    if isinstance(pattern, js.NM):
+        groups = removed.reshape(-1, pattern.of)
+    else:
+        groups = removed if pattern.scope == "output" else removed.reshape(1, -1)
+    count = js.patterns.removed_count(sparsity, groups.shape[1])
+    np.testing.assert_array_equal(groups.sum(1), count)

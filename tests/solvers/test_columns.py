@@ -1,0 +1,237 @@
+"""SparseGPT's sweep against the same in dense float64, and what it keeps."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from reference import layerwise as oracle
+from solvers import layers
+from solvers.layers import LAYER, PATTERNS, ROWS, TWO_OF_FOUR, layer, single
+
+import jaxsparse as js
+
+sparsegpt = js.solvers.sparsegpt
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+
+
+def check(w, gram, sparsity, pattern, **options):
+    """In float64: the mask of the oracle, its weights and its error."""
+    with jax.enable_x64(True):
+        mask = options.pop("mask", None)
+        given = {} if mask is None else {"mask": jnp.asarray(mask)}
+        got = sparsegpt(
+            jnp.asarray(w),
+            jnp.asarray(gram),
+            sparsity,
+            pattern=pattern,
+            **given,
+            **options,
+        )
+        new, kept = oracle.column_sweep(
+            w, gram, sparsity, pattern, mask=mask, **options
+        )
+        np.testing.assert_array_equal(got.mask, kept)
+        np.testing.assert_allclose(got.w, new, rtol=1e-6, atol=1e-9)
+        error = oracle.error(w, new, gram)
+        total = oracle.error(w, 0 * w, gram)
+        _, damping = oracle.damped(gram)
+        np.testing.assert_allclose(got.info.error, error, rtol=1e-6)
+        np.testing.assert_allclose(got.info.relative_error, error / total, rtol=1e-6)
+        np.testing.assert_allclose(got.info.damping, damping)
+        assert got.w.dtype == jnp.float64
+    return got
+
+
+@pytest.mark.parametrize("block_size", [8, 32])  # wide products; parts within a block
+@every_pattern
+def test_it_is_the_column_sweep(pattern, block_size):
+    w, gram = layer()
+    got = check(w, gram, 0.5, pattern, block_size=block_size)
+    layers.assert_obeys(got.mask, 0.5, pattern)
+    assert int(got.info.dead) == 0
+
+
+@every_pattern
+def test_dead_inputs_go_first_and_count(pattern):
+    w, gram = layer(dead=(3, 9, 10, 40))
+    got = check(w, gram, 0.5, pattern, block_size=8)
+    layers.assert_obeys(got.mask, 0.5, pattern)
+    assert int(got.info.dead) == 4
+    assert not got.mask[:, (3, 9, 10, 40)].any()
+
+
+def test_more_weights_of_dead_inputs_than_are_removed():
+    w, gram = layer(dead=range(30))
+    got = check(w, gram, 0.5, LAYER, block_size=8)
+    layers.assert_obeys(got.mask, 0.5, LAYER)
+    unused = np.asarray(got.mask)[:, :30]
+    np.testing.assert_array_equal(np.asarray(got.w)[:, :30][unused], w[:, :30][unused])
+    assert float(got.info.error) == 0
+
+
+@every_pattern
+def test_what_was_pruned_before_stays_pruned_and_counts(pattern):
+    w, gram = layer()
+    before = np.random.default_rng(1).random(w.shape) > 0.2
+    if pattern == TWO_OF_FOUR:
+        before[:, ::4], before[:, 1::4] = False, True
+        before[:, 2::4] = before[:, 3::4] = True
+    before[:, 16:20] = pattern == TWO_OF_FOUR
+    got = check(w, gram, 0.5, pattern, block_size=8, mask=before)
+    layers.assert_obeys(got.mask, 0.5, pattern)
+    assert not (np.asarray(got.mask) & ~before).any()
+
+
+def test_nothing_removed_changes_nothing():
+    w, gram = single(*layer())
+    got = sparsegpt(w, gram, 0.0, block_size=8)
+    np.testing.assert_array_equal(got.w, w)
+    assert got.mask.all()
+    assert float(got.info.error) == 0
+
+
+def test_equal_weights_go_by_position():
+    w, gram = jnp.ones((4, 8)), jnp.eye(8)
+    got = sparsegpt(w, gram, 0.5, block_size=8)
+    np.testing.assert_array_equal(got.mask, np.repeat([[True] * 4 + [False] * 4], 4, 0))
+
+
+def test_a_larger_layer_in_float32_has_the_error_of_the_oracle():
+    w, gram = layer(64, 300)
+    got = sparsegpt(*single(w, gram), 0.5, block_size=32)
+    new, kept = oracle.column_sweep(w, gram, 0.5, LAYER, block_size=32)
+    assert int((~got.mask).sum()) == 9600
+    assert np.mean(np.asarray(got.mask) == kept) > 0.999
+    expected = oracle.error(w, new, gram)
+    np.testing.assert_allclose(oracle.error(w, got.w, gram), expected, rtol=1e-2)
+    np.testing.assert_allclose(got.info.error, expected, rtol=1e-2)
+
+
+def test_a_factor_serves_several_kernels():
+    (w, gram), other = single(*layer()), single(*layer(seed=1))[0]
+    factor = js.curvature.factor_gram(gram, rel_damping=0.01)
+    for kernel in (w, other):
+        whole = sparsegpt(kernel, gram, 0.5, block_size=8)
+        shared = sparsegpt(kernel, factor, 0.5, block_size=8)
+        jax.tree.map(np.testing.assert_array_equal, shared, whole)
+
+
+def test_the_factor():
+    with jax.enable_x64(True):
+        gram = layer(2, 600, dead=(5,))[1]
+        factor = js.curvature.factor_gram(jnp.asarray(gram), rel_damping=0.01)
+        matrix, damping = oracle.damped(gram)
+        np.testing.assert_allclose(factor.root @ factor.root.T, matrix, atol=1e-8)
+        assert not np.tril(factor.root, -1).any()
+        inverse = js.curvature.damped_inverse(factor)
+        np.testing.assert_allclose(inverse @ matrix, np.eye(600), atol=1e-8)
+        np.testing.assert_allclose(factor.damping, damping)
+        assert np.flatnonzero(factor.dead).tolist() == [5]
+
+
+# Types, transformations, devices.
+
+
+def test_bfloat16_weights_are_computed_in_float32():
+    w, gram = single(*layer())
+    w = w.astype(jnp.bfloat16)
+    got = sparsegpt(w, gram, 0.5, block_size=8)
+    wide = sparsegpt(w.astype(jnp.float32), gram, 0.5, block_size=8)
+    assert got.w.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got.mask, wide.mask)
+    np.testing.assert_array_equal(got.w, wide.w.astype(jnp.bfloat16))
+
+
+def test_vmap_jit_and_a_traced_sparsity():
+    pairs = [single(*layer(seed=seed)) for seed in range(2)]
+    w, gram = (jnp.stack(x) for x in zip(*pairs, strict=True))
+    traces = []
+
+    @jax.jit
+    def many(w, gram, sparsity):
+        traces.append(1)
+        solve = functools.partial(sparsegpt, block_size=8)
+        return jax.vmap(solve, (0, 0, None))(w, gram, sparsity)
+
+    for sparsity in (0.5, 0.7):
+        got = many(w, gram, sparsity)
+        for i, (kernel, own) in enumerate(pairs):
+            one = sparsegpt(kernel, own, sparsity, block_size=8)
+            np.testing.assert_array_equal(got.mask[i], one.mask)
+            np.testing.assert_allclose(got.w[i], one.w, rtol=1e-3, atol=1e-4)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("pattern", [LAYER, ROWS], ids=["layer", "output"])
+def test_rows_on_many_devices(kind, pattern):
+    w, gram = single(*layer())
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    rows, whole = NamedSharding(mesh, P("x", None)), NamedSharding(mesh, P())
+    call = functools.partial(sparsegpt, sparsity=0.5, pattern=pattern, block_size=8)
+    spread = jax.device_put(w, rows), jax.device_put(gram, whole)
+    compiled = jax.jit(call).lower(*spread).compile()
+    got, one = compiled(*spread), call(w, gram)
+    np.testing.assert_array_equal(got.mask, one.mask)
+    np.testing.assert_allclose(got.w, one.w, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.info.error, one.info.error, rtol=1e-4)
+    assert got.w.sharding.is_equivalent_to(rows, 2)
+    assert got.mask.sharding.is_equivalent_to(rows, 2)
+    exchanges = r"all-gather|all-to-all|collective-permute"
+    assert not re.findall(exchanges, compiled.as_text())
+
+
+# Errors.
+
+
+def test_a_matrix_that_is_not_positive_definite():
+    w, gram = single(*layer())
+    # Far more inputs than rows of data, and no damping.
+    singular = jnp.ones_like(gram) - 0.5 * jnp.eye(44)
+    with pytest.raises(ValueError, match=r"not positive definite in float32.*Raise"):
+        sparsegpt(w, singular, 0.5, damping=0.0)
+    call = functools.partial(sparsegpt, sparsity=0.5, damping=0.0, block_size=8)
+    got = jax.jit(call)(w, singular)
+    assert bool(got.info.failed)
+    assert np.isnan(np.asarray(got.w)[np.asarray(got.mask)]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"sparsity": 50}, ValueError, "For 50 % write 0.5"),
+        ({"sparsity": None}, ValueError, "needs a sparsity"),
+        ({"pattern": js.Unstructured("global")}, ValueError, "js.allocations"),
+        ({"pattern": js.Block((4, 4))}, TypeError, "refit"),
+        ({"pattern": js.NM(2, 8)}, ValueError, "8 does not divide d_in = 44"),
+        ({"pattern": TWO_OF_FOUR, "sparsity": 0.75}, ValueError, "at most 2 of 4"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1"),
+        ({"rel_damping": -1.0}, ValueError, "rel_damping must be a number of at least"),
+        ({"mask": np.ones((16, 44))}, TypeError, "mask holds bools"),
+        ({"mask": jnp.zeros((16, 44), bool)}, ValueError, "has removed 704 of"),
+        ({"gram": jnp.eye(43)}, ValueError, r"gram must be \[44, 44\].*\(43, 43\)"),
+        ({"gram": jnp.full((44, 44), jnp.nan)}, ValueError, "1936 of 1936 entries"),
+        ({"gram": -jnp.eye(44)}, ValueError, "44 entries of the diagonal"),
+        ({"w": jnp.ones((2, 16, 44))}, ValueError, "jax.vmap"),
+        ({"w": jnp.ones((16, 44), int)}, TypeError, "real floating point"),
+        ({"w": jnp.full((16, 44), jnp.inf)}, ValueError, "704 weights are NaN or Inf"),
+    ],
+)
+def test_what_does_not_fit(options, error, match):
+    w, gram = single(*layer())
+    with pytest.raises(error, match=match):
+        sparsegpt(**({"w": w, "gram": gram, "sparsity": 0.5} | options))
+
+
+def test_dampings_that_contradict():
+    w, gram = single(*layer())
+    factor = js.curvature.factor_gram(gram, damping=1.0)
+    with pytest.raises(ValueError, match="gram is a factor"):
+        sparsegpt(w, factor, 0.5, damping=1.0)
+    with pytest.raises(ValueError, match="takes one of damping"):
+        js.curvature.factor_gram(gram)

@@ -1,0 +1,80 @@
+"""Greedy OBS against the same in dense float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from reference import layerwise as oracle
+from solvers import layers
+from solvers.layers import LAYER, PATTERNS, TWO_OF_FOUR, layer, single
+
+import jaxsparse as js
+
+exact_obs = js.solvers.exact_obs
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+
+
+@every_pattern
+@pytest.mark.parametrize("dead", [(), (3, 10)], ids=["", "dead inputs"])
+def test_it_is_greedy_obs_in_each_row(pattern, dead):
+    w, gram = layer(8, 24, dead=dead)
+    new, kept = oracle.exact_obs(w, gram, 0.5, pattern)
+    with jax.enable_x64(True):
+        got = exact_obs(jnp.asarray(w), jnp.asarray(gram), 0.5, pattern=pattern)
+    np.testing.assert_array_equal(got.mask, kept)
+    np.testing.assert_allclose(got.w, new, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(got.info.error, oracle.error(w, new, gram), rtol=1e-6)
+    layers.assert_obeys(got.mask, 0.5, pattern)
+    assert int(got.info.dead) == len(dead)
+
+
+@pytest.mark.parametrize("pattern", [LAYER, TWO_OF_FOUR], ids=["layer", "nm"])
+def test_it_is_better_than_a_sweep(pattern):
+    w, gram = single(*layer())
+    swept = js.solvers.sparsegpt(w, gram, 0.5, pattern=pattern, block_size=8)
+    greedy = exact_obs(w, gram, 0.5, pattern=pattern)
+    assert float(swept.info.error) > 2 * float(greedy.info.error)
+
+
+def test_chunks_vmap_and_bfloat16():
+    pairs = [single(*layer(8, 24, seed=seed)) for seed in range(2)]
+    w, gram = (jnp.stack(x) for x in zip(*pairs, strict=True))
+    w = w.astype(jnp.bfloat16)
+    got = jax.jit(jax.vmap(lambda w, g: exact_obs(w, g, 0.6)))(w, gram)
+    assert got.w.dtype == jnp.bfloat16
+    for i in range(2):
+        one = exact_obs(w[i], gram[i], 0.6, chunk=3)
+        np.testing.assert_array_equal(got.mask[i], one.mask)
+        np.testing.assert_allclose(*(x.astype("f4") for x in (got.w[i], one.w)), 2e-2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_rows_on_many_devices(kind):
+    w, gram = single(*layer(8, 24))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    rows, whole = NamedSharding(mesh, P("x", None)), NamedSharding(mesh, P())
+    call = jax.jit(functools.partial(exact_obs, sparsity=0.5))
+    got = call(jax.device_put(w, rows), jax.device_put(gram, whole))
+    one = call(w, gram)
+    np.testing.assert_array_equal(got.mask, one.mask)
+    np.testing.assert_allclose(got.w, one.w, rtol=1e-3, atol=1e-4)
+    assert got.w.sharding.is_equivalent_to(rows, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"sparsity": 1.0}, ValueError, r"must lie in \[0, 1\)"),
+        ({"pattern": js.Channel()}, TypeError, "exact_obs prunes"),
+        ({"chunk": 0}, ValueError, "chunk must be at least 1"),
+        ({"damping": 0.0, "gram": -0.1 + jnp.eye(24)}, ValueError, "positive definite"),
+    ],
+)
+def test_what_does_not_fit(options, error, match):
+    w, gram = single(*layer(8, 24))
+    with pytest.raises(error, match=match):
+        exact_obs(**({"w": w, "gram": gram, "sparsity": 0.5} | options))

@@ -1,0 +1,128 @@
+"""The best weights for a mask: exact, and by conjugate gradients."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from reference import layerwise as oracle
+from solvers.layers import LAYER, TWO_OF_FOUR, layer, single
+
+import jaxsparse as js
+
+refit = js.solvers.refit
+
+
+def random_mask(shape, seed=2):
+    return np.random.default_rng(seed).random(shape) > 0.5
+
+
+def test_exact_is_least_squares_and_many_iterations_are_too():
+    w, gram = layer()
+    mask = random_mask(w.shape)
+    mask[0], mask[1] = False, True
+    expected = oracle.refit(w, mask, gram)
+    with jax.enable_x64(True):
+        given = [jnp.asarray(x) for x in (w, mask, gram)]
+        exact, close = refit(*given), refit(*given, iterations=80)
+    for got in (exact, close):
+        np.testing.assert_allclose(got.w, expected, rtol=1e-6, atol=1e-8)
+        np.testing.assert_array_equal(got.mask, mask)
+        np.testing.assert_allclose(
+            got.info.error, oracle.error(w, expected, gram), rtol=1e-6
+        )
+
+
+def test_damping_is_part_of_the_objective():
+    w, gram = layer()
+    mask = random_mask(w.shape)
+    expected = oracle.refit(w, mask, oracle.damped(gram, 0.1)[0])
+    with jax.enable_x64(True):
+        w, mask, gram = (jnp.asarray(x) for x in (w, mask, gram))
+        got = refit(w, mask, gram, rel_damping=0.1)
+        factor = js.curvature.factor_gram(gram, rel_damping=0.1)
+        by_factor = refit(w, mask, factor, iterations=80)
+    np.testing.assert_allclose(got.w, expected, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(by_factor.w, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("iterations", [None, 44])
+def test_kept_weights_of_dead_inputs_stay(iterations):
+    w, gram = single(*layer(dead=(3, 9)))
+    mask = jnp.asarray(random_mask(w.shape))
+    got = refit(w, mask, gram, iterations=iterations)
+    dead = np.asarray(mask)[:, (3, 9)]
+    np.testing.assert_array_equal(
+        np.asarray(got.w)[:, (3, 9)], np.where(dead, np.asarray(w)[:, (3, 9)], 0)
+    )
+
+
+def test_fewer_rows_than_inputs():
+    w, gram = layer(rows=20)
+    mask = jnp.asarray(random_mask(w.shape))
+    w, gram = single(w, gram)
+    assert float(refit(w, mask, gram, iterations=30).info.relative_error) < 0.05
+    with pytest.raises(ValueError, match="not positive definite"):
+        refit(w, jnp.ones(w.shape, bool), gram - 0.1 * jnp.eye(44))
+    assert np.isfinite(refit(w, mask, gram, rel_damping=0.01).w).all()
+
+
+@pytest.mark.parametrize("pattern", [LAYER, TWO_OF_FOUR], ids=["layer", "nm"])
+def test_it_halves_the_error_of_the_sweep(pattern):
+    w, gram = single(*layer())
+    swept = js.solvers.sparsegpt(w, gram, 0.5, pattern=pattern, block_size=8)
+    ten = refit(w, swept.mask, gram, iterations=10, start=swept.w)
+    exact = refit(w, swept.mask, gram)
+    assert float(swept.info.error) > 1.8 * float(ten.info.error)
+    assert float(exact.info.error) <= 1.001 * float(ten.info.error)
+
+
+def test_bfloat16_vmap_and_jit():
+    pairs = [single(*layer(seed=seed)) for seed in range(2)]
+    w, gram = (jnp.stack(x) for x in zip(*pairs, strict=True))
+    mask = jnp.asarray(random_mask(w.shape))
+    w = w.astype(jnp.bfloat16)
+    many = jax.jit(jax.vmap(functools.partial(refit, iterations=5)))
+    got = many(w, mask, gram)
+    assert got.w.dtype == jnp.bfloat16
+    for i in range(2):
+        one = refit(w[i], mask[i], gram[i], iterations=5)
+        np.testing.assert_allclose(*(x.astype("f4") for x in (got.w[i], one.w)), 2e-2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_rows_on_many_devices(kind, iterations):
+    w, gram = single(*layer())
+    mask = jnp.asarray(random_mask(w.shape))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    rows, whole = NamedSharding(mesh, P("x", None)), NamedSharding(mesh, P())
+    call = functools.partial(refit, iterations=iterations)
+    spread = *jax.device_put((w, mask), rows), jax.device_put(gram, whole)
+    compiled = jax.jit(call).lower(*spread).compile()
+    got, one = compiled(*spread), call(w, mask, gram)
+    np.testing.assert_allclose(got.w, one.w, rtol=1e-3, atol=1e-4)
+    assert got.w.sharding.is_equivalent_to(rows, 2)
+    exchanges = r"all-gather|all-to-all|collective-permute"
+    assert not re.findall(exchanges, compiled.as_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"mask": None}, TypeError, "needs a mask"),
+        ({"mask": jnp.ones((16, 43), bool)}, ValueError, "mask must have the shape"),
+        ({"iterations": 0}, ValueError, "iterations must be at least 1"),
+        ({"start": jnp.ones((16, 44))}, ValueError, "be given with iterations"),
+        ({"gram": jnp.eye(4)}, ValueError, "gram must be"),
+    ],
+)
+def test_what_does_not_fit(options, error, match):
+    w, gram = single(*layer())
+    given = {"w": w, "mask": jnp.ones(w.shape, bool), "gram": gram}
+    with pytest.raises(error, match=match):
+        refit(**(given | options))
