@@ -35,11 +35,10 @@ params = load(find_weights(skip_missing=args.skip_missing))
 args.out.mkdir(parents=True, exist_ok=True)
 
 SPARSITIES = (0.7, 0.9) if args.small else (0.5, 0.6, 0.7, 0.8)
-GRADIENTS, PAIRS = (32, 32) if args.small else (256, 500)
+GRADIENTS, PAIRS = (32, 100) if args.small else (256, 500)
 WHERE = r"^encoder/layer_[01]/intermediate/kernel$" if args.small else None
 GLOBAL = js.Unstructured(scope="global")  # all weights of all layers compete
 BLOCK_SIZE = 48
-DAMPING = 1.0 if args.small else 0.1  # the fewer the gradients, the less they know
 evaluate = functools.partial(stsb_spearman, file=dev, first=PAIRS)
 dense = evaluate(params)
 print(f"dense: Spearman {dense:.4f} on the first {PAIRS} pairs of the dev set")
@@ -71,9 +70,9 @@ def summed_up(estimator, params, masks=None):
 
 
 estimator = js.curvature.diagonal_estimator(where=WHERE)
-diagonal = estimator.finalize(summed_up(estimator, params), rel_damping=DAMPING)
+diagonal = estimator.finalize(summed_up(estimator, params), rel_damping=0.1)
 estimator = js.curvature.block_estimator(block_size=BLOCK_SIZE, where=WHERE)
-blocks = estimator.finalize(summed_up(estimator, params), rel_damping=DAMPING)
+blocks = estimator.finalize(summed_up(estimator, params), rel_damping=0.1)
 
 # %% [markdown]
 # ## One cut
@@ -101,7 +100,7 @@ del methods, blocks  # 2.1 GB
 
 # %%
 def refresh(params, masks):
-    return estimator.finalize(summed_up(estimator, params, masks), rel_damping=DAMPING)
+    return estimator.finalize(summed_up(estimator, params, masks), rel_damping=0.1)
 
 
 name = "blocks, exact, recomputed"

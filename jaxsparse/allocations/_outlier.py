@@ -93,7 +93,8 @@ def dsa(
 
     `I_l = asin(atan(Var[log score]))`, the best of a search over such formulas; then
     sparsities are `2 * spread * (I_l - min I) / (max I - min I)` and a constant, such
-    that the total is met. Li et al. (2024), with Wanda's scores of the dense model.
+    that the total is met. Li et al. (2024), "Discovering Sparsity Allocation for
+    Layer-wise Pruning of Large Language Models", with Wanda's scores of the dense model.
 
     Differs from the reference implementation: scores of 0 are left out and not taken
     for 1; where `atan` exceeds 1 it counts as 1, where there the importance is NaN and
@@ -142,8 +143,10 @@ def als(
 
     Maximises `sum_l redundancy_l * n_l * s_l` over sparsities in `[lower, upper]` with
     the total met. It has one equation, so it is solved by going through the blocks from
-    the most redundant on; equally redundant ones share. Li et al. (2024), where the
-    redundancy of a layer is the correlation of its activations with those of others.
+    the most redundant on; equally redundant ones share. After Li et al. (2024),
+    "Adaptive Layer Sparsity for Large Language Models via Activation Correlation
+    Assessment", where the redundancy of a layer comes from the correlation of its
+    activations with those of other layers. No implementation was there to compare with.
 
     Args:
       params: the parameters; only their shapes are looked at.
@@ -259,7 +262,8 @@ def ecoflap(
     A block's importance is `|L(w + eps z) - L(w - eps z)| / (2 eps)` with normal z on
     its weights alone, averaged over batches: two evaluations a block, no gradients.
     Each block keeps `1 - most` of its weights; what is left of the total is shared out
-    by importance. Sung et al. (2023, arXiv:2310.02998).
+    by importance. An evaluation holds one moved copy of the parameters. Sung et al.
+    (2023, arXiv:2310.02998).
 
     Differs from the reference implementation, which draws one z for all batches, and
     whose last step may add weights where it should remove some: here the total is met.

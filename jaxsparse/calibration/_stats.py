@@ -119,9 +119,9 @@ def _update(state: RunningStats, x: Array, weight: Any) -> RunningStats:
 def _of_rows(x: Array, weight: Any, gram: bool) -> RunningStats:
     """The statistics of some rows, by a mean that is taken twice.
 
-    A float32 sum of many numbers far from zero is off by more than their spread. The
-    first mean is near enough for the differences from it to be small, and their mean
-    is what it was off by.
+    How a backend adds up is its own choice, and a float32 sum of many numbers far from
+    zero may be off by a part of their spread. The first mean is near enough for the
+    differences from it to be small, and their mean is what it was off by.
     """
     *batch, n, _ = x.shape
     if weight is None:

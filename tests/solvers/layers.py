@@ -33,3 +33,12 @@ def assert_obeys(mask, sparsity, pattern):
         groups = removed if pattern.scope == "output" else removed.reshape(1, -1)
     count = js.patterns.removed_count(sparsity, groups.shape[1])
     np.testing.assert_array_equal(groups.sum(1), count)
+
+
+def correlated(d_out=96, d_in=64, rows=1000, seed=0):
+    """A layer whose inputs' variance falls as k^-2.5 along random directions."""
+    rng = np.random.default_rng(seed)
+    directions, _ = np.linalg.qr(rng.standard_normal((d_in, d_in)))
+    x = rng.standard_normal((rows, d_in)) * np.arange(1, d_in + 1) ** -1.25
+    x = x @ directions.T
+    return single(rng.standard_normal((d_out, d_in)), x.T @ x / rows)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import layerwise as oracle
 from solvers import layers
-from solvers.layers import LAYER, PATTERNS, TWO_OF_FOUR, layer, single
+from solvers.layers import LAYER, PATTERNS, TWO_OF_FOUR, correlated, layer, single
 
 import jaxsparse as js
 
@@ -34,8 +34,8 @@ def test_it_is_greedy_obs_in_each_row(pattern, dead):
 
 @pytest.mark.parametrize("pattern", [LAYER, TWO_OF_FOUR], ids=["layer", "nm"])
 def test_it_is_better_than_a_sweep(pattern):
-    w, gram = single(*layer())
-    swept = js.solvers.sparsegpt(w, gram, 0.5, pattern=pattern, block_size=8)
+    w, gram = correlated()
+    swept = js.solvers.sparsegpt(w, gram, 0.5, pattern=pattern)
     greedy = exact_obs(w, gram, 0.5, pattern=pattern)
     assert float(swept.info.error) > 2 * float(greedy.info.error)
 

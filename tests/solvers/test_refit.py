@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import layerwise as oracle
-from solvers.layers import LAYER, TWO_OF_FOUR, layer, single
+from solvers.layers import LAYER, TWO_OF_FOUR, correlated, layer, single
 
 import jaxsparse as js
 
@@ -73,8 +73,8 @@ def test_fewer_rows_than_inputs():
 
 @pytest.mark.parametrize("pattern", [LAYER, TWO_OF_FOUR], ids=["layer", "nm"])
 def test_it_halves_the_error_of_the_sweep(pattern):
-    w, gram = single(*layer())
-    swept = js.solvers.sparsegpt(w, gram, 0.5, pattern=pattern, block_size=8)
+    w, gram = correlated()
+    swept = js.solvers.sparsegpt(w, gram, 0.5, pattern=pattern)
     ten = refit(w, swept.mask, gram, iterations=10, start=swept.w)
     exact = refit(w, swept.mask, gram)
     assert float(swept.info.error) > 1.8 * float(ten.info.error)

@@ -1,0 +1,91 @@
+"""Models of several styles, none of them written for pruning."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class DenseLayer(nn.Module):
+    growth: int = 32
+
+    @nn.compact
+    def __call__(self, x):
+        norm = lambda: nn.BatchNorm(use_running_average=True)
+        y = nn.Conv(4 * self.growth, (1, 1), use_bias=False)(nn.relu(norm()(x)))
+        y = nn.Conv(self.growth, (3, 3), padding=1, use_bias=False)(nn.relu(norm()(y)))
+        return jnp.concatenate([x, y], -1)
+
+
+class DenseNet(nn.Module):
+    """DenseNet-121 by default."""
+
+    blocks: tuple[int, ...] = (6, 12, 24, 16)
+    classes: int = 1000
+
+    @nn.compact
+    def __call__(self, x):
+        norm = lambda: nn.BatchNorm(use_running_average=True)
+        x = nn.Conv(64, (7, 7), strides=2, padding=3, use_bias=False)(x)
+        x = nn.max_pool(nn.relu(norm()(x)), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for i, depth in enumerate(self.blocks):
+            for _ in range(depth):
+                x = DenseLayer()(x)
+            if i + 1 < len(self.blocks):
+                x = nn.relu(norm()(x))
+                x = nn.Conv(x.shape[-1] // 2, (1, 1), use_bias=False)(x)
+                x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = nn.relu(norm()(x)).mean((1, 2))
+        return nn.Dense(self.classes)(x)
+
+
+def llama_params(layers=32, d=4096, heads=32, kv=8, hidden=14336, vocab=128256):
+    """Abstract parameters of a Llama-3-8B."""
+    s = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    hd = d // heads
+    layer = lambda: {
+        "wq": s(d, heads, hd),
+        "wk": s(d, kv, hd),
+        "wv": s(d, kv, hd),
+        "wo": s(heads, hd, d),
+        "w1": s(d, hidden),
+        "w3": s(d, hidden),
+        "w2": s(hidden, d),
+        "norm1": s(d),
+        "norm2": s(d),
+    }
+    return {
+        "embed": s(vocab, d),
+        "layers": [layer() for _ in range(layers)],
+        "norm": s(d),
+        "head": s(d, vocab),
+    }
+
+
+def rms(x, scale):
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-5)
+    return y.astype(x.dtype) * scale
+
+
+def rope(x):
+    t, half = x.shape[1], x.shape[-1] // 2
+    angle = jnp.arange(t)[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    a, b = jnp.split(x, 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def llama(params, tokens):
+    """Unrolled layers; grouped queries, rotary embedding, gated MLP."""
+    x = params["embed"][tokens]
+    for p in params["layers"]:
+        h = rms(x, p["norm1"])
+        q = rope(jnp.einsum("btd,dhk->bthk", h, p["wq"]))
+        k = rope(jnp.einsum("btd,dhk->bthk", h, p["wk"]))
+        v = jnp.einsum("btd,dhk->bthk", h, p["wv"])
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + jnp.einsum("bthk,hkd->btd", y, p["wo"])
+        h = rms(x, p["norm2"])
+        x = x + (jax.nn.silu(h @ p["w1"]) * (h @ p["w3"])) @ p["w2"]
+    return rms(x, params["norm"]) @ params["head"]
