@@ -94,7 +94,8 @@ def dsa(
     `I_l = asin(atan(Var[log score]))`, the best of a search over such formulas; then
     sparsities are `2 * spread * (I_l - min I) / (max I - min I)` and a constant, such
     that the total is met. Li et al. (2024), "Discovering Sparsity Allocation for
-    Layer-wise Pruning of Large Language Models", with Wanda's scores of the dense model.
+    Layer-wise Pruning of Large Language Models", with Wanda's scores of the dense
+    model.
 
     Differs from the reference implementation: scores of 0 are left out and not taken
     for 1; where `atan` exceeds 1 it counts as 1, where there the importance is NaN and

@@ -181,7 +181,7 @@ def _ladder(
     shapes = jax.tree.map(lambda n: jax.ShapeDtypeStruct((n,), jnp.float32), sizes)
     leaves = jax.tree.leaves(sizes)
     # From the whole number that is to be removed, so that the sum cannot round apart.
-    total = removed_count(sparsity, sum(leaves)) / max(1, sum(leaves))
+    total = int(removed_count(sparsity, sum(leaves))) / max(1, sum(leaves))
     even = jax.tree.map(lambda _: _below_one(total), sizes)
     even = round_to_weights(shapes, even, where=".")
     start = [round(s * n) for s, n in zip(jax.tree.leaves(even), leaves, strict=True)]

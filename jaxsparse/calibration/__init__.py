@@ -1,10 +1,6 @@
 """What kernels see: statistics of their inputs, and of their gradients."""
 
-from jaxsparse.calibration._capture import capture as capture
-from jaxsparse.calibration._capture import capture_at as capture_at
-from jaxsparse.calibration._rows import contribution as contribution
 from jaxsparse.calibration._run import run as run
-from jaxsparse.calibration._run import selected_kernels as selected_kernels
 from jaxsparse.calibration._statistics import InputStats as InputStats
 from jaxsparse.calibration._statistics import Statistics as Statistics
 from jaxsparse.calibration._stats import RunningStats as RunningStats

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from jaxsparse.calibration._stats import merge
 from jaxsparse.calibration._rows import zeros_like
-from jaxsparse.tracing import bind, called, inner
+from jaxsparse.calibration._stats import merge
+from jaxsparse.tracing._steps import bind
+from jaxsparse.tracing._walk import called, inner
 
 Address = tuple[int, ...]
 Look = Callable[[Address, Any, list[Any]], Any]

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxsparse._typing import Array
 from jaxsparse.calibration._stats import RunningStats, init, update
-from jaxsparse.tracing import Reading
+from jaxsparse.tracing._kernels import Reading
 
 
 def rows_of(reading: Reading, eqn: Any, operands: list[Array]) -> Array:
@@ -57,12 +57,16 @@ def _patches(eqn: Any, x: Array, kernel: tuple[int, ...]) -> Array:
     p = eqn.params
     spec, groups = p["dimension_numbers"], p["feature_group_count"]
     window = [kernel[a] for a in spec.rhs_spec[2:]]
-    out = [eqn.outvars[0].aval.shape[a] for a in spec.out_spec[2:]]
     x = x.transpose(spec.lhs_spec)
     around = zip(p["padding"], p["lhs_dilation"], strict=True)
     config = [(0, 0, 0)] * 2 + [(lo, hi, by - 1) for (lo, hi), by in around]
     x = lax.pad(x, jnp.zeros((), x.dtype), config)
     n, channels = x.shape[:2]
+    reach = [(w - 1) * by for w, by in zip(window, p["rhs_dilation"], strict=True)]
+    out = [
+        (size - r - 1) // by + 1
+        for size, r, by in zip(x.shape[2:], reach, p["window_strides"], strict=True)
+    ]
     taps = []
     for tap in np.ndindex(*window):
         start = [t * by for t, by in zip(tap, p["rhs_dilation"], strict=True)]

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxsparse import _checks, patterns, solvers
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.calibration import InputStats, selected_kernels
+from jaxsparse.calibration import InputStats
+from jaxsparse.calibration._run import selected_kernels
 from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._pass import Pass
 from jaxsparse.oneshot._resume import Progress, resumed, saved

@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.calibration import InputStats, RunningStats, finalize, init, merge
-from jaxsparse.calibration import capture_at, contribution
+from jaxsparse.calibration._capture import capture_at
+from jaxsparse.calibration._rows import contribution
 from jaxsparse.oneshot._segments import Pieces
 from jaxsparse.oneshot._stages import Bundle, Stage, flat_program, stages_of
 from jaxsparse.tracing import Kernel, Trace, retrace
@@ -145,7 +146,9 @@ class Pass:
         assert total is not None, "a bundle has a look"
         return total
 
-    def _see_step(self, pieces: Pieces, look: Any, live: dict[int, Any]) -> RunningStats:
+    def _see_step(
+        self, pieces: Pieces, look: Any, live: dict[int, Any]
+    ) -> RunningStats:
         step, reading = pieces.flat.steps[look.at], look.reading
         direct = step.address == reading.site.address
         shapes = [v.aval for v in step.eqn.invars]
@@ -154,9 +157,14 @@ class Pass:
             isinstance(x, int) and (not direct or i != reading.site.operand)
             for i, x in enumerate(step.ins)
         ]
-        wanted = tuple(dict.fromkeys(x for x, k in zip(step.ins, keep, strict=True) if k))
+        wanted = tuple(
+            dict.fromkeys(x for x, k in zip(step.ins, keep, strict=True) if k)
+        )
         missing = [x for x in wanted if x not in live]
-        here = {**live, **dict(zip(missing, self._run(pieces, missing, live), strict=True))}
+        here = {
+            **live,
+            **dict(zip(missing, self._run(pieces, missing, live), strict=True)),
+        }
         values = [
             here[x] if k else (shape if isinstance(x, int) else x.val)
             for x, k, shape in zip(step.ins, keep, shapes, strict=True)
@@ -171,7 +179,9 @@ class Pass:
             (step.name,) if direct else id(step.eqn),
         )
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(_seeing(step, reading, values, keep, self._gram))
+            self._compiled[key] = jax.jit(
+                _seeing(step, reading, values, keep, self._gram)
+            )
         return self._compiled[key](arrays)
 
 
@@ -181,9 +191,7 @@ def _seeing(step: Any, reading: Any, values: list[Any], keep: list[bool], gram: 
 
     def see(arrays: list[Array]) -> RunningStats:
         given = iter(arrays)
-        operands = [
-            next(given) if k else v for v, k in zip(others, keep, strict=True)
-        ]
+        operands = [next(given) if k else v for v, k in zip(others, keep, strict=True)]
         look = lambda address, eqn, ops: {
             "": contribution(reading, eqn, ops, gram=gram, sample=None, weight=None)
         }

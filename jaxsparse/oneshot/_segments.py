@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from jaxsparse.tracing import Step, Steps
+from jaxsparse.tracing._steps import Step, Steps
 
 
 class Segment(NamedTuple):
@@ -125,14 +125,10 @@ def _in_order(
     return tuple(order)
 
 
-def _key(
-    steps: list[Step], arguments: tuple[int, ...], wanted: tuple[int, ...]
-) -> Any:
+def _key(steps: list[Step], arguments: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
     numbers: dict[int, int] = {}
     number = lambda x: numbers.setdefault(x, len(numbers))
-    name = lambda x: (
-        f"{x.val!r}:{x.aval}" if isinstance(x, core.Literal) else number(x)
-    )
+    name = lambda x: f"{x.val!r}:{x.aval}" if isinstance(x, core.Literal) else number(x)
     head = tuple(map(number, arguments))
     body = tuple(
         (s.name, s.text, tuple(map(name, s.ins)), tuple(map(number, s.outs)))

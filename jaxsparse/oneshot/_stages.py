@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsparse.tracing import Kernel, Reading, Step, Steps, called, flatten
-from jaxsparse.tracing import equations as all_equations
+from jaxsparse.tracing import Kernel
+from jaxsparse.tracing._kernels import Reading
+from jaxsparse.tracing._steps import Step, Steps, flatten
+from jaxsparse.tracing._walk import called
+from jaxsparse.tracing._walk import equations as all_equations
 
 Address = tuple[int, ...]
 
@@ -157,9 +160,7 @@ def stages_of(flat: Steps, kernels: Mapping[str, Kernel]) -> tuple[Stage, ...]:
 
 def _places(step: Step, reading: Reading, unrolled: set[Address]) -> np.ndarray:
     around = [step.address[:i] for i in range(1, len(step.address), 2)]
-    turns = dict(
-        zip([a for a in around if a in unrolled], step.turns, strict=True)
-    )
+    turns = dict(zip([a for a in around if a in unrolled], step.turns, strict=True))
     index = tuple(turns[scan] for scan in reading.scans if scan in turns)
     return reading.batch[index].reshape(-1)
 

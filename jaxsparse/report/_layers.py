@@ -34,17 +34,15 @@ def layer_table(info: Mapping[str, Any]) -> str:
     rows = [_HEAD]
     for path, layer in info.items():
         mean = lambda x: float(np.mean(x))
-        rows.append(
-            (
-                path,
-                f"{mean(layer.sparsity):.3f}",
-                f"{mean(layer.relative_error):.2e}",
-                f"{mean(layer.masked_error):.2e}",
-                f"{mean(layer.dead):.4g}",
-                f"{mean(layer.rows):.4g}",
-                f"{layer.seconds:.2f}",
-            )
-        )
+        rows.append((
+            path,
+            f"{mean(layer.sparsity):.3f}",
+            f"{mean(layer.relative_error):.2e}",
+            f"{mean(layer.masked_error):.2e}",
+            f"{mean(layer.dead):.4g}",
+            f"{mean(layer.rows):.4g}",
+            f"{layer.seconds:.2f}",
+        ))
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     line = lambda row: "  ".join(
         [row[0].ljust(widths[0])]

@@ -107,7 +107,9 @@ def _kernel_dims(site: Site) -> tuple[Dims, Dims, Dims]:
     contracted = tuple(dims[a] for a in site.contracted)
     batch = tuple(dims[a] for a in site.batch)
     rest = [
-        d for i, d in enumerate(dims) if i not in site.contracted and i not in site.batch
+        d
+        for i, d in enumerate(dims)
+        if i not in site.contracted and i not in site.batch
     ]
     if site.groups > 1:
         (out,) = rest
@@ -195,7 +197,10 @@ def _match(
     left, right = _labels(wanted), _labels(given)
     common = [key for key in left if key in right]
     sign = lambda labels, n: sum(
-        ((labels[key] + 1) * weight for key, weight in zip(common, weights, strict=True)),
+        (
+            (labels[key] + 1) * weight
+            for key, weight in zip(common, weights, strict=True)
+        ),
         np.zeros(n, np.int64),
     )
     weights, weight = [], 1

@@ -61,8 +61,12 @@ class Steps:
     data: frozenset[int]
 
 
-def flatten(program: Any, parameters: int, unroll: Collection[Address],
-            enter: Collection[Address]) -> Steps:
+def flatten(
+    program: Any,
+    parameters: int,
+    unroll: Collection[Address],
+    enter: Collection[Address],
+) -> Steps:
     """Flattens a program.
 
     Args:
@@ -178,7 +182,9 @@ class _Flattening:
             if turn not in self.indices:
                 self.indices[turn] = self.constant(np.int32(turn))
             at = self.indices[turn]
-            slices = [self.add("turn", _turn, "", [x, at], 1, here, turns)[0] for x in xs]
+            slices = [
+                self.add("turn", _turn, "", [x, at], 1, here, turns)[0] for x in xs
+            ]
             outs = self.run(
                 inner(eqn)[0], [*consts, *carry, *slices], (*here, 0), (*turns, turn)
             )

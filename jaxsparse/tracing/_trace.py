@@ -107,7 +107,9 @@ class Trace:
 
     def __str__(self) -> str:
         width = max([len(path) for path in self.kernels] + [6])
-        head = f"{'kernel':{width}}  {'shape':18} {'in':10} {'out':10} {'batch':8} MFLOP"
+        head = (
+            f"{'kernel':{width}}  {'shape':18} {'in':10} {'out':10} {'batch':8} MFLOP"
+        )
         rows = [head]
         for path, kernel in self.kernels.items():
             axes, shape = kernel.view.axes, kernel.view.split

@@ -230,13 +230,15 @@ class Walk:
             params = tuple(sorted(eqn.params.items()))
             if eqn.effects:
                 return next(self._count)
-            return self._token((eqn.primitive.name, params, tuple(v.token for v in ins)))
+            return self._token((
+                eqn.primitive.name,
+                params,
+                tuple(v.token for v in ins),
+            ))
         except TypeError:  # unhashable parameters
             return next(self._count)
 
-    def _origins(
-        self, eqn: Any, ins: list[Value], rule: Rule
-    ) -> list[Origin | None]:
+    def _origins(self, eqn: Any, ins: list[Value], rule: Rule) -> list[Origin | None]:
         name, none = eqn.primitive.name, [None] * len(eqn.outvars)
         found = [v.origin for v in ins if v.origin]
         if not found:
@@ -298,9 +300,7 @@ class Walk:
                     self.stops.append(Stop(paths, name, source, not known))
                 continue
             other, contracted, batch, of_input = sides
-            settings = {
-                k: v for k, v in eqn.params.items() if k not in _NOT_SETTINGS
-            }
+            settings = {k: v for k, v in eqn.params.items() if k not in _NOT_SETTINGS}
             reads = (ins[other].token, name, other, str(settings))
             shape = eqn.invars[at].aval.shape
             flops = 2 * math.prod(eqn.outvars[0].aval.shape)
@@ -357,9 +357,7 @@ class Walk:
         p = eqn.params
         tests, bodies = p["cond_nconsts"], p["body_nconsts"]
         data = any(v.data for v in ins)
-        carry = [
-            Value(v.dims, data, next(self._count)) for v in ins[tests + bodies :]
-        ]
+        carry = [Value(v.dims, data, next(self._count)) for v in ins[tests + bodies :]]
         test, body = inner(eqn)
         self.run(test, [*ins[:tests], *carry], (*address, 0), None)
         arguments = [*ins[tests : tests + bodies], *carry]

@@ -33,7 +33,7 @@ class DenseNet(nn.Module):
             if i + 1 < len(self.blocks):
                 x = nn.relu(norm()(x))
                 x = nn.Conv(x.shape[-1] // 2, (1, 1), use_bias=False)(x)
-                x = nn.avg_pool(x, (2, 2), (2, 2))
+                x = nn.pooling.pool(x, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID") / 4
         x = nn.relu(norm()(x)).mean((1, 2))
         return nn.Dense(self.classes)(x)
 
@@ -64,13 +64,14 @@ def llama_params(layers=32, d=4096, heads=32, kv=8, hidden=14336, vocab=128256):
 def rms(x, scale):
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-5)
-    return y.astype(x.dtype) * scale
+    return y.astype(x.dtype) * scale[None, None]
 
 
 def rope(x):
     t, half = x.shape[1], x.shape[-1] // 2
-    angle = jnp.arange(t)[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    at = lambda n: jnp.arange(n, dtype=jnp.float32)
+    angle = at(t)[:, None] * 10_000.0 ** (-at(half) / half)[None]
+    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     a, b = jnp.split(x, 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)

@@ -91,15 +91,18 @@ CASES = {
     "fused_in_one_axis": (
         (6, 8),
         normal(1, 10, 4, 2),
-        lambda w, x: x.transpose(0, 2, 1).reshape(10, 8)
-        @ w.T.reshape(2, 4, 6).reshape(8, 6),
+        lambda w, x: (
+            x.transpose(0, 2, 1).reshape(10, 8) @ w.T.reshape(2, 4, 6).reshape(8, 6)
+        ),
         None,
         ((1,), (0,), ()),
     ),
     "split_axis": (
         (8, 6),
         X,
-        lambda w, x: jnp.einsum("tgi,gio->tgo", x.reshape(10, 2, 4), w.reshape(2, 4, 6)),
+        lambda w, x: jnp.einsum(
+            "tgi,gio->tgo", x.reshape(10, 2, 4), w.reshape(2, 4, 6)
+        ),
         (2, 4, 6),
         ((1,), (2,), (0,)),
     ),
@@ -149,8 +152,10 @@ CASES = {
     "joined_inputs": (
         (8, 6),
         X,
-        lambda w, x: jnp.concatenate([x[:, :3], x], 1)
-        @ jnp.concatenate([jnp.zeros((3, 6)), w], 0),
+        lambda w, x: (
+            jnp.concatenate([x[:, :3], x], 1)
+            @ jnp.concatenate([jnp.zeros((3, 6)), w], 0)
+        ),
         None,
         ((0,), (1,), ()),
     ),
@@ -318,7 +323,9 @@ def test_a_foreign_primitive_is_described_by_an_equation():
 
 def test_samples_are_weighted_wherever_their_rows_went():
     w = {"a": normal(3, 3, 3, 8, 5), "b": normal(4, 5, 4)}
-    apply_fn = lambda p, x: conv(x, p["a"]).transpose(1, 0, 2, 3).reshape(-1, 5) @ p["b"]
+    apply_fn = lambda p, x: (
+        conv(x, p["a"]).transpose(1, 0, 2, 3).reshape(-1, 5) @ p["b"]
+    )
     trace = js.trace(apply_fn, w, IMAGE)
     twice = jnp.concatenate([IMAGE, IMAGE[1:], IMAGE[1:]])
     by_hand = js.calibration.run(trace, w, [twice])
