@@ -20,6 +20,7 @@ from jaxsparse import solvers as solvers
 from jaxsparse import tracing as tracing
 from jaxsparse import transforms as transforms
 from jaxsparse import tree as tree
+from jaxsparse._version import __version__ as __version__
 from jaxsparse.oneshot import Pruned as Pruned
 from jaxsparse.oneshot import prune as prune
 from jaxsparse.patterns import NM as NM
@@ -41,8 +42,6 @@ from jaxsparse.tree import Axes as Axes
 if TYPE_CHECKING:
     from jaxsparse import checkpoint as checkpoint
     from jaxsparse import report as report
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """Evaluates a traced program and looks at what meets its kernels on the way.
 
-What is found inside of a loop goes along in the loop: stacked where a scan hands out the
-kernel's slices (each layer has statistics of its own), merged where all turns read the
-same kernel.
+What is found inside of a loop goes along in the loop: stacked where a scan hands out
+the kernel's slices (each layer has statistics of its own), merged where all turns read
+the same kernel.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -26,13 +26,13 @@ def run(
     weight: Callable[..., Array] | None = None,
     host: bool = False,
 ) -> Statistics:
-    """Runs a model over calibration data and keeps statistics of what meets its kernels.
+    """Statistics of what meets the kernels of a model, from calibration data.
 
     Means, second moments and (with `gram`) the matrices `X^T X / n` of the inputs of
     every kernel, in the order of its own columns: a convolution's patches, an attention
     kernel's heads. Kernels that read the same input share one. Each expert counts the
-    tokens that reach it where they are routed by `ragged_dot`; where experts are a batch
-    axis of a product, every row counts, also one of padding.
+    tokens that reach it where they are routed by `ragged_dot`; where experts are a
+    batch axis of a product, every row counts, also one of padding.
 
     All statistics are those of the model as it is; for pruning in which each layer sees
     what the pruned layers before it give, see `jaxsparse.oneshot.layerwise`.
@@ -82,9 +82,10 @@ def run(
             compiled[key] = jax.jit(pass_over(here, again, gram=gram))
         by_sample = None if weight is None else jnp.asarray(weight(*inputs))
         found = compiled[key](leaves, inputs, by_sample)
-        states = found if states is None else jax.tree.map(jnp.asarray, states)
-        if found is not states:
-            states = {name: merge(states[name], found[name]) for name in states}
+        if states is not None:
+            before = jax.tree.map(jnp.asarray, states)
+            found = {name: merge(before[name], found[name]) for name in before}
+        states = found
         if host:
             states = jax.tree.map(np.asarray, states)
     if states is None:

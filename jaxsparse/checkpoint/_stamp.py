@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import __version__
 from jaxsparse._typing import PyTree
+from jaxsparse._version import __version__
 from jaxsparse.checkpoint._leaves import Record, describe
 from jaxsparse.transforms import find_states
 

@@ -17,10 +17,14 @@ from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._pass import Pass
 from jaxsparse.oneshot._resume import Progress, resumed, saved
 from jaxsparse.oneshot._stages import Bundle, Unit
-from jaxsparse.tracing import Kernel, trace
+from jaxsparse.tracing import Kernel, Trace, trace
 from jaxsparse.tree import from_matrices, leaves_with_paths, to_matrices
 
 Solver = Callable[..., solvers.Solved]
+
+
+# `sparsegpt`'s own default, once for all kernels that share a gram matrix.
+_factored = functools.partial(factor_gram, rel_damping=0.01)
 
 
 class LayerInfo(NamedTuple):
@@ -38,14 +42,23 @@ class LayerInfo(NamedTuple):
       seconds: what the solver took, for all matrices of the kernel.
     """
 
-    error: Array
-    relative_error: Array
-    masked_error: Array
-    damping: Array
-    dead: Array
-    rows: Array
-    sparsity: Array
+    error: np.ndarray
+    relative_error: np.ndarray
+    masked_error: np.ndarray
+    damping: np.ndarray
+    dead: np.ndarray
+    rows: np.ndarray
+    sparsity: np.ndarray
     seconds: float
+
+
+class _Found(NamedTuple):
+    """What a solver made of some matrices of one kernel: `[places, d_out, d_in]`."""
+
+    w: Array
+    mask: Array
+    places: np.ndarray  # which of the kernel's flat batch indices they are
+    info: LayerInfo
 
 
 class Layerwise(NamedTuple):
@@ -146,7 +159,7 @@ def layerwise(
     kernels = selected_kernels(traced, params, where)
     wanted = _sparsities(sparsity, params, kernels, pattern)
     if share is None and solver is solvers.sparsegpt and gram:
-        share = functools.partial(factor_gram, rel_damping=0.01)
+        share = _factored
     solve = functools.partial(
         _solve_bundle, kernels=kernels, wanted=wanted, solver=solver, pattern=pattern
     )
@@ -162,9 +175,9 @@ def layerwise(
             found = walk.statistics(stage) if dense is None else dense[index]
             for bundle, stats in zip(stage.bundles, found, strict=True):
                 new = solve(bundle, walk.leaves, stats, _evidence(stats, share, gram))
-                for path, (w, mask, placed) in new.items():
-                    _put(state, walk, path, w, mask, placed, kernels[path])
-                    error = float(np.mean(placed[1].relative_error))
+                for path, part in new.items():
+                    _put(state, walk, path, part, kernels[path])
+                    error = float(np.mean(part.info.relative_error))
                     bar.say(f"{path}: relative error {error:.2e}")
             state = state._replace(stage=index + 1, leaves=dict(walk.leaves))
             if directory is not None:
@@ -177,12 +190,15 @@ def layerwise(
     return result
 
 
-def _sparsities(sparsity, params, kernels, pattern) -> dict[str, float | None]:
+def _sparsities(
+    sparsity: Any, params: PyTree, kernels: Iterable[str], pattern: patterns.Pattern
+) -> dict[str, float | None]:
     """One number for each kernel."""
     if sparsity is None:
         if not isinstance(pattern, patterns.NM):
             raise ValueError(f"{pattern} needs a sparsity.")
         return dict.fromkeys(kernels)
+    wanted: dict[str, Any]
     if isinstance(sparsity, Mapping) and set(sparsity) >= set(kernels):
         wanted = {path: sparsity[path] for path in kernels}
     elif jax.tree_util.all_leaves([sparsity]):
@@ -202,7 +218,12 @@ def _evidence(stats: InputStats, share: Any, gram: bool) -> Any:
     assert stats.gram is not None, "asked for"
     if share is None:
         return stats.gram
-    return jax.jit(jax.vmap(share))(stats.gram)
+    return _shared(stats.gram, share)
+
+
+@functools.partial(jax.jit, static_argnames="share")
+def _shared(gram: Array, share: Callable[[Array], Any]) -> Any:
+    return jax.vmap(share)(gram)
 
 
 def _solve_bundle(
@@ -215,8 +236,8 @@ def _solve_bundle(
     wanted: Mapping[str, float | None],
     solver: Solver,
     pattern: patterns.Pattern,
-) -> dict[str, tuple[Array, Array, LayerInfo]]:
-    """Solves the kernels of a bundle: `[places, d_out, d_in]` each."""
+) -> dict[str, _Found]:
+    """Solves the kernels of a bundle."""
     found = {}
     for unit in bundle.units:
         begin = time.perf_counter()
@@ -229,21 +250,16 @@ def _solve_bundle(
         _check(unit, solved, stats)
         kept = jnp.mean(solved.mask.astype(jnp.float32), axis=(1, 2))
         info = LayerInfo(
-            *map(
-                np.asarray,
-                (
-                    solved.info.error,
-                    solved.info.relative_error,
-                    masked,
-                    solved.info.damping,
-                    solved.info.dead,
-                    stats.count,
-                    1 - kept,
-                ),
-            ),
-            seconds,
+            error=np.asarray(solved.info.error),
+            relative_error=np.asarray(solved.info.relative_error),
+            masked_error=np.asarray(masked),
+            damping=np.asarray(solved.info.damping),
+            dead=np.asarray(solved.info.dead),
+            rows=np.asarray(stats.count),
+            sparsity=np.asarray(1 - kept),
+            seconds=seconds,
         )
-        found[unit.path] = solved.w, solved.mask, (unit.places, info)
+        found[unit.path] = _Found(solved.w, solved.mask, unit.places, info)
     return found
 
 
@@ -279,9 +295,9 @@ def _check(unit: Unit, solved: solvers.Solved, stats: InputStats) -> None:
         )
 
 
-def _put(state, walk, path, w, mask, placed, kernel: Kernel) -> None:
+def _put(state: Progress, walk: Pass, path: str, found: _Found, kernel: Kernel) -> None:
     """Puts the solved matrices of a kernel in their places."""
-    view, (places, info) = kernel.view, placed
+    view, (w, mask, places, info) = kernel.view, found
     total = int(np.prod(view.batch)) if view.batch else 1
     old = to_matrices(jnp.asarray(walk.leaves[path]), view)
     flat = old.reshape(total, *old.shape[-2:])
@@ -292,7 +308,7 @@ def _put(state, walk, path, w, mask, placed, kernel: Kernel) -> None:
     if path not in state.masks:
         state.masks[path] = np.ones(view.shape, bool)
         empty = lambda x: np.full(total, np.nan if x.dtype.kind == "f" else 0, x.dtype)
-        state.info[path] = LayerInfo(*map(empty, info[:-1]), 0.0)
+        state.info[path] = _of_arrays(empty, info)._replace(seconds=0.0)
     known = to_matrices(state.masks[path], view)
     flat_mask = np.array(known.reshape(total, *known.shape[-2:]))
     flat_mask[places] = np.asarray(mask)
@@ -304,16 +320,21 @@ def _put(state, walk, path, w, mask, placed, kernel: Kernel) -> None:
     )
 
 
-def _result(state, params, traced, kernels: Mapping[str, Kernel]) -> Layerwise:
+def _of_arrays(f: Callable[[np.ndarray], np.ndarray], info: LayerInfo) -> LayerInfo:
+    arrays = {k: f(x) for k, x in info._asdict().items() if k != "seconds"}
+    return info._replace(**arrays)
+
+
+def _result(
+    state: Progress, params: PyTree, traced: Trace, kernels: Mapping[str, Kernel]
+) -> Layerwise:
     leaves, masks = [], []
     for path, leaf in zip(traced.paths, jax.tree.leaves(params), strict=True):
         leaves.append(state.leaves.get(path, leaf))
         mask = state.masks.get(path)
         masks.append(jnp.asarray(True) if mask is None else jnp.asarray(mask))
     shaped = {
-        path: LayerInfo(
-            *(x.reshape(kernels[path].view.batch) for x in info[:-1]), info.seconds
-        )
+        path: _of_arrays(lambda x, k=kernels[path]: x.reshape(k.view.batch), info)
         for path, info in state.info.items()
     }
     unflatten = functools.partial(jax.tree.unflatten, traced.treedef)

@@ -85,8 +85,8 @@ def resumed(directory: Any, state: Progress, trace: Trace, stages: Any) -> Progr
     leaves = dict(zip(trace.paths, jax.tree.leaves(restored.params), strict=True))
     every = dict(zip(trace.paths, jax.tree.leaves(restored.masks), strict=True))
     masks = {path: np.asarray(every[path]) for path in done}
-    layers = {
-        path: LayerInfo(*(np.array(x, dtype) for x, dtype in layer[:-1]), layer[-1])
-        for path, layer in info.items()
-    }
+    layers: dict[str, LayerInfo] = {}
+    for path, (*arrays, seconds) in info.items():
+        found = [np.array(x, dtype) for x, dtype in arrays]
+        layers[path] = LayerInfo._make([*found, seconds])
     return Progress(restored.step, leaves, masks, layers)

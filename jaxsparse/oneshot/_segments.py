@@ -116,7 +116,7 @@ class Pieces:
 def _in_order(
     steps: list[Step], ins: list[int], wanted: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Arguments in the order in which they are first read: the same for equal pieces."""
+    """Arguments as they are first read: the same order for equal pieces."""
     known, order = set(ins), []
     for x in (*(x for step in steps for x in step.ins), *wanted):
         if isinstance(x, int) and x in known:

@@ -31,7 +31,7 @@ def layer_table(info: Mapping[str, Any]) -> str:
       >>> print(js.report.layer_table(pruned.info).splitlines()[1][:26])
       w          0.500       2.0
     """
-    rows = [_HEAD]
+    rows: list[tuple[str, ...]] = [_HEAD]
     for path, layer in info.items():
         mean = lambda x: float(np.mean(x))
         rows.append((

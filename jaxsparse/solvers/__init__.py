@@ -4,6 +4,8 @@ from jaxsparse.solvers._admm import admm as admm
 from jaxsparse.solvers._admm import alps as alps
 from jaxsparse.solvers._columns import sparsegpt as sparsegpt
 from jaxsparse.solvers._exact import exact_obs as exact_obs
+from jaxsparse.solvers._masked import magnitude as magnitude
+from jaxsparse.solvers._masked import wanda as wanda
 from jaxsparse.solvers._obs import obs as obs
 from jaxsparse.solvers._refit import refit as refit
 from jaxsparse.solvers._solved import Solved as Solved

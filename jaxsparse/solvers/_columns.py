@@ -98,7 +98,8 @@ def sparsegpt(
     factor = _solved.factor_of(w, gram, damping, rel_damping)
     if isinstance(pattern, patterns.NM):
         removed = patterns.removed_count(asked, pattern.of)
-        block_size = max(1, block_size // pattern.of) * pattern.of
+        # Groups are chosen alone, so that this is a matter of speed.
+        block_size = max(1, min(block_size, 64) // pattern.of) * pattern.of
     else:
         by_row = pattern.scope == "output"
         removed = patterns.removed_count(asked, d_in if by_row else w.size)
@@ -352,17 +353,21 @@ def _sweep(
 def _few(columns: _Columns, kept: Array, choose: Any, group: int) -> _Fixed:
     """Fixes a few columns, one after another."""
     now, upper, dead, before = columns
-    rows, zero = list(now), jnp.zeros((), now.dtype)
-    errors, masks = [], []
-    for i in range(len(rows)):
+    count, zero, rest = now.shape[0], jnp.zeros((), now.dtype), now
+    errors, masks, last = [], [], []
+    for i in range(count):
         if i % group == 0:
             own = slice(i, i + group)
             left = None if before is None else before[own]
-            part = _Columns(jnp.stack(rows[own]), upper[own, own], dead[own], left)
+            part = _Columns(rest[:group], upper[own, own], dead[own], left)
             mask = choose(part, kept[own])
-            masks.extend(mask if left is None else mask & left)
-        errors.append(jnp.where(masks[i], zero, rows[i] / upper[i, i]))
-        for k in range(i + 1, len(rows)):
-            rows[k] = rows[k] - upper[i, k] * errors[i]
+            masks.extend(
+                lax.optimization_barrier(mask if left is None else mask & left)
+            )
+        last.append(rest[0])
+        errors.append(jnp.where(masks[i], zero, rest[0] / upper[i, i]))
+        # Without a barrier XLA makes a column anew for each one that follows.
+        rest = rest[1:] - upper[i, i + 1 :][:, None] * errors[i][None, :]
+        rest = lax.optimization_barrier(rest) if i + 1 < count else rest
     mask = jnp.stack(masks)
-    return _Fixed(jnp.stack(errors), jnp.where(mask, jnp.stack(rows), zero), mask)
+    return _Fixed(jnp.stack(errors), jnp.where(mask, jnp.stack(last), zero), mask)

@@ -2,8 +2,8 @@
 
 Each dimension of each traced value is an expression. Two dimensions that must be the
 same are unified, and where one of them is finer than the other, the other one is
-refined: a leaf becomes a product or a sum everywhere at once, since expressions refer to
-each other and are looked through lazily. So an order of rules does not matter.
+refined: a leaf becomes a product or a sum everywhere at once, since expressions refer
+to each other and are looked through lazily. So an order of rules does not matter.
 """
 
 import math
@@ -153,13 +153,11 @@ def _unify_products(a: Axis, b: Axis) -> None:
         common = math.gcd(x.size, y.size)
         if common == 1:
             raise Incompatible(f"factors {x.size} and {y.size}")
-        for rest, z in ((left, x), (right, y)):
-            major, minor = split_minor(z, common)
-            rest.extend(_factors(major))
-            if z is x:
-                minor_x = minor
-            else:
-                unify(minor_x, minor)
+        major_x, minor_x = split_minor(x, common)
+        major_y, minor_y = split_minor(y, common)
+        left.extend(_factors(major_x))
+        right.extend(_factors(major_y))
+        unify(minor_x, minor_y)
 
 
 def _unify_sums(left: list[Axis], right: list[Axis]) -> None:

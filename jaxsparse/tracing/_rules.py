@@ -13,119 +13,32 @@ from jaxsparse.tracing._axes import Axis, leaf
 Dims = tuple[Axis, ...]
 Rule = Callable[[Any, Sequence[Dims]], list[Dims]]
 
-ELEMENTWISE = frozenset([
-    "abs",
-    "acos",
-    "acosh",
-    "add",
-    "add_any",
-    "and",
-    "asin",
-    "asinh",
-    "atan",
-    "atan2",
-    "atanh",
-    "bessel_i0e",
-    "bessel_i1e",
-    "cbrt",
-    "ceil",
-    "clamp",
-    "clz",
-    "complex",
-    "conj",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "cos",
-    "cosh",
-    "digamma",
-    "div",
-    "eq",
-    "eq_to",
-    "erf",
-    "erf_inv",
-    "erfc",
-    "exp",
-    "exp2",
-    "expm1",
-    "floor",
-    "ge",
-    "gt",
-    "igamma",
-    "igamma_grad_a",
-    "igammac",
-    "imag",
-    "integer_pow",
-    "is_finite",
-    "le",
-    "le_to",
-    "lgamma",
-    "log",
-    "log1p",
-    "logistic",
-    "lt",
-    "lt_to",
-    "max",
-    "min",
-    "mul",
-    "name",
-    "ne",
-    "neg",
-    "nextafter",
-    "not",
-    "optimization_barrier",
-    "or",
-    "polygamma",
-    "population_count",
-    "pow",
-    "pvary",
-    "pcast",
-    "real",
-    "reduce_precision",
-    "regularized_incomplete_beta",
-    "rem",
-    "round",
-    "rsqrt",
-    "select_n",
-    "sharding_constraint",
-    "shift_left",
-    "shift_right_arithmetic",
-    "shift_right_logical",
-    "sign",
-    "sin",
-    "sinh",
-    "sqrt",
-    "square",
-    "stop_gradient",
-    "sub",
-    "tan",
-    "tanh",
-    "xor",
-    "zeta",
-])
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+ELEMENTWISE = _names(
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
+    cbrt ceil clamp clz complex conj convert_element_type copy copy_p cos cosh digamma
+    div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a
+    igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max
+    min mul name ne neg nextafter not optimization_barrier or polygamma population_count
+    pow pvary pcast real reduce_precision regularized_incomplete_beta rem round rsqrt
+    select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical
+    sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
+    """
+)
 """Results that have, entry by entry, the axes of the operands."""
 
-STRUCTURAL = frozenset([
-    "transpose",
-    "reshape",
-    "broadcast_in_dim",
-    "squeeze",
-    "expand_dims",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "slice",
-    "concatenate",
-    "split",
-    "dynamic_slice",
-    "reduce_precision",
-    "name",
-    "stop_gradient",
-    "sharding_constraint",
-    "optimization_barrier",
-    "pvary",
-    "pcast",
-])
+STRUCTURAL = _names(
+    """
+    transpose reshape broadcast_in_dim squeeze expand_dims convert_element_type copy
+    copy_p slice concatenate split dynamic_slice reduce_precision name stop_gradient
+    sharding_constraint optimization_barrier pvary pcast
+    """
+)
 """What moves entries and changes none: a kernel after it is still that kernel."""
 
 

@@ -307,6 +307,7 @@ def _explained(stop: Any, paths: tuple[str, ...]) -> Unfollowed:
     else:
         reason = (
             f"{who}: no contraction with data, but {stop.primitive} at {stop.source}. "
-            "If it is a kernel, state its axes by hand and give its statistics yourself."
+            "If it is a kernel, state its axes by hand and give its statistics "
+            "yourself."
         )
     return Unfollowed(paths, stop.primitive, stop.source, reason)

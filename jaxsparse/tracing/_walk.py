@@ -1,4 +1,4 @@
-"""One walk of a jaxpr: the axes of every value, and every place that reads a parameter."""
+"""One walk of a jaxpr: the axes of all values, and all that reads a parameter."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -155,8 +155,9 @@ class Walk:
 
         def read(atom: Any) -> Value:
             if isinstance(atom, core.Literal):
-                token = ("literal", str(atom.val), str(atom.aval))
-                return self.new(atom.aval.shape, data=False, token=token)
+                aval: Any = atom.aval
+                token = ("literal", str(atom.val), str(aval))
+                return self.new(aval.shape, data=False, token=token)
             return env[atom]
 
         for index, eqn in enumerate(jaxpr.jaxpr.eqns):

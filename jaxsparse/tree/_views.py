@@ -2,9 +2,15 @@
 
 import dataclasses
 import math
+from typing import TypeVar
 
-from jaxsparse._typing import Array
+import jax
+import numpy as np
+
 from jaxsparse.tree._axes import Axes
+
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
+"""Of NumPy what is given as such."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +26,8 @@ class MatrixView:
 
     Example:
       >>> import jaxsparse as js
-      >>> view = js.tree.matrix_view((3, 3, 8, 16), js.Axes(input=(0, 1, 2), output=(3,)))
+      >>> axes = js.Axes(input=(0, 1, 2), output=(3,))
+      >>> view = js.tree.matrix_view((3, 3, 8, 16), axes)
       >>> view.batch, view.d_out, view.d_in
       ((), 16, 72)
     """
@@ -77,7 +84,7 @@ def matrix_view(
     return MatrixView(tuple(shape), split, axes.normalised("kernel", len(split)))
 
 
-def to_matrices(w: Array, view: MatrixView) -> Array:
+def to_matrices(w: AnyArray, view: MatrixView) -> AnyArray:
     """The parameter as `[*batch, d_out, d_in]`.
 
     Args:
@@ -97,7 +104,7 @@ def to_matrices(w: Array, view: MatrixView) -> Array:
     return w.reshape(*view.batch, view.d_out, view.d_in)
 
 
-def from_matrices(matrices: Array, view: MatrixView) -> Array:
+def from_matrices(matrices: AnyArray, view: MatrixView) -> AnyArray:
     """The inverse of `to_matrices`.
 
     Args:

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import pathlib
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +190,7 @@ PACKAGES = [
     js.solvers,
     js.losses,
     js.recipes,
+    js.tracing,
 ]
 
 every_score = pytest.mark.parametrize("name", SCORES)
@@ -430,3 +433,8 @@ def test_a_key_is_required_and_passed_by_name(name):
         assert key.default is key.empty
         if name != "jaxsparse.tree.keys_like":  # there it is what the call is about
             assert key.kind == key.KEYWORD_ONLY
+
+
+def test_the_version_is_that_of_the_project():
+    project = pathlib.Path(__file__).parents[2] / "pyproject.toml"
+    assert js.__version__ == tomllib.loads(project.read_text())["project"]["version"]

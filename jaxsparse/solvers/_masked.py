@@ -1,0 +1,117 @@
+"""Pruning a layer without changing the weights that are left: the baselines."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import patterns
+from jaxsparse._typing import Array
+from jaxsparse.curvature._gram import GramFactor
+from jaxsparse.solvers import _solved
+from jaxsparse.solvers._solved import Solved
+
+
+def wanda(
+    w: Array,
+    gram: Array | GramFactor,
+    sparsity: float | Array | None = None,
+    *,
+    pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured("output"),
+) -> Solved:
+    """Keeps the weights with the largest `|w_ij| sqrt(E[x_j^2])`, as they are.
+
+    Sun et al. (2023, Wanda, arXiv:2306.11695). The solver for a layer whose score is
+    `js.scores.wanda`; within each output by default, as in the paper.
+
+    Args:
+      w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.
+      gram: `X^T X / n`, `[d_in, d_in]`, or what `js.curvature.factor_gram` made of it;
+        or only its diagonal `[d_in]`, which is all that it looks at. Then the error in
+        the info is that for inputs without correlations.
+      sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
+        left out.
+      pattern: `Unstructured("output" or "layer")`, or `NM`.
+
+    Returns:
+      The weights, mask and info.
+
+    Raises:
+      ValueError: shapes that do not fit, NaN or Inf, a sparsity or group out of range.
+      TypeError: other patterns, types that are not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.solvers.wanda(jnp.array([[3.0, 2.0]]), jnp.array([1.0, 4.0]), 0.5).w
+      Array([[0., 2.]], dtype=float32)
+    """
+    return _masked(w, gram, sparsity, pattern=pattern, inputs=True, solver="wanda")
+
+
+def magnitude(
+    w: Array,
+    gram: Array | GramFactor,
+    sparsity: float | Array | None = None,
+    *,
+    pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+) -> Solved:
+    """Keeps the largest weights, as they are; the inputs only tell the error.
+
+    Args:
+      w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.
+      gram: as for `wanda`.
+      sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
+        left out.
+      pattern: `Unstructured("layer" or "output")`, or `NM`.
+
+    Returns:
+      The weights, mask and info.
+
+    Raises:
+      ValueError: shapes that do not fit, NaN or Inf, a sparsity or group out of range.
+      TypeError: other patterns, types that are not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.solvers.magnitude(jnp.array([[3.0, 2.0]]), jnp.array([1.0, 4.0]), 0.5).w
+      Array([[3., 0.]], dtype=float32)
+    """
+    return _masked(w, gram, sparsity, pattern=pattern, inputs=False, solver="magnitude")
+
+
+def _masked(w, gram, sparsity, *, pattern, inputs: bool, solver: str) -> Solved:
+    if jnp.ndim(gram) == 1 and not isinstance(gram, GramFactor):
+        if jnp.shape(gram) != (w.shape[-1],):
+            raise ValueError(
+                f"The diagonal of a gram matrix has shape {jnp.shape(gram)}, but w of "
+                f"shape {jnp.shape(w)} has {w.shape[-1]} inputs."
+            )
+        _solved.check_layer(w, jnp.diag(jnp.ones_like(gram)))
+    else:
+        _solved.check_layer(w, gram)
+        gram = _solved.plain_gram(w, gram)
+    sparsity = _solved.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
+    return _jitted(w, gram, sparsity, pattern, inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "inputs"))
+def _jitted(w, gram, sparsity, pattern, inputs) -> Solved:
+    choose = functools.partial(_choose, pattern=pattern, inputs=inputs)
+    return _solved.on_mesh(choose, w, gram, sparsity)
+
+
+def _choose(w, gram, sparsity, *, pattern, inputs) -> Solved:
+    diagonal = gram if gram.ndim == 1 else jnp.diagonal(gram)
+    score = jnp.abs(w)
+    if inputs:
+        score = score.astype(diagonal.dtype) * jnp.sqrt(diagonal)[None, :]
+    options = {"pattern": pattern, "axes": {"w": _solved.AXES}, "where": "w"}
+    mask = patterns.masks({"w": score}, sparsity, **options)["w"]
+    kept = jnp.where(mask, w, jnp.zeros((), w.dtype))
+    whole = jnp.diag(diagonal) if gram.ndim == 1 else gram
+    none = jnp.zeros((), whole.dtype)
+    failed = jnp.zeros((), bool)
+    wide = w.astype(whole.dtype)
+    error = _solved.energy((kept.astype(whole.dtype) - wide).T, whole)
+    info = _solved.solve_info(wide.T, whole, error=error, damping=none, failed=failed)
+    return Solved(kept, mask, info)
