@@ -19,7 +19,12 @@ import numpy as np
 import pytest
 
 # Scripts and references that no test is collected from.
-collect_ignore = ["_sequential.py", "second_order_quality.py"]
+collect_ignore = [
+    "_column_sweep.py",
+    "_sequential.py",
+    "layerwise_quality.py",
+    "second_order_quality.py",
+]
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 _rows: dict[str, list[dict]] = {}
