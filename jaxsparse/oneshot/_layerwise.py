@@ -223,7 +223,15 @@ def _evidence(stats: InputStats, share: Any, gram: bool) -> Any:
 
 @functools.partial(jax.jit, static_argnames="share")
 def _shared(gram: Array, share: Callable[[Array], Any]) -> Any:
-    return jax.vmap(share)(gram)
+    return _over_places(share, gram)
+
+
+def _over_places(f: Callable[..., Any], *arrays: Any) -> Any:
+    """`jax.vmap`, but for a single matrix, for which it compiles more slowly."""
+    if jax.tree.leaves(arrays)[0].shape[0] > 1:
+        return jax.vmap(f)(*arrays)
+    found = f(*jax.tree.map(lambda x: x[0], arrays))
+    return jax.tree.map(lambda x: x[None], found)
 
 
 def _solve_bundle(
@@ -240,8 +248,9 @@ def _solve_bundle(
     """Solves the kernels of a bundle."""
     found = {}
     for unit in bundle.units:
-        begin = time.perf_counter()
         matrices = _matrices(leaves[unit.path], unit, kernels[unit.path])
+        jax.block_until_ready((matrices, evidence))
+        begin = time.perf_counter()
         solved, masked = _solve_places(
             matrices, evidence, wanted[unit.path], stats.gram, solver, pattern
         )
@@ -266,7 +275,7 @@ def _solve_bundle(
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _solve_places(matrices, evidence, sparsity, gram, solver, pattern):
     one = lambda w, e: solver(w, e, sparsity, pattern=pattern)
-    solved = jax.vmap(one)(matrices, evidence)
+    solved = _over_places(one, matrices, evidence)
     if gram is None:
         return solved, solved.info.relative_error
     lost = jnp.where(solved.mask, 0, matrices.astype(gram.dtype))

@@ -34,8 +34,8 @@ ELEMENTWISE = _names(
 
 STRUCTURAL = _names(
     """
-    transpose reshape broadcast_in_dim squeeze expand_dims convert_element_type copy
-    copy_p slice concatenate split dynamic_slice reduce_precision name stop_gradient
+    transpose reshape broadcast_in_dim squeeze convert_element_type copy copy_p slice
+    concatenate split dynamic_slice reduce_precision name stop_gradient
     sharding_constraint optimization_barrier pvary pcast
     """
 )
@@ -111,15 +111,40 @@ def dot_general(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     return [(*batch, *free(lhs, (*lc, *lb)), *free(rhs, (*rc, *rb)))]
 
 
+def ragged_axes(eqn: Any) -> tuple[int, int] | None:
+    """Which axes of the matrices a product of groups of rows contracts and counts.
+
+    Args:
+      eqn: a `ragged_dot`.
+
+    Returns:
+      The contracted axis and that of the groups; None where the operands are not rows
+      `[m, k]` in groups, and a matrix for each group.
+    """
+    if [len(x.aval.shape) for x in eqn.invars[:2]] != [2, 3]:
+        return None
+    numbers = eqn.params.get("ragged_dot_dimension_numbers")
+    if numbers is None:
+        return 1, 0
+    (left, right), batch = numbers.dot_dimension_numbers
+    rows = tuple(left), tuple(numbers.lhs_ragged_dimensions)
+    groups = numbers.rhs_group_dimensions
+    if rows != ((1,), (0,)) or any(batch) or len(groups) != 1:
+        return None
+    return right[0], groups[0]
+
+
 def ragged_dot(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     """`lhs [m, k]`, `rhs [g, k, n]`: groups of rows, each with a matrix of its own."""
-    if [len(d) for d in ins[:2]] != [2, 3]:
+    axes = ragged_axes(eqn)
+    if axes is None:
         return opaque(eqn, ins)
     lhs, rhs, groups = ins[:3]
-    unify(lhs[1], rhs[1], "ragged_dot")
-    unify(rhs[0], groups[-1], "ragged_dot")
+    unify(lhs[1], rhs[axes[0]], "ragged_dot")
+    unify(rhs[axes[1]], groups[-1], "ragged_dot")
     freeze(lhs[0], "ragged_dot")
-    return [(lhs[0], rhs[2])]
+    (out,) = (d for i, d in enumerate(rhs) if i not in axes)
+    return [(lhs[0], out)]
 
 
 def conv(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
@@ -307,7 +332,8 @@ def tile(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
 
 def reduce(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     """Axes that are summed, or otherwise reduced, are gone."""
-    axes = eqn.params["axes"]
+    p = eqn.params
+    axes = p["axes"] if "axes" in p else p["dimensions"]
     for dims in ins[1 : len(ins) // 2 if eqn.primitive.name == "reduce" else None]:
         for a, b in zip(ins[0], dims, strict=False):
             unify(a, b, "reduce")
@@ -395,7 +421,7 @@ def gather(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
 def scatter(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     """The operand's axes; whole ones are also the updates', indexed ones stay."""
     numbers = eqn.params["dimension_numbers"]
-    operand, _, updates = ins[:3]
+    operand, indices, updates = ins[:3]
     inserted = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
     windows = [i for i in range(len(operand)) if i not in inserted]
     for at, source in zip(numbers.update_window_dims, windows, strict=True):
@@ -406,6 +432,12 @@ def scatter(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
             freeze(updates[at], "scatter")
     for source in numbers.inserted_window_dims:
         _axes.flag(operand[source], "gathered")
+    rows = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
+    for at, axis in zip(rows, indices[:-1], strict=True):
+        unify(updates[at], axis, "scatter")
+    batching = numbers.operand_batching_dims
+    for a, b in zip(batching, numbers.scatter_indices_batching_dims, strict=True):
+        unify(operand[a], indices[b], "scatter")
     return [operand]
 
 

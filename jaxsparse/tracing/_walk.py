@@ -404,8 +404,11 @@ def _sides(eqn: Any, at: int) -> _Sides | None:
     if name == "conv_general_dilated" and at == 1 and p["batch_group_count"] == 1:
         spec = p["dimension_numbers"]
         return 0, tuple(spec.rhs_spec[1:]), (), ((spec.lhs_spec[1],), ())
-    if name in {"ragged_dot", "ragged_dot_general"} and at == 1:
-        return 0, (1,), (0,), ((1,), ())
+    ragged = name in {"ragged_dot", "ragged_dot_general"} and at == 1
+    axes = _rules.ragged_axes(eqn) if ragged else None
+    if axes is not None:
+        contracted, group = axes
+        return 0, (contracted,), (group,), ((1,), ())
     return None
 
 

@@ -18,6 +18,7 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 NAMES = (
     "custom_score",
     "demo",
+    "layerwise",
     "mfac_optimizer",
     "nnx_training",
     "obs",
@@ -278,3 +279,15 @@ def test_obs_bert(tmp_path):
     # Of 32 gradients the diagonal is known, blocks of 48 are hardly.
     assert at_90["diagonal"] > at_90["magnitude"]
     assert is_picture(tmp_path / "obs_bert.png")
+
+
+def test_layerwise(tmp_path):
+    if not has_data("weights/stories260K.npz", "text/tinystories_dev_tok512.npz"):
+        pytest.skip("no weights or texts of stories260K here")
+    said = run("layerwise", "--small", "--out", str(tmp_path))
+    (dense,) = re.findall(r"^dense: perplexity (\d+\.\d+)", said, flags=re.MULTILINE)
+    magnitude, sparsegpt = row(said, "magnitude"), row(said, "sparsegpt")
+    assert float(dense) < sparsegpt[0] < magnitude[0]
+    assert sparsegpt[1] < magnitude[1]
+    assert row(said, "layers/4/attention/wq/weight")[0] == 0.5
+    assert is_picture(tmp_path / "errors.png")

@@ -54,6 +54,15 @@ def ragged(w, x):
     return lax.ragged_dot(x, w, jnp.array([3, 0, 7], jnp.int32))
 
 
+def ragged_torch(w, x):
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    return lax.ragged_dot_general(x, w, jnp.array([3, 0, 7], jnp.int32), numbers)
+
+
 def torch_layout(w, x):
     return lax.conv_general_dilated(
         x, w, (2, 1), ((1, 2), (0, 1)), dimension_numbers=("NCHW", "OIHW", "NCHW")
@@ -121,6 +130,7 @@ CASES = {
         ((1,), (0, 2), ()),
     ),
     "ragged": ((3, 8, 6), X, ragged, None, ((1,), (2,), (0,))),
+    "ragged_torch": ((3, 8, 8), X, ragged_torch, None, ((2,), (1,), (0,))),
     "mask_and_scale": (
         (8, 6),
         X,

@@ -66,23 +66,29 @@ def test_numpy_stays_numpy_and_jax_stays_jax():
     w, axes, _, _ = case("experts")
     view = js.tree.matrix_view(w.shape, axes)
     assert type(js.tree.from_matrices(js.tree.to_matrices(w, view), view)) is np.ndarray
-    traced = jax.jit(lambda w: js.tree.from_matrices(js.tree.to_matrices(w, view), view))
+    traced = jax.jit(
+        lambda w: js.tree.from_matrices(js.tree.to_matrices(w, view), view)
+    )
     np.testing.assert_array_equal(traced(jnp.asarray(w)), w)
 
 
 def test_views_of_equal_meaning_are_equal():
     one = js.tree.matrix_view((5, 3), js.Axes((0,), (1,)))
     assert one == js.tree.matrix_view((5, 3), js.Axes((-2,), (-1,)))
-    assert len({one, js.tree.matrix_view((5, 3), js.Axes((0,), (1,)), split=(5, 3))}) == 1
+    assert (
+        len({one, js.tree.matrix_view((5, 3), js.Axes((0,), (1,)), split=(5, 3))}) == 1
+    )
 
 
 def test_a_split_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"split \(2, 4\) holds not as much .*\(5, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"split \(2, 4\) holds not as much .*\(5, 3\)"
+    ):
         js.tree.matrix_view((5, 3), js.Axes((0,), (1,)), split=(2, 4))
 
 
 def test_axes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="does not name each .* exactly once"):
+    with pytest.raises(ValueError, match=r"does not name each .* exactly once"):
         js.tree.matrix_view((5, 3), js.Axes((0,), (0,)))
     with pytest.raises(ValueError, match="4 axes"):
         js.tree.matrix_view((3, 2, 8), js.Axes((0, 1), (2,)), split=(3, 2, 4, 2))

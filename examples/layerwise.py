@@ -1,0 +1,110 @@
+# %% [markdown]
+# # A language model pruned layer by layer
+#
+# A small Llama (260,032 parameters, trained on TinyStories) loses half of the weights
+# of its layers, in one pass over a few stories and without any training. At each kernel
+# the pass stops: what arrives there, through the kernels that were pruned before it,
+# says how the weights that stay make up for those that go. Weights and texts are not
+# part of jaxsparse: `_data.py` says where they are looked for.
+
+# %%
+import argparse
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import rich
+from _data import find
+from _stories import MATRICES, load, logits, perplexity, windows
+from matplotlib.figure import Figure
+from rich.table import Table
+
+import jaxsparse as js
+
+parser = argparse.ArgumentParser(description="Prune a language model layer by layer.")
+parser.add_argument("--small", action="store_true", help="one layer, few stories")
+parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
+parser.add_argument("--out", type=Path, default=Path("out/layerwise"))
+args, _ = parser.parse_known_args()  # a notebook has arguments of its own
+
+names = ("weights/stories260K.npz", "text/tinystories_dev_tok512.npz")
+weights, texts = map(np.load, find(*names, skip_missing=args.skip_missing))
+params = load(weights)
+args.out.mkdir(parents=True, exist_ok=True)
+
+COUNT, SIZE, LAST = (8, 8, 1720) if args.small else (128, 16, 2015)
+WHERE = r"^layers/4/.*/w[123qkvo]/weight$" if args.small else MATRICES
+calibration = windows(texts, 0, 1715)[:COUNT, :-1]
+batches = [jnp.asarray(calibration[i : i + SIZE]) for i in range(0, COUNT, SIZE)]
+dev = windows(texts, 1716, LAST)
+print(f"dense: perplexity {perplexity(params, dev):.3f}")
+
+# %% [markdown]
+# ## What the model does with its parameters
+#
+# Nothing is computed for that, and nothing depends on names: these kernels are read as
+# `x @ w.T`, so their inputs are the last axis. `wq`, `wk` and `wv` read the same numbers.
+
+# %%
+trace = js.trace(logits, params, batches[0])
+print("\n".join(str(trace).splitlines()[:8]))
+assert trace.kernels["layers/0/attention/wk/weight"].input.endswith("wq/weight")
+
+# %% [markdown]
+# ## Solvers
+#
+# Magnitude and Wanda only choose; SparseGPT goes column by column and corrects what
+# follows; ALPS looks for the weights that stay by ADMM and then finds their best values.
+
+# %%
+SOLVERS = {
+    "magnitude": (js.solvers.magnitude, js.Unstructured()),
+    "wanda": (js.solvers.wanda, js.Unstructured(scope="output")),
+    "sparsegpt": (js.solvers.sparsegpt, js.Unstructured()),
+    "alps": (js.solvers.alps, js.Unstructured()),
+}
+if args.small:
+    SOLVERS = {name: SOLVERS[name] for name in ("magnitude", "sparsegpt")}
+pruned = {
+    name: js.oneshot.layerwise(
+        logits,
+        params,
+        batches,
+        sparsity=0.5,
+        solver=solver,
+        pattern=pattern,
+        where=WHERE,
+        show=False,
+    )
+    for name, (solver, pattern) in SOLVERS.items()
+}
+
+# %% [markdown]
+# ## What is left
+
+# %%
+table = Table(title="half of the weights pruned")
+table.add_column("solver")
+for column in ("perplexity", "mean relative error of a kernel"):
+    table.add_column(column, justify="right")
+for name, result in pruned.items():
+    errors = [float(info.relative_error) for info in result.info.values()]
+    cells = f"{perplexity(result.params, dev):.3f}", f"{np.mean(errors):.4f}"
+    table.add_row(name, *cells)
+rich.print(table)
+print(js.report.layer_table(pruned["sparsegpt"].info))
+
+# %%
+figure = Figure(figsize=(8, 4), layout="constrained")
+plot = figure.subplots()
+for name, result in pruned.items():
+    errors = [float(info.relative_error) for info in result.info.values()]
+    plot.plot(errors, marker=".", label=name)
+plot.set(
+    xlabel="kernel, in the order of the pass",
+    ylabel="relative error of its outputs",
+    yscale="log",
+)
+plot.legend()
+figure.savefig(args.out / "errors.png", dpi=150)
+print(f"plot: {args.out / 'errors.png'}")
