@@ -126,6 +126,24 @@ def contribution(
     return update(state, rows, by_row)
 
 
+def check_samples(sample: np.ndarray, source: str) -> None:
+    """Raises where rows cannot be weighted by sample.
+
+    Args:
+      sample: for each row which sample it belongs to, -1 for none.
+      source: the line of the model that contracts them.
+
+    Raises:
+      ValueError: some row belongs to none.
+    """
+    if np.any(sample < 0):
+        raise ValueError(
+            f"The rows of inputs at {source} do not each belong to one sample (the "
+            "first axis of the first input), so they cannot be weighted. Leave their "
+            "kernel out with `where`, or give no `weight`."
+        )
+
+
 def zeros_like(shapes: Any) -> Any:
     """Statistics of nothing, of these shapes."""
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

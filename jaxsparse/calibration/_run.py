@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration._capture import capture
-from jaxsparse.calibration._rows import contribution
+from jaxsparse.calibration._rows import check_samples, contribution
 from jaxsparse.calibration._statistics import Statistics
 from jaxsparse.calibration._stats import RunningStats, finalize, init, merge
 from jaxsparse.tracing import Kernel, Trace, retrace
+from jaxsparse.tracing._kernels import Reading
 from jaxsparse.tree import select
 
 
@@ -160,7 +161,7 @@ def pass_over(
                     eqn,
                     operands,
                     gram=gram,
-                    sample=None if weight is None else _samples(trace, name, reading),
+                    sample=None if weight is None else _samples(trace, reading),
                     weight=weight,
                 )
                 for i, (name, reading) in enumerate(several)
@@ -178,14 +179,9 @@ def pass_over(
     return statistics
 
 
-def _samples(trace: Trace, name: str, reading: Any) -> np.ndarray:
+def _samples(trace: Trace, reading: Reading) -> np.ndarray:
     sample = reading.samples(trace.samples)
-    if np.any(sample < 0):
-        raise ValueError(
-            f"{name}: the rows of its inputs at {reading.site.source} do not each "
-            "belong to one sample (the first axis of the first input), so they cannot "
-            "be weighted. Leave it out with `where`, or give no `weight`."
-        )
+    check_samples(sample, reading.site.source)
     return sample
 
 

@@ -87,6 +87,7 @@ def layerwise(
     share: Callable[[Array], Any] | None = None,
     gram: bool = True,
     sequential: bool = True,
+    weight: Callable[..., Array] | None = None,
     host: bool = False,
     rules: Mapping[str, str] | None = None,
     directory: Any = None,
@@ -127,6 +128,8 @@ def layerwise(
         it is, and nothing for others.
       gram: False for solvers that only need the second moment of each input, `[d_in]`.
       sequential: False takes all statistics from the model as it was.
+      weight: `weight(*inputs)` gives one number for each sample of a batch (its first
+        axis): the share of a diffusion timestep, 0 for a sample that does not count.
       host: keeps activations in host memory.
       rules: for foreign primitives, as for `jaxsparse.trace`.
       directory: where to write checkpoints.
@@ -163,7 +166,7 @@ def layerwise(
     solve = functools.partial(
         _solve_bundle, kernels=kernels, wanted=wanted, solver=solver, pattern=pattern
     )
-    walk = Pass(traced, kernels, params, data, gram=gram, host=host)
+    walk = Pass(traced, kernels, params, data, gram=gram, host=host, weight=weight)
     state = Progress(0, dict(walk.leaves), {}, {})
     if directory is not None:
         state = resumed(directory, state, traced, walk.stages)

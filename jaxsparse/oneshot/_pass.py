@@ -1,6 +1,6 @@
 """The one pass over calibration data: where it is, and what it sees there."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,9 +10,9 @@ import numpy as np
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.calibration import InputStats, RunningStats, finalize, init, merge
 from jaxsparse.calibration._capture import capture_at
-from jaxsparse.calibration._rows import contribution
+from jaxsparse.calibration._rows import check_samples, contribution
 from jaxsparse.oneshot._segments import Pieces
-from jaxsparse.oneshot._stages import Bundle, Stage, flat_program, stages_of
+from jaxsparse.oneshot._stages import Bundle, Look, Stage, flat_program, stages_of
 from jaxsparse.tracing import Kernel, Trace, retrace
 
 
@@ -33,14 +33,19 @@ class Pass:
         *,
         gram: bool,
         host: bool,
+        weight: Callable[..., Array] | None = None,
     ):
         self.leaves = dict(zip(trace.paths, jax.tree.leaves(params), strict=True))
         self._paths, self._gram, self._host = trace.paths, gram, host
         self._compiled: dict[Any, Any] = {}
         self._programs: dict[str, tuple[Pieces, tuple[Stage, ...], set[int]]] = {}
         self._batches: list[tuple[str, dict[int, Any]]] = []
+        self._weights: list[Array | None] = []
+        self._samples: dict[str, Any] = {}
         for inputs in batches:
             inputs = jax.tree.map(jnp.asarray, inputs)
+            by_sample = None if weight is None else jnp.asarray(weight(*inputs))
+            self._weights.append(by_sample)
             key = str(jax.tree.map(jax.typeof, inputs))
             if key not in self._programs:
                 here = retrace(trace, params, inputs)
@@ -50,9 +55,11 @@ class Pass:
                 pieces = Pieces(flat, self._compiled)
                 looks = [k.at for s in stages for b in s.bundles for k in b.looks]
                 self._programs[key] = pieces, stages, pieces.leading_to(looks)
+                self._samples[key] = here.samples
             flat = self._programs[key][0].flat
             numbers = flat.arguments[len(self._paths) :]
             values = jax.tree.leaves(inputs)
+            values = list(map(np.asarray, values)) if host else values
             self._batches.append((key, dict(zip(numbers, values, strict=True))))
         self.stages = next(iter(self._programs.values()))[1]
         self._at = -1
@@ -124,19 +131,23 @@ class Pass:
         return self.leaves[self._paths[pieces.flat.arguments.index(x)]]
 
     def _see(self, number: int, index: int) -> list[RunningStats]:
-        key, live = self._batches[number]
-        pieces, stages, _ = self._programs[key]
-        return [self._see_bundle(pieces, b, live) for b in stages[index].bundles]
+        stages = self._programs[self._batches[number][0]][1]
+        return [self._see_bundle(number, bundle) for bundle in stages[index].bundles]
 
-    def _see_bundle(
-        self, pieces: Pieces, bundle: Bundle, live: dict[int, Any]
-    ) -> RunningStats:
+    def _see_bundle(self, number: int, bundle: Bundle) -> RunningStats:
+        key, live = self._batches[number]
+        pieces = self._programs[key][0]
+        looks = [(look, *_operands(pieces, look)) for look in bundle.looks]
+        wanted = {x for _, ins, keep in looks for x in _kept(ins, keep)}
+        missing = sorted(wanted - set(live))
+        new = dict(zip(missing, self._run(pieces, missing, live), strict=True))
         total = None
         places = np.unique(np.concatenate([look.places for look in bundle.looks]))
-        if len(bundle.looks) == 1:
+        if len(looks) == 1:
             places = bundle.looks[0].places
-        for look in bundle.looks:
-            part = self._see_step(pieces, look, live)
+        for look, ins, keep in looks:
+            arrays = [{**live, **new}[x] for x in _kept(ins, keep)]
+            part = self._see_step(pieces, look, keep, arrays, number)
             if not np.array_equal(look.places, places):
                 size, d_in = len(places), part.mean.shape[-1]
                 empty = init((size,), d_in, gram=self._gram, dtype=part.mean.dtype)
@@ -147,58 +158,77 @@ class Pass:
         return total
 
     def _see_step(
-        self, pieces: Pieces, look: Any, live: dict[int, Any]
+        self,
+        pieces: Pieces,
+        look: Look,
+        keep: list[bool],
+        arrays: list[Any],
+        number: int,
     ) -> RunningStats:
         step, reading = pieces.flat.steps[look.at], look.reading
+        weight, sample = self._weights[number], None
+        if weight is not None:
+            sample = reading.samples(self._samples[self._batches[number][0]])
+            check_samples(sample, reading.site.source)
+        rest = [
+            v.aval if isinstance(x, int) else x.val
+            for x, v in zip(step.ins, step.eqn.invars, strict=True)
+        ]
+        fixed = [r for r, k in zip(rest, keep, strict=True) if not k]
         direct = step.address == reading.site.address
-        shapes = [v.aval for v in step.eqn.invars]
-        # A contraction needs its inputs alone; a loop needs everything.
-        keep = [
-            isinstance(x, int) and (not direct or i != reading.site.operand)
-            for i, x in enumerate(step.ins)
-        ]
-        wanted = tuple(
-            dict.fromkeys(x for x, k in zip(step.ins, keep, strict=True) if k)
-        )
-        missing = [x for x in wanted if x not in live]
-        here = {
-            **live,
-            **dict(zip(missing, self._run(pieces, missing, live), strict=True)),
-        }
-        values = [
-            here[x] if k else (shape if isinstance(x, int) else x.val)
-            for x, k, shape in zip(step.ins, keep, shapes, strict=True)
-        ]
-        arrays = [v for v, k in zip(values, keep, strict=True) if k]
-        fixed = str([v for v, k in zip(values, keep, strict=True) if not k])
         key = (
             "see",
+            step.name,
             step.text,
-            fixed,
+            str(fixed),
             reading.inputs.tobytes(),
-            (step.name,) if direct else id(step.eqn),
+            reading.site.of_input,
+            None if sample is None else sample.tobytes(),
+            None if direct else id(step.eqn),
         )
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(
-                _seeing(step, reading, values, keep, self._gram)
-            )
-        return self._compiled[key](arrays)
+            see = _seeing(step, reading, rest, keep, sample, self._gram)
+            self._compiled[key] = jax.jit(see)
+        return self._compiled[key](arrays, weight)
 
 
-def _seeing(step: Any, reading: Any, values: list[Any], keep: list[bool], gram: bool):
+def _operands(pieces: Pieces, look: Look) -> tuple[tuple[Any, ...], list[bool]]:
+    """A step's operands, and which of them its statistics need.
+
+    A contraction needs its inputs alone; a loop needs everything.
+    """
+    step, site = pieces.flat.steps[look.at], look.reading.site
+    direct = step.address == site.address
+    ragged = site.primitive.startswith("ragged_dot")
+    needed = lambda i: not direct or i == site.other or (ragged and i == 2)
+    keep = [isinstance(x, int) and needed(i) for i, x in enumerate(step.ins)]
+    return step.ins, keep
+
+
+def _kept(ins: tuple[Any, ...], keep: list[bool]) -> list[int]:
+    return [x for x, k in zip(ins, keep, strict=True) if k]
+
+
+def _seeing(
+    step: Any,
+    reading: Any,
+    rest: list[Any],
+    keep: list[bool],
+    sample: np.ndarray | None,
+    gram: bool,
+) -> Callable[..., RunningStats]:
     """A function from a step's operands to the statistics of one kernel's inputs."""
-    others = [None if k else v for v, k in zip(values, keep, strict=True)]
 
-    def see(arrays: list[Array]) -> RunningStats:
+    def see(arrays: list[Array], weight: Array | None) -> RunningStats:
         given = iter(arrays)
-        operands = [next(given) if k else v for v, k in zip(others, keep, strict=True)]
+        operands = [next(given) if k else v for v, k in zip(rest, keep, strict=True)]
         look = lambda address, eqn, ops: {
-            "": contribution(reading, eqn, ops, gram=gram, sample=None, weight=None)
+            "": contribution(reading, eqn, ops, gram=gram, sample=sample, weight=weight)
         }
-        if step.address == reading.site.address:
-            found = look(step.address, step.eqn, operands)[""]
+        site = reading.site.address
+        if step.address == site:
+            found = look(site, step.eqn, operands)[""]
         else:
-            site = reading.site.address
             scans = {site: reading.scans}
             _, all_found = capture_at(step.eqn, operands, step.address, look, scans)
             found = all_found[site][""]

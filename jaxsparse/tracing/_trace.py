@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -285,7 +286,7 @@ def _kernels(
             view,
             readings,
             names.setdefault(key, path),
-            sum(site.flops for site in sites),
+            sum(_share(site, path) for site in sites),
             tuple(sorted(frozenset().union(*(s.origin.via for s in sites)))),
         )
     for stop in walk.stops:
@@ -294,6 +295,17 @@ def _kernels(
             continue
         unfollowed.append(_explained(stop, lost))
     return kernels, tuple(dict.fromkeys(unfollowed))
+
+
+def _share(site: Site, path: str) -> int:
+    """A kernel's part of the FLOPs where several are joined and contracted at once."""
+    sizes = {
+        p: math.prod(d.size for d in dims) // math.prod(a.size for _, a in loops)
+        for loops in [site.origin.loops]
+        for p, dims in site.origin.sources
+    }
+    operand = math.prod(d.size for d in site.origin.dims)
+    return site.flops * min(sizes[path], operand) // operand
 
 
 def _explained(stop: Any, paths: tuple[str, ...]) -> Unfollowed:

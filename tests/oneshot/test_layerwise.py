@@ -317,6 +317,20 @@ def test_patterns_batches_on_the_host_and_one_sparsity_for_each_kernel():
     assert found == wanted
 
 
+def test_samples_may_count_more_or_not_at_all():
+    apply_fn, params, x = MODELS["nnx"]()
+    run = functools.partial(
+        js.oneshot.layerwise, apply_fn, params, sparsity=0.5, solver=cheap
+    )
+    first = run([x[:20]])
+    weighted = run([x], weight=lambda x: jnp.where(jnp.arange(len(x)) < 20, 1.0, 0.0))
+    for a, b in zip(
+        *map(jax.tree.leaves, (first.params, weighted.params)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert float(weighted.info["a/kernel"].rows) == 20
+
+
 def test_sparsegpt_is_the_default_and_shares_a_factor():
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"q": normal(1, 8, 16), "k": normal(2, 8, 16), "out": normal(3, 16, 4)}

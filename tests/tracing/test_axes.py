@@ -244,6 +244,15 @@ def test_query_key_and_value_are_found_in_a_fused_axis():
         assert find(minor) is width
 
 
+def test_factors_keep_their_order_when_they_are_split():
+    factors = [leaf(2), leaf(3), leaf(5), leaf(4)]
+    major, minor = split_minor(product(factors), 20)
+    assert leaves(major) == factors[:2]
+    assert leaves(minor) == factors[2:]
+    with pytest.raises(Incompatible):
+        split_minor(product(factors), 40)
+
+
 def test_equal_segments_may_be_a_product_of_a_count():
     a, b = leaf(3), leaf(3)
     fused, count, width = concatenation([a, b]), leaf(2), leaf(3)

@@ -264,6 +264,17 @@ def test_flops_are_two_for_each_multiplication(name):
     assert trace.flops == 2 * rows * int(np.prod(shape))
 
 
+def test_joined_kernels_share_the_flops():
+    params = {"a": jnp.ones((8, 6)), "b": jnp.ones((8, 2)), "s": jnp.ones((3, 8, 4))}
+
+    def apply_fn(p, x):
+        joined = x @ jnp.concatenate([p["a"], p["b"]], 1)
+        return joined, lax.scan(lambda c, w: (c, c @ w), x, p["s"])[1]
+
+    kernels = js.trace(apply_fn, params, X).kernels
+    assert {k: v.flops for k, v in kernels.items()} == {"a": 960, "b": 320, "s": 1920}
+
+
 def test_kernels_that_read_the_same_numbers_share_an_input():
     params = {k: jnp.ones((8, 6)) for k in "qkvo"}
 
