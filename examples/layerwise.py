@@ -42,8 +42,9 @@ print(f"dense: perplexity {perplexity(params, dev):.3f}")
 # %% [markdown]
 # ## What the model does with its parameters
 #
-# Nothing is computed for that, and nothing depends on names: these kernels are read as
-# `x @ w.T`, so their inputs are the last axis. `wq`, `wk` and `wv` read the same numbers.
+# Nothing is computed for that, and nothing depends on names: these kernels are read
+# as `x @ w.T`, so their inputs are the last axis. `wq`, `wk` and `wv` read the same
+# numbers.
 
 # %%
 trace = js.trace(logits, params, batches[0])
@@ -54,7 +55,8 @@ assert trace.kernels["layers/0/attention/wk/weight"].input.endswith("wq/weight")
 # ## Solvers
 #
 # Magnitude and Wanda only choose; SparseGPT goes column by column and corrects what
-# follows; ALPS looks for the weights that stay by ADMM and then finds their best values.
+# follows; ALPS looks for the weights that stay by ADMM and then finds their best
+# values.
 
 # %%
 SOLVERS = {

@@ -36,7 +36,7 @@ STRUCTURAL = _names(
     """
     transpose reshape broadcast_in_dim squeeze convert_element_type copy copy_p slice
     concatenate split dynamic_slice reduce_precision name stop_gradient
-    sharding_constraint optimization_barrier pvary pcast
+    sharding_constraint optimization_barrier pvary pcast unstack
     """
 )
 """What moves entries and changes none: a kernel after it is still that kernel."""
@@ -255,6 +255,20 @@ def stack(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
         for a, b in zip(ins[0], dims, strict=True):
             unify(a, b, "stack")
     return [(*ins[0][:at], leaf(len(ins), "frozen: stack"), *ins[0][at:])]
+
+
+def unstack(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """The indices of one axis, each without it: segments of size 1, squeezed away."""
+    at = eqn.params["axis"]
+    rest = ins[0][at]
+    for _ in range(ins[0][at].size - 1):
+        try:
+            rest = _axes.cut(rest, 1)[1]
+        except _axes.Incompatible as error:
+            freeze(ins[0][at], f"unstack ({error})")
+            break
+    kept = (*ins[0][:at], *ins[0][at + 1 :])
+    return [kept for _ in eqn.outvars]
 
 
 def split(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
@@ -578,5 +592,6 @@ RULES: Mapping[str, Rule] = {
     "tile": tile,
     "top_k": top_k,
     "transpose": transpose,
+    "unstack": unstack,
 }
 """The rules by primitive."""

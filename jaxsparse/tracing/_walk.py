@@ -263,9 +263,11 @@ class Walk:
         ones = [d for dims in before for d in dims if d.size == 1]
         loops = tuple(dict.fromkeys(x for o in found for x in o.loops))
         results: list[Origin | None] = []
-        for dims in after:
+        for i, dims in enumerate(after):
             left = {id(_axes.find(d)) for d in dims}
             dropped = (*(d for o in found for d in o.dropped), *ones)
+            if name == "unstack":
+                dropped += (_axes.leaves(before[0][eqn.params["axis"]])[i],)
             dropped = tuple(d for d in dropped if id(_axes.find(d)) not in left)
             sources = {path: dims for o in found for path, dims in o.sources}
             results.append(Origin(tuple(sources.items()), dims, dropped, via, loops))

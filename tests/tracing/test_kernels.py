@@ -208,6 +208,13 @@ CASES = {
     ),
     "scanned": ((3, 8, 6), X, scanned, None, ((1,), (2,), (0,))),
     "looped": ((3, 8, 6), X, looped, None, ((1,), (2,), (0,))),
+    "unstacked": (
+        (3, 8, 6),
+        X,
+        lambda w, x: [jnp.tanh(i * x) @ v for i, v in enumerate(jnp.unstack(w))],
+        None,
+        ((1,), (2,), (0,)),
+    ),
     "nested": ((2, 3, 8, 6), X, nested, None, ((2,), (3,), (0, 1))),
     "recurrent": ((8, 6), X, recurrent, None, ((0,), (1,), ())),
     "while": ((8, 6), X, while_loop, None, ((0,), (1,), ())),
