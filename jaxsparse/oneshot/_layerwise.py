@@ -178,7 +178,7 @@ def layerwise(
             found = walk.statistics(stage) if dense is None else dense[index]
             for bundle, stats in zip(stage.bundles, found, strict=True):
                 new = solve(bundle, walk.leaves, stats, _evidence(stats, share, gram))
-                for path, part in new.items():
+                for path, part in new:
                     _put(state, walk, path, part, kernels[path])
                     error = float(np.mean(part.info.relative_error))
                     bar.say(f"{path}: relative error {error:.2e}")
@@ -247,9 +247,9 @@ def _solve_bundle(
     wanted: Mapping[str, float | None],
     solver: Solver,
     pattern: patterns.Pattern,
-) -> dict[str, _Found]:
+) -> list[tuple[str, _Found]]:
     """Solves the kernels of a bundle."""
-    found = {}
+    found = []
     for unit in bundle.units:
         matrices = _matrices(leaves[unit.path], unit, kernels[unit.path])
         jax.block_until_ready((matrices, evidence))
@@ -271,7 +271,8 @@ def _solve_bundle(
             sparsity=np.asarray(1 - kept),
             seconds=seconds,
         )
-        found[unit.path] = _Found(solved.w, solved.mask, unit.places, info)
+        entry = _Found(solved.w, solved.mask, unit.places, info)
+        found.append((unit.path, entry))
     return found
 
 

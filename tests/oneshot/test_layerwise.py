@@ -236,6 +236,27 @@ def test_tied_kernels_are_solved_with_the_inputs_of_all_places():
     jax.tree.map(np.testing.assert_array_equal, pruned.masks, again.masks)
 
 
+def test_slices_of_one_parameter_are_solved_each_with_its_own_inputs():
+    w = {"in": normal(1, 3, 8, 16), "out": normal(2, 3, 16, 8)}
+
+    def apply_fn(p, x):  # experts in a loop: all read the same, each makes its own
+        return sum(jnp.tanh(x @ p["in"][i]) @ p["out"][i] for i in range(3))
+
+    pruned = js.oneshot.layerwise(apply_fn, w, [ROWS], sparsity=0.5, solver=cheap)
+
+    def side_by_side(p, x):
+        h = jnp.tanh(jnp.einsum("etd,edf->etf", x, p["in"]))
+        return jnp.einsum("etf,efd->etd", h, p["out"]).sum(0)
+
+    same = js.oneshot.layerwise(
+        side_by_side, w, [jnp.stack([ROWS] * 3)], sparsity=0.5, solver=cheap
+    )
+    jax.tree.map(np.testing.assert_array_equal, pruned.masks, same.masks)
+    for path in w:
+        np.testing.assert_allclose(pruned.params[path], same.params[path], atol=1e-5)
+        np.testing.assert_allclose(pruned.info[path].rows, 40)
+
+
 def test_without_a_sequence_all_statistics_are_those_of_the_dense_model():
     apply_fn, params = experts()
     pruned = js.oneshot.layerwise(
