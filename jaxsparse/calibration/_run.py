@@ -14,7 +14,7 @@ from jaxsparse.calibration._statistics import Statistics
 from jaxsparse.calibration._stats import RunningStats, finalize, init, merge
 from jaxsparse.tracing import Kernel, Trace, retrace
 from jaxsparse.tracing._kernels import Reading
-from jaxsparse.tree import select
+from jaxsparse.tree import default_where, leaves_with_paths, select
 
 
 def run(
@@ -113,6 +113,18 @@ def selected_kernels(
     """
     chosen = jax.tree.leaves(select(params, where))
     wanted = {path for path, take in zip(trace.paths, chosen, strict=True) if take}
+    for path, leaf in leaves_with_paths(params) if where is not None else ():
+        # What is chosen in so many words, and looks like a kernel, shall be one.
+        if path in wanted - set(trace.kernels) and default_where(path, leaf):
+            lines = trace.lookups.get(path)
+            how = f": it is looked up at {lines[0]}" if lines else ""
+            lost = [u.reason for u in trace.unfollowed if path in u.paths]
+            raise ValueError(
+                lost[0] + " Or leave it out with `where`."
+                if lost
+                else f"{path} is selected, but no data is contracted with it{how}. "
+                "Leave it out with `where`."
+            )
     for lost in trace.unfollowed:
         if wanted & set(lost.paths) - set(trace.kernels):
             raise ValueError(f"{lost.reason} Or leave it out with `where`.")

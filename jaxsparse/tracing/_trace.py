@@ -316,6 +316,11 @@ def _explained(stop: Any, paths: tuple[str, ...]) -> Unfollowed:
             f"{stop.source}. Give one: rules={{'{stop.primitive}': 'btd,df->btf'}}, or "
             "state the axes by hand."
         )
+    elif stop.primitive == "dynamic_slice":
+        reason = (
+            f"{who}: slices of it are taken at a traced index, at {stop.source}, so no "
+            "one knows which. Let a scan hand them out, or state its axes by hand."
+        )
     else:
         reason = (
             f"{who}: no contraction with data, but {stop.primitive} at {stop.source}. "

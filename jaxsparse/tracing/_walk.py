@@ -246,7 +246,10 @@ class Walk:
             return list(none)
         if name not in _rules.STRUCTURAL and name not in _rules.ELEMENTWISE:
             paths = tuple(path for o in found for path, _ in o.sources)
-            self.stops.append(Stop(paths, name, self._source(eqn), False))
+            if name == "gather" and ins[0].origin:
+                self._look_up(ins[0].origin, eqn)
+            else:
+                self.stops.append(Stop(paths, name, self._source(eqn), False))
             return list(none)
         shape = lambda atom: atom.aval.shape
         before = [
@@ -273,6 +276,10 @@ class Walk:
             results.append(Origin(tuple(sources.items()), dims, dropped, via, loops))
         return results
 
+    def _look_up(self, origin: Origin, eqn: Any) -> None:
+        for path, _ in origin.sources:
+            self.lookups.setdefault(path, []).append(self._source(eqn))
+
     def _meet(
         self,
         eqn: Any,
@@ -289,8 +296,7 @@ class Walk:
                 continue
             paths = tuple(path for path, _ in value.origin.sources)
             if name == "gather" and at == 0:
-                for path in paths:
-                    self.lookups.setdefault(path, []).append(source)
+                self._look_up(value.origin, eqn)
                 continue
             if foreign:
                 sides = _foreign_sides(self._equations[foreign], at, ins)

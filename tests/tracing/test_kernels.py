@@ -324,6 +324,29 @@ def test_what_it_cannot_follow_it_says(name):
         js.calibration.run(trace, {"some/w": jnp.ones((8, 8))}, [X])
 
 
+def test_what_is_looked_up_is_no_kernel():
+    params = {
+        "w": jnp.ones((8, 6)),
+        "expert": jnp.ones((3, 8, 6)),
+        "at": jnp.ones((9, 8)),
+    }
+
+    def apply_fn(p, x):
+        x = x + p["at"][jnp.arange(len(x)) % 9]
+        mine = p["expert"][jnp.argmax(x[:, :3], 1)]
+        return x @ p["w"] + jnp.einsum("td,tdf->tf", x, mine)
+
+    trace = js.trace(apply_fn, params, X)
+    assert list(trace.kernels) == ["w"]
+    assert set(trace.lookups) == {"at", "expert"}
+    assert not trace.unfollowed
+    assert js.calibration.run(trace, params, [X]).paths == ("w",)
+    with pytest.raises(
+        ValueError, match=r"expert is selected.*looked up at .*test_ker"
+    ):
+        js.calibration.run(trace, params, [X], where="expert|w")
+
+
 def test_a_foreign_primitive_is_described_by_an_equation():
     from jax.extend.core import Primitive
     from jax.interpreters import mlir
