@@ -16,7 +16,7 @@ from jax.extend import core
 from jaxsparse.calibration._rows import zeros_like
 from jaxsparse.calibration._stats import merge
 from jaxsparse.tracing._steps import bind
-from jaxsparse.tracing._walk import called, inner
+from jaxsparse.tracing._walk import called, inner, scan_counts
 
 Address = tuple[int, ...]
 Look = Callable[[Address, Any, list[Any]], Any]
@@ -110,8 +110,8 @@ class _Run:
         self, eqn: Any, values: list[Any], here: Address
     ) -> tuple[list[Any], Found]:
         p, body = eqn.params, inner(eqn)[0]
-        first = p["num_consts"]
-        last = first + p["num_carry"]
+        first, carried = scan_counts(eqn)
+        last = first + carried
         consts, init, xs = values[:first], values[first:last], values[last:]
 
         def once(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any], Found]:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxsparse.tracing._walk import Address, called, inner
+from jaxsparse.tracing._walk import Address, called, inner, scan_counts
 
 
 class Step(NamedTuple):
@@ -172,8 +172,8 @@ class _Flattening:
 
     def scan(self, eqn: Any, ins: list[Any], here: Address, turns) -> list[Any]:
         p = eqn.params
-        first = p["num_consts"]
-        last = first + p["num_carry"]
+        first, carried = scan_counts(eqn)
+        last = first + carried
         consts, carry, xs = ins[:first], ins[first:last], ins[last:]
         stacks: list[list[Any]] = [[] for _ in eqn.outvars[last - first :]]
         order = range(p["length"])

@@ -108,6 +108,20 @@ def inner(eqn: Any) -> list[Any]:
     return [] if one is None else [one]
 
 
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried.
+
+    What is scanned over has an axis more outside than inside. (How a scan's parameters
+    say it has changed between versions of JAX.)
+    """
+    body = inner(eqn)[0].jaxpr
+    more = lambda outside, inside: sum(
+        a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True)
+    )
+    carried = len(eqn.outvars) - more(eqn.outvars, body.outvars)
+    return len(eqn.invars) - more(eqn.invars, body.invars) - carried, carried
+
+
 def source_of(eqn: Any) -> str:
     """The line of the model that an equation comes from."""
     from jax._src import source_info_util  # jaxprs carry it; nothing public reads it
@@ -337,9 +351,9 @@ class Walk:
     def _scan(
         self, eqn: Any, ins: list[Value], address: Address, times: int | None
     ) -> list[Value]:
-        p = eqn.params
-        length, first, last = p["length"], p["num_consts"], p["num_consts"]
-        last += p["num_carry"]
+        length = eqn.params["length"]
+        first, carried = scan_counts(eqn)
+        last = first + carried
         layer = leaf(length, "layer")
         data = any(v.data for v in ins)
         inside = list(ins[:first])
@@ -354,7 +368,6 @@ class Walk:
             inside.append(Value(v.dims[1:], v.data, next(self._count), origin))
         many = None if times is None else times * length
         outs = self.run(inner(eqn)[0], inside, (*address, 0), many)
-        carried = last - first
         for a, b in zip(ins[first:last], outs[:carried], strict=True):
             _same(a.dims, b.dims, "scan")
         results = [Value(v.dims, data, next(self._count)) for v in outs[:carried]]
