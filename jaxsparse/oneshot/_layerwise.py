@@ -161,6 +161,7 @@ def layerwise(
     traced = trace(apply_fn, params, *data[0], rules=rules)
     kernels = selected_kernels(traced, params, where)
     wanted = _sparsities(sparsity, params, kernels, pattern)
+    _check_groups(kernels, pattern)
     if share is None and solver is solvers.sparsegpt and gram:
         share = _factored
     solve = functools.partial(
@@ -213,6 +214,17 @@ def _sparsities(
     for path, s in wanted.items():
         _checks.check_sparsity(s, name=f"sparsity of {path}")
     return {path: float(s) for path, s in wanted.items()}
+
+
+def _check_groups(kernels: Mapping[str, Kernel], pattern: patterns.Pattern) -> None:
+    for path, kernel in kernels.items():
+        d_in = kernel.view.d_in
+        if isinstance(pattern, patterns.NM) and d_in % pattern.of:
+            raise ValueError(
+                f"{path}: {pattern} takes groups of {pattern.of} inputs, which do not "
+                f"divide its {d_in}. Leave it out with `where`, or choose another "
+                "pattern for it."
+            )
 
 
 def _evidence(stats: InputStats, share: Any, gram: bool) -> Any:

@@ -395,6 +395,8 @@ def test_bad_input_gets_a_sentence():
         run([ROWS], sparsity=1.5)
     with pytest.raises(ValueError, match="selects none"):
         run([ROWS], sparsity=0.5, where=lambda path, leaf: path == "zz")
+    with pytest.raises(ValueError, match=r"a: NM.*groups of 5.*divide its 8"):
+        run([ROWS], pattern=js.NM(2, 5))
     solver = functools.partial(js.solvers.sparsegpt, damping=0.0)
     with pytest.raises(ValueError, match=r"a: its gram .* 3 rows of 8 .*rel_damping"):
         run([ROWS[:3]], sparsity=0.5, solver=solver)
