@@ -129,7 +129,6 @@ def stages_of(flat: Steps, kernels: Mapping[str, Kernel]) -> tuple[Stage, ...]:
             continue
         for path, reading in by_address.get(step.address, ()):
             looks[path].append(Look(at, reading, _places(step, reading, unrolled)))
-    # A scan without a slice or a result leaves no such step; its turns do.
     bundles: dict[Any, tuple[list[Look], list[Unit]]] = {}
     for path, seen in looks.items():
         for group in _apart(seen):
