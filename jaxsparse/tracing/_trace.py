@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxsparse._typing import PyTree
+from jaxsparse.tracing import _axes
 from jaxsparse.tracing._kernels import NotFollowed, Reading, view_of
+from jaxsparse.tracing._rules import Dims
 from jaxsparse.tracing._walk import Origin, Site, Walk, abstract
 from jaxsparse.tree import Axes, MatrixView, leaves_with_paths
 
@@ -74,6 +76,8 @@ class Trace:
       inputs: the abstract example inputs.
       samples: the first axis of the first input, which counts samples.
       rules: what was given for foreign primitives.
+      dims: each parameter's axes as expressions: axes that must have the same indices,
+        in any parameters, share their leaves.
     """
 
     kernels: Mapping[str, Kernel]
@@ -87,6 +91,7 @@ class Trace:
     inputs: Any
     samples: Any
     rules: Mapping[str, str]
+    dims: Mapping[str, Dims]
 
     @property
     def axes(self) -> dict[str, Axes]:
@@ -195,7 +200,10 @@ def trace(
         if i < len(paths):
             value = value._replace(origin=_own(paths[i], walk, var.aval.shape))
         args.append(value)
-    walk.run(program, args, (), 1)
+    results = walk.run(program, args, (), 1)
+    for name, values in (("input", args[len(paths) :]), ("output", results)):
+        for axis in (axis for value in values for axis in value.dims):
+            _axes.flag(axis, name)
     kernels, unfollowed = _kernels(walk, dict(zip(paths, shapes, strict=True)))
     lookups = {path: tuple(lines) for path, lines in walk.lookups.items()}
     return Trace(
@@ -210,6 +218,7 @@ def trace(
         inputs,
         next((v.dims[0] for v in args[len(paths) :] if v.dims), None),
         rules or {},
+        {path: value.dims for path, value in zip(paths, args, strict=False)},
     )
 
 
