@@ -119,8 +119,13 @@ def contribution(
         )
     if reading.site.primitive.startswith("ragged_dot"):
         own = _ragged_weights(operands[2], rows.shape[1])
-        by_row = own if by_row is None else own * by_row
         rows = jnp.broadcast_to(rows, (own.shape[0], *rows.shape[1:]))
+        by_row = own if by_row is None else own * by_row
+    elif reading.site.batch:
+        # Experts side by side: a row of zeros is a token that went elsewhere, or a
+        # slot that stayed empty.
+        own = jnp.any(rows != 0, axis=-1).astype(jnp.float32)
+        by_row = own if by_row is None else own * by_row
     dtype = jnp.float64 if rows.dtype == jnp.float64 else jnp.float32
     state = init((rows.shape[0],), rows.shape[-1], gram=gram, dtype=dtype)
     return update(state, rows, by_row)

@@ -31,9 +31,9 @@ def run(
 
     Means, second moments and (with `gram`) the matrices `X^T X / n` of the inputs of
     every kernel, in the order of its own columns: a convolution's patches, an attention
-    kernel's heads. Kernels that read the same input share one. Each expert counts the
-    tokens that reach it where they are routed by `ragged_dot`; where experts are a
-    batch axis of a product, every row counts, also one of padding.
+    kernel's heads. Kernels that read the same input share one. Each expert counts its
+    own tokens: by `ragged_dot` those of its group; where experts are a batch axis of a
+    product, the rows that are not all 0, as a dispatch leaves them.
 
     All statistics are those of the model as it is; for pruning in which each layer sees
     what the pruned layers before it give, see `jaxsparse.oneshot.layerwise`.

@@ -395,6 +395,25 @@ def test_samples_are_weighted_wherever_their_rows_went():
         )
 
 
+def test_each_expert_counts_its_own_tokens():
+    params = {"router": normal(2, 8, 4), "expert": normal(3, 4, 8, 6)}
+
+    def apply_fn(p, x):  # the fourth expert gets nothing
+        at = jnp.argmax((x @ p["router"])[:, :3], 1)
+        sent = jax.nn.one_hot(at, 4).T[:, :, None] * x[None]
+        return jnp.einsum("etd,edf->etf", sent, p["expert"])
+
+    trace = js.trace(apply_fn, params, X)
+    stats = js.calibration.run(trace, params, [X])
+    mine = np.asarray(jnp.argmax((X @ params["router"])[:, :3], 1))
+    found = stats.of("expert")
+    np.testing.assert_array_equal(found.count, [np.sum(mine == e) for e in range(4)])
+    own = X[mine == mine[0]]
+    np.testing.assert_allclose(found.gram[mine[0]], own.T @ own / len(own), rtol=1e-4)
+    assert js.calibration.unseen(stats)["expert"] >= 1
+    assert np.all(np.isfinite(found.gram))
+
+
 def test_a_trace_is_made_anew_for_batches_of_another_shape():
     params = {"w": normal(3, 8, 6)}
     trace = js.trace(lambda p, x: x @ p["w"], params, X)
