@@ -28,7 +28,6 @@ LARGE = [(4096, 4096), (14336, 4096), (4096, 14336)]  # of an 8B model
 TWO_OF_FOUR = js.NM(keep=2, of=4)
 PATTERNS = {"50 %": (js.Unstructured(), None), "2:4": (TWO_OF_FOUR, (2, 4))}
 every_pattern = pytest.mark.parametrize("name", PATTERNS)
-AXES = js.Axes(input=(1,), output=(0,))
 
 
 def layer(d_out: int, d_in: int):
@@ -126,18 +125,18 @@ def test_wanda(index, name, large, compare):
     norms = np.sqrt(np.diag(gram))
 
     @jax.jit
-    def prune(w, norms):
-        scores = jnp.abs(w) * norms[None, :]
-        mask = js.patterns.masks(scores, 0.5, pattern=pattern, axes=AXES)
-        return jnp.where(mask, w, 0)
+    def prune(kernel, norms):  # each in its own layout: flax's is (in, out)
+        scores = jnp.abs(kernel) * norms[:, None]
+        mask = js.patterns.masks(scores, 0.5, pattern=pattern)
+        return jnp.where(mask, kernel, 0)
 
-    given = jnp.asarray(w), jnp.asarray(norms)
+    given = jnp.asarray(w.T.copy()), jnp.asarray(norms)
     calls = {}
     if reference(large):
         kernel, scale = torch.from_numpy(w), torch.from_numpy(norms)
         theirs = lambda: column_sweep.wanda(kernel, scale, 0.5, nm).numpy()
         calls["torch"] = theirs
-        assert np.mean((theirs() != 0) == (np.asarray(prune(*given)) != 0)) > 0.9999
+        assert np.mean((theirs() != 0) == (np.asarray(prune(*given)).T != 0)) > 0.9999
     calls["jaxsparse"] = lambda: prune(*given)
     compare(f"Wanda, {d_out} x {d_in}, {name}", calls, rounds=5)
 
