@@ -80,7 +80,7 @@ def magnitude(
 
 
 def _masked(w, gram, sparsity, *, pattern, inputs: bool, solver: str) -> Solved:
-    if jnp.ndim(gram) == 1 and not isinstance(gram, GramFactor):
+    if not isinstance(gram, GramFactor) and jnp.ndim(gram) == 1:
         if jnp.shape(gram) != (w.shape[-1],):
             raise ValueError(
                 f"The diagonal of a gram matrix has shape {jnp.shape(gram)}, but w of "
