@@ -96,7 +96,8 @@ class Rows:
 
 def compare(rows: Rows, apply_fn, params, batches, where, patterns, **options) -> None:
     """All methods on one model."""
-    rows.add("dense", "", params)
+    if not rows.rows:
+        rows.add("dense", "", params)
     for name in (n for n in patterns if n in (ONLY or patterns)):
         pattern, sparsity = PATTERNS[name]
         for method, solver in SOLVERS.items():
