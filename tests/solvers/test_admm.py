@@ -66,8 +66,8 @@ def test_bfloat16_vmap_and_a_traced_sparsity(solve):
     assert got.w.dtype == jnp.bfloat16
     for i in range(2):
         one = solve(w[i], gram[i], 0.6)
-        assert np.mean(np.asarray(got.mask[i] == one.mask)) > 0.99
-        np.testing.assert_allclose(got.info.error[i], one.info.error, 1e-2)
+        np.testing.assert_array_equal(got.mask[i], one.mask)
+        np.testing.assert_allclose(got.info.error[i], one.info.error, 1e-5)
 
 
 @both
@@ -79,8 +79,8 @@ def test_rows_on_many_devices(solve, kind):
     spread = jax.device_put(w, rows), jax.device_put(gram, whole)
     compiled = jax.jit(functools.partial(solve, sparsity=0.5)).lower(*spread).compile()
     got, one = compiled(*spread), solve(w, gram, 0.5)
-    assert np.mean(np.asarray(got.mask) == np.asarray(one.mask)) > 0.99
-    np.testing.assert_allclose(got.info.error, one.info.error, rtol=1e-2)
+    np.testing.assert_array_equal(got.mask, one.mask)
+    np.testing.assert_allclose(got.info.error, one.info.error, rtol=1e-5)
     assert got.w.sharding.is_equivalent_to(rows, 2)
     exchanges = r"all-gather|all-to-all|collective-permute"
     assert not re.findall(exchanges, compiled.as_text())

@@ -248,16 +248,19 @@ def test_statistics_are_those_of_the_rows_it_meets(name):
 
     stats = js.calibration.run(trace, {"w": w}, [x], where="w")
     one = stats.of("w")
+    if name == "cast":  # what the change is after rounding
+        cut = lambda v: v.astype(jnp.bfloat16).astype(jnp.float32)
+        change = cut(w + change) - cut(w)
     matrices = js.tree.to_matrices(change, stats.view("w"))
     predicted = jnp.einsum(
         "...,...oi,...ij,...oj->", one.count, matrices, one.gram, matrices
     )
-    before, after = (apply_fn({"w": v}, x) for v in (w, w + change))
+    before, after = (apply_fn({"w": v}, x) for v in (w, w + normal(4, *shape)))
     seen = jax.tree.map(lambda a, b: jnp.sum((b - a) ** 2), before, after)
     np.testing.assert_allclose(
         sum(jax.tree.leaves(seen)),
         predicted * (4 if name == "mask_and_scale" else 1),
-        rtol=2e-2 if name == "cast" else 1e-4,
+        rtol=1e-4,
     )
     if name == "mask_and_scale":
         assert trace.kernels["w"].via == ("mul",)
