@@ -15,8 +15,8 @@ from jax.extend import core
 
 from jaxsparse.calibration._rows import zeros_like
 from jaxsparse.calibration._stats import merge
+from jaxsparse.tracing._jaxprs import called, inner, scan_counts
 from jaxsparse.tracing._steps import bind
-from jaxsparse.tracing._walk import called, inner, scan_counts
 
 Address = tuple[int, ...]
 Look = Callable[[Address, Any, list[Any]], Any]

@@ -8,6 +8,7 @@ to each other and are looked through lazily. So an order of rules does not matte
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,15 +25,21 @@ class Axis:
       parts: the factors (slowest first) or segments; empty for a leaf.
       is_sum: whether `parts` are segments.
       same: the node that this one turned out to be.
-      flags: what happened to a leaf: why it is not to be touched, where it occurs.
+      notes: what happened to a leaf: why it is not to be touched, where it occurs;
+        each with the equation that says so, or None.
     """
 
-    __slots__ = ("flags", "is_sum", "parts", "same", "size")
+    __slots__ = ("is_sum", "notes", "parts", "same", "size")
 
     def __init__(self, size: int, parts: Sequence["Axis"] = (), is_sum: bool = False):
         self.size, self.parts, self.is_sum = size, tuple(parts), is_sum
         self.same: Axis | None = None
-        self.flags: set[str] = set()
+        self.notes: dict[str, Any] = {}
+
+    @property
+    def flags(self) -> set[str]:
+        """The notes without their equations."""
+        return set(self.notes)
 
     def __repr__(self) -> str:
         node = find(self)
@@ -44,7 +51,7 @@ class Axis:
 def leaf(size: int, *flags: str) -> Axis:
     """A new axis of which nothing is known."""
     axis = Axis(size)
-    axis.flags.update(flags)
+    axis.notes.update(dict.fromkeys(flags))
     return axis
 
 
@@ -81,10 +88,11 @@ def leaves(axis: Axis) -> list[Axis]:
     return [x for part in node.parts for x in leaves(part)]
 
 
-def flag(axis: Axis, *flags: str) -> None:
-    """Notes something of all leaves of an expression."""
+def flag(axis: Axis, *flags: str, eqn: Any = None) -> None:
+    """Notes something of all leaves of an expression; the first to say it is kept."""
     for x in leaves(axis):
-        x.flags.update(flags)
+        for note in flags:
+            x.notes.setdefault(note, eqn)
 
 
 def _factors(axis: Axis) -> list[Axis]:
@@ -111,7 +119,8 @@ def _become(axis: Axis, other: Axis) -> None:
     if any(x is axis for x in leaves(other)):
         raise Incompatible(f"an axis of {axis.size} would contain itself")
     axis.same = other
-    flag(other, *axis.flags)
+    for note, eqn in axis.notes.items():
+        flag(other, note, eqn=eqn)
 
 
 def unify(a: Axis, b: Axis) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxsparse.tracing import _axes
 from jaxsparse.tracing._axes import Axis
-from jaxsparse.tracing._rules import Dims
-from jaxsparse.tracing._walk import Address, Site
+from jaxsparse.tracing._jaxprs import Address
+from jaxsparse.tracing._unify import Dims
+from jaxsparse.tracing._walk import Site
 from jaxsparse.tree import Axes, MatrixView, matrix_view
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxsparse.tracing._walk import Address, called, inner, scan_counts
+from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts
 
 
 class Step(NamedTuple):

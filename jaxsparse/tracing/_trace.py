@@ -11,9 +11,11 @@ import jax
 
 from jaxsparse._typing import PyTree
 from jaxsparse.tracing import _axes
+from jaxsparse.tracing._axes import Axis
+from jaxsparse.tracing._jaxprs import Address, abstract
 from jaxsparse.tracing._kernels import NotFollowed, Reading, view_of
-from jaxsparse.tracing._rules import Dims
-from jaxsparse.tracing._walk import Origin, Site, Walk, abstract
+from jaxsparse.tracing._unify import Dims
+from jaxsparse.tracing._walk import Node, Origin, Site, Walk
 from jaxsparse.tree import Axes, MatrixView, leaves_with_paths
 
 
@@ -78,6 +80,10 @@ class Trace:
       rules: what was given for foreign primitives.
       dims: each parameter's axes as expressions: axes that must have the same indices,
         in any parameters, share their leaves.
+      nodes: the same for the operands and results of every equation.
+      constants: and for the constants of every jaxpr.
+      layers: the axis that each scan runs over.
+      sites: the equations that contract parameters with data.
     """
 
     kernels: Mapping[str, Kernel]
@@ -92,6 +98,10 @@ class Trace:
     samples: Any
     rules: Mapping[str, str]
     dims: Mapping[str, Dims]
+    nodes: Mapping[Address, Node]
+    constants: Mapping[Address, tuple[Dims, ...]]
+    layers: Mapping[Address, Axis]
+    sites: tuple[Site, ...]
 
     @property
     def axes(self) -> dict[str, Axes]:
@@ -219,6 +229,10 @@ def trace(
         next((v.dims[0] for v in args[len(paths) :] if v.dims), None),
         rules or {},
         {path: value.dims for path, value in zip(paths, args, strict=False)},
+        walk.nodes,
+        walk.constants,
+        walk.layers,
+        tuple(walk.sites),
     )
 
 

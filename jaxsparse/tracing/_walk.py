@@ -1,19 +1,15 @@
 """One walk of a jaxpr: the axes of all values, and all that reads a parameter."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core
 
 from jaxsparse.tracing import _axes, _rules
 from jaxsparse.tracing._axes import Axis, leaf
-from jaxsparse.tracing._rules import Dims, Rule
-
-Address = tuple[int, ...]
-"""Where an equation is: its index, then for each jaxpr that it lies in which of its
-equation's jaxprs and the index there."""
+from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts, source_of
+from jaxsparse.tracing._unify import Dims, Rule, unify
 
 
 class Origin(NamedTuple):
@@ -69,64 +65,35 @@ class Stop(NamedTuple):
 
 
 _LOOPS = frozenset({"scan", "while", "cond"})
-_CALLED = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
 
 
-def closed(jaxpr: Any) -> Any:
-    """A jaxpr with its constants, which most have none of."""
-    return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
+class Visit(NamedTuple):
+    """An equation at the place where it is met: a jaxpr may be called at many.
 
-
-def called(eqn: Any) -> Any:
-    """The jaxpr that an equation runs once, with its own operands; or None."""
-    key = _CALLED.get(eqn.primitive.name)
-    found = eqn.params.get(key) if key else None
-    return None if found is None else closed(found)
-
-
-def inner(eqn: Any) -> list[Any]:
-    """All jaxprs of an equation, in the order that addresses count."""
-    name, p = eqn.primitive.name, eqn.params
-    if name == "scan":
-        return [closed(p["jaxpr"])]
-    if name == "while":
-        return [closed(p["cond_jaxpr"]), closed(p["body_jaxpr"])]
-    if name == "cond":
-        return [closed(b) for b in p["branches"]]
-    one = called(eqn)
-    return [] if one is None else [one]
-
-
-def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried.
-
-    What is scanned over has an axis more outside than inside. (How a scan's parameters
-    say it has changed between versions of JAX.)
+    The first four are the equation's own; `around` are the calls and loops that lead
+    to it, outermost first.
     """
-    body = inner(eqn)[0].jaxpr
-    more = lambda outside, inside: sum(
-        a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True)
-    )
-    carried = len(eqn.outvars) - more(eqn.outvars, body.outvars)
-    return len(eqn.invars) - more(eqn.invars, body.invars) - carried, carried
+
+    primitive: Any
+    params: Any
+    invars: Any
+    outvars: Any
+    eqn: Any
+    around: tuple["Visit", ...]
+
+    @property
+    def source(self) -> str:
+        """The line of the model; within JAX's own functions that of their call."""
+        lines = (source_of(v.eqn) for v in (self, *reversed(self.around)))
+        return next((line for line in lines if line), "an unknown line")
 
 
-def source_of(eqn: Any) -> str:
-    """The line of the model that an equation comes from."""
-    from jax._src import source_info_util  # jaxprs carry it; nothing public reads it
+class Node(NamedTuple):
+    """The axes of an equation's operands and results."""
 
-    return source_info_util.summarize(eqn.source_info)
+    ins: tuple[Dims, ...]
+    outs: tuple[Dims, ...]
+    visit: Visit
 
 
 class Walk:
@@ -136,17 +103,23 @@ class Walk:
       sites: contractions of parameters.
       stops: other ends of parameters.
       lookups: paths of parameters that are indexed (embeddings).
+      nodes: the axes at every equation.
+      constants: the axes of the constants of every jaxpr that has some.
+      layers: the axis that each scan runs over.
     """
 
     def __init__(self, rules: Mapping[str, str]):
         self.sites: list[Site] = []
         self.stops: list[Stop] = []
         self.lookups: dict[str, list[str]] = {}
+        self.nodes: dict[Address, Node] = {}
+        self.constants: dict[Address, tuple[Dims, ...]] = {}
+        self.layers: dict[Address, Axis] = {}
         self._foreign = {k: _rules.by_einsum(v) for k, v in rules.items()}
         self._equations = dict(rules)
         self._known: dict[Any, int] = {}
         self._count = iter(range(1 << 62))
-        self._around: list[Any] = []  # the calls and loops that lead to where it is
+        self._around: tuple[Visit, ...] = ()  # what leads to where it is
 
     def run(
         self, jaxpr: Any, args: Sequence[Value], address: Address, times: int | None
@@ -165,6 +138,9 @@ class Walk:
         env: dict[Any, Value] = {}
         for var, const in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
             env[var] = self.new(var.aval.shape, data=False, token=("const", id(const)))
+        if jaxpr.consts:
+            found = tuple(env[var].dims for var in jaxpr.jaxpr.constvars)
+            self.constants[address] = found
         env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
 
         def read(atom: Any) -> Value:
@@ -176,7 +152,12 @@ class Walk:
 
         for index, eqn in enumerate(jaxpr.jaxpr.eqns):
             ins = [read(x) for x in eqn.invars]
-            outs = self._eqn(eqn, ins, (*address, index), times)
+            parts = eqn.primitive, eqn.params, eqn.invars, eqn.outvars, eqn
+            visit = Visit(*parts, self._around)
+            here = (*address, index)
+            outs = self._eqn(visit, ins, here, times)
+            dims = [tuple(v.dims for v in values) for values in (ins, outs)]
+            self.nodes[here] = Node(dims[0], dims[1], visit)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(x) for x in jaxpr.jaxpr.outvars]
 
@@ -194,9 +175,9 @@ class Walk:
         name = eqn.primitive.name
         foreign = self._foreign_name(eqn)
         if foreign is None and (name in _LOOPS or called(eqn) is not None):
-            self._around.append(eqn)
+            before, self._around = self._around, (*self._around, eqn)
             outs = self._inner(eqn, ins, address, times)
-            self._around.pop()
+            self._around = before
             return outs
         rule = self._foreign[foreign] if foreign else _rules.RULES.get(name)
         known = rule is not None
@@ -226,11 +207,6 @@ class Walk:
             return self._cond(eqn, ins, address, times)
         return self.run(called(eqn), ins, (*address, 0), times)
 
-    def _source(self, eqn: Any) -> str:
-        """The line of the model; within JAX's own functions that of their call."""
-        lines = (source_of(e) for e in (eqn, *reversed(self._around)))
-        return next((line for line in lines if line), "an unknown line")
-
     def _foreign_name(self, eqn: Any) -> str | None:
         names = [eqn.primitive.name]
         for key in ("name", "target_name", "name_and_src_info"):
@@ -243,7 +219,7 @@ class Walk:
     def _value_number(self, eqn: Any, ins: list[Value]) -> int:
         try:
             params = tuple(sorted(eqn.params.items()))
-            if eqn.effects:
+            if eqn.eqn.effects:
                 return next(self._count)
             return self._token((
                 eqn.primitive.name,
@@ -263,7 +239,7 @@ class Walk:
             if name == "gather" and ins[0].origin:
                 self._look_up(ins[0].origin, eqn)
             else:
-                self.stops.append(Stop(paths, name, self._source(eqn), False))
+                self.stops.append(Stop(paths, name, eqn.source, False))
             return list(none)
         shape = lambda atom: atom.aval.shape
         before = [
@@ -292,7 +268,7 @@ class Walk:
 
     def _look_up(self, origin: Origin, eqn: Any) -> None:
         for path, _ in origin.sources:
-            self.lookups.setdefault(path, []).append(self._source(eqn))
+            self.lookups.setdefault(path, []).append(eqn.source)
 
     def _meet(
         self,
@@ -304,7 +280,7 @@ class Walk:
         known: bool,
     ) -> None:
         """Parameters meet data: a contraction, a look-up, or the end of their trail."""
-        name, source = eqn.primitive.name, self._source(eqn)
+        name, source = eqn.primitive.name, eqn.source
         for at, value in enumerate(ins):
             if value.origin is None:
                 continue
@@ -354,13 +330,13 @@ class Walk:
         length = eqn.params["length"]
         first, carried = scan_counts(eqn)
         last = first + carried
-        layer = leaf(length, "layer")
+        layer = self.layers[address] = leaf(length, "layer")
         data = any(v.data for v in ins)
         inside = list(ins[:first])
         for v in ins[first:last]:
             inside.append(Value(v.dims, data, next(self._count)))
         for v in ins[last:]:
-            _rules.unify(v.dims[0], layer, "scan")
+            unify(v.dims[0], layer, eqn)
             origin = v.origin
             if origin is not None:
                 loops = (*origin.loops, (address, origin.dims[0]))
@@ -369,7 +345,7 @@ class Walk:
         many = None if times is None else times * length
         outs = self.run(inner(eqn)[0], inside, (*address, 0), many)
         for a, b in zip(ins[first:last], outs[:carried], strict=True):
-            _same(a.dims, b.dims, "scan")
+            _same(a.dims, b.dims, eqn)
         results = [Value(v.dims, data, next(self._count)) for v in outs[:carried]]
         for v in outs[carried:]:
             results.append(Value((layer, *v.dims), v.data, next(self._count)))
@@ -385,7 +361,7 @@ class Walk:
         arguments = [*ins[tests : tests + bodies], *carry]
         outs = self.run(body, arguments, (*address, 1), None)
         for a, b in zip(carry, outs, strict=True):
-            _same(a.dims, b.dims, "while")
+            _same(a.dims, b.dims, eqn)
         return [Value(v.dims, data, next(self._count)) for v in outs]
 
     def _cond(
@@ -395,7 +371,7 @@ class Walk:
         for i, branch in enumerate(inner(eqn)):
             outs = self.run(branch, ins[1:], (*address, i), times)
             for a, b in zip(results, outs, strict=False):
-                _same(a.dims, b.dims, "cond")
+                _same(a.dims, b.dims, eqn)
             results = results or outs
         data = any(v.data for v in ins)
         return [Value(v.dims, data or v.data, next(self._count)) for v in results]
@@ -404,9 +380,9 @@ class Walk:
 _NOT_SETTINGS = {"preferred_element_type", "out_sharding", "precision"}
 
 
-def _same(a: Dims, b: Dims, why: str) -> None:
+def _same(a: Dims, b: Dims, eqn: Any) -> None:
     for x, y in zip(a, b, strict=True):
-        _rules.unify(x, y, why)
+        unify(x, y, eqn)
 
 
 # The other operand, the contracted and the batch axes of this one, and of the other.
@@ -451,16 +427,3 @@ def _foreign_sides(equation: str, at: int, ins: list[Value]) -> _Sides | None:
         theirs = place(contracted, letters), place(batch, letters)
         return other, place(contracted, mine), place(batch, mine), theirs
     return None
-
-
-def equations(jaxpr: Any, address: Address = ()) -> Iterator[tuple[Address, Any]]:
-    """All equations of a jaxpr and of those in it, with their addresses."""
-    for index, eqn in enumerate(jaxpr.jaxpr.eqns):
-        yield (*address, index), eqn
-        for i, sub in enumerate(inner(eqn)):
-            yield from equations(sub, (*address, index, i))
-
-
-def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """The shape and type of an array, or of what stands for one."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -23,8 +23,8 @@ from jaxsparse.tracing._rules import (
     by_einsum,
     fresh,
     opaque,
-    unify,
 )
+from jaxsparse.tracing._unify import unify
 
 FLAT = np.arange(24, dtype=np.float32).reshape(4, 6)
 
@@ -362,18 +362,20 @@ def test_a_depthwise_convolution_has_a_group_for_each_channel():
     assert find(x[3]) is find(w[3]) is find(out[3])
 
 
+def equation_of(f, *args):
+    return jax.make_jaxpr(f)(*args).jaxpr.eqns[-1]
+
+
 def test_what_cannot_be_the_same_is_frozen():
     a, b = product([leaf(2), leaf(3)]), product([leaf(3), leaf(2)])
-    unify(a, b, "here")
+    eqn = equation_of(jnp.add, jnp.zeros(6), jnp.zeros(6))
+    unify(a, b, eqn)
     for x in leaves(a) + leaves(b):
-        assert all(note.startswith("frozen: here (") for note in x.flags)
+        assert all(note.startswith("frozen: add (") for note in x.flags)
+        assert list(x.notes.values()) == [eqn] * len(x.flags)
         assert x.flags
     with pytest.raises(_axes.Incompatible):
         _axes.unify(a, b)
-
-
-def equation_of(f, *args):
-    return jax.make_jaxpr(f)(*args).jaxpr.eqns[-1]
 
 
 def test_a_rule_from_an_equation():

@@ -1,0 +1,83 @@
+"""Reading jaxprs: what lies within an equation, where it is, and which line made it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+Address = tuple[int, ...]
+"""Where an equation is: its index, then for each jaxpr that it lies in which of its
+equation's jaxprs and the index there."""
+
+_CALLED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+def closed(jaxpr: Any) -> Any:
+    """A jaxpr with its constants, which most have none of."""
+    return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
+
+
+def called(eqn: Any) -> Any:
+    """The jaxpr that an equation runs once, with its own operands; or None."""
+    key = _CALLED.get(eqn.primitive.name)
+    found = eqn.params.get(key) if key else None
+    return None if found is None else closed(found)
+
+
+def inner(eqn: Any) -> list[Any]:
+    """All jaxprs of an equation, in the order that addresses count."""
+    name, p = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return [closed(p["jaxpr"])]
+    if name == "while":
+        return [closed(p["cond_jaxpr"]), closed(p["body_jaxpr"])]
+    if name == "cond":
+        return [closed(b) for b in p["branches"]]
+    one = called(eqn)
+    return [] if one is None else [one]
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried.
+
+    What is scanned over has an axis more outside than inside. (How a scan's parameters
+    say it has changed between versions of JAX.)
+    """
+    body = inner(eqn)[0].jaxpr
+    more = lambda outside, inside: sum(
+        a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True)
+    )
+    carried = len(eqn.outvars) - more(eqn.outvars, body.outvars)
+    return len(eqn.invars) - more(eqn.invars, body.invars) - carried, carried
+
+
+def source_of(eqn: Any) -> str:
+    """The line of the model that an equation comes from."""
+    from jax._src import source_info_util  # jaxprs carry it; nothing public reads it
+
+    return source_info_util.summarize(eqn.source_info)
+
+
+def equations(jaxpr: Any, address: Address = ()) -> Iterator[tuple[Address, Any]]:
+    """All equations of a jaxpr and of those in it, with their addresses."""
+    for index, eqn in enumerate(jaxpr.jaxpr.eqns):
+        yield (*address, index), eqn
+        for i, sub in enumerate(inner(eqn)):
+            yield from equations(sub, (*address, index, i))
+
+
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape and type of an array, or of what stands for one."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -1,0 +1,248 @@
+"""Rules for what moves entries: reshapes, slices, joins, look-ups."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxsparse.tracing import _axes
+from jaxsparse.tracing._axes import Axis, leaf
+from jaxsparse.tracing._unify import Dims, freeze, frozen, out_shapes, unify
+
+
+def transpose(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """The same axes in another order."""
+    return [tuple(ins[0][a] for a in eqn.params["permutation"])]
+
+
+def broadcast_in_dim(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """New axes, and those of the operand but where one index is spread out."""
+    shape = out_shapes(eqn)[0]
+    out = [leaf(n) for n in shape]
+    for axis, at in zip(ins[0], eqn.params["broadcast_dimensions"], strict=True):
+        if axis.size == shape[at]:
+            out[at] = axis
+    return [tuple(out)]
+
+
+def squeeze(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """All axes but some of size 1."""
+    gone = eqn.params["dimensions"]
+    return [tuple(d for i, d in enumerate(ins[0]) if i not in gone)]
+
+
+def reshape(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """Runs of axes with the same number of entries hold the same indices."""
+    return [_regroup(ins[0], out_shapes(eqn)[0], eqn)]
+
+
+def _regroup(dims: Dims, shape: tuple[int, ...], eqn: Any) -> Dims:
+    out: list[Axis] = []
+    left, sizes = list(dims), list(shape)
+    if 0 in sizes:
+        return tuple(leaf(n) for n in sizes)
+    while left or sizes:
+        group, wanted = left[:1], sizes[:1]
+        del left[:1], sizes[:1]
+        a = group[0].size if group else 1
+        b = wanted[0] if wanted else 1
+        while a != b:
+            if a < b:
+                group.append(left.pop(0))
+                a *= group[-1].size
+            else:
+                wanted.append(sizes.pop(0))
+                b *= wanted[-1]
+        if len(group) == len(wanted) == 1:
+            out.extend(group)
+            continue
+        new = [leaf(n) for n in wanted]
+        big = [x for x in new if x.size > 1]
+        source = [x for x in group if x.size > 1]
+        if big and len(big) == len(source) == 1:
+            new = [source[0] if x is big[0] else x for x in new]
+        elif big:
+            unify(_axes.product(source), _axes.product(big), eqn)
+        out.extend(new)
+    return tuple(out)
+
+
+def concatenate(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """A sum along one axis, the others the same."""
+    at = eqn.params["dimension"]
+    for dims in ins[1:]:
+        for i, (a, b) in enumerate(zip(ins[0], dims, strict=True)):
+            if i != at:
+                unify(a, b, eqn)
+    joined = _axes.concatenation([dims[at] for dims in ins if dims[at].size])
+    return [(*ins[0][:at], joined, *ins[0][at + 1 :])]
+
+
+def stack(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """A new axis that counts the operands."""
+    at = eqn.params.get("axis", eqn.params.get("dimension", 0))
+    for dims in ins[1:]:
+        for a, b in zip(ins[0], dims, strict=True):
+            unify(a, b, eqn)
+    return [(*ins[0][:at], frozen(len(ins), "stack", eqn), *ins[0][at:])]
+
+
+def unstack(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """The indices of one axis, each without it: segments of size 1, squeezed away."""
+    at = eqn.params["axis"]
+    rest = ins[0][at]
+    for _ in range(ins[0][at].size - 1):
+        try:
+            rest = _axes.cut(rest, 1)[1]
+        except _axes.Incompatible as error:
+            freeze(ins[0][at], f"unstack ({error})", eqn)
+            break
+    kept = (*ins[0][:at], *ins[0][at + 1 :])
+    return [kept for _ in eqn.outvars]
+
+
+def split(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """The segments of one axis."""
+    at, rest, results = eqn.params["axis"], ins[0][eqn.params["axis"]], []
+    sizes = list(eqn.params["sizes"])
+    for n in sizes:
+        try:
+            part, rest = _axes.cut(rest, n) if n < rest.size else (rest, rest)
+        except _axes.Incompatible as error:
+            freeze(ins[0][at], f"split ({error})", eqn)
+            part, rest = frozen(n, "split", eqn), leaf(max(rest.size - n, 0))
+        results.append((*ins[0][:at], part, *ins[0][at + 1 :]))
+    return results
+
+
+def slice_(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """A segment of each axis; with strides one index of a fast factor."""
+    p, out = eqn.params, []
+    strides = p["strides"] or (1,) * len(ins[0])
+    starts, limits = p["start_indices"], p["limit_indices"]
+    for axis, start, limit, stride in zip(ins[0], starts, limits, strides, strict=True):
+        out.append(_slice_axis(axis, start, limit, stride, eqn))
+    return [tuple(out)]
+
+
+def _slice_axis(axis: Axis, start: int, limit: int, stride: int, eqn: Any) -> Axis:
+    n = axis.size
+    if (start, limit, stride) == (0, n, 1):
+        return axis
+    size = max(0, -(-(limit - start) // stride))
+    if size in (0, 1) and stride != 1:
+        limit, stride = start + size, 1
+    try:
+        if stride == 1 and size:
+            if start:
+                axis = _axes.cut(axis, start)[1]
+            return _axes.cut(axis, size)[0] if size < axis.size else axis
+        if size and n % stride == 0 and size == n // stride:
+            major, minor = _axes.split_minor(axis, stride)
+            freeze(minor, "strides", eqn)
+            return major
+    except _axes.Incompatible:
+        pass
+    freeze(axis, "slice", eqn)
+    return frozen(size, "slice", eqn)
+
+
+def pad(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """Frozen segments around an axis."""
+    out = []
+    for axis, (low, high, interior) in zip(
+        ins[0], eqn.params["padding_config"], strict=True
+    ):
+        if low < 0 or high < 0 or interior:
+            freeze(axis, "pad", eqn)
+            size = axis.size + low + high + max(0, axis.size - 1) * interior
+            out.append(frozen(size, "pad", eqn))
+            continue
+        parts = [frozen(low, "pad", eqn)] * bool(low) + [axis]
+        out.append(_axes.concatenation(parts + [frozen(high, "pad", eqn)] * bool(high)))
+    return [tuple(out)]
+
+
+def tile(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """Each axis repeated as a whole."""
+    reps = eqn.params["reps"]
+    reps = (1,) * (len(ins[0]) - len(reps)) + tuple(reps)
+    dims = (*(leaf(1) for _ in range(len(reps) - len(ins[0]))), *ins[0])
+    repeat = lambda n, d: d if n == 1 else _axes.product([frozen(n, "tile", eqn), d])
+    return [tuple(repeat(n, d) for n, d in zip(reps, dims, strict=True))]
+
+
+def reverse(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """Axes whose order is turned round stay as they are."""
+    for at in eqn.params["dimensions"]:
+        freeze(ins[0][at], "rev", eqn)
+    return [ins[0]]
+
+
+def gather(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """Axes taken whole stay; those that are indexed are gathered."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    operand, indices = ins
+    shape = out_shapes(eqn)[0]
+    batching = numbers.operand_batching_dims
+    window_dims = [
+        i
+        for i in range(len(operand))
+        if i not in numbers.collapsed_slice_dims and i not in batching
+    ]
+    out: list[Axis] = [leaf(n) for n in shape]
+    for at, source in zip(numbers.offset_dims, window_dims, strict=True):
+        if sizes[source] == operand[source].size:
+            out[at] = operand[source]
+        else:
+            freeze(operand[source], "gather", eqn)
+    for source in numbers.collapsed_slice_dims:
+        _axes.flag(operand[source], "gathered", eqn=eqn)
+    rows = [i for i in range(len(shape)) if i not in numbers.offset_dims]
+    for at, axis in zip(rows, indices[:-1], strict=True):
+        out[at] = axis
+    for a, b in zip(batching, numbers.start_indices_batching_dims, strict=True):
+        unify(operand[a], indices[b], eqn)
+    return [tuple(out)]
+
+
+def scatter(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """The operand's axes; whole ones are also the updates', indexed ones stay."""
+    numbers = eqn.params["dimension_numbers"]
+    operand, indices, updates = ins[:3]
+    inserted = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    windows = [i for i in range(len(operand)) if i not in inserted]
+    for at, source in zip(numbers.update_window_dims, windows, strict=True):
+        if updates[at].size == operand[source].size:
+            unify(updates[at], operand[source], eqn)
+        else:
+            freeze(operand[source], "scatter", eqn)
+            freeze(updates[at], "scatter", eqn)
+    for source in numbers.inserted_window_dims:
+        _axes.flag(operand[source], "gathered", eqn=eqn)
+    rows = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
+    for at, axis in zip(rows, indices[:-1], strict=True):
+        unify(updates[at], axis, eqn)
+    batching = numbers.operand_batching_dims
+    for a, b in zip(batching, numbers.scatter_indices_batching_dims, strict=True):
+        unify(operand[a], indices[b], eqn)
+    return [operand]
+
+
+def dynamic_slice(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """Axes taken whole stay; the others are frozen."""
+    out = []
+    for axis, size in zip(ins[0], eqn.params["slice_sizes"], strict=True):
+        if size != axis.size:
+            freeze(axis, "dynamic_slice", eqn)
+        out.append(axis if size == axis.size else frozen(size, "dynamic_slice", eqn))
+    return [tuple(out)]
+
+
+def dynamic_update_slice(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """The operand's axes; whole ones are also the update's."""
+    for axis, other in zip(ins[0], ins[1], strict=True):
+        if axis.size == other.size:
+            unify(axis, other, eqn)
+        else:
+            freeze(axis, "dynamic_update_slice", eqn)
+            freeze(other, "dynamic_update_slice", eqn)
+    return [ins[0]]
