@@ -13,8 +13,6 @@ training against test images, training against dev pairs.
 """
 
 import argparse
-import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -34,7 +32,7 @@ import _resnet as resnet  # noqa: E402
 import _stories as stories  # noqa: E402
 import _vit as vit  # noqa: E402
 from _data import decode, find  # noqa: E402
-from conftest import environment  # noqa: E402
+from _rows import Rows  # noqa: E402
 
 import jaxsparse as js  # noqa: E402
 
@@ -62,6 +60,8 @@ def refitted(w, gram, sparsity, *, pattern):
 
 
 ONLY: list[str] = []  # patterns that were asked for; all if empty
+METHODS: list[str] = []  # methods likewise
+OWL = "sparsegpt, owl"
 SOLVERS = {
     "magnitude": js.solvers.magnitude,
     "wanda": js.solvers.wanda,
@@ -72,55 +72,48 @@ SOLVERS = {
 }
 
 
-class Rows:
-    """Collects rows of one model and writes them after each, so that none is lost."""
-
-    def __init__(self, model: str, metrics: dict[str, Callable[[Any], float]]):
-        self.model, self.metrics = model, metrics
-        self.rows: list[dict] = []
-
-    def add(self, method: str, pattern: str, params: Any, **about) -> None:
-        found = {name: round(f(params), 4) for name, f in self.metrics.items()}
-        row = {"model": self.model, "method": method, "pattern": pattern}
-        self.rows.append({**row, **found, **about})
-        print(self.rows[-1], flush=True)
-        old = json.loads(TARGET.read_text())["rows"] if TARGET.is_file() else []
-        key = lambda row: (row["model"], row["method"], row["pattern"])
-        done = set(map(key, self.rows))
-        rows = [r for r in old if key(r) not in done] + self.rows
-        aside = TARGET.with_suffix(".tmp")
-        content = {"environment": environment("cpu"), "rows": rows}
-        aside.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(aside, TARGET)
+def rows_of(model: str, metrics: dict[str, Callable[[Any], float]]) -> Rows:
+    return Rows(TARGET, model, metrics, key=("model", "method", "pattern"))
 
 
-def compare(rows: Rows, apply_fn, params, batches, where, patterns, **options) -> None:
+def compare(rows: Rows, apply_fn, params, batches, where, patterns) -> None:
     """All methods on one model."""
-    if not rows.rows:
-        rows.add("dense", "", params)
+    if not rows.rows and not METHODS:
+        rows.measure(params, {"method": "dense", "pattern": ""})
     for name in (n for n in patterns if n in (ONLY or patterns)):
         pattern, sparsity = PATTERNS[name]
-        for method, solver in SOLVERS.items():
+        for method in (m for m in SOLVERS if m in (METHODS or SOLVERS)):
             if method == "wanda" and isinstance(pattern, js.Unstructured):
                 own: Any = js.Unstructured("output")
             else:
                 own = pattern
-            begin = time.perf_counter()
-            found = js.oneshot.layerwise(
-                apply_fn,
-                params,
-                batches,
-                sparsity=sparsity,
-                solver=solver,
-                pattern=own,
-                where=where,
-                show=False,
-                **options,
-            )
-            seconds = round(time.perf_counter() - begin, 1)
-            errors = [np.mean(info.relative_error) for info in found.info.values()]
-            about = {"mean_error": round(float(np.mean(errors)), 5), "seconds": seconds}
-            rows.add(method, name, found.params, **about)
+            options = {"sparsity": sparsity, "pattern": own, "where": where}
+            options["solver"] = SOLVERS[method]
+            prune(rows, (method, name), apply_fn, params, batches, **options)
+
+
+def prune(rows: Rows, name, apply_fn, params, batches, **options) -> None:
+    """One row, of the method and pattern in its name."""
+    begin = time.perf_counter()
+    found = js.oneshot.layerwise(apply_fn, params, batches, show=False, **options)
+    seconds = round(time.perf_counter() - begin, 1)
+    errors = [np.mean(info.relative_error) for info in found.info.values()]
+    about = {"mean_error": round(float(np.mean(errors)), 5), "seconds": seconds}
+    what = {"method": name[0], "pattern": name[1]}
+    rows.measure(found.params, what, **about)
+
+
+def compare_owl(rows: Rows, apply_fn, params, batches, where, groups) -> None:
+    """SparseGPT at 50 % of all, where blocks with more outliers stay denser."""
+    if "50 %" not in (ONLY or PATTERNS) or OWL not in (METHODS or [OWL]):
+        return
+    trace = js.trace(apply_fn, params, batches[0])
+    stats = js.calibration.run(trace, params, batches, gram=False, where=where)
+    scores = js.scores.wanda(params, stats, where=where)
+    sparsity = js.allocations.owl(scores, 0.5, groups=groups, where=where)
+    options = {"sparsity": sparsity, "pattern": js.Unstructured(), "where": where}
+    options["solver"] = js.solvers.sparsegpt
+    prune(rows, (OWL, "50 %"), apply_fn, params, batches, **options)
 
 
 def run_stories() -> None:
@@ -131,9 +124,11 @@ def run_stories() -> None:
     dev = stories.windows(data, 1716, 2015)
     calibration = stories.windows(data, 0, 1715)[:128, :-1]
     batches = [jnp.asarray(calibration[i : i + 16]) for i in range(0, 128, 16)]
-    rows = Rows("stories260K", {"perplexity": lambda p: stories.perplexity(p, dev)})
+    rows = rows_of("stories260K", {"perplexity": lambda p: stories.perplexity(p, dev)})
     names = [name for name in PATTERNS if name != "4:8"]
     compare(rows, stories.logits, params, batches, stories.MATRICES, names)
+    layer = lambda path: "/".join(path.split("/")[:2])
+    compare_owl(rows, stories.logits, params, batches, stories.MATRICES, layer)
     # The 172 inputs of `w2` cannot be divided by 8.
     where = r"^layers/.*/w[13qkvo]/weight$"
     compare(rows, stories.logits, params, batches, where, ("4:8",))
@@ -152,7 +147,7 @@ def run_resnet() -> None:
     params, stats = resnet.load(weights)
     x, _ = decode(train, 1024)
     metric = lambda p: resnet.accuracy(p, stats, test["x"], test["y"])
-    rows = Rows(name, {"accuracy": metric})
+    rows = rows_of(name, {"accuracy": metric})
     apply_fn = lambda p, x: resnet.forward(p, stats, x)[0]
     batches = [jnp.asarray(x[i : i + 256]) for i in range(0, 1024, 256)]
     names = ("50 %", "60 %", "70 %")
@@ -175,7 +170,7 @@ def run_vit() -> None:
     params = vit.load(weights)
     x, _ = decode(train, 1024)
     metric = lambda p: vit.accuracy(p, test["x"], test["y"])
-    rows = Rows("vit_cifar10", {"accuracy": metric})
+    rows = rows_of("vit_cifar10", {"accuracy": metric})
     batches = [jnp.asarray(x[i : i + 256]) for i in range(0, 1024, 256)]
     names = ("50 %", "60 %", "70 %", "2:4", "4:8")
     compare(rows, vit.apply, params, batches, vit.MATRICES, names)
@@ -187,7 +182,7 @@ def run_minilm() -> None:
         find("text/minilm_ids_stsb_train.npz", "text/minilm_ids_stsb_dev.npz"),
     )
     params = minilm.load(minilm.find_weights())
-    rows = Rows("minilm stsb", {"spearman": lambda p: minilm.stsb_spearman(p, dev)})
+    rows = rows_of("minilm stsb", {"spearman": lambda p: minilm.stsb_spearman(p, dev)})
     # Of equal lengths, so that no padding is among the rows that kernels see.
     texts = minilm.sentences(train, "_a") + minilm.sentences(train, "_b")
     batches = []
@@ -211,8 +206,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=tuple(RUNS))
     parser.add_argument("--pattern", action="append", choices=tuple(PATTERNS))
+    parser.add_argument("--method", action="append", choices=(*SOLVERS, OWL))
     args = parser.parse_args()
     ONLY.extend(args.pattern or ())
+    METHODS.extend(args.method or ())
     for name, run in RUNS.items():
         if args.only in (None, name):
             run()

@@ -15,8 +15,6 @@ images and the first 500 pairs of STS-B's dev set; results are on all 8,000 imag
 
 import argparse
 import functools
-import json
-import os
 import pathlib
 import sys
 import time
@@ -33,7 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 import _minilm as minilm  # noqa: E402
 import _resnet as resnet  # noqa: E402
 from _data import decode, find  # noqa: E402
-from conftest import environment  # noqa: E402
+from _rows import Rows  # noqa: E402
 
 import jaxsparse as js  # noqa: E402
 
@@ -49,64 +47,49 @@ Prune = Callable[[float], js.Pruned]
 Refresh = Callable[[Any, Any], js.curvature.Fisher]
 
 
-class Rows:
-    """Collects rows and writes them after each method, so that none is lost."""
-
-    def __init__(self, model: str, metrics: dict[str, Callable[[Any], float]]):
-        self.model, self.metrics = model, metrics
-        self.rows: list[dict] = []
-
-    def add(self, method: str, sparsities: Iterable[float], prune: Prune, **about):
-        """Prunes to each sparsity and measures."""
-        for sparsity in sparsities:
-            begin = time.perf_counter()
-            params = jax.block_until_ready(prune(sparsity).params)
-            self._row(method, sparsity, params, time.perf_counter() - begin, about)
-
-    def along(
-        self,
-        method: str,
-        cuts: dict[float, int],
-        params: Any,
-        refresh: Refresh,
-        greedy: bool = False,
-        **about,
-    ):
-        """One gradual run, measured whenever it passes a sparsity."""
-        pruned = js.Pruned(params, None)
-        for sparsity, steps in cuts.items():
-            begin = time.perf_counter()
-            pruned = js.solvers.obs(
-                pruned.params,
-                refresh(*pruned),
-                sparsity,
-                pattern=GLOBAL,
-                masks=pruned.masks,
-                greedy=greedy,
-                steps=steps,
-                refresh=refresh,
-            )
-            seconds = time.perf_counter() - begin
-            about["cuts"] = about.get("cuts", 0) + steps
-            self._row(method, sparsity, pruned.params, seconds, about)
-
-    def _row(self, method, sparsity, params, seconds, about):
-        found = {name: round(f(params), 4) for name, f in self.metrics.items()}
-        row = {"model": self.model, "method": method, "sparsity": sparsity}
-        self.rows.append({**row, **found, "seconds": round(seconds, 1), **about})
-        print(self.rows[-1], flush=True)
-        save(self.rows, self.model)
+def rows_of(model: str, metrics: dict[str, Callable[[Any], float]]) -> Rows:
+    return Rows(TARGET, model, metrics, key=("model", "method"))
 
 
-def save(rows: list[dict], model: str) -> None:
-    old = json.loads(TARGET.read_text())["rows"] if TARGET.is_file() else []
-    done = {row["method"] for row in rows}
-    rows = [r for r in old if r["model"] != model or r["method"] not in done] + rows
-    TARGET.parent.mkdir(exist_ok=True)
-    aside = TARGET.with_suffix(".tmp")
-    content = {"environment": environment("cpu"), "rows": rows}
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(aside, TARGET)
+def add(
+    rows: Rows, method: str, sparsities: Iterable[float], prune: Prune, **about
+) -> None:
+    """Prunes to each sparsity and measures."""
+    for sparsity in sparsities:
+        begin = time.perf_counter()
+        params = jax.block_until_ready(prune(sparsity).params)
+        seconds = round(time.perf_counter() - begin, 1)
+        what = {"method": method, "sparsity": sparsity}
+        rows.measure(params, what, seconds=seconds, **about)
+
+
+def along(
+    rows: Rows,
+    method: str,
+    cuts: dict[float, int],
+    params: Any,
+    refresh: Refresh,
+    greedy: bool = False,
+    **about,
+) -> None:
+    """One gradual run, measured whenever it passes a sparsity."""
+    pruned = js.Pruned(params, None)
+    for sparsity, steps in cuts.items():
+        begin = time.perf_counter()
+        pruned = js.solvers.obs(
+            pruned.params,
+            refresh(*pruned),
+            sparsity,
+            pattern=GLOBAL,
+            masks=pruned.masks,
+            greedy=greedy,
+            steps=steps,
+            refresh=refresh,
+        )
+        seconds = round(time.perf_counter() - begin, 1)
+        about["cuts"] = about.get("cuts", 0) + steps
+        what = {"method": method, "sparsity": sparsity}
+        rows.measure(pruned.params, what, seconds=seconds, **about)
 
 
 # ResNet-20 on CIFAR-10
@@ -130,7 +113,9 @@ def prepare_resnet() -> tuple[Any, Any, Rows]:
     x, y = decode(train, 20_000)
     loss_fn = resnet.cross_entropy(stats)
     x_test, y_test = test["x"], test["y"]
-    rows = Rows(name, {"accuracy": lambda p: resnet.accuracy(p, stats, x_test, y_test)})
+    rows = rows_of(
+        name, {"accuracy": lambda p: resnet.accuracy(p, stats, x_test, y_test)}
+    )
     rng = np.random.default_rng(0)
 
     def gradients(params, masks, count: int, average: int = 1):
@@ -154,41 +139,41 @@ def run_resnet() -> None:
     def obs(fisher, pattern=GLOBAL, **options) -> Prune:
         return lambda s: js.solvers.obs(params, fisher, s, pattern=pattern, **options)
 
-    rows.add("dense", (0.0,), lambda s: js.Pruned(params, None))
+    add(rows, "dense", (0.0,), lambda s: js.Pruned(params, None))
     for scope, pattern in (("per layer", LAYER), ("global", GLOBAL)):
         magnitude = functools.partial(js.prune, params, pattern=pattern)
-        rows.add(f"magnitude, {scope}", SPARSITIES, magnitude)
+        add(rows, f"magnitude, {scope}", SPARSITIES, magnitude)
 
     # One step, 1,024 gradients of one image each.
     about = {"gradients": 1024, "average": 1}
     grads = gradients(params, None, 1024)
     fisher = js.curvature.diagonal_fisher(grads, rel_damping=1.0)
     about["rel_damping"] = 1.0
-    rows.add("diagonal, global", SPARSITIES, obs(fisher), **about)
+    add(rows, "diagonal, global", SPARSITIES, obs(fisher), **about)
     blocks = functools.partial(js.curvature.block_fisher, grads)
     fisher = blocks(block_size=50, rel_damping=1.0)
     about["block_size"] = 50
     for update in ("joint", "independent", "none"):
         prune = obs(fisher, update=update)
-        rows.add(f"blocks, {update}, global", SPARSITIES, prune, **about)
-    rows.add("blocks, joint, per layer", SPARSITIES, obs(fisher, LAYER), **about)
-    rows.add("blocks, greedy, global", SPARSITIES, obs(fisher, greedy=True), **about)
+        add(rows, f"blocks, {update}, global", SPARSITIES, prune, **about)
+    add(rows, "blocks, joint, per layer", SPARSITIES, obs(fisher, LAYER), **about)
+    add(rows, "blocks, greedy, global", SPARSITIES, obs(fisher, greedy=True), **about)
     for rel_damping in (1e-3, 1e-2, 1e-1, 1e1, 1e2):
         about["rel_damping"] = rel_damping
         fisher = blocks(block_size=50, rel_damping=rel_damping)
         about["damping"] = float(fisher.damping)
         for update in ("joint", "independent"):
             prune = obs(fisher, update=update)
-            rows.add(f"blocks, {update}, global", (0.5, 0.7), prune, **about)
+            add(rows, f"blocks, {update}, global", (0.5, 0.7), prune, **about)
     del about["damping"]
     about |= {"rel_damping": 1.0, "block_size": 128}
     fisher = blocks(block_size=128, rel_damping=1.0)
-    rows.add("blocks, joint, global", SPARSITIES, obs(fisher), **about)
+    add(rows, "blocks, joint, global", SPARSITIES, obs(fisher), **about)
 
     # Four neighbouring inputs together. The first convolution has 27 of them.
     four, where = js.Block((4, 1)), r"^(layer.*conv.|linear)\.weight$"
     magnitude = functools.partial(js.prune, params, pattern=four, where=where)
-    rows.add("4-blocks: magnitude, per layer", SPARSITIES, magnitude)
+    add(rows, "4-blocks: magnitude, per layer", SPARSITIES, magnitude)
     some = {k: g for k, g in grads.items() if k != "conv1.weight"}
     fisher = js.curvature.block_fisher(
         some, block_size=48, rel_damping=1.0, pattern=four
@@ -196,7 +181,7 @@ def run_resnet() -> None:
     about["block_size"] = 48
     for update in ("joint", "independent"):
         prune = obs(fisher, four, where=where, update=update)
-        rows.add(f"4-blocks: blocks, {update}, per layer", SPARSITIES, prune, **about)
+        add(rows, f"4-blocks: blocks, {update}, per layer", SPARSITIES, prune, **about)
 
     # Fewer gradients.
     about |= {"block_size": 50}
@@ -206,7 +191,7 @@ def run_resnet() -> None:
         about["gradients"] = count
         for update in ("joint", "independent"):
             prune = obs(fisher, update=update)
-            rows.add(f"blocks, {update}, global", (0.5, 0.7), prune, **about)
+            add(rows, f"blocks, {update}, global", (0.5, 0.7), prune, **about)
 
     # The full matrix.
     del about["block_size"]
@@ -218,7 +203,7 @@ def run_resnet() -> None:
         for update in ("joint", "independent"):
             name = f"full, {update}, global"
             wanted = SPARSITIES if rel_damping == MFAC else (0.7, 0.8)
-            rows.add(name, wanted, obs(fisher, update=update), **about)
+            add(rows, name, wanted, obs(fisher, update=update), **about)
 
     # As the papers: gradients of 16 images.
     grads = gradients(params, None, 256, 16)
@@ -226,7 +211,7 @@ def run_resnet() -> None:
     fisher = js.curvature.block_fisher(grads, block_size=50, rel_damping=1.0)
     for update in ("joint", "independent"):
         prune = obs(fisher, update=update)
-        rows.add(f"blocks, {update}, global", SPARSITIES, prune, **about)
+        add(rows, f"blocks, {update}, global", SPARSITIES, prune, **about)
 
 
 def run_recomputation() -> None:
@@ -247,15 +232,15 @@ def run_recomputation() -> None:
     for kind, (fresh, about) in kinds.items():
         cuts = dict(zip(SPARSITIES, (4, 3, 2, 3, 4), strict=True))
         method = f"{kind}, joint, global, gradual"
-        rows.along(method, cuts, params, fresh, **about)
+        along(rows, method, cuts, params, fresh, **about)
         if kind == "blocks":
             name = "blocks, greedy, global, gradual"
-            rows.along(name, cuts, params, fresh, greedy=True, **about)
+            along(rows, name, cuts, params, fresh, greedy=True, **about)
         prune = lambda s, f=fresh: js.solvers.obs(
             params, f(params, None), s, pattern=GLOBAL, steps=4, refresh=f
         )
         name = f"{kind}, joint, global, 4 cuts"
-        rows.add(name, (0.5, 0.7, 0.8), prune, cuts=4, **about)
+        add(rows, name, (0.5, 0.7, 0.8), prune, cuts=4, **about)
 
 
 # MiniLM on STS-B and SST-2
@@ -280,14 +265,14 @@ def run_minilm() -> None:
     )
     params = minilm.load(minilm.find_weights())
     head = minilm.sst2_probe(params, sst2_train, sst2_dev).head
-    stsb = Rows(
+    stsb = rows_of(
         "minilm stsb",
         {
             "spearman": lambda p: minilm.stsb_spearman(p, dev),
             "spearman_test": lambda p: minilm.stsb_spearman(p, test),
         },
     )
-    sst2 = Rows(
+    sst2 = rows_of(
         "minilm sst2",
         {
             "accuracy": lambda p: minilm.sst2_accuracy(p, head, sst2_dev),
@@ -320,16 +305,16 @@ def compare_minilm(rows: Rows, params, loss_fn, train, *, full: bool) -> None:
     def obs(fisher, pattern=GLOBAL, **options) -> Prune:
         return lambda s: js.solvers.obs(params, fisher, s, pattern=pattern, **options)
 
-    rows.add("dense", (0.0,), lambda s: js.Pruned(params, None))
+    add(rows, "dense", (0.0,), lambda s: js.Pruned(params, None))
     for scope, pattern in (("per layer", LAYER), ("global", GLOBAL)):
         magnitude = functools.partial(js.prune, params, pattern=pattern)
-        rows.add(f"magnitude, {scope}", sparsities, magnitude)
+        add(rows, f"magnitude, {scope}", sparsities, magnitude)
 
     about: dict = {"gradients": 1024, "average": 1, "rel_damping": DAMPING}
     estimator = js.curvature.diagonal_estimator()
     sums = summed_up(estimator, params, None, 1024)
     fisher = estimator.finalize(sums, rel_damping=DAMPING)
-    rows.add("diagonal, global", sparsities, obs(fisher), **about)
+    add(rows, "diagonal, global", sparsities, obs(fisher), **about)
 
     about["block_size"] = 48
     estimator = js.curvature.block_estimator(block_size=48)
@@ -339,26 +324,26 @@ def compare_minilm(rows: Rows, params, loss_fn, train, *, full: bool) -> None:
         about |= {"rel_damping": rel_damping, "damping": float(fisher.damping)}
         for update in ("joint", "independent"):
             prune = obs(fisher, update=update)
-            rows.add(f"blocks, {update}, global", (0.5, 0.7), prune, **about)
+            add(rows, f"blocks, {update}, global", (0.5, 0.7), prune, **about)
     fisher = estimator.finalize(sums, rel_damping=DAMPING)
     about |= {"rel_damping": DAMPING, "damping": float(fisher.damping)}
     for update in ("joint", "independent", "none"):
         prune = obs(fisher, update=update)
-        rows.add(f"blocks, {update}, global", sparsities, prune, **about)
+        add(rows, f"blocks, {update}, global", sparsities, prune, **about)
     if full:
-        rows.add("blocks, joint, per layer", sparsities, obs(fisher, LAYER), **about)
+        add(rows, "blocks, joint, per layer", sparsities, obs(fisher, LAYER), **about)
         greedy = obs(fisher, greedy=True)
-        rows.add("blocks, greedy, global", sparsities, greedy, **about)
+        add(rows, "blocks, greedy, global", sparsities, greedy, **about)
         four = js.Block((4, 1))
         magnitude = functools.partial(js.prune, params, pattern=four)
-        rows.add("4-blocks: magnitude, per layer", sparsities, magnitude)
+        add(rows, "4-blocks: magnitude, per layer", sparsities, magnitude)
         del fisher, sums
         estimator = js.curvature.block_estimator(block_size=48, pattern=four)
         sums = summed_up(estimator, params, None, 1024)
         fisher = estimator.finalize(sums, rel_damping=DAMPING)
         for update in ("joint", "independent"):
             name = f"4-blocks: blocks, {update}, per layer"
-            rows.add(name, sparsities, obs(fisher, four, update=update), **about)
+            add(rows, name, sparsities, obs(fisher, four, update=update), **about)
     del fisher, sums
 
     # A change of the weights between cuts changes the curvature.
@@ -369,7 +354,7 @@ def compare_minilm(rows: Rows, params, loss_fn, train, *, full: bool) -> None:
 
     about = {"gradients": 512, "average": 1, "rel_damping": DAMPING, "block_size": 48}
     cuts = dict(zip(sparsities, (2, 1, 1, 2), strict=True))
-    rows.along("blocks, joint, global, gradual", cuts, params, fresh, **about)
+    along(rows, "blocks, joint, global, gradual", cuts, params, fresh, **about)
 
     grads = js.curvature.collect_grads(
         gradients(params, None, 128, dtype=jnp.bfloat16), count=128
@@ -379,7 +364,7 @@ def compare_minilm(rows: Rows, params, loss_fn, train, *, full: bool) -> None:
     about = {"gradients": 128, "average": 1, "rel_damping": MFAC}
     for update in ("joint", "independent") if full else ("joint",):
         prune = obs(fisher, update=update)
-        rows.add(f"full, {update}, global", sparsities, prune, **about)
+        add(rows, f"full, {update}, global", sparsities, prune, **about)
 
 
 RUNS = {

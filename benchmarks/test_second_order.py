@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import jaxsparse as js
-from jaxsparse.curvature import _blocks
+from jaxsparse.curvature import _block_sums, _blocks
 
 sequential = None
 try:
@@ -106,7 +106,8 @@ def test_block_memory(large, record):
         {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, b, js.Unstructured(), None
     )[0]
     g = jax.ShapeDtypeStruct((m, *shape), jnp.float32)
-    compiled = _blocks._sum_up_anew.lower(g, layout=layout, accurate=True).compile()
+    sum_up = _block_sums.sum_up_anew
+    compiled = sum_up.lower(g, layout=layout, accurate=True).compile()
     analysis = compiled.memory_analysis()
     d = int(np.prod(shape))
     record(

@@ -1,5 +1,6 @@
 """How a budget is shared out: trees of sparsities that meet the total."""
 
+from jaxsparse.allocations._ecoflap import ecoflap as ecoflap
 from jaxsparse.allocations._global import global_ as global_
 from jaxsparse.allocations._global import round_to_weights as round_to_weights
 from jaxsparse.allocations._layerwise import erk as erk
@@ -9,7 +10,6 @@ from jaxsparse.allocations._outlier import (
     arithmetic_progression as arithmetic_progression,
 )
 from jaxsparse.allocations._outlier import dsa as dsa
-from jaxsparse.allocations._outlier import ecoflap as ecoflap
 from jaxsparse.allocations._outlier import owl as owl
 from jaxsparse.allocations._search import evolve as evolve
 from jaxsparse.allocations._search import level_sparsities as level_sparsities

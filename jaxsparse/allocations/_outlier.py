@@ -1,14 +1,12 @@
 """Allocations by blocks: each block of parameters shares one sparsity."""
 
-import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
@@ -16,14 +14,14 @@ from jaxsparse.allocations._blocks import (
     Blocks,
     Groups,
     by_shift,
-    fill,
+    check_positive,
     grouped,
     removed_in,
     spread_over,
     weights_in,
+    wide,
 )
 from jaxsparse.patterns._counts import count_dtype
-from jaxsparse.tree import keys_like, map_with_path
 
 
 def owl(
@@ -73,7 +71,7 @@ def owl(
       >>> js.allocations.owl({"a": flat, "b": peaked}, 0.5)
       {'a': 0.58, 'b': 0.42}
     """
-    _check_positive(outlier=outlier, spread=spread)
+    check_positive(outlier=outlier, spread=spread)
     blocks = grouped(scores, sparsity, where, groups)
     _check_scores(blocks)
     shares = {name: _outliers(leaves, outlier) for name, leaves in blocks.items()}
@@ -121,7 +119,7 @@ def dsa(
       >>> js.allocations.dsa({"a": narrow, "b": narrow**9}, 0.5)
       {'a': 0.43, 'b': 0.57}
     """
-    _check_positive(spread=spread)
+    check_positive(spread=spread)
     blocks = grouped(scores, sparsity, where, groups)
     _check_scores(blocks)
     found = {name: _log_variance(leaves) for name, leaves in blocks.items()}
@@ -246,73 +244,6 @@ def arithmetic_progression(
     return by_shift(params, sparsity, where, blocks, wanted)
 
 
-def ecoflap(
-    loss_fn: Callable[[PyTree, Any], Array],
-    params: PyTree,
-    batches: Iterable[Any],
-    sparsity: float,
-    *,
-    key: Array,
-    eps: float = 1e-3,
-    most: float | None = None,
-    groups: Groups = None,
-    where: Where = None,
-) -> PyTree:
-    """ECoFLaP: density by how much the loss changes along one random direction.
-
-    A block's importance is `|L(w + eps z) - L(w - eps z)| / (2 eps)` with normal z on
-    its weights alone, averaged over batches: two evaluations a block, no gradients.
-    Each block keeps `1 - most` of its weights; what is left of the total is shared out
-    by importance. An evaluation holds one moved copy of the parameters. Sung et al.
-    (2023, arXiv:2310.02998).
-
-    Differs from the reference implementation, which draws one z for all batches, and
-    whose last step may add weights where it should remove some: here the total is met.
-
-    Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`; compiled once for each function
-        object and shape of a batch.
-      params: a tree of arrays.
-      batches: what `loss_fn` takes, at least one.
-      sparsity: the fraction to remove over all selected parameters, in [0, 1).
-      key: a typed key, `jax.random.key(seed)`.
-      eps: the length of a step, in units of the weights.
-      most: the greatest sparsity of a block; `sparsity + 0.1` by default.
-      groups: the block of a path; None for one block for each parameter.
-      where: which parameters take part; see `jaxsparse.tree.select`.
-
-    Returns:
-      As for `owl`.
-
-    Raises:
-      ValueError: no batches, a loss that is no finite scalar, a `most` below the
-        sparsity, an `eps` that is not positive.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxsparse as js
-      >>> loss_fn = lambda params, x: jnp.sum(params["a"] * x)
-      >>> params = {"a": jnp.ones((10, 10)), "b": jnp.ones((10, 10))}
-      >>> js.allocations.ecoflap(
-      ...     loss_fn, params, [jnp.ones((10, 10))], 0.5, key=jax.random.key(0))
-      {'a': 0.4, 'b': 0.6}
-    """
-    _check_positive(eps=eps)
-    blocks = grouped(params, sparsity, where, groups)
-    most = min(sparsity + 0.1, math.nextafter(1.0, 0.0)) if most is None else most
-    _checks.check_sparsity(most, name="most")
-    if most < sparsity:
-        raise ValueError(f"most={most:g} is below the total sparsity {sparsity:g}.")
-    found = _slopes(loss_fn, params, batches, blocks, key, eps)
-    size = np.array([weights_in(leaves) for leaves in blocks.values()], float)
-    total, slope = size.sum(), np.array(list(found.values()))
-    # A block that changes nothing gets the rest when all others are dense.
-    slope = slope / (slope.sum() or 1.0) + 1e-9 * size / total
-    least = (1 - most) * size
-    kept = fill(least, slope, least, size, total - removed_in(sparsity, blocks))
-    removed = dict(zip(blocks, size - kept, strict=True))
-    return spread_over(params, where, blocks, removed)
-
-
 def _min_max(values: dict[str, float]) -> dict[str, float]:
     low, high = min(values.values()), max(values.values())
     if not high > low:
@@ -326,19 +257,14 @@ def _outliers(leaves: list[tuple[str, Any]], times: float) -> float:
     return sum(int(_above(x, times * mean)) for _, x in leaves) / n
 
 
-def _wide(x: Array) -> Array:
-    return x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
-
-
 @jax.jit
 def _sum(x: Array) -> Array:
-    return jnp.sum(_wide(x))
+    return jnp.sum(wide(x))
 
 
 @jax.jit
 def _above(x: Array, threshold: float) -> Array:
-    wide = _wide(x)
-    return jnp.sum(wide > threshold, dtype=count_dtype(x.size))
+    return jnp.sum(wide(x) > threshold, dtype=count_dtype(x.size))
 
 
 def _log_variance(leaves: list[tuple[str, Any]]) -> float:
@@ -352,51 +278,13 @@ def _log_variance(leaves: list[tuple[str, Any]]) -> float:
 
 @jax.jit
 def _log_moments(x: Array) -> tuple[Array, Array, Array]:
-    wide = _wide(x)
-    there = wide > 0
-    log = jnp.log(jnp.where(there, wide, 1))
+    x = wide(x)
+    there = x > 0
+    log = jnp.log(jnp.where(there, x, 1))
     n = jnp.sum(there, dtype=log.dtype)
     mean = jnp.sum(log) / jnp.maximum(n, 1)
     apart = jnp.where(there, log - mean, 0)
     return n, mean, jnp.sum(jnp.square(apart))
-
-
-def _slopes(loss_fn, params, batches, blocks: Blocks, key, eps) -> dict[str, float]:
-    """The mean change of the loss for each block."""
-    changes: dict[str, list[float]] = {name: [] for name in blocks}
-    for i, batch in enumerate(batches):
-        for name, leaves in blocks.items():
-            moved = {path for path, _ in leaves}
-            step = map_with_path(
-                lambda p, _, moved=moved: np.float32(eps * (p in moved)), params
-            )
-            noise = jax.random.fold_in(key, i)
-            both = [
-                float(_loss(loss_fn, params, step, noise, s, batch))
-                for s in (np.float32(1), np.float32(-1))
-            ]
-            changes[name].append(abs(both[0] - both[1]) / (2 * eps))
-            if not math.isfinite(changes[name][-1]):
-                raise ValueError(f"The loss is not finite near {name!r}: {both}.")
-    if not changes or not next(iter(changes.values())):
-        raise ValueError("There are no batches. Was the iterator used up before?")
-    return {name: float(np.mean(values)) for name, values in changes.items()}
-
-
-@functools.partial(jax.jit, static_argnames="loss_fn")
-def _loss(loss_fn, params, step, key, sign, batch) -> Array:
-    # The steps are an argument, 0 for the other blocks: one compilation serves all.
-    def move(w: Array, amount: Array, key: Array) -> Array:
-        if not jnp.issubdtype(w.dtype, jnp.floating):
-            return w
-        wide = _wide(w)
-        z = jax.random.normal(key, w.shape, wide.dtype)
-        return (wide + (sign * amount).astype(wide.dtype) * z).astype(w.dtype)
-
-    loss = loss_fn(jax.tree.map(move, params, step, keys_like(key, params)), batch)
-    if jnp.shape(loss) != ():
-        raise ValueError(f"loss_fn must return a scalar, got {jnp.shape(loss)}.")
-    return loss
 
 
 def _natural(name: str) -> list[Any]:
@@ -409,9 +297,3 @@ def _check_scores(blocks: Blocks) -> None:
         for path, x in leaves:
             _checks.check_floating(path, x)
             _checks.check_no_nan(path, x)
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}.")

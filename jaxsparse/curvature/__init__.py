@@ -1,5 +1,8 @@
 """What the loss's second derivatives say: Fisher matrices and their inverses."""
 
+from jaxsparse.curvature._block_operations import greedy_scores as greedy_scores
+from jaxsparse.curvature._block_operations import group_scores as group_scores
+from jaxsparse.curvature._block_operations import inverse_blocks as inverse_blocks
 from jaxsparse.curvature._blocks import BlockFisher as BlockFisher
 from jaxsparse.curvature._blocks import block_estimator as block_estimator
 from jaxsparse.curvature._blocks import block_fisher as block_fisher
@@ -8,6 +11,8 @@ from jaxsparse.curvature._diagonal import diagonal_estimator as diagonal_estimat
 from jaxsparse.curvature._diagonal import diagonal_fisher as diagonal_fisher
 from jaxsparse.curvature._estimator import Estimator as Estimator
 from jaxsparse.curvature._estimator import Sums as Sums
+from jaxsparse.curvature._fisher import Fisher as Fisher
+from jaxsparse.curvature._fisher import check_covers as check_covers
 from jaxsparse.curvature._gram import GramFactor as GramFactor
 from jaxsparse.curvature._gram import damped_inverse as damped_inverse
 from jaxsparse.curvature._gram import factor_gram as factor_gram
@@ -27,13 +32,8 @@ from jaxsparse.curvature._mfac_window import window_update as window_update
 from jaxsparse.curvature._mfac_window import (
     window_update_ihvp as window_update_ihvp,
 )
-from jaxsparse.curvature._operations import Fisher as Fisher
-from jaxsparse.curvature._operations import check_covers as check_covers
 from jaxsparse.curvature._operations import eliminate as eliminate
-from jaxsparse.curvature._operations import greedy_scores as greedy_scores
-from jaxsparse.curvature._operations import group_scores as group_scores
 from jaxsparse.curvature._operations import ihvp as ihvp
-from jaxsparse.curvature._operations import inverse_blocks as inverse_blocks
 from jaxsparse.curvature._operations import inverse_diagonal as inverse_diagonal
 from jaxsparse.curvature._operations import restrict as restrict
 from jaxsparse.curvature._per_example import collect_grads as collect_grads

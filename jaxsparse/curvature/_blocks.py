@@ -2,33 +2,25 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxsparse import _checks, patterns
-from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature import _triangle
+from jaxsparse.curvature._block_sums import add_sums, sum_up, sum_up_anew
 from jaxsparse.curvature._chunks import (
-    SCRATCH_BYTES,
-    SLAB_BYTES,
-    cut,
-    in_parts,
-    is_spread,
     over_blocks,
 )
 from jaxsparse.curvature._estimator import Estimator, Sums, merge_by
-from jaxsparse.curvature._factor import HIGHEST, inverse_root
+from jaxsparse.curvature._factor import inverse_root
 from jaxsparse.curvature._layout import (
     BlockLayout,
     block_layout,
     block_sharding,
     check_block_size,
-    to_blocks,
 )
 from jaxsparse.curvature._trees import (
     absolute_damping,
@@ -153,7 +145,7 @@ def block_fisher(
     paths, leaves, m = gradient_leaves(grads)
     layouts = _layouts(_without_m(grads), block_size, pattern, axes)
     summed = tuple(
-        _sum_up_anew(g, layout=layout, accurate=accurate)
+        sum_up_anew(g, layout=layout, accurate=accurate)
         for g, layout in zip(leaves, layouts, strict=True)
     )
     check_finite(paths, leaves, [_triangle.diagonal(s) for s in summed])
@@ -206,7 +198,7 @@ def block_estimator(
         leaves = jax.tree.leaves(params)
         sums = tuple(
             _triangle.zeros(
-                layout.lead, block_size, _stored(w), device=block_sharding(w, layout)
+                layout.lead, block_size, widest([w]), device=block_sharding(w, layout)
             )
             for layout, w in zip(layouts, leaves, strict=True)
         )
@@ -218,7 +210,7 @@ def block_estimator(
         shapes = [layout.shape for layout in sums.layouts]
         check_shapes(sums.paths, shapes, leaves, name="grads", extra=1)
         new = tuple(
-            _sum_up(s, g, layout=layout, accurate=accurate)
+            sum_up(s, g, layout=layout, accurate=accurate)
             for s, g, layout in zip(sums.sums, leaves, sums.layouts, strict=True)
         )
         check_finite(sums.paths, leaves, [_triangle.diagonal(s) for s in new])
@@ -237,7 +229,7 @@ def block_estimator(
             raise ValueError("No gradients were summed up (m = 0): call update first.")
         return _finalize(_root, sums, damping, rel_damping, accurate)
 
-    return Estimator(init, update, merge_by(_add), finalize)
+    return Estimator(init, update, merge_by(add_sums), finalize)
 
 
 def _without_m(grads: PyTree) -> PyTree:
@@ -259,98 +251,9 @@ def _layouts(params: PyTree, block_size, pattern, axes) -> tuple[BlockLayout, ..
     )
 
 
-def _stored(x: Any):
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-
-
-def _wide(dtype, accurate: bool):
-    return jnp.float64 if accurate else dtype
-
-
-# Sums.
-
-
-def _sum_up_(sums: Triangle, g: Array, layout: BlockLayout, accurate: bool) -> Triangle:
-    """Adds `g_i g_i^T` of all gradients `[m, *shape]`.
-
-    Some rows of the kernel at a time are brought into the order of blocks, and of these
-    some blocks at a time into float64. So the gradients are never held twice.
-    """
-    m, b = g.shape[0], layout.block_size
-    layers = math.prod(layout.ordered[: layout.layers])
-    rows, row = layout.ordered[layout.layers], layout.per_layer
-    row //= max(rows, 1)
-    whole = b // math.gcd(row, b)  # so many rows fill blocks
-    slab = max(1, SLAB_BYTES // (4 * m * layers * row) // whole) * whole
-    if is_spread(g, sums.square):
-        with jax.enable_x64(True):
-            blocks = to_blocks(g, layout)
-            return _plus(sums, jnp.moveaxis(blocks, 0, -2), accurate)
-    axis = 1 + layout.order[layout.layers]
-    g = g.reshape(m, *layout.split)
-    lead = len(layout.lead)
-    flat = lambda x: x.reshape(layers, layout.blocks, *x.shape[lead:])
-
-    def add_rows(start: Any, size: int, sums: Triangle) -> Triangle:
-        part = cut(g, start, size, axis)
-        part = part.transpose(0, *(1 + a for a in layout.order))
-        part = part.reshape(m, layers, size * row)
-        count = -(-size * row // b)
-        part = jnp.pad(part, [(0, 0), (0, 0), (0, count * b - size * row)])
-        part = part.reshape(m, layers, count, b).transpose(1, 2, 0, 3)
-        part = lax.optimization_barrier(part)  # once, not in each turn of the loop
-
-        def add_blocks(i: Any, size: int, sums: Triangle) -> Triangle:
-            first = start * row // b + i
-            take = lambda x, at: lax.dynamic_slice_in_dim(x, at, size, 1)
-            old = jax.tree.map(lambda x: take(x, first), sums)
-            # The turn of a loop of its own, which XLA cannot know to be one. It reads
-            # its matrix transposed as well: fused with the writing, that would make a
-            # copy of all sums necessary.
-            new = when(
-                lax.optimization_barrier(jnp.ones((), bool)),
-                lambda old, part: _plus(old, part, accurate),
-                old,
-                take(part, i),
-            )
-            write = lambda x, n: lax.dynamic_update_slice_in_dim(x, n, first, 1)
-            return jax.tree.map(write, sums, new)
-
-        few = max(1, SCRATCH_BYTES // (8 * layers * b * (m + 4 * b)))
-        return in_parts(count, few, add_blocks, sums)
-
-    with jax.enable_x64(True):
-        new = in_parts(rows, slab, add_rows, jax.tree.map(flat, sums))
-    return jax.tree.map(lambda x, s: x.reshape(s.shape), new, sums)
-
-
-def _plus(sums: Triangle, blocks: Array, accurate: bool) -> Triangle:
-    """`sums + blocks^T blocks`, blocks `[*lead, m, b]`."""
-    stored = sums.square.dtype
-    wide = _wide(stored, accurate)
-    blocks = blocks.astype(wide)
-    outer = jnp.einsum("...mb,...mc->...bc", blocks, blocks, precision=HIGHEST)
-    return _triangle.split(_triangle.join(sums, wide) + outer, stored)
-
-
-def _sum_up_from_zero(g: Array, layout: BlockLayout, accurate: bool) -> Triangle:
-    zeros = _triangle.zeros(layout.lead, layout.block_size, _stored(g))
-    return _sum_up_(zeros, g, layout, accurate)
-
-
-def _add(sums: Triangle, other: Triangle) -> Triangle:
-    with jax.enable_x64(True):
-        together = _triangle.join(sums, jnp.float64) + _triangle.join(
-            other, jnp.float64
-        )
-        return _triangle.split(together, sums.square.dtype)
-
-
-# Factors.
-
-
 def _root_(sums: Triangle, scale: Array, damping: Array, accurate: bool) -> Triangle:
-    stored, wide = sums.square.dtype, _wide(sums.square.dtype, accurate)
+    stored = sums.square.dtype
+    wide = jnp.float64 if accurate else stored
     b = sums.square.shape[-1]
 
     def root(sums: Triangle, scale: Array, damping: Array) -> Triangle:
@@ -364,8 +267,6 @@ def _root_(sums: Triangle, scale: Array, damping: Array, accurate: bool) -> Tria
         return over_blocks(root, lead, 8 * b * b, sums, whole=whole, in_place=True)
 
 
-_sum_up = jax.jit(_sum_up_, static_argnames=("layout", "accurate"))
-_sum_up_anew = jax.jit(_sum_up_from_zero, static_argnames=("layout", "accurate"))
 _root = jax.jit(_root_, static_argnames="accurate")
 _root_in_place = jax.jit(_root_, static_argnames="accurate", donate_argnums=0)
 

@@ -125,7 +125,7 @@ def diagonal_estimator(*, where: Where = None) -> Estimator:
     def init(params: PyTree) -> Sums:
         keep = lambda w, taken: w if taken else None
         params = jax.tree.map(keep, params, select(params, where))
-        zeros = lambda w: jnp.zeros_like(w, dtype=_stored(w))
+        zeros = lambda w: jnp.zeros_like(w, dtype=widest([w]))
         zeros = tuple(map(zeros, jax.tree.leaves(params)))
         return Sums(zeros, jnp.int32(0), jax.tree.structure(params), _layouts(params))
 
@@ -144,13 +144,9 @@ def diagonal_estimator(*, where: Where = None) -> Estimator:
     return Estimator(init, update, merge_by(jnp.add), _finalize)
 
 
-def _stored(x: Any):
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-
-
 @jax.jit
 def _squares(g: Array) -> Array:
-    return jnp.sum(jnp.square(g.astype(_stored(g))), axis=0)
+    return jnp.sum(jnp.square(g.astype(widest([g]))), axis=0)
 
 
 def _layouts(params: PyTree) -> tuple[Plain, ...]:

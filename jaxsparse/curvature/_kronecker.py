@@ -2,86 +2,37 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks
-from jaxsparse._sharded import explicit_mesh, sharded_like
+from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature import _triangle
-from jaxsparse.curvature._chunks import SLAB_BYTES, in_parts, is_spread
 from jaxsparse.curvature._estimator import Estimator, Sums, merge_by
-from jaxsparse.curvature._factor import HIGHEST, matmul
+from jaxsparse.curvature._factor import matmul
+from jaxsparse.curvature._kronecker_sums import (
+    Grams,
+    KernelLayout,
+    add_grams,
+    kernel_layouts,
+    no_grams,
+    sum_up,
+    sum_up_anew,
+    traces,
+)
 from jaxsparse.curvature._trees import (
     check_finite,
     check_one_damping,
     check_shapes,
     gradient_leaves,
     leaves_at,
+    widest,
 )
 from jaxsparse.curvature._triangle import Triangle
-from jaxsparse.tree import (
-    Axes,
-    AxesRule,
-    kernel_axes,
-    leaves_with_paths,
-    resolve_axes,
-    select,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-    """How a parameter is read as matrices `[*lead, d_out, d_in]`, one for each layer.
-
-    Attributes:
-      path: the parameter's path, for messages. Readings are equal without it: so
-        parameters of equal shape share one compilation.
-      shape: its shape.
-      axes: which of its axes are outputs, inputs, and layers.
-    """
-
-    path: str = dataclasses.field(compare=False)
-    shape: tuple[int, ...]
-    axes: Axes
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """The shape in which layers are numbered."""
-        return tuple(self.shape[a] for a in self.axes.batch)
-
-    @property
-    def d_in(self) -> int:
-        """The inputs of a layer."""
-        return math.prod(self.shape[a] for a in self.axes.input)
-
-    @property
-    def d_out(self) -> int:
-        """The outputs of a layer."""
-        return math.prod(self.shape[a] for a in self.axes.output)
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The parameter's axes, slowest first."""
-        return (*self.axes.batch, *self.axes.output, *self.axes.input)
-
-
-class Grams(NamedTuple):
-    """Sums over gradients `G_i` `[d_out, d_in]` of a parameter.
-
-    Attributes:
-      input: `sum_i G_i^T G_i`, triangles `[*lead, d_in, d_in]`.
-      output: `sum_i G_i G_i^T`, triangles `[*lead, d_out, d_out]`.
-    """
-
-    input: Triangle
-    output: Triangle
+from jaxsparse.tree import AxesRule, from_matrices, select, to_matrices
 
 
 class Factors(NamedTuple):
@@ -123,7 +74,7 @@ class KroneckerFisher:
     factors: tuple[Factors, ...]
     damping: Array
     treedef: Any
-    layouts: tuple[Matrix, ...]
+    layouts: tuple[KernelLayout, ...]
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -216,12 +167,12 @@ def kronecker_fisher(
     check_one_damping(damping, rel_damping)
     paths, leaves, m = gradient_leaves(grads)
     shapes = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
-    layouts = _layouts(shapes, axes)
+    layouts = kernel_layouts(shapes, axes)
     summed = tuple(
-        _sum_up_anew(g, layout=layout, accurate=accurate)
+        sum_up_anew(g, layout=layout, accurate=accurate)
         for g, layout in zip(leaves, layouts, strict=True)
     )
-    check_finite(paths, leaves, map(_traces, summed))
+    check_finite(paths, leaves, map(traces, summed))
     sums = Sums(summed, jnp.int32(m), jax.tree.structure(grads), layouts)
     return _finalize(sums, damping, rel_damping, accurate)
 
@@ -256,9 +207,11 @@ def kronecker_estimator(
     def init(params: PyTree) -> Sums:
         keep = lambda w, taken: w if taken else None
         params = jax.tree.map(keep, params, select(params, where))
-        layouts = _layouts(params, axes)
+        layouts = kernel_layouts(params, axes)
         leaves = jax.tree.leaves(params)
-        zeros = tuple(map(_zeros, layouts, map(_stored, leaves)))
+        zeros = tuple(
+            no_grams(lay, widest([w])) for lay, w in zip(layouts, leaves, strict=True)
+        )
         return Sums(zeros, jnp.int32(0), jax.tree.structure(params), layouts)
 
     def update(sums: Sums, grads: PyTree) -> Sums:
@@ -267,10 +220,10 @@ def kronecker_estimator(
         shapes = [layout.shape for layout in sums.layouts]
         check_shapes(sums.paths, shapes, leaves, name="grads", extra=1)
         new = tuple(
-            _sum_up(s, g, layout=layout, accurate=accurate)
+            sum_up(s, g, layout=layout, accurate=accurate)
             for s, g, layout in zip(sums.sums, leaves, sums.layouts, strict=True)
         )
-        check_finite(sums.paths, leaves, map(_traces, new))
+        check_finite(sums.paths, leaves, map(traces, new))
         return dataclasses.replace(
             sums, sums=new, count=sums.count + leaves[0].shape[0]
         )
@@ -286,118 +239,13 @@ def kronecker_estimator(
             raise ValueError("No gradients were summed up (m = 0): call update first.")
         return _finalize(sums, damping, rel_damping, accurate)
 
-    return Estimator(init, update, merge_by(_add), finalize)
+    return Estimator(init, update, merge_by(add_grams), finalize)
 
 
-def _layouts(params: PyTree, axes: AxesRule) -> tuple[Matrix, ...]:
-    stated = resolve_axes(params, axes)
-
-    def layout(path: str, w: Any) -> Matrix:
-        if w.ndim < 2 and path not in stated:
-            return Matrix(path, tuple(w.shape), Axes((), tuple(range(w.ndim))))
-        return Matrix(path, tuple(w.shape), kernel_axes(path, w, stated))
-
-    return tuple(layout(path, w) for path, w in leaves_with_paths(params))
-
-
-def _stored(x: Any):
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-
-
-def _wide(stored, accurate: bool):
-    return jnp.float64 if accurate else stored
-
-
-def _zeros(layout: Matrix, dtype) -> Grams:
-    sizes = (layout.d_in, layout.d_out)
-    return Grams(*(_triangle.zeros(layout.lead, size, dtype) for size in sizes))
-
-
-# Sums.
-
-
-def _sum_up_(sums: Grams, g: Array, layout: Matrix, accurate: bool) -> Grams:
-    """Adds both products of all gradients `[m, *shape]`."""
+@functools.partial(jax.jit, static_argnames="accurate")
+def _factor(sums: Grams, count: Array, accurate: bool) -> Factors:
     stored = sums.input.square.dtype
-    wide = _wide(stored, accurate)
-    products: Any = functools.partial(_products, layout=layout, wide=wide)
-    mesh = explicit_mesh([g])
-    if mesh is not None:
-        # Sums over what is sharded: where they lie has to be stated.
-        whole = (NamedSharding(mesh, P()),) * 2
-        products = jax.sharding.auto_axes(products, out_sharding=whole)
-    with jax.enable_x64(True):
-        both = zip(sums, products(g), strict=True)
-        both = [_triangle.join(s, wide) + new for s, new in both]
-        return Grams(*(_triangle.split(s, stored) for s in both))
-
-
-def _products(g: Array, *, layout: Matrix, wide) -> tuple[Array, ...]:
-    """`sum_i G_i^T G_i` and `sum_i G_i G_i^T`, some gradients at a time.
-
-    Taken from gradients as they lie: a product sums over m and one side at once.
-    """
-    m = g.shape[0]
-    few = max(1, SLAB_BYTES // max(1, 32 * (g.size // m)))
-    cut = lambda start, size: lax.dynamic_slice_in_dim(g, start, size)
-    if is_spread(g):
-        # Some from each device, should it be m that is sharded.
-        few = _even_part(m, few, jax.typeof(g).sharding.mesh.size)
-        turns = g.reshape(few, m // few, *g.shape[1:])
-        cut = lambda start, _: lax.dynamic_index_in_dim(turns, start // few, 1, False)
-
-    def add(start: Any, size: int, both: tuple[Array, ...]) -> tuple[Array, ...]:
-        part = cut(start, size).astype(wide)
-        new = [_product(part, layout, own) for own in sides]
-        return tuple(b + n for b, n in zip(both, new, strict=True))
-
-    sides = [layout.axes.input, layout.axes.output]
-    sizes = [layout.d_in, layout.d_out]
-    zeros = tuple(jnp.zeros((*layout.lead, size, size), wide) for size in sizes)
-    return in_parts(m, min(few, m), add, zeros)
-
-
-def _even_part(m: int, few: int, devices: int) -> int:
-    """Of the divisors of m that devices divide the largest up to `few`; m if none."""
-    even = [n for n in range(devices, m + 1, devices) if m % n == 0]
-    return max([n for n in even if n <= few], default=min(even, default=m))
-
-
-def _product(g: Array, layout: Matrix, own: tuple[int, ...]) -> Array:
-    """For each layer the inner products of one side's rows, `[*lead, size, size]`."""
-    first = [1 + a for a in own]
-    second = [g.ndim + a for a in first]
-    other = [a + g.ndim if a in first else a for a in range(g.ndim)]
-    result = [*(1 + a for a in layout.axes.batch), *first, *second]
-    gram = jnp.einsum(g, list(range(g.ndim)), g, other, result, precision=HIGHEST)
-    size = math.prod(layout.shape[a] for a in own)
-    return gram.reshape(*layout.lead, size, size)
-
-
-def _sum_up_from_zero(g: Array, layout: Matrix, accurate: bool) -> Grams:
-    return _sum_up_(_zeros(layout, _stored(g)), g, layout, accurate)
-
-
-@jax.jit
-def _add(sums: Grams, other: Grams) -> Grams:
-    with jax.enable_x64(True):
-        wide = lambda s: _triangle.join(s, jnp.float64)
-        together = [wide(s) + wide(o) for s, o in zip(sums, other, strict=True)]
-        return Grams(*(_triangle.split(s, sums.input.square.dtype) for s in together))
-
-
-def _traces(sums: Grams) -> Array:
-    """Not finite where anything is not."""
-    inputs, outputs = map(_triangle.diagonal, sums)
-    return jnp.sum(inputs) + jnp.sum(outputs)
-
-
-# Factors.
-
-
-def _factor_(sums: Grams, count: Array, accurate: bool) -> Factors:
-    stored = sums.input.square.dtype
-    wide = _wide(stored, accurate)
+    wide = jnp.float64 if accurate else stored
 
     def eigen(triangle: Triangle) -> tuple[Array, Array]:
         full = _triangle.symmetric(_triangle.join(triangle, wide))
@@ -410,12 +258,6 @@ def _factor_(sums: Grams, count: Array, accurate: bool) -> Factors:
         share = jnp.where(total == 0, 0, r / jnp.where(total == 0, 1, total))
         factors = (u, l / count.astype(wide), v, share)
         return Factors(*(x.astype(stored) for x in factors))
-
-
-_static = ("layout", "accurate")
-_sum_up = jax.jit(_sum_up_, static_argnames=_static)
-_sum_up_anew = jax.jit(_sum_up_from_zero, static_argnames=_static)
-_factor = jax.jit(_factor_, static_argnames="accurate")
 
 
 def _finalize(sums: Sums, damping, rel_damping, accurate: bool) -> KroneckerFisher:
@@ -443,7 +285,7 @@ def _mean_diagonal(sums: Sums, stored) -> Array:
 
 @functools.partial(jax.jit, static_argnames="layout")
 def kronecker_ihvp(
-    factors: Factors, x: Array, damping: Array, *, layout: Matrix
+    factors: Factors, x: Array, damping: Array, *, layout: KernelLayout
 ) -> Array:
     """`F^-1 X = V [(V^T X U) / (r l^T + damping)] U^T`.
 
@@ -458,15 +300,17 @@ def kronecker_ihvp(
     """
 
     def product(xs: list[Array], u, l, v, r, damping) -> list[Array]:
-        x = _to_matrix(xs[0].astype(u.dtype), layout)
+        x = to_matrices(xs[0].astype(u.dtype), layout.view)
         y = matmul(_transposed(v), matmul(x, u)) / _eigenvalues(l, r, damping)
-        return [_from_matrix(matmul(matmul(v, y), _transposed(u)), layout)]
+        return [from_matrices(matmul(matmul(v, y), _transposed(u)), layout.view)]
 
     return sharded_like(product, [x], *factors, damping)[0]
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def kronecker_diagonal(factors: Factors, damping: Array, *, layout: Matrix) -> Array:
+def kronecker_diagonal(
+    factors: Factors, damping: Array, *, layout: KernelLayout
+) -> Array:
     """The diagonal of `F^-1`: sums of positive numbers.
 
     Args:
@@ -480,7 +324,7 @@ def kronecker_diagonal(factors: Factors, damping: Array, *, layout: Matrix) -> A
     u, l, v, r = factors
     inverse = 1 / _eigenvalues(l, r, damping)
     rows = matmul(jnp.square(v), inverse)
-    return _from_matrix(matmul(rows, _transposed(jnp.square(u))), layout)
+    return from_matrices(matmul(rows, _transposed(jnp.square(u))), layout.view)
 
 
 def _eigenvalues(l: Array, r: Array, damping: Array) -> Array:
@@ -489,12 +333,3 @@ def _eigenvalues(l: Array, r: Array, damping: Array) -> Array:
 
 def _transposed(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2)
-
-
-def _to_matrix(x: Array, layout: Matrix) -> Array:
-    return x.transpose(layout.order).reshape(*layout.lead, layout.d_out, layout.d_in)
-
-
-def _from_matrix(x: Array, layout: Matrix) -> Array:
-    back = sorted(range(len(layout.order)), key=lambda k: layout.order[k])
-    return x.reshape([layout.shape[a] for a in layout.order]).transpose(back)

@@ -9,18 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks
-from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature import _triangle
-from jaxsparse.curvature._chunks import SCRATCH_BYTES, cut, in_parts, is_spread
-from jaxsparse.curvature._factor import HIGHEST, inverse_root
 from jaxsparse.curvature._layout import block_layout, check_block_size
 from jaxsparse.curvature._mfac_blocks import BlockMFac, in_rows, row_roots
+from jaxsparse.curvature._mfac_products import (
+    add_gram,
+    dots,
+    gram_root,
+    page_diagonal,
+    solve_by_root,
+    weighted_sum,
+)
 from jaxsparse.curvature._trees import (
     absolute_damping,
     check_factor,
@@ -208,7 +210,7 @@ def span_ihvp(fisher: MFac, coefficients: Array) -> PyTree:
             f"coefficients: one for each of the {m} gradients, shape ({m},); got "
             f"{jnp.shape(coefficients)}."
         )
-    c = m * _solve(fisher.root, coefficients)
+    c = m * solve_by_root(fisher.root, coefficients)
     combined = [_combine(fisher, g, c) for g in fisher.grads]
     return fisher.treedef.unflatten(combined)
 
@@ -223,7 +225,7 @@ def mfac_ihvp(fisher: MFac, xs: list[Array]) -> list[Array]:
     Returns:
       For each parameter an array of its shape.
     """
-    c = _solve(fisher.root, _all_dots(fisher, xs))
+    c = solve_by_root(fisher.root, _all_dots(fisher, xs))
     damping = fisher.damping
     back = [_combine(fisher, g, c) for g in fisher.grads]
     return [(x.astype(b.dtype) - b) / damping for x, b in zip(xs, back, strict=True)]
@@ -241,7 +243,7 @@ def mfac_diagonal(fisher: MFac) -> list[Array]:
     diagonals = []
     for g in fisher.grads:
         parts = [
-            _diagonal(page, fisher.root, fisher.damping, accurate=fisher.accurate)
+            page_diagonal(page, fisher.root, fisher.damping, accurate=fisher.accurate)
             for _, page in _pages(g, fisher.page_bytes)
         ]
         diagonals.append(_assemble(parts, g))
@@ -272,7 +274,7 @@ def mfac_eliminate(
     ]
     gram = _gram(fisher.grads, fisher.accurate, fisher.page_bytes, kept)
     root = _checked_root("G_K G_K^T", gram, fisher.damping, fisher.accurate)
-    c = _solve(root, _all_dots(fisher, gone))
+    c = solve_by_root(root, _all_dots(fisher, gone))
     changes = [_combine(fisher, g, c) for g in fisher.grads]
     return [
         jnp.where(k, change, -w)
@@ -328,14 +330,14 @@ def _combine(fisher: MFac, g: Any, c: Array) -> Array:
     """`G^T c` for one parameter."""
     wide = fisher.root.square.dtype
     pages = _pages(g, fisher.page_bytes)
-    return _assemble([_weighted(page, c, wide=wide) for _, page in pages], g)
+    return _assemble([weighted_sum(page, c, wide=wide) for _, page in pages], g)
 
 
 def _all_dots(fisher: MFac, xs: list[Array]) -> Array:
     """`G x` over all parameters, `[m]`."""
     wide = fisher.root.square.dtype
     parts = [
-        _dots(page, _columns(x, g, at), wide=wide)
+        dots(page, _columns(x, g, at), wide=wide)
         for g, x in zip(fisher.grads, xs, strict=True)
         for at, page in _pages(g, fisher.page_bytes)
     ]
@@ -343,15 +345,12 @@ def _all_dots(fisher: MFac, xs: list[Array]) -> Array:
 
 
 def _checked_root(name: str, gram: Triangle, damping, accurate: bool) -> Triangle:
-    root = _root(gram, damping, accurate=accurate)
+    root = gram_root(gram, damping, accurate=accurate)
     norms = _triangle.diagonal(gram)
     largest = lambda: jnp.max(norms) / norms.size
     diagonal = _triangle.diagonal(root)
     check_factor(name, diagonal, damping, largest, accurate=accurate)
     return root
-
-
-# Array level.
 
 
 def _gram(leaves, accurate: bool, page_bytes: int, kept=None) -> Triangle:
@@ -361,149 +360,5 @@ def _gram(leaves, accurate: bool, page_bytes: int, kept=None) -> Triangle:
     for i, g in enumerate(leaves):
         for at, page in _pages(g, page_bytes):
             mask = None if kept is None else _columns(kept[i], g, at)
-            gram = _add_gram(gram, page, mask, accurate=accurate)
+            gram = add_gram(gram, page, mask, accurate=accurate)
     return gram
-
-
-@functools.partial(jax.jit, static_argnames="accurate")
-def _add_gram(gram: Triangle, g: Array, mask: Array | None, *, accurate: bool):
-    """`gram + (G mask) (G mask)^T`, some columns at a time in float64."""
-    stored = gram.square.dtype
-    wide = jnp.float64 if accurate else stored
-
-    def outer(g: Array, mask: Array | None) -> Array:
-        g = g.astype(wide)
-        if mask is not None:
-            g = jnp.where(mask[None], g, jnp.zeros((), wide))
-        axes = tuple(range(1, g.ndim))
-        return _product(g, g, axes, axes)
-
-    with jax.enable_x64(True):
-        total = _triangle.join(gram, wide)
-        if is_spread(g):
-            return _triangle.split(total + outer(g, mask), stored)
-        m = g.shape[0]
-        flat = g.reshape(m, -1)
-        mask = None if mask is None else mask.reshape(-1)
-
-        def add(start: Any, size: int, total: Array) -> Array:
-            part = cut(flat, start, size, 1)
-            if mask is None:
-                return total + outer(part, None)
-            return total + outer(part, lax.dynamic_slice_in_dim(mask, start, size))
-
-        total = in_parts(flat.shape[1], _columns_in_cache(m), add, total)
-        return _triangle.split(total, stored)
-
-
-@functools.partial(jax.jit, static_argnames="accurate")
-def _root(gram: Triangle, damping: Array, *, accurate: bool) -> Triangle:
-    stored = gram.square.dtype
-    wide = jnp.float64 if accurate else stored
-    with jax.enable_x64(True):
-        lower = _triangle.join(gram, wide)
-        m = lower.shape[-1]
-        eye = jnp.eye(m, dtype=wide) * (m * damping.astype(wide))
-        return _triangle.split(inverse_root(lower + eye), stored)
-
-
-@jax.jit
-def _solve(root: Triangle, x: Array) -> Array:
-    """`S^-1 x`, in float64: S is as ill-conditioned as F."""
-    with jax.enable_x64(True):
-        r = _triangle.join(root, jnp.float64)
-        y = jnp.matmul(r, x.astype(jnp.float64), precision=HIGHEST)
-        return jnp.matmul(r.T, y, precision=HIGHEST).astype(root.square.dtype)
-
-
-# As a dot product XLA would make a wide copy of all gradients of 16 bits.
-
-
-@functools.partial(jax.jit, static_argnames="wide")
-def _dots(g: Array, x: Array, *, wide: Any) -> Array:
-    """`G x`, `[m]`."""
-    m, x = g.shape[0], x.astype(wide)
-    if g.dtype == wide:
-        axes = tuple(range(x.ndim))
-        return _product(g, x, tuple(a + 1 for a in axes), axes)
-    if is_spread(g):
-        return jnp.sum(g.astype(wide) * x[None], axis=tuple(range(1, g.ndim)))
-    flat, x = g.reshape(m, -1), x.reshape(-1)
-
-    def add(start: Any, size: int, total: Array) -> Array:
-        part = cut(flat, start, size, 1).astype(wide)
-        return total + _dots(part, cut(x, start, size), wide=wide)
-
-    return in_parts(flat.shape[1], _columns_in_cache(m), add, jnp.zeros(m, wide))
-
-
-@functools.partial(jax.jit, static_argnames="wide")
-def _weighted(g: Array, c: Array, *, wide: Any) -> Array:
-    """`G^T c`, of the parameter's shape. With G first XLA would transpose a copy."""
-    m, c = g.shape[0], c.astype(wide)
-    if g.dtype == wide:
-        return _product(c, g, (0,), (0,), along=g)
-    if is_spread(g):
-        return jnp.sum(g.astype(wide) * c.reshape(m, *[1] * (g.ndim - 1)), axis=0)
-    flat = g.reshape(m, -1)
-
-    def fill(start: Any, size: int, out: Array) -> Array:
-        new = _weighted(cut(flat, start, size, 1).astype(wide), c, wide=wide)
-        return lax.dynamic_update_slice_in_dim(out, new, start, 0)
-
-    empty = jnp.zeros(flat.shape[1], wide)
-    out = in_parts(flat.shape[1], _columns_in_cache(m), fill, empty)
-    return out.reshape(g.shape[1:])
-
-
-def _product(
-    a: Array, b: Array, over_a: Any, over_b: Any, *, along: Array | None = None
-) -> Array:
-    """A sum of products over axes of both.
-
-    On a mesh with explicit axes the result is on every device; or, with `along`, its
-    last axes are sharded as those of these gradients.
-    """
-    mesh, out = explicit_mesh([a, b]), None
-    if mesh is not None:
-        spec = [None] * (a.ndim - len(over_a) + b.ndim - len(over_b))
-        if along is not None:
-            last = (*jax.typeof(along).sharding.spec, *[None] * along.ndim)
-            last = last[1 : along.ndim]
-            spec = [*spec[: len(spec) - len(last)], *last]
-        out = NamedSharding(mesh, P(*spec))
-    axes = ((over_a, over_b), ((), ()))
-    return lax.dot_general(a, b, axes, precision=HIGHEST, out_sharding=out)
-
-
-def _columns_in_cache(m: int) -> int:
-    return max(512, SCRATCH_BYTES // (8 * m))
-
-
-@functools.partial(jax.jit, static_argnames="accurate")
-def _diagonal(g: Array, root: Triangle, damping: Array, *, accurate: bool) -> Array:
-    stored = root.square.dtype
-    wide = jnp.float64 if accurate else stored
-
-    def diagonal(g: Array, r: Array) -> Array:
-        g, shift = g.astype(wide), damping.astype(wide)
-        v = _product(r, g, (1,), (0,), along=g)
-        rest = (1 - jnp.sum(jnp.square(v), axis=0)) / shift
-        # No less than 1 / F_qq: where rounding would make it so, or negative.
-        least = 1 / (shift + jnp.mean(jnp.square(g), axis=0))
-        return jnp.maximum(rest, least).astype(stored)
-
-    with jax.enable_x64(True):
-        r = _triangle.join(root, wide)
-        if is_spread(g):
-            return diagonal(g, r)
-        m, shape = g.shape[0], g.shape[1:]
-        flat = g.reshape(m, -1)
-
-        def fill(start: Any, size: int, out: Array) -> Array:
-            new = diagonal(cut(flat, start, size, 1), r)
-            return lax.dynamic_update_slice_in_dim(out, new, start, 0)
-
-        columns = max(512, SCRATCH_BYTES // (16 * m))
-        empty = jnp.zeros(flat.shape[1], stored)
-        return in_parts(flat.shape[1], columns, fill, empty).reshape(shape)

@@ -12,6 +12,7 @@ from jaxsparse.curvature import _triangle
 from jaxsparse.curvature._chunks import over_blocks
 from jaxsparse.curvature._factor import HIGHEST, inverse_root
 from jaxsparse.curvature._layout import BlockLayout, from_blocks, to_blocks
+from jaxsparse.curvature._trees import widest
 from jaxsparse.curvature._triangle import Triangle
 
 
@@ -74,7 +75,7 @@ def row_roots(rows: Array, damping: Array, *, accurate: bool) -> Triangle:
     Returns:
       Triangles `[*lead, m, m]`.
     """
-    stored = _stored(rows)
+    stored = widest([rows])
     wide = jnp.float64 if accurate else stored
     m, b = rows.shape[-2:]
 
@@ -184,7 +185,7 @@ def rows_eliminate(
     Returns:
       The change of the parameter.
     """
-    stored = _stored(rows)
+    stored = widest([rows])
     wide = jnp.float64 if accurate else stored
     m, b = rows.shape[-2:]
 
@@ -223,7 +224,3 @@ def restrict_rows(fisher: BlockMFac, masks: list[Array]) -> BlockMFac:
         rows.append(jnp.where(kept, g, jnp.zeros((), g.dtype)))
     find = lambda g: row_roots(g, fisher.damping, accurate=fisher.accurate)
     return dataclasses.replace(fisher, rows=tuple(rows), roots=tuple(map(find, rows)))
-
-
-def _stored(x: Any):
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32

@@ -3,21 +3,17 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from jaxsparse import _checks, patterns
-from jaxsparse._typing import Array, PyTree
+from jaxsparse._typing import PyTree
 from jaxsparse.curvature._block_inverse import (
     block_eliminate,
-    block_greedy,
-    block_group_solve,
-    block_groups,
     block_ihvp,
     restrict_blocks,
 )
 from jaxsparse.curvature._blocks import BlockFisher
 from jaxsparse.curvature._diagonal import DiagonalFisher
+from jaxsparse.curvature._fisher import Fisher, arrays_of, masks_of
 from jaxsparse.curvature._kronecker import (
     KroneckerFisher,
     kronecker_diagonal,
@@ -38,9 +34,6 @@ from jaxsparse.curvature._mfac_blocks import (
     rows_eliminate,
     rows_ihvp,
 )
-from jaxsparse.curvature._trees import check_shapes, leaves_at
-
-Fisher = BlockFisher | BlockMFac | DiagonalFisher | KroneckerFisher | MFac
 
 
 def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
@@ -64,7 +57,7 @@ def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
       >>> js.curvature.ihvp(fisher, {"w": jnp.array([2.0, 4.0])})["w"].round(5)
       Array([1., 2.], dtype=float32)
     """
-    xs = _arrays(fisher, tree, name="tree")
+    xs = arrays_of(fisher, tree, name="tree")
     match fisher:
         case BlockFisher():
             parts = zip(fisher.roots, xs, fisher.layouts, strict=True)
@@ -127,150 +120,6 @@ def inverse_diagonal(fisher: Fisher) -> PyTree:
     return fisher.treedef.unflatten(diagonals)
 
 
-def inverse_blocks(fisher: BlockFisher, *, size: int | None = None) -> PyTree:
-    """The inverse itself, `[F^-1]_QQ` for all groups Q of neighbouring weights.
-
-    Args:
-      fisher: what `block_fisher` returned.
-      size: the weights of a group, a divisor of the block size: 4 for oBERT's groups.
-        None for the whole blocks.
-
-    Returns:
-      A tree with the structure of the gradients, leaves `[*lead, block_size // size,
-      size, size]` in the order of `fisher.layouts` (a kernel row by row as `[d_out,
-      d_in]`); for `size=None` without the axis of length 1. A last block that is
-      not full has `1 / damping` on the rest of its diagonal.
-
-    Raises:
-      ValueError: `size` does not divide the block size.
-      TypeError: another approximation.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> grads = {"w": jnp.array([[1.0, 1.0], [1.0, -1.0]])}    # F = I
-      >>> fisher = js.curvature.block_fisher(grads, block_size=2, damping=1.0)
-      >>> js.curvature.inverse_blocks(fisher)["w"].tolist()
-      [[[0.5, 0.0], [0.0, 0.5]]]
-    """
-    if not isinstance(fisher, BlockFisher):
-        raise TypeError(
-            "inverse_blocks needs js.curvature.block_fisher(...), got "
-            f"{type(fisher).__name__}."
-        )
-    if size is not None:
-        _checks.check_positive_int(size, name="size")
-    groups = []
-    for r, layout in zip(fisher.roots, fisher.layouts, strict=True):
-        b = layout.block_size
-        if size is not None and b % size:
-            raise ValueError(
-                f"{layout.path}: groups of {size} weights do not fill blocks of {b}. "
-                f"Choose a block_size that {size} divides."
-            )
-        blocks = block_groups(r, layout=layout, size=size or b)
-        groups.append(blocks if size else blocks[..., 0, :, :])
-    return fisher.treedef.unflatten(groups)
-
-
-def group_scores(fisher: BlockFisher, params: PyTree) -> tuple[PyTree, PyTree]:
-    """The loss of removing each unit of the pattern on its own.
-
-    `rho_Q = 1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q` for the units Q for which `fisher` was made
-    (`block_fisher(..., pattern=pattern)`), all small systems at once, in float64.
-    Kurtic et al. (2022, oBERT, arXiv:2203.07259).
-
-    Args:
-      fisher: what `block_fisher` returned.
-      params: has an array for each parameter that takes part.
-
-    Returns:
-      Two trees with the structure of the gradients and the parameters' shapes: `rho`,
-      shared by the weights of a unit; and `([F^-1]_QQ)^-1 w_Q`, whose product with
-      `-F^-1` is the change that removes the unit alone.
-
-    Raises:
-      TypeError: another approximation.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> pattern = js.Block((2, 1))
-      >>> grads = {"w": jnp.array([[[1.0], [1.0]], [[1.0], [-1.0]]])}    # F = I
-      >>> fisher = js.curvature.block_fisher(
-      ...     grads, block_size=2, damping=1.0, pattern=pattern)
-      >>> params = {"w": jnp.array([[1.0], [3.0]])}
-      >>> rho, _ = js.curvature.group_scores(fisher, params)   # 1/2 * 2 * (1 + 9)
-      >>> rho["w"].round(4)
-      Array([[10.],
-             [10.]], dtype=float32)
-    """
-    if not isinstance(fisher, BlockFisher):
-        raise TypeError(
-            "Units are scored together by a block Fisher matrix, js.curvature."
-            f"block_fisher(..., pattern=pattern); got {type(fisher).__name__}."
-        )
-    ws = _arrays(fisher, params, name="params")
-    solved = [
-        block_group_solve(r, w, layout=layout, size=layout.unit)
-        for r, w, layout in zip(fisher.roots, ws, fisher.layouts, strict=True)
-    ]
-    rho, y = zip(*solved, strict=True)
-    return fisher.treedef.unflatten(rho), fisher.treedef.unflatten(y)
-
-
-def greedy_scores(
-    fisher: BlockFisher,
-    params: PyTree,
-    *,
-    masks: PyTree = None,
-    most: int | None = None,
-) -> PyTree:
-    """The loss at which greedy OBS removes each weight, block by block.
-
-    In each block the weight with the least `w_q^2 / (2 [F^-1]_qq)` goes, the others are
-    changed, `F^-1` is reduced by it, and so on until none is left: `ExactOBS` of
-    Frantar & Alistarh (2022, OBC, arXiv:2208.11580) on blocks of the Fisher matrix.
-    Removing the lowest scores over all blocks, and then `eliminate`, is the result of
-    stopping each block in time.
-
-    Cost: `block_size^2` multiply-adds a weight in float64, one after another.
-
-    Args:
-      fisher: what `block_fisher` returned, restricted to the kept weights.
-      params: has an array for each parameter that takes part.
-      masks: what is still there; all by default.
-      most: how many weights of each unit of the pattern may go (N:M: `of - keep`).
-
-    Returns:
-      A tree with the structure of the gradients: the increase of the loss when the
-      weight goes, or the largest so far if that was larger; Inf for what stays.
-
-    Raises:
-      TypeError: another approximation.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> grads = {"w": jnp.array([[1.0, 1.0], [1.0, -1.0]])}    # F = I
-      >>> fisher = js.curvature.block_fisher(grads, block_size=2, damping=1.0)
-      >>> js.curvature.greedy_scores(fisher, {"w": jnp.array([3.0, 1.0])})["w"].round(4)
-      Array([9., 1.], dtype=float32)
-    """
-    if not isinstance(fisher, BlockFisher):
-        raise TypeError(
-            "Greedy OBS works in blocks: js.curvature.block_fisher(...); got "
-            f"{type(fisher).__name__}."
-        )
-    ws = _arrays(fisher, params, name="params")
-    if masks is None:
-        kept = [jnp.ones_like(w, dtype=bool) for w in ws]
-    else:
-        kept = _masks(fisher, masks)
-    scores = [
-        block_greedy(r, w, k, layout=layout, most=most)
-        for r, w, k, layout in zip(fisher.roots, ws, kept, fisher.layouts, strict=True)
-    ]
-    return fisher.treedef.unflatten(scores)
-
-
 def restrict(fisher: Any, masks: PyTree) -> Any:
     """The Fisher matrix of the weights that are kept.
 
@@ -297,7 +146,7 @@ def restrict(fisher: Any, masks: PyTree) -> Any:
       >>> js.curvature.inverse_diagonal(kept)
       {'w': Array([0.1, 1. ], dtype=float32)}
     """
-    full = _masks(fisher, masks)
+    full = masks_of(fisher, masks)
     match fisher:
         case BlockFisher():
             return restrict_blocks(fisher, full)
@@ -349,9 +198,9 @@ def eliminate(
       >>> js.curvature.eliminate(fisher, params, removed)["w"].round(5)
       Array([-1.,  1.], dtype=float32)
     """
-    ws = _arrays(fisher, params, name="params")
-    qs = _masks(fisher, removed)
-    ks = [~q for q in qs] if kept is None else _masks(fisher, kept)
+    ws = arrays_of(fisher, params, name="params")
+    qs = masks_of(fisher, removed)
+    ks = [~q for q in qs] if kept is None else masks_of(fisher, kept)
     match fisher:
         case BlockFisher():
             parts = zip(fisher.roots, ws, qs, fisher.layouts, strict=True)
@@ -379,52 +228,3 @@ def eliminate(
                 f"mfac); got {type(fisher).__name__}. Use update='independent'."
             )
     return fisher.treedef.unflatten(changes)
-
-
-def _arrays(fisher: Fisher, tree: PyTree, *, name: str) -> list[Array]:
-    leaves = leaves_at(tree, fisher.paths, name=name)
-    check_shapes(fisher.paths, _shapes(fisher), leaves, name=name)
-    return leaves
-
-
-def _masks(fisher: Fisher, masks: PyTree) -> list[Array]:
-    """Masks of full shape for the parameters that take part."""
-    leaves = leaves_at(masks, fisher.paths, name="masks")
-    shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in _shapes(fisher)]
-    patterns.check_masks(leaves, shaped)
-    return [
-        jnp.broadcast_to(mask, w.shape) for mask, w in zip(leaves, shaped, strict=True)
-    ]
-
-
-def _shapes(fisher: Fisher) -> list[tuple[int, ...]]:
-    if isinstance(fisher, MFac):
-        return [g.shape[1:] for g in fisher.grads]
-    return [layout.shape for layout in fisher.layouts]
-
-
-def check_covers(fisher: Any, path: str) -> None:
-    """Raises unless a Fisher matrix was made for a parameter.
-
-    Args:
-      fisher: an approximation of the Fisher matrix.
-      path: the parameter's path.
-
-    Raises:
-      ValueError: it takes no part in the Fisher matrix.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> fisher = js.curvature.mfac({"w": jnp.ones((1, 2)), "b": None}, damping=1.0)
-      >>> js.curvature.check_covers(fisher, "w")
-      >>> js.curvature.check_covers(fisher, "b")
-      Traceback (most recent call last):
-        ...
-      ValueError: b: selected by `where`, but the Fisher matrix has no part for it...
-    """
-    if path not in fisher.paths:
-        raise ValueError(
-            f"{path}: selected by `where`, but the Fisher matrix has no part for it. "
-            f"It was made for {len(fisher.paths)} parameters: {fisher.paths[:4]}... "
-            "Take the gradients and prune with the same `where`."
-        )

@@ -11,7 +11,7 @@ from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array
 from jaxsparse.curvature._factor import matmul
 from jaxsparse.curvature._gram import GramFactor, damped_inverse, factor_gram
-from jaxsparse.solvers import _solved
+from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._refit import conjugate_gradients
 from jaxsparse.solvers._solved import Solved
 
@@ -148,9 +148,9 @@ def _alps_jitted(w, gram, sparsity, rho, rel_damping, pattern, steps) -> Solved:
 
 
 def _check(w, gram, sparsity, pattern, rel_damping, rho, *, solver: str) -> Any:
-    _solved.check_layer(w, gram)
-    sparsity = _solved.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
-    _solved.check_dampings(None, rel_damping)
+    _arguments.check_layer(w, gram)
+    sparsity = _arguments.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
+    _arguments.check_dampings(None, rel_damping)
     if _checks.is_concrete(rho) and not 0 < float(rho) < float("inf"):
         raise ValueError(f"rho must be a number above 0, got {rho}.")
     return sparsity

@@ -15,7 +15,7 @@ from jaxsparse.curvature._gram import GramFactor
 from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._nm import nm_mask
 from jaxsparse.patterns._threshold import top_k_masks
-from jaxsparse.solvers import _solved
+from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 from jaxsparse.tree import Axes
 
@@ -88,12 +88,12 @@ def sparsegpt(
       >>> solved.w.round(2).tolist(), solved.mask.tolist()
       ([[0.0, 3.0, 3.0]], [[False, True, True]])
     """
-    _solved.check_layer(w, gram)
+    _arguments.check_layer(w, gram)
     d_in = w.shape[1]
-    asked = _solved.check_pattern(pattern, sparsity, d_in, solver="sparsegpt")
-    _solved.check_mask(mask, w)
-    _solved.check_gone(mask, asked, pattern)
-    _solved.check_dampings(damping, rel_damping)
+    asked = _arguments.check_pattern(pattern, sparsity, d_in, solver="sparsegpt")
+    _arguments.check_mask(mask, w)
+    _arguments.check_gone(mask, asked, pattern)
+    _arguments.check_dampings(damping, rel_damping)
     _checks.check_positive_int(block_size, name="block_size")
     factor = _solved.factor_of(w, gram, damping, rel_damping)
     if isinstance(pattern, patterns.NM):

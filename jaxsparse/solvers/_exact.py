@@ -13,7 +13,7 @@ from jaxsparse.curvature._chunks import SCRATCH_BYTES, over_blocks
 from jaxsparse.curvature._gram import GramFactor, damped_inverse
 from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._threshold import top_k_masks
-from jaxsparse.solvers import _solved
+from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._refit import least_squares
 from jaxsparse.solvers._solved import Solved
 
@@ -78,10 +78,10 @@ def exact_obs(
       >>> js.solvers.exact_obs(w, gram, 0.34, damping=1e-4).w.round(2).tolist()
       [[0.0, 3.0, 3.0]]
     """
-    _solved.check_layer(w, gram)
+    _arguments.check_layer(w, gram)
     d_out, d_in = w.shape
-    asked = _solved.check_pattern(pattern, sparsity, d_in, solver="exact_obs")
-    _solved.check_dampings(damping, rel_damping)
+    asked = _arguments.check_pattern(pattern, sparsity, d_in, solver="exact_obs")
+    _arguments.check_dampings(damping, rel_damping)
     if chunk is not None:
         _checks.check_positive_int(chunk, name="chunk")
     factor = _solved.factor_of(w, gram, damping, rel_damping)

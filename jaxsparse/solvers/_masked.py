@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxsparse import patterns
 from jaxsparse._typing import Array
 from jaxsparse.curvature._gram import GramFactor
-from jaxsparse.solvers import _solved
+from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 
 
@@ -86,11 +86,11 @@ def _masked(w, gram, sparsity, *, pattern, inputs: bool, solver: str) -> Solved:
                 f"The diagonal of a gram matrix has shape {jnp.shape(gram)}, but w of "
                 f"shape {jnp.shape(w)} has {w.shape[-1]} inputs."
             )
-        _solved.check_layer(w, jnp.diag(jnp.ones_like(gram)))
+        _arguments.check_layer(w, jnp.diag(jnp.ones_like(gram)))
     else:
-        _solved.check_layer(w, gram)
+        _arguments.check_layer(w, gram)
         gram = _solved.plain_gram(w, gram)
-    sparsity = _solved.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
+    sparsity = _arguments.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
     return _jitted(w, gram, sparsity, pattern, inputs)
 
 

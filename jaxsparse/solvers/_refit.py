@@ -11,7 +11,7 @@ from jaxsparse._typing import Array
 from jaxsparse.curvature._chunks import SCRATCH_BYTES, over_blocks
 from jaxsparse.curvature._factor import matmul, solve
 from jaxsparse.curvature._gram import GramFactor
-from jaxsparse.solvers import _solved
+from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 
 _FLOPS = 5e6  # of the factorisations of one batch
@@ -68,11 +68,11 @@ def refit(
       >>> js.solvers.refit(w, mask, gram).w.tolist()
       [[0.0, 3.0, 3.0]]
     """
-    _solved.check_layer(w, gram)
+    _arguments.check_layer(w, gram)
     if mask is None:
         raise TypeError("refit needs a mask: True = kept.")
-    _solved.check_mask(mask, w)
-    _solved.check_dampings(damping, rel_damping)
+    _arguments.check_mask(mask, w)
+    _arguments.check_dampings(damping, rel_damping)
     if iterations is not None:
         _checks.check_positive_int(iterations, name="iterations")
     if start is not None and (jnp.shape(start) != w.shape or iterations is None):

@@ -12,7 +12,7 @@ from curvature.problems import DENSE, SIZE, M, assert_each_near, assert_near, by
 from reference import second_order as ref
 
 import jaxsparse as js
-from jaxsparse.curvature import _blocks, _chunks
+from jaxsparse.curvature import _block_sums, _chunks
 from jaxsparse.curvature._layout import to_blocks
 
 DAMPING = 1e-3
@@ -151,9 +151,9 @@ def test_an_estimator_takes_what_where_selects():
 )
 def test_in_many_small_parts_it_is_the_same(shape, axes, pattern, size, monkeypatch):
     """Two rows, and one block, at a time: what large parameters go through."""
-    for module in (_blocks, _chunks):
+    for module in (_block_sums, _chunks):
         monkeypatch.setattr(module, "SCRATCH_BYTES", 1)
-    monkeypatch.setattr(_blocks, "SLAB_BYTES", 1)
+    monkeypatch.setattr(_block_sums, "SLAB_BYTES", 1)
     grads = {"w": jnp.asarray(problems.values(10, *shape))}
     x = {"w": jnp.asarray(problems.values(*shape, seed=1))}
     fisher = js.curvature.block_fisher(

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
-from jaxsparse.curvature import _kronecker, _triangle
+from jaxsparse.curvature import _kronecker_sums, _triangle
 from jaxsparse.curvature._kronecker import (
     kronecker_diagonal,
     kronecker_estimator,
@@ -235,7 +235,7 @@ def test_streamed_gradients_give_what_one_call_gives():
 
 def test_gradients_are_worked_on_some_at_a_time(monkeypatch):
     # Two gradients a turn, and one is left over.
-    monkeypatch.setattr(_kronecker, "SLAB_BYTES", 2 * 32 * 12)
+    monkeypatch.setattr(_kronecker_sums, "SLAB_BYTES", 2 * 32 * 12)
     g = random(6, 7)["dense"]
     fisher = kronecker_fisher({"dense": g}, damping=DAMPING)
     inverses = dense_inverses(g, "dense", DAMPING)
@@ -247,11 +247,12 @@ def test_gradients_are_worked_on_some_at_a_time(monkeypatch):
 def test_no_second_copy_of_the_gradients_is_made(spec):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     sharding = None if spec is None else NamedSharding(mesh, spec)
-    layout = _kronecker.Matrix("w", (256, 192), js.Axes(input=(0,), output=(1,)))
+    view = js.tree.matrix_view((256, 192), js.Axes(input=(0,), output=(1,)))
+    layout = _kronecker_sums.KernelLayout("w", view)
 
     def compiled(m):
         g = jax.ShapeDtypeStruct((m, 256, 192), jnp.float32, sharding=sharding)
-        lowered = _kronecker._sum_up_anew.lower(g, layout=layout, accurate=True)
+        lowered = _kronecker_sums.sum_up_anew.lower(g, layout=layout, accurate=True)
         return lowered.compile()
 
     scratch = lambda c: c.memory_analysis().temp_size_in_bytes
@@ -323,7 +324,9 @@ SHARDED = {
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_kernels(kind, monkeypatch):
-    monkeypatch.setattr(_kronecker, "SLAB_BYTES", 1)  # two turns, of 8 gradients each
+    monkeypatch.setattr(
+        _kronecker_sums, "SLAB_BYTES", 1
+    )  # two turns, of 8 gradients each
     rng = np.random.default_rng(7)
     shape = lambda k, *front: (*front, *SHARDED[k][0])
     grads = {k: rng.normal(size=shape(k, 16)).astype(np.float32) for k in SHARDED}

@@ -11,7 +11,7 @@ from curvature.problems import DENSE, SIZE, assert_each_near, assert_near, by_bl
 from reference import second_order as ref
 
 import jaxsparse as js
-from jaxsparse.curvature import _chunks, _mfac
+from jaxsparse.curvature import _chunks, _mfac_products
 
 DAMPING = 1e-2
 NAMES = ("conv", "kernel")
@@ -135,7 +135,7 @@ def test_relative_damping_follows_the_mean_diagonal():
 
 def test_a_few_columns_of_16_bit_gradients_at_a_time(monkeypatch):
     """Nothing else is rounded: products are right to float32."""
-    monkeypatch.setattr(_mfac, "SCRATCH_BYTES", 1)  # then 512 columns, of 1200
+    monkeypatch.setattr(_mfac_products, "SCRATCH_BYTES", 1)  # 512 columns, of 1200
     w = jnp.asarray(problems.values(30, 40, seed=1))
     grads = {"w": jnp.asarray(problems.values(10, 30, 40)).astype(jnp.bfloat16)}
     c, removed = problems.values(10, seed=2), {"w": w > 0}

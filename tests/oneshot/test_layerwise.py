@@ -7,6 +7,7 @@ those that it was solved with. So the error that was reported is the one found t
 
 import dataclasses
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -336,6 +337,48 @@ def test_patterns_batches_on_the_host_and_one_sparsity_for_each_kernel():
     several = js.oneshot.layerwise(apply_fn, params, [x], sparsity=wanted, solver=cheap)
     found = {path: float(info.sparsity) for path, info in several.info.items()}
     assert found == wanted
+
+
+def test_with_host_the_device_holds_the_activations_of_one_batch(monkeypatch):
+    many, rows = 16, 512
+    params = {"a": normal(1, 8, 16), "b": normal(2, 16, 24), "c": normal(3, 24, 4)}
+    data = list(np.asarray(normal(4, many, rows, 8)))
+    apply_fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+    widest = rows * 24 * 4  # bytes of one batch's largest activation
+    # On CPU NumPy only looks at a device's array, which lives on in it. Elsewhere it is
+    # a copy: here too, then.
+    copying = types.SimpleNamespace(**{**vars(np), "asarray": np.array})
+    monkeypatch.setattr(_pass, "np", copying)
+    before = jax.live_arrays()
+    known, held = set(map(id, before)), {"solver": [], "run": []}
+
+    def look(where):
+        new = (x for x in jax.live_arrays() if id(x) not in known)
+        held[where].append(sum(x.nbytes for x in new))
+
+    def solver(*args, **options):  # called when it is traced: once for each shape
+        look("solver")
+        return cheap(*args, **options)
+
+    kept = _pass.Pass._run
+
+    def run(*args):  # of one batch, to the next kernel
+        found = kept(*args)
+        look("run")
+        return found
+
+    monkeypatch.setattr(_pass.Pass, "_run", run)
+    prune = functools.partial(
+        js.oneshot.layerwise, apply_fn, params, data, sparsity=0.5, solver=solver
+    )
+    prune(host=True)
+    assert len(held["solver"]) == 3
+    assert len(held["run"]) >= 2 * many
+    assert max(held["solver"]) < 2 * widest
+    assert max(held["run"]) < 4 * widest
+    held["run"].clear()
+    prune(host=False)  # the same samples see what is kept there
+    assert max(held["run"]) > many * widest
 
 
 def test_samples_may_count_more_or_not_at_all():

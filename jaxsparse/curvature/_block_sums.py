@@ -1,0 +1,138 @@
+"""Each kernel's outer products of gradients, in blocks, summed up."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse._loops import when
+from jaxsparse._typing import Array
+from jaxsparse.curvature import _triangle
+from jaxsparse.curvature._chunks import (
+    SCRATCH_BYTES,
+    SLAB_BYTES,
+    cut,
+    in_parts,
+    is_spread,
+)
+from jaxsparse.curvature._factor import HIGHEST
+from jaxsparse.curvature._layout import BlockLayout, to_blocks
+from jaxsparse.curvature._trees import widest
+from jaxsparse.curvature._triangle import Triangle
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "accurate"))
+def sum_up(
+    sums: Triangle, g: Array, *, layout: BlockLayout, accurate: bool
+) -> Triangle:
+    """Adds `g_i g_i^T` of all gradients.
+
+    Args:
+      sums: those so far, `[*lead, b, b]`.
+      g: `[m, *shape]`.
+      layout: the parameter's.
+      accurate: whether to add in float64.
+
+    Returns:
+      The new sums.
+    """
+    return _sum_up(sums, g, layout, accurate)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "accurate"))
+def sum_up_anew(g: Array, *, layout: BlockLayout, accurate: bool) -> Triangle:
+    """`sum_up` from zero.
+
+    Args:
+      g: `[m, *shape]`.
+      layout: the parameter's.
+      accurate: whether to add in float64.
+
+    Returns:
+      The sums.
+    """
+    zeros = _triangle.zeros(layout.lead, layout.block_size, widest([g]))
+    return _sum_up(zeros, g, layout, accurate)
+
+
+def add_sums(sums: Triangle, other: Triangle) -> Triangle:
+    """The sums of two parts of the gradients, in float64.
+
+    Args:
+      sums: of one part.
+      other: of the other.
+
+    Returns:
+      Those of both.
+    """
+    with jax.enable_x64(True):
+        together = _triangle.join(sums, jnp.float64) + _triangle.join(
+            other, jnp.float64
+        )
+        return _triangle.split(together, sums.square.dtype)
+
+
+def _sum_up(sums: Triangle, g: Array, layout: BlockLayout, accurate: bool) -> Triangle:
+    """Adds `g_i g_i^T` of all gradients `[m, *shape]`.
+
+    Some rows of the kernel at a time are brought into the order of blocks, and of these
+    some blocks at a time into float64. So the gradients are never held twice.
+    """
+    m, b = g.shape[0], layout.block_size
+    layers = math.prod(layout.ordered[: layout.layers])
+    rows, row = layout.ordered[layout.layers], layout.per_layer
+    row //= max(rows, 1)
+    whole = b // math.gcd(row, b)  # so many rows fill blocks
+    slab = max(1, SLAB_BYTES // (4 * m * layers * row) // whole) * whole
+    if is_spread(g, sums.square):
+        with jax.enable_x64(True):
+            blocks = to_blocks(g, layout)
+            return _plus(sums, jnp.moveaxis(blocks, 0, -2), accurate)
+    axis = 1 + layout.order[layout.layers]
+    g = g.reshape(m, *layout.split)
+    lead = len(layout.lead)
+    flat = lambda x: x.reshape(layers, layout.blocks, *x.shape[lead:])
+
+    def add_rows(start: Any, size: int, sums: Triangle) -> Triangle:
+        part = cut(g, start, size, axis)
+        part = part.transpose(0, *(1 + a for a in layout.order))
+        part = part.reshape(m, layers, size * row)
+        count = -(-size * row // b)
+        part = jnp.pad(part, [(0, 0), (0, 0), (0, count * b - size * row)])
+        part = part.reshape(m, layers, count, b).transpose(1, 2, 0, 3)
+        part = lax.optimization_barrier(part)  # once, not in each turn of the loop
+
+        def add_blocks(i: Any, size: int, sums: Triangle) -> Triangle:
+            first = start * row // b + i
+            take = lambda x, at: lax.dynamic_slice_in_dim(x, at, size, 1)
+            old = jax.tree.map(lambda x: take(x, first), sums)
+            # The turn of a loop of its own, which XLA cannot know to be one. It reads
+            # its matrix transposed as well: fused with the writing, that would make a
+            # copy of all sums necessary.
+            new = when(
+                lax.optimization_barrier(jnp.ones((), bool)),
+                lambda old, part: _plus(old, part, accurate),
+                old,
+                take(part, i),
+            )
+            write = lambda x, n: lax.dynamic_update_slice_in_dim(x, n, first, 1)
+            return jax.tree.map(write, sums, new)
+
+        few = max(1, SCRATCH_BYTES // (8 * layers * b * (m + 4 * b)))
+        return in_parts(count, few, add_blocks, sums)
+
+    with jax.enable_x64(True):
+        new = in_parts(rows, slab, add_rows, jax.tree.map(flat, sums))
+    return jax.tree.map(lambda x, s: x.reshape(s.shape), new, sums)
+
+
+def _plus(sums: Triangle, blocks: Array, accurate: bool) -> Triangle:
+    """`sums + blocks^T blocks`, blocks `[*lead, m, b]`."""
+    stored = sums.square.dtype
+    wide = jnp.float64 if accurate else stored
+    blocks = blocks.astype(wide)
+    outer = jnp.einsum("...mb,...mc->...bc", blocks, blocks, precision=HIGHEST)
+    return _triangle.split(_triangle.join(sums, wide) + outer, stored)

@@ -1,0 +1,90 @@
+"""The approximations of the Fisher matrix, and what of a tree belongs to one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import patterns
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.curvature._blocks import BlockFisher
+from jaxsparse.curvature._diagonal import DiagonalFisher
+from jaxsparse.curvature._kronecker import KroneckerFisher
+from jaxsparse.curvature._mfac import MFac
+from jaxsparse.curvature._mfac_blocks import BlockMFac
+from jaxsparse.curvature._trees import check_shapes, leaves_at
+
+Fisher = BlockFisher | BlockMFac | DiagonalFisher | KroneckerFisher | MFac
+
+
+def arrays_of(fisher: Fisher, tree: PyTree, *, name: str) -> list[Array]:
+    """The arrays of a tree for the parameters that take part.
+
+    Args:
+      fisher: an approximation of the Fisher matrix.
+      tree: has an array of the parameter's shape for each of them.
+      name: what messages call the tree.
+
+    Returns:
+      For each parameter its array.
+
+    Raises:
+      ValueError: a parameter is missing, or of another shape.
+    """
+    leaves = leaves_at(tree, fisher.paths, name=name)
+    check_shapes(fisher.paths, _shapes(fisher), leaves, name=name)
+    return leaves
+
+
+def masks_of(fisher: Fisher, masks: PyTree) -> list[Array]:
+    """Masks of full shape for the parameters that take part.
+
+    Args:
+      fisher: an approximation of the Fisher matrix.
+      masks: has a mask for each of them.
+
+    Returns:
+      For each parameter its mask.
+
+    Raises:
+      ValueError: masks of another model.
+    """
+    leaves = leaves_at(masks, fisher.paths, name="masks")
+    shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in _shapes(fisher)]
+    patterns.check_masks(leaves, shaped)
+    return [
+        jnp.broadcast_to(mask, w.shape) for mask, w in zip(leaves, shaped, strict=True)
+    ]
+
+
+def check_covers(fisher: Any, path: str) -> None:
+    """Raises unless a Fisher matrix was made for a parameter.
+
+    Args:
+      fisher: an approximation of the Fisher matrix.
+      path: the parameter's path.
+
+    Raises:
+      ValueError: it takes no part in the Fisher matrix.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> fisher = js.curvature.mfac({"w": jnp.ones((1, 2)), "b": None}, damping=1.0)
+      >>> js.curvature.check_covers(fisher, "w")
+      >>> js.curvature.check_covers(fisher, "b")
+      Traceback (most recent call last):
+        ...
+      ValueError: b: selected by `where`, but the Fisher matrix has no part for it...
+    """
+    if path not in fisher.paths:
+        raise ValueError(
+            f"{path}: selected by `where`, but the Fisher matrix has no part for it. "
+            f"It was made for {len(fisher.paths)} parameters: {fisher.paths[:4]}... "
+            "Take the gradients and prune with the same `where`."
+        )
+
+
+def _shapes(fisher: Fisher) -> list[tuple[int, ...]]:
+    if isinstance(fisher, MFac):
+        return [g.shape[1:] for g in fisher.grads]
+    return [layout.shape for layout in fisher.layouts]

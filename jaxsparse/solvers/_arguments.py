@@ -1,0 +1,165 @@
+"""What the solvers of one layer check before any work."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxsparse import _checks, patterns
+from jaxsparse._typing import Array
+from jaxsparse.curvature._gram import (
+    GramFactor,
+    check_damping,
+    check_factored,
+    check_gram,
+    count_not_finite,
+)
+
+
+def check_layer(w: Array, gram: Array | GramFactor) -> None:
+    """Raises unless a kernel and a gram matrix belong together.
+
+    Args:
+      w: what should be `[d_out, d_in]`.
+      gram: what should be `[d_in, d_in]`, or its factor.
+
+    Raises:
+      ValueError: other shapes, NaN or Inf (in eager use).
+      TypeError: not floating point.
+    """
+    shape = jnp.shape(w)
+    if len(shape) != 2 or not all(shape):
+        raise ValueError(
+            f"w must be a matrix [d_out, d_in], got shape {shape}. A flax kernel "
+            "[d_in, d_out] is transposed first; for a batch use jax.vmap."
+        )
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"w must be real floating point, got {w.dtype}.")
+    if _checks.is_concrete(w):
+        bad = int(count_not_finite(w))
+        if bad:
+            raise ValueError(f"w: {bad} of {w.size} weights are NaN or Inf.")
+    if not isinstance(gram, GramFactor):
+        return check_gram(gram, d_in=shape[1])
+    if jnp.shape(gram.root) != (shape[1], shape[1]):
+        raise ValueError(
+            f"The factor is of a gram matrix of shape {jnp.shape(gram.root)}, but w of "
+            f"shape {shape} has {shape[1]} inputs."
+        )
+    return check_factored(gram.failed, gram.damping, what="gram")
+
+
+def check_pattern(
+    pattern: patterns.Pattern, sparsity: Any, d_in: int, *, solver: str
+) -> Any:
+    """The sparsity to use, after checks.
+
+    Args:
+      pattern: `Unstructured` of a layer or an output, or `NM`.
+      sparsity: a number, possibly traced, or None for `NM`.
+      d_in: the number of inputs.
+      solver: what the message calls the solver.
+
+    Returns:
+      The sparsity, that of the pattern where none was given.
+
+    Raises:
+      ValueError: out of range or missing; a group that does not divide `d_in`; the
+        global scope.
+      TypeError: another pattern.
+    """
+    if not isinstance(pattern, patterns.Unstructured | patterns.NM):
+        raise TypeError(
+            f"{solver} prunes js.Unstructured and js.NM, got {pattern}. For tiles and "
+            "channels choose masks with js.patterns.masks, then js.solvers.refit."
+        )
+    if isinstance(pattern, patterns.Unstructured):
+        if pattern.scope == "global":
+            raise ValueError(
+                f"{solver} sees one layer, so {pattern} cannot be obeyed. Divide the "
+                "sparsity with js.allocations, and use scope='layer' or 'output'."
+            )
+        if sparsity is None:
+            raise ValueError(
+                f"{pattern} needs a sparsity, the fraction of weights to remove."
+            )
+        _checks.check_sparsity(sparsity)
+        return sparsity
+    if d_in % pattern.of:
+        raise ValueError(f"{pattern}: {pattern.of} does not divide d_in = {d_in}.")
+    if sparsity is None:
+        return pattern.sparsity
+    _checks.check_sparsity(sparsity)
+    if _checks.is_concrete(sparsity):
+        most = pattern.of - pattern.keep
+        if int(patterns.removed_count(sparsity, pattern.of)) > most:
+            raise ValueError(
+                f"{pattern} removes at most {most} of {pattern.of}, a sparsity of "
+                f"{pattern.sparsity:g}; asked for {float(sparsity):g}. Leave the "
+                "sparsity out, or choose another pattern."
+            )
+    return sparsity
+
+
+def check_mask(mask: Array | None, w: Array) -> None:
+    """Raises unless a mask is of bools and of the kernel's shape.
+
+    Args:
+      mask: a mask, or None.
+      w: the kernel.
+
+    Raises:
+      ValueError: another shape.
+      TypeError: no bools.
+    """
+    if mask is None:
+        return
+    if getattr(mask, "dtype", None) != jnp.bool_:
+        raise TypeError(
+            "mask holds bools, True = kept; got "
+            f"{getattr(mask, 'dtype', type(mask).__name__)}."
+        )
+    if jnp.shape(mask) != jnp.shape(w):
+        raise ValueError(
+            f"mask must have the shape of w, {jnp.shape(w)}; got {jnp.shape(mask)}."
+        )
+
+
+def check_gone(mask: Array | None, sparsity: Any, pattern: patterns.Pattern) -> None:
+    """Raises where a known mask removes more than is asked for.
+
+    Args:
+      mask: what is pruned already, or None.
+      sparsity: the fraction to remove.
+      pattern: the pattern.
+
+    Raises:
+      ValueError: some competing group has lost more than its share.
+    """
+    if mask is None or not (
+        _checks.is_concrete(mask) and _checks.is_concrete(sparsity)
+    ):
+        return
+    gone, size = ~mask, mask.size
+    if isinstance(pattern, patterns.NM):
+        gone, size = gone.reshape(-1, pattern.of), pattern.of
+    elif pattern == patterns.Unstructured("output"):
+        size = mask.shape[1]
+    else:
+        gone = gone.reshape(1, -1)
+    most, lost = int(patterns.removed_count(sparsity, size)), int(gone.sum(1).max())
+    if lost > most:
+        raise ValueError(
+            f"mask has removed {lost} of a group of {size} weights already, more than "
+            f"the {most} that sparsity {float(sparsity):g} removes ({pattern})."
+        )
+
+
+def check_dampings(damping: Any, rel_damping: Any) -> None:
+    """Raises unless both are numbers of at least 0.
+
+    Args:
+      damping: absolute, or None.
+      rel_damping: relative to the mean of the diagonal.
+    """
+    check_damping(damping, name="damping")
+    check_damping(rel_damping, name="rel_damping")
