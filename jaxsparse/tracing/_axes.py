@@ -32,7 +32,7 @@ class Axis:
     __slots__ = ("is_sum", "notes", "parts", "same", "size")
 
     def __init__(self, size: int, parts: Sequence["Axis"] = (), is_sum: bool = False):
-        self.size, self.parts, self.is_sum = size, tuple(parts), is_sum
+        self.size, self.parts, self.is_sum = int(size), tuple(parts), is_sum
         self.same: Axis | None = None
         self.notes: dict[str, Any] = {}
 

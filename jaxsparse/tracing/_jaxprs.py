@@ -1,5 +1,6 @@
 """Reading jaxprs: what lies within an equation, where it is, and which line made it."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,11 +64,22 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(eqn.invars) - more(eqn.invars, body.invars) - carried, carried
 
 
+_LIBRARIES = re.compile(r"[/\\](flax|equinox|haiku|optax)[/\\]")
+
+
 def source_of(eqn: Any) -> str:
-    """The line of the model that an equation comes from."""
+    """The line of the model that an equation comes from.
+
+    That is the innermost one that does not lie in JAX, or in a library of layers: a
+    user knows where a layer is used, not what it consists of.
+    """
     from jax._src import source_info_util  # jaxprs carry it; nothing public reads it
 
-    return source_info_util.summarize(eqn.source_info)
+    frames = list(source_info_util.user_frames(eqn.source_info.traceback))
+    own = [f for f in frames if not _LIBRARIES.search(f.file_name)] or frames
+    if not own:
+        return ""
+    return f"{own[0].file_name}:{own[0].start_line} ({own[0].function_name})"
 
 
 def equations(jaxpr: Any, address: Address = ()) -> Iterator[tuple[Address, Any]]:

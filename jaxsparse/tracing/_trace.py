@@ -80,7 +80,8 @@ class Trace:
       rules: what was given for foreign primitives.
       dims: each parameter's axes as expressions: axes that must have the same indices,
         in any parameters, share their leaves.
-      nodes: the same for the operands and results of every equation.
+      input_dims: the same for each array of the example inputs, in their flat order.
+      nodes: and for the operands and results of every equation.
       constants: and for the constants of every jaxpr.
       layers: the axis that each scan runs over.
       sites: the equations that contract parameters with data.
@@ -98,6 +99,7 @@ class Trace:
     samples: Any
     rules: Mapping[str, str]
     dims: Mapping[str, Dims]
+    input_dims: tuple[Dims, ...]
     nodes: Mapping[Address, Node]
     constants: Mapping[Address, tuple[Dims, ...]]
     layers: Mapping[Address, Axis]
@@ -229,6 +231,7 @@ def trace(
         next((v.dims[0] for v in args[len(paths) :] if v.dims), None),
         rules or {},
         {path: value.dims for path, value in zip(paths, args, strict=False)},
+        tuple(value.dims for value in args[len(paths) :]),
         walk.nodes,
         walk.constants,
         walk.layers,

@@ -1,0 +1,129 @@
+"""Which axes have a copy of their own for each index of another one.
+
+An axis F is batched by an axis B if every value that has F also has B, at every entry,
+and nothing mixes the copies: then each index of B (a head, an expert, a layer of a
+scan, a group of a convolution) may lose its own indices of F, as many as the others.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jaxsparse.tracing import Trace
+from jaxsparse.tracing import _axes as algebra
+from jaxsparse.tracing._jaxprs import Address
+from jaxsparse.tracing._unify import Dims
+
+Leaf = int  # the identity of a leaf
+_Place = tuple[int, ...]  # the dimension, then the segments of sums that lead to it
+_FIXED = frozenset({"iota"})
+
+
+def batches(trace: Trace) -> dict[Leaf, tuple[Leaf, ...]]:
+    """The axes that batch each axis.
+
+    Args:
+      trace: a trace.
+
+    Returns:
+      For each leaf those that every value has which has it too.
+    """
+    found: dict[Leaf, frozenset[Leaf]] = {}
+    places = _Places()
+    for dims, layers in _values(trace):
+        occurrences = places.of(dims)
+        # What occurs twice does not say which of both its copy is.
+        whole = {x for x, at in occurrences.items() if len(at) == 1}
+        for x, at in occurrences.items():
+            covering = {
+                b
+                for b in whole
+                if b != x and all(_covers(occurrences[b][0], place) for place in at)
+            }
+            covering |= layers
+            found[x] = found[x] & covering if x in found else frozenset(covering)
+    # In one direction only: of two axes that always go together the outer is the batch.
+    order = {x: i for i, x in enumerate(found)}
+    mutual = lambda x, b: x in found.get(b, ()) and order[b] > order[x]
+    return {
+        x: tuple(sorted((b for b in bs if not mutual(x, b)), key=order.__getitem__))
+        for x, bs in found.items()
+    }
+
+
+def _values(trace: Trace) -> Iterator[tuple[Dims, frozenset[Leaf]]]:
+    """All values, each with the layer axes of the scans whose turns it differs in."""
+    none: frozenset[Leaf] = frozenset()
+    for dims in trace.dims.values():
+        yield dims, none
+    for constants in trace.constants.values():
+        for dims in constants:
+            yield dims, none
+    bodies = list(_bodies(trace))
+    for address, node in trace.nodes.items():
+        layers = frozenset(
+            x
+            for scan, x in bodies
+            if len(scan) < len(address) and address[: len(scan)] == scan
+        )
+        name = node.visit.primitive.name
+        for dims in node.outs:
+            # What does not come from a turn's slices has met an operand without them.
+            yield dims, none if name in _FIXED or not node.ins else layers
+        if name == "dot_general":
+            # Only what both have in common, pair by pair, keeps copies apart.
+            (axes, _), (batch, _) = node.visit.params["dimension_numbers"]
+            yield tuple(node.ins[0][a] for a in (*axes, *batch)), layers
+        elif name == "conv_general_dilated":
+            numbers = node.visit.params["dimension_numbers"]
+            yield (node.ins[0][numbers.lhs_spec[1]],), layers
+            yield node.ins[1], layers
+        else:
+            for dims in node.ins:
+                yield dims, layers
+    # What is carried from turn to turn has no copies for each.
+    for scan, _ in bodies:
+        node = trace.nodes[scan]
+        for dims in node.outs:
+            yield dims, none
+
+
+def _bodies(trace: Trace) -> Iterator[tuple[Address, Leaf]]:
+    for address, layer in trace.layers.items():
+        node = algebra.find(layer)
+        if not node.parts:
+            yield address, id(node)
+
+
+def _covers(batch: _Place, place: _Place) -> bool:
+    """Whether all positions of a place have an index along the batch axis."""
+    return len(batch) == 1 or batch == place[: len(batch)]
+
+
+class _Places:
+    """Where the leaves of dimensions are, each expression looked through once."""
+
+    def __init__(self):
+        self._known: dict[int, Any] = {}
+
+    def of(self, dims: Dims) -> dict[Leaf, list[_Place]]:
+        found: dict[Leaf, list[_Place]] = {}
+        for at, axis in enumerate(dims):
+            for leaf, segments in self._axis(axis):
+                found.setdefault(leaf, []).append((at, *segments))
+        return found
+
+    def _axis(self, axis: algebra.Axis) -> list[tuple[Leaf, tuple[int, ...]]]:
+        node = algebra.find(axis)
+        if id(node) not in self._known:
+            self._known[id(node)] = list(_segments(node))
+        return self._known[id(node)]
+
+
+def _segments(node: algebra.Axis) -> Iterator[tuple[Leaf, tuple[int, ...]]]:
+    if not node.parts:
+        if node.size > 1:
+            yield id(node), ()
+        return
+    for i, part in enumerate(node.parts):
+        for leaf, segments in _segments(algebra.find(part)):
+            yield leaf, (i, *segments) if node.is_sum else segments

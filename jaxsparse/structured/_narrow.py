@@ -1,0 +1,276 @@
+"""`narrow`: a model without the dropped channels, really smaller; and back again."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsparse._typing import PyTree
+from jaxsparse.structured._arrays import cut_array, put_array
+from jaxsparse.structured._drop import Drop
+from jaxsparse.structured._plan import plan
+from jaxsparse.structured._resize import Norms, Positions, resized
+from jaxsparse.tracing import Trace
+from jaxsparse.tracing import trace as trace_of
+
+
+class Narrowed(NamedTuple):
+    """A smaller model.
+
+    Attributes:
+      params: the parameters without what was dropped.
+      apply_fn: `apply_fn(params, *inputs)` runs them: a pure function, to be jitted,
+        differentiated, mapped and sharded like the model's own.
+      sizes: for each axis that changed, by `(path, axis)`, its new size: for those who
+        build their module anew.
+    """
+
+    params: PyTree
+    apply_fn: Callable[..., Any]
+    sizes: Mapping[tuple[str, int], int]
+
+
+def narrow(
+    trace: Trace,
+    params: PyTree,
+    drop: "Drop | Mapping[str, Any]",
+    *,
+    norms: Norms = "masked",
+    positions: Positions = "slice",
+    allow: Collection[str] = (),
+) -> Narrowed:
+    """Removes channels from all parameters that have them, and runs what is left.
+
+    The program that was traced is evaluated at the new sizes; no module is built. It
+    gives what the masked model gives, up to rounding, but with fewer weights and fewer
+    operations. (A Linen module refuses parameters of other shapes than its own; and
+    rebuilt at another width it may compute something else, see `norms`.)
+
+    Differs from Torch-Pruning, which changes modules in place: this is a pure function,
+    and each head, expert or scanned layer may lose indices of its own.
+
+    Args:
+      trace: of `js.trace`, of the model with all its channels.
+      params: its parameters: arrays or `jax.ShapeDtypeStruct`s.
+      drop: what goes: of `select`, or by hand a mapping from the names of `groups` to
+        indices, `[k]` or `[*copies, k]`.
+      norms: how a mean over an axis that became shorter divides. "masked": by the
+        model's own number, so that the result is that of the masked model. "resized":
+        by the new one, as a module does that is built at the new width (LayerNorm,
+        RMSNorm). The scale of attention, 1 / sqrt(width of a head), is a number of the
+        model's either way.
+      positions: what positions along a shortened axis are (a `jnp.arange`, a one-hot).
+        "slice": the old numbers, so that rotary embeddings stay right; "renumber": 0,
+        1, 2, ... as for experts that are chosen by number.
+      allow: flags of groups that shall not forbid; see `groups`. With "input" the
+        function takes inputs without the dropped indices.
+
+    Returns:
+      The smaller parameters, a function that runs them and the new sizes. Inputs of
+      other shapes than the example's are traced anew, once for each.
+
+    Raises:
+      ValueError: a group that is not one of this model, indices that it does not have,
+        a group that loses all of them or may not lose any; with the group's name and,
+        for the last, the line of the model that forbids it. Parameters of other shapes
+        than the traced ones.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"up": jnp.ones((4, 16)), "down": jnp.ones((16, 3))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["up"]) @ params["down"]
+      >>> x = jnp.ones((2, 4))
+      >>> trace = js.trace(apply_fn, params, x)
+      >>> small = js.structured.narrow(trace, params, {"up[1]": range(8)})
+      >>> [w.shape for w in small.params.values()]
+      [(8, 3), (4, 8)]
+      >>> small.apply_fn(small.params, x).shape
+      (2, 3)
+      >>> small.sizes
+      {('down', 0): 8, ('up', 1): 8}
+    """
+    wanted = plan(trace, drop, allow=allow, norms=norms, positions=positions)
+    leaves = checked_leaves(trace, params)
+    cut = wanted.cut
+    axes = zip(leaves, trace.dims.values(), strict=True)
+    small = jax.tree.unflatten(
+        trace.treedef, [cut_array(cut, x, dims) for x, dims in axes]
+    )
+    sizes = {
+        (path, axis): cut.size(d)
+        for path, dims in trace.dims.items()
+        for axis, d in enumerate(dims)
+        if cut.size(d) != d.size
+    }
+    apply_fn = _runner(trace, wanted.drop, norms, positions, allow)
+    return Narrowed(small, apply_fn, sizes)
+
+
+def widen(
+    trace: Trace,
+    params: PyTree,
+    drop: "Drop | Mapping[str, Any]",
+    *,
+    allow: Collection[str] = (),
+) -> PyTree:
+    """The inverse of `narrow`: parameters of the old shapes, with zeros where it cut.
+
+    `narrow(trace, widen(trace, small, drop), drop)` gives `small` back bit for bit, and
+    `widen` of narrowed parameters are the masked ones.
+
+    Args:
+      trace: of the model with all its channels.
+      params: narrowed parameters, maybe trained further.
+      drop: what `narrow` was given.
+      allow: what `narrow` was given.
+
+    Returns:
+      Parameters for the original model.
+
+    Raises:
+      ValueError: as `narrow`; parameters that do not have the narrowed shapes.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"up": jnp.ones((4, 3)), "down": jnp.ones((3, 2))}
+      >>> apply_fn = lambda p, x: x @ p["up"] @ p["down"]
+      >>> trace = js.trace(apply_fn, params, jnp.ones((1, 4)))
+      >>> small = js.structured.narrow(trace, params, {"up[1]": [1]})
+      >>> js.structured.widen(trace, small.params, {"up[1]": [1]})["down"].tolist()
+      [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
+    """
+    cut = plan(trace, drop, allow=(*allow, "zeros")).cut
+    leaves, treedef = jax.tree.flatten(params)
+    _check_structure(trace, treedef)
+    for path, x, dims in zip(trace.paths, leaves, trace.dims.values(), strict=True):
+        if tuple(x.shape) != cut.shape(dims):
+            raise ValueError(
+                f"{path}: expected the narrowed shape {cut.shape(dims)}, got "
+                f"{tuple(x.shape)}. Give the drop that these parameters were narrowed "
+                "with."
+            )
+    axes = zip(leaves, trace.dims.values(), strict=True)
+    return jax.tree.unflatten(
+        trace.treedef, [put_array(cut, x, dims) for x, dims in axes]
+    )
+
+
+def masks(
+    trace: Trace,
+    drop: "Drop | Mapping[str, Any]",
+    *,
+    allow: Collection[str] = (),
+) -> PyTree:
+    """Masks of the same channels, for everything that trains or reports with masks.
+
+    Args:
+      trace: of the model.
+      drop: what goes; see `narrow`.
+      allow: see `groups`.
+
+    Returns:
+      A mask tree, True = kept. A parameter's mask broadcasts to it: it is as long as
+      the parameter only along axes that lose something; a scalar True where none does.
+
+    Raises:
+      ValueError: as `narrow`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"up": jnp.ones((4, 3)), "down": jnp.ones((3, 2))}
+      >>> apply_fn = lambda p, x: x @ p["up"] @ p["down"]
+      >>> trace = js.trace(apply_fn, params, jnp.ones((1, 4)))
+      >>> masks = js.structured.masks(trace, {"up[1]": [1]})
+      >>> masks["up"].tolist(), masks["down"].tolist()
+      ([[True, False, True]], [[True], [False], [True]])
+    """
+    cut = plan(trace, drop, allow=(*allow, "zeros")).cut
+    found = []
+    for dims in trace.dims.values():
+        mask = cut.mask(dims)
+        found.append(mask if mask.size > 1 else np.array(True))
+    return jax.tree.unflatten(trace.treedef, found)
+
+
+def checked_leaves(trace: Trace, params: PyTree) -> list[Any]:
+    """The leaves of parameters that have the traced structure and shapes."""
+    leaves, treedef = jax.tree.flatten(params)
+    _check_structure(trace, treedef)
+    for path, x, dims in zip(trace.paths, leaves, trace.dims.values(), strict=True):
+        shape = tuple(d.size for d in dims)
+        if tuple(x.shape) != shape:
+            raise ValueError(
+                f"{path}: traced with shape {shape}, got {tuple(x.shape)}. Give the "
+                "parameters of the model with all its channels."
+            )
+    return leaves
+
+
+def _check_structure(trace: Trace, treedef: Any) -> None:
+    if treedef != trace.treedef:
+        raise ValueError(
+            "params have another structure than those that were traced: got "
+            f"{treedef}, expected {trace.treedef}."
+        )
+
+
+def _runner(
+    trace: Trace,
+    drop: Drop,
+    norms: Norms,
+    positions: Positions,
+    allow: Collection[str],
+) -> Callable[..., Any]:
+    wanted = plan(trace, drop, allow=allow, norms=norms, positions=positions)
+    first = resized(trace, wanted.cut, norms, positions)
+    known: dict[Any, Any] = {}  # by the shapes and types of inputs
+
+    def program_for(leaves: list[Any], inputs: Any) -> Any:
+        flat, treedef = jax.tree.flatten(inputs)
+        abstract = [jax.typeof(x) for x in (*leaves, *flat)]
+        key = treedef, tuple((a.shape, a.dtype, a.weak_type) for a in abstract)
+        if key not in known:
+            known[key] = _at(trace, first, leaves, flat, treedef)
+        return known[key]
+
+    def apply_fn(params: PyTree, *inputs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        _check_structure(trace, treedef)
+        program = program_for(leaves, inputs)
+        dims = program.trace.dims
+        for path, x, axes in zip(trace.paths, leaves, dims.values(), strict=True):
+            if tuple(x.shape) != program.cut.shape(axes):
+                raise ValueError(
+                    f"{path}: the narrowed model has the shape "
+                    f"{program.cut.shape(axes)} here, got {tuple(x.shape)}."
+                )
+        outs = program(leaves, jax.tree.leaves(inputs))
+        return jax.tree.unflatten(jax.tree.structure(program.trace.out_shape), outs)
+
+    def _at(
+        trace: Trace, first: Any, leaves: list[Any], flat: list[Any], treedef: Any
+    ) -> Any:
+        """The program for inputs of these shapes: the traced one where they agree."""
+        old = [v.aval for v in trace.program.jaxpr.invars]
+        axes = (*trace.dims.values(), *trace.input_dims)
+        whole = []
+        for x, dims in zip(map(jax.typeof, (*leaves, *flat)), axes, strict=True):
+            shape = tuple(
+                d.size if first.cut.size(d) != d.size else n
+                for n, d in zip(x.shape, dims, strict=True)
+            )
+            whole.append(jax.ShapeDtypeStruct(shape, x.dtype, weak_type=x.weak_type))
+        if [(x.shape, x.dtype) for x in whole] == [(x.shape, x.dtype) for x in old]:
+            return first
+        again = trace_of(
+            trace.apply_fn,
+            jax.tree.unflatten(trace.treedef, whole[: len(leaves)]),
+            *jax.tree.unflatten(treedef, whole[len(leaves) :]),
+            rules=trace.rules,
+        )
+        cut = plan(again, drop, allow=allow, norms=norms, positions=positions).cut
+        return resized(again, cut, norms, positions)
+
+    return apply_fn

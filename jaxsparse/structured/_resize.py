@@ -1,0 +1,280 @@
+"""The traced program at other sizes: no module is built anew.
+
+The jaxpr is evaluated equation by equation, with the sizes in its static parameters
+(shapes of reshapes and broadcasts, limits of slices, groups of a convolution, the
+length of a scan) replaced by what the axes have left. Constants that the model captured
+are cut like parameters. What does not touch a changed axis runs as it was traced.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.extend import core
+
+from jaxsparse.structured._cut import Cut
+from jaxsparse.structured._derivatives import rule_at
+from jaxsparse.structured._means import MEANS, Known, resized_mean
+from jaxsparse.tracing import Trace
+from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts
+from jaxsparse.tracing._steps import bind
+from jaxsparse.tracing._walk import Node
+
+Norms = Literal["masked", "resized"]
+Positions = Literal["slice", "renumber"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resized:
+    """A traced program at the sizes that a cut leaves.
+
+    Attributes:
+      trace: the program and the axes of all its values.
+      cut: what is kept.
+      norms: "masked" keeps the number that a mean divides by; "resized" takes the new.
+      positions: "slice" keeps the old numbers of positions; "renumber" counts anew.
+      touched: the equations in which an axis changes, or in whose inner programs.
+    """
+
+    trace: Trace
+    cut: Cut
+    norms: Norms
+    positions: Positions
+    touched: frozenset[Address]
+
+    def __call__(self, params: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        """The flat results from flat parameters of the new sizes and flat inputs."""
+        args = [Known(x) for x in (*params, *inputs)]
+        return [x.value for x in self.run(self.trace.program, args, ())]
+
+    def run(self, program: Any, args: Sequence[Known], address: Address) -> list[Known]:
+        env: dict[Any, Known] = dict(zip(program.jaxpr.invars, args, strict=True))
+        dims = self.trace.constants.get(address, ())
+        for var, value, axes in zip(
+            program.jaxpr.constvars, program.consts, dims, strict=True
+        ):
+            if self.cut.touches(axes):
+                value = self.cut.take(np.asarray(value), axes)
+            env[var] = Known(value)
+
+        def read(atom: Any) -> Known:
+            if isinstance(atom, core.Literal):
+                return Known(atom.val, number=_number(atom.val))
+            return env[atom]
+
+        for index, eqn in enumerate(program.jaxpr.eqns):
+            outs = self.eqn(eqn, [read(x) for x in eqn.invars], (*address, index))
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(x) for x in program.jaxpr.outvars]
+
+    def eqn(self, eqn: Any, ins: list[Known], address: Address) -> list[Known]:
+        values = [x.value for x in ins]
+        if address not in self.touched and not any(x.summed for x in ins):
+            if any(x.number is None for x in ins) or not ins or called(eqn):
+                return [Known(x) for x in bind(eqn, values)]
+            with jax.ensure_compile_time_eval():
+                return [Known(x, number=_number(x)) for x in bind(eqn, values)]
+        name, node = eqn.primitive.name, self.trace.nodes[address]
+        if name == "scan":
+            return [Known(x) for x in self.scan(eqn, values, address)]
+        if name == "while":
+            return [Known(x) for x in self.loop(eqn, values, address)]
+        if name == "cond":
+            branches = [
+                self.plain(branch, (*address, i)) for i, branch in enumerate(inner(eqn))
+            ]
+            return [Known(x) for x in lax.switch(values[0], branches, *values[1:])]
+        if name in {"checkpoint", "remat", "remat2"}:
+            again = jax.checkpoint(
+                self.plain(called(eqn), (*address, 0)),
+                prevent_cse=eqn.params["prevent_cse"],
+                policy=eqn.params["policy"],
+            )
+            return [Known(x) for x in again(*values)]
+        if name == "custom_jvp_call":
+            derived = _with_derivative(eqn, self, address)
+            return [Known(x) for x in derived(*values)]
+        if called(eqn) is not None:
+            return self.run(called(eqn), ins, (*address, 0))
+        if name == "iota" and self.positions == "slice":
+            with jax.ensure_compile_time_eval():
+                whole = np.asarray(bind(eqn, [])[0])
+            return [Known(jnp.asarray(self.cut.take(whole, node.outs[0])))]
+        if self.norms == "resized" and name in MEANS:
+            ins = resized_mean(name, ins)
+            values = [x.value for x in ins]
+        outs = bind(_Patched(eqn, {**eqn.params, **self.patch(eqn, node)}), values)
+        if name == "reduce_sum":
+            gone = [node.ins[0][a] for a in eqn.params["axes"]]
+            old = int(np.prod([d.size for d in gone]))
+            new = int(np.prod([self.cut.size(d) for d in gone]))
+            return [Known(outs[0], summed=(old, new) if old != new else None)]
+        carries = name in {"convert_element_type", "broadcast_in_dim", "reshape",
+                           "squeeze", "copy", "sharding_constraint"}  # fmt: skip
+        return [Known(x, summed=ins[0].summed if carries else None) for x in outs]
+
+    def plain(self, program: Any, address: Address) -> Callable[..., list[Any]]:
+        """An inner program as a function of values."""
+
+        def run(*values: Any) -> list[Any]:
+            outs = self.run(program, [Known(x) for x in values], address)
+            return [jnp.asarray(x.value) for x in outs]
+
+        return run
+
+    def patch(self, eqn: Any, node: Node) -> dict[str, Any]:
+        """The static parameters that hold sizes."""
+        name, p, shape = eqn.primitive.name, eqn.params, self.cut.shape
+        if name == "reshape":
+            return {"new_sizes": shape(node.outs[0])}
+        if name in {"broadcast_in_dim", "random_bits", "iota", "empty"}:
+            return {"shape": shape(node.outs[0])}
+        if name == "rng_bit_generator":
+            return {"shape": shape(node.outs[1])}
+        if name == "split":
+            at = p["axis"]
+            return {"sizes": tuple(shape(dims)[at] for dims in node.outs)}
+        if name == "dynamic_slice":
+            return {"slice_sizes": shape(node.outs[0])}
+        if name == "slice":
+            strides = p["strides"] or (1,) * len(node.ins[0])
+            # With a stride the start counts within the first stride, which stays.
+            starts = tuple(
+                self.cut.before(d, at) if stride == 1 else at
+                for d, at, stride in zip(
+                    node.ins[0], p["start_indices"], strides, strict=True
+                )
+            )
+            limits = tuple(
+                start + (size - 1) * stride + 1 if size else start
+                for start, size, stride in zip(
+                    starts, shape(node.outs[0]), strides, strict=True
+                )
+            )
+            return {"start_indices": starts, "limit_indices": limits}
+        if name == "gather":
+            sizes = tuple(
+                new if size == d.size else size
+                for size, d, new in zip(
+                    p["slice_sizes"], node.ins[0], shape(node.ins[0]), strict=True
+                )
+            )
+            return {"slice_sizes": sizes}
+        if name == "conv_general_dilated":
+            spec = p["dimension_numbers"]
+            channels = shape(node.ins[0])[spec.lhs_spec[1]]
+            per_group = shape(node.ins[1])[spec.rhs_spec[1]]
+            return {"feature_group_count": channels // per_group}
+        return {}
+
+    def scan(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
+        p = eqn.params
+        first, carried = scan_counts(eqn)
+        consts, carry = values[:first], values[first : first + carried]
+        body = self.plain(inner(eqn)[0], (*address, 0))
+
+        def turn(carry: Any, xs: Any) -> Any:
+            outs = body(*consts, *carry, *xs)
+            return outs[:carried], outs[carried:]
+
+        carry, ys = lax.scan(
+            turn,
+            carry,
+            values[first + carried :],
+            length=self.cut.size(self.trace.layers[address]),
+            reverse=p["reverse"],
+            unroll=p["unroll"],
+        )
+        return [*carry, *ys]
+
+    def loop(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
+        p = eqn.params
+        tests, bodies = p["cond_nconsts"], p["body_nconsts"]
+        of_test, of_body = values[:tests], values[tests : tests + bodies]
+        test, body = (
+            self.plain(program, (*address, i)) for i, program in enumerate(inner(eqn))
+        )
+        return lax.while_loop(
+            lambda carry: test(*of_test, *carry)[0],
+            lambda carry: body(*of_body, *carry),
+            values[tests + bodies :],
+        )
+
+
+class _Patched:
+    """An equation with other parameters."""
+
+    def __init__(self, eqn: Any, params: Any):
+        self.primitive, self.params = eqn.primitive, params
+
+
+def resized(trace: Trace, cut: Cut, norms: Norms, positions: Positions) -> Resized:
+    """The program at the sizes of a cut.
+
+    Args:
+      trace: of the model.
+      cut: what is kept.
+      norms: see `Resized`.
+      positions: see `Resized`.
+
+    Returns:
+      A function of flat parameters and inputs.
+    """
+    touched: set[Address] = set()
+    for address, node in trace.nodes.items():
+        if any(map(cut.touches, (*node.ins, *node.outs))) or _within(
+            cut, trace, address
+        ):
+            touched.update(address[: n + 1] for n in range(0, len(address), 2))
+    return Resized(trace, cut, norms, positions, frozenset(touched))
+
+
+def _within(cut: Cut, trace: Trace, address: Address) -> bool:
+    """Whether a scan's length changes."""
+    layer = trace.layers.get(address)
+    return layer is not None and cut.size(layer) != layer.size
+
+
+def _with_derivative(
+    eqn: Any, whole: Resized, address: Address
+) -> Callable[..., list[Any]]:
+    """A function with a derivative of its own (relu at zero, a stable softmax)."""
+    plain = whole.plain(called(eqn), (*address, 0))
+    rule = rule_at(eqn, whole.trace, whole.cut, whole.trace.nodes[address])
+    if rule is None:  # then what it consists of is differentiated
+        return plain
+    jvp = resized(rule.trace, rule.cut, whole.norms, whole.positions)
+    function = jax.custom_jvp(plain)
+
+    @function.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        moving = [t for t, zero in zip(tangents, rule.zeros, strict=True) if not zero]
+        args = [Known(x) for x in (*primals, *moving)]
+        found = [jnp.asarray(x.value) for x in jvp.run(jvp.trace.program, args, ())]
+        values, rest = found[: len(rule.out_zeros)], iter(found[len(rule.out_zeros) :])
+        return values, [
+            _no_tangent(x) if zero else next(rest)
+            for x, zero in zip(values, rule.out_zeros, strict=True)
+        ]
+
+    return function
+
+
+def _no_tangent(x: Any) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _number(x: Any) -> float | None:
+    if np.ndim(x) or isinstance(x, Tracer):
+        return None
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        return None
