@@ -1,5 +1,8 @@
 """Checkpoints: a training that is killed goes on from its last whole one."""
 
+from jaxsparse.checkpoint._export import Exported as Exported
+from jaxsparse.checkpoint._export import export as export
+from jaxsparse.checkpoint._export import load_export as load_export
 from jaxsparse.checkpoint._orbax import Restored as Restored
 from jaxsparse.checkpoint._orbax import restore as restore
 from jaxsparse.checkpoint._orbax import save as save

@@ -1,12 +1,32 @@
 """Coupled channels of any model, and a model that is really smaller."""
 
+from jaxsparse.structured._atomic import AtomicSums as AtomicSums
+from jaxsparse.structured._atomic import atomic_init as atomic_init
+from jaxsparse.structured._atomic import atomic_merge as atomic_merge
+from jaxsparse.structured._atomic import atomic_scores as atomic_scores
+from jaxsparse.structured._atomic import atomic_update as atomic_update
+from jaxsparse.structured._atomic import atomic_update_ragged as atomic_update_ragged
+from jaxsparse.structured._clusters import MergedExperts as MergedExperts
+from jaxsparse.structured._clusters import cluster_experts as cluster_experts
+from jaxsparse.structured._clusters import expert_distances as expert_distances
+from jaxsparse.structured._clusters import medoids as medoids
+from jaxsparse.structured._clusters import merge_clusters as merge_clusters
+from jaxsparse.structured._cost import Cost as Cost
+from jaxsparse.structured._cost import cost as cost
 from jaxsparse.structured._drop import Drop as Drop
 from jaxsparse.structured._groups import Group as Group
 from jaxsparse.structured._groups import Groups as Groups
 from jaxsparse.structured._groups import Member as Member
 from jaxsparse.structured._groups import Reason as Reason
 from jaxsparse.structured._groups import groups as groups
+from jaxsparse.structured._merging import Grouping as Grouping
+from jaxsparse.structured._merging import align_experts as align_experts
+from jaxsparse.structured._merging import group_experts as group_experts
+from jaxsparse.structured._merging import merge_experts as merge_experts
+from jaxsparse.structured._merging import merge_gates as merge_gates
+from jaxsparse.structured._merging import router_similarity as router_similarity
 from jaxsparse.structured._narrow import Narrowed as Narrowed
 from jaxsparse.structured._narrow import masks as masks
 from jaxsparse.structured._narrow import narrow as narrow
 from jaxsparse.structured._narrow import widen as widen
+from jaxsparse.structured._state import narrow_like as narrow_like

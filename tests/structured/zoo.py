@@ -30,17 +30,24 @@ def filled(tree, seed=1):
     return jax.tree.unflatten(treedef, [fill(x) for x in leaves])
 
 
-def linen(module, *inputs, **kwargs):
-    variables = jax.eval_shape(
-        lambda *xs: module.init(jax.random.key(0), *xs, **kwargs), *inputs
-    )
+def loosely(function):
+    """As flax expects to be run: it mixes types and ranks."""
+
+    def run(*args):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args)
+
+    return run
+
+
+def linen(module, *inputs):
+    init = loosely(lambda *xs: module.init(jax.random.key(0), *xs))
+    variables = jax.eval_shape(init, *inputs)
     rest = {k: v for k, v in variables.items() if k != "params"}
     # Running variances must be positive.
     rest = jax.tree.map(lambda x: abs(x) + 0.5, filled(rest))
-    apply_fn = lambda params, *xs: module.apply(
-        {"params": params, **rest}, *xs, **kwargs
-    )
-    return apply_fn, filled(variables["params"]), inputs
+    apply_fn = lambda params, *xs: module.apply({"params": params, **rest}, *xs)
+    return loosely(apply_fn), filled(variables["params"]), inputs
 
 
 class Net(nn.Module):
@@ -180,9 +187,10 @@ def attention_heads_first():
 
 
 def attention_flax():
-    return transformer(
-        lambda x: nn.MultiHeadDotProductAttention(4, qkv_features=8, **F64)(x)
-    )
+    def attention(x):
+        return nn.MultiHeadDotProductAttention(4, qkv_features=8, **F64)(x)
+
+    return transformer(attention)
 
 
 def attention_gqa():
@@ -236,7 +244,7 @@ def llama(interleaved):
             x = x + (nn.silu(gate) * up) @ p["down"]
         return rms(x, params["norm"]) @ params["embed"].T
 
-    return apply_fn, params, (jnp.asarray([[1, 4, 2], [0, 6, 3]]),)
+    return loosely(apply_fn), params, (jnp.asarray([[1, 4, 2], [0, 6, 3]]),)
 
 
 class Encoder(nn.Module):
@@ -293,7 +301,7 @@ def moe():
         y = jnp.einsum("tef,efd,te->td", hidden, p["down"], weight)
         return (x + y) @ p["out"]
 
-    return apply_fn, params, (array(7, 6),)
+    return loosely(apply_fn), params, (array(7, 6),)
 
 
 def lora():
@@ -331,7 +339,7 @@ def nnx_model():
         lambda x: abs(x) + 0.5 if jnp.issubdtype(x.dtype, jnp.floating) else x, rest
     )
     apply_fn = lambda params, x: nnx.merge(graph, params, rest)(x)
-    return apply_fn, filled(state), (array(2, 5, 6),)
+    return loosely(apply_fn), filled(state), (array(2, 5, 6),)
 
 
 ZOO = {

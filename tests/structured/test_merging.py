@@ -1,0 +1,230 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsparse as js
+
+E, D, F = 4, 3, 5
+HIDDEN = {"gate": 2, "up": 2, "bias": -1, "down": 1}
+s = js.structured
+
+
+def unique_experts(seed=0, n=E, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    return {
+        "gate": draw(n, D, F),
+        "up": draw(n, D, F),
+        "bias": draw(n, F),
+        "down": draw(n, F, D),
+        "out": draw(n, D),
+    }
+
+
+def permuted(params, orders):
+    """Each expert with its hidden units in another order."""
+    take = lambda x, axis: jnp.stack([
+        jnp.take(one, order, axis) for one, order in zip(x, orders, strict=True)
+    ])
+    axes = {"gate": 1, "up": 1, "bias": 0, "down": 0}
+    return {k: take(x, axes[k]) if k in axes else x for k, x in params.items()}
+
+
+def some_orders(seed=1, n=E):
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(F) for _ in range(n)])
+
+
+def expert_outputs(params, x):
+    gate = jnp.einsum("nd,edf->nef", x, params["gate"])
+    up = jnp.einsum("nd,edf->nef", x, params["up"]) + params["bias"][None]
+    y = jnp.einsum("nef,efd->ned", jax.nn.silu(gate) * up, params["down"])
+    return y + params["out"][None]
+
+
+def inputs(n=16):
+    rng = np.random.default_rng(5)
+    return jnp.asarray(rng.standard_normal((n, D)), jnp.float32)
+
+
+def assert_same(got, wanted):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_permutations_of_one_expert_merge_to_exactly_that_expert(dtype):
+    one = jax.tree.map(lambda x: x[:1], unique_experts(dtype=dtype))
+    same = jax.tree.map(lambda x: jnp.tile(x, (E, *[1] * (x.ndim - 1))), one)
+    params = permuted(same, some_orders())
+    leader = 2
+    aligned = s.align_experts(params, np.full(E, leader), hidden=HIDDEN)
+    usage = jnp.array([0.1, 0.3, 0.7, 0.1])
+    merged = s.merge_experts(aligned, np.zeros(E, int), usage=usage)
+    assert_same(merged, jax.tree.map(lambda x: x[leader : leader + 1], params))
+    # Without the alignment the mean is another function.
+    unaligned = s.merge_experts(params, np.zeros(E, int), usage=usage)
+    assert np.max(np.abs(unaligned["up"] - merged["up"])) > 0.1
+
+
+def test_alignment_changes_no_expert_and_finds_the_nearest_permutation():
+    params, rows = unique_experts(), inputs()
+    to = np.array([0, 0, 3, 3])
+    aligned = s.align_experts(params, to, hidden=HIDDEN)
+    np.testing.assert_allclose(
+        expert_outputs(aligned, rows), expert_outputs(params, rows), atol=1e-5
+    )
+
+    def apart(params, e, order):
+        other = permuted(
+            jax.tree.map(lambda x: x[e : e + 1], params), [np.array(order)]
+        )
+        off = jax.tree.map(lambda a, b: jnp.sum((a[0] - b[to[e]]) ** 2), other, params)
+        return float(sum(off[k] for k in HIDDEN))
+
+    straight = tuple(range(F))
+    for e in (0, 3):
+        for k, x in params.items():
+            np.testing.assert_array_equal(aligned[k][e], x[e])
+    for e in (1, 2):
+        reached = sum(
+            float(jnp.sum((aligned[k][e] - params[k][to[e]]) ** 2)) for k in HIDDEN
+        )
+        best = min(apart(params, e, o) for o in itertools.permutations(range(F)))
+        assert reached == pytest.approx(best, rel=1e-5)
+        assert best < apart(params, e, straight) - 0.1
+
+
+def test_means_are_weighted_by_usage():
+    params, labels = unique_experts(), np.array([1, 0, 1, 1])
+    usage = np.array([3.0, 7.0, 1.0, 6.0])
+    merged = s.merge_experts(params, labels, usage=jnp.asarray(usage, jnp.float32))
+    plain = jax.jit(lambda p: s.merge_experts(p, labels))(params)
+    for k, x in params.items():
+        w = np.asarray(x, np.float64)
+        expected = (3 * w[0] + w[2] + 6 * w[3]) / 10
+        np.testing.assert_allclose(merged[k][1], expected, atol=1e-6)
+        np.testing.assert_array_equal(merged[k][0], x[1])
+        np.testing.assert_allclose(plain[k][1], w[[0, 2, 3]].mean(0), atol=1e-6)
+
+
+def test_a_group_without_tokens_keeps_its_first_member():
+    params = unique_experts()
+    usage = jnp.array([0.0, 5.0, 0.0, 0.0])
+    merged = s.merge_experts(params, np.array([0, 1, 0, 0]), usage=usage)
+    assert_same(merged, jax.tree.map(lambda x: x[:2], params))
+
+
+def test_experts_join_the_dominant_one_that_is_most_similar():
+    usage = {"a": np.array([50, 10, 800, 140]), "b": np.array([30, 25, 25, 20])}
+    rng = np.random.default_rng(2)
+    logits = {k: rng.standard_normal((30, 4)) for k in usage}
+    cosine = {}
+    for k, x in logits.items():
+        norm = np.linalg.norm(x, axis=0)
+        cosine[k] = x.T @ x / (norm[:, None] * norm[None])
+        got = s.router_similarity(jnp.asarray(x, jnp.float32))
+        np.testing.assert_allclose(got, cosine[k], atol=1e-6)
+    found = s.group_experts(usage, cosine, groups=4)
+    # By share: 0.8 of a, then 0.3, 0.25 and 0.25 of b.
+    assert found["a"].dominant.tolist() == [2]
+    assert found["b"].dominant.tolist() == [0, 1, 2]
+    assert found["a"].labels.tolist() == [0] * 4
+    nearest = int(np.argmax(cosine["b"][3, :3]))
+    assert found["b"].labels.tolist() == [0, 1, 2, nearest]
+    for total, counts in [(2, [1, 1]), (3, [1, 2]), (6, [2, 4]), (8, [4, 4])]:
+        found = s.group_experts(usage, cosine, groups=total)
+        assert [len(g.dominant) for g in found.values()] == counts
+        for grouping in found.values():
+            leaders = grouping.dominant[grouping.labels]
+            np.testing.assert_array_equal(leaders[grouping.dominant], grouping.dominant)
+    found = s.group_experts(usage, cosine, groups=5, at_least=2)
+    assert found["a"].dominant.tolist() == [2, 3]
+    assert found["b"].dominant.tolist() == [0, 1, 2]
+
+
+def test_ties_and_layers_without_tokens_still_give_the_total():
+    same = np.ones((3, 3))
+    found = s.group_experts([np.ones(3), np.zeros(3)], [same, same], groups=3)
+    assert [g.dominant.tolist() for g in found] == [[0, 1], [0]]
+    assert found[0].labels.tolist() == [0, 1, 0]
+
+
+def test_logits_that_are_all_zero_are_like_no_others():
+    logits = jnp.array([[1.0, 0.0], [2.0, 0.0]])
+    np.testing.assert_array_equal(
+        s.router_similarity(logits).round(5), [[1.0, 0.0], [0.0, 0.0]]
+    )
+    assert s.router_similarity(logits.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_a_merged_model_of_duplicates_gives_the_outputs_of_the_original():
+    """The whole way: usage, similarity, groups, alignment, mean, gates."""
+    unique = unique_experts(n=2)
+    twins = np.array([0, 1, 1, 0, 1])
+    params = permuted(jax.tree.map(lambda x: x[twins], unique), some_orders(n=5))
+    rng = np.random.default_rng(7)
+    router = jnp.asarray(rng.standard_normal((D, 2)), jnp.float32)[:, twins]
+    x = inputs(64)
+    # The first of each twins is used a little more.
+    logits = x @ router + jnp.array([[0.05, 0.05, 0, 0, 0]])
+    gates = jax.nn.softmax(logits, axis=1)
+    usage = jnp.sum(jax.nn.one_hot(jnp.argmax(logits, axis=1), 5), axis=0)
+    usage = usage + 0.1 * jnp.arange(1.0, 6)
+    grouping = s.group_experts(usage, s.router_similarity(logits), groups=2)
+    together = lambda labels: np.asarray(labels)[:, None] == np.asarray(labels)
+    np.testing.assert_array_equal(together(grouping.labels), together(twins))
+    leaders = grouping.dominant[grouping.labels]
+    aligned = s.align_experts(params, leaders, hidden=HIDDEN)
+    merged = s.merge_experts(aligned, grouping.labels, usage=usage)
+    assert_same(merged, jax.tree.map(lambda x: x[grouping.dominant], params))
+    narrow = s.merge_gates(gates, grouping.labels)
+    before = jnp.einsum("ne,ned->nd", gates, expert_outputs(params, x))
+    after = jnp.einsum("ne,ned->nd", narrow, expert_outputs(merged, x))
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+def test_errors_say_what_is_expected():
+    params, to = unique_experts(), np.zeros(E, int)
+    with pytest.raises(ValueError, match=r"to must name an expert \(0 to 3\)"):
+        s.align_experts(params, np.full(E, 4), hidden=HIDDEN)
+    with pytest.raises(
+        ValueError, match=r"hidden must give .*'down'.*got \{'dwn': 1\}"
+    ):
+        s.align_experts(params, to, hidden={"dwn": 1})
+    with pytest.raises(ValueError, match=r"hidden\['up'\] is 0, which is no axis"):
+        s.align_experts(params, to, hidden={"up": 0})
+    with pytest.raises(ValueError, match="must have one size, got"):
+        s.align_experts(params, to, hidden={"up": 1, "down": 1})
+    broken = {**params, "up": params["up"].at[1].set(jnp.nan)}
+    with pytest.raises(ValueError, match="Experts 0 and 1 have no finite similarity"):
+        s.align_experts(broken, to, hidden=HIDDEN)
+    with pytest.raises(ValueError, match="experts on its first axis"):
+        s.merge_experts({**params, "router": jnp.ones((D, E))}, to)
+    with pytest.raises(ValueError, match="labels must be 4 integers"):
+        s.merge_experts(params, np.array([0, 0, 2, 2]))
+    with pytest.raises(ValueError, match=r"usage has shape \(3,\), expected \(4,\)"):
+        s.merge_experts(params, to, usage=jnp.ones(3))
+    with pytest.raises(ValueError, match="usage must be at least 0"):
+        s.merge_experts(params, to, usage=-jnp.ones(E))
+    with pytest.raises(ValueError, match="labels must be 3 integers"):
+        s.merge_gates(jnp.ones((2, 3)), [0, 1])
+    with pytest.raises(ValueError, match="cannot be traced"):
+        jax.jit(s.merge_gates)(jnp.ones((2, 2)), jnp.array([0, 1]))
+    with pytest.raises(ValueError, match=r"expected \[\.\.\., tokens, experts\]"):
+        s.router_similarity(jnp.ones(3))
+    with pytest.raises(TypeError, match="logits must be floating point"):
+        s.router_similarity(jnp.ones((3, 3), jnp.int32))
+    cosine = np.eye(3)
+    with pytest.raises(ValueError, match="usage must be one number of at least 0"):
+        s.group_experts(np.array([1, -1, 3]), cosine, groups=2)
+    with pytest.raises(ValueError, match=r"similarity must be a matrix of 3 by 3"):
+        s.group_experts(np.ones(3), cosine[:2], groups=2)
+    with pytest.raises(ValueError, match=r"groups is 4, expected from 1 .* to 3"):
+        s.group_experts(np.ones(3), cosine, groups=4)
+    with pytest.raises(ValueError, match="similarity must have exactly the structure"):
+        s.group_experts([np.ones(3)], cosine, groups=2)

@@ -1,0 +1,325 @@
+"""A narrowed model gives what the masked one gives; nothing of it is built anew."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from structured.zoo import ZOO, array, linen, loosely
+
+import jaxsparse as js
+
+ALLOW = ("position", "layer")
+
+
+def choose(group, count, rng):
+    """Other indices in each copy."""
+    copies = int(np.prod(group.copies))
+    chosen = [rng.permutation(group.size)[:count] for _ in range(copies)]
+    return np.reshape(chosen, (*group.copies, count))
+
+
+def masked(trace, params, drop):
+    masks = js.structured.masks(trace, drop, allow=ALLOW)
+    return js.patterns.apply(params, masks)
+
+
+def close(a, b):
+    scale = max(float(jnp.max(jnp.abs(b))), 1e-3)
+    np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_narrowed_equals_masked_for_every_group_and_for_all(name):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        apply_fn, params, inputs = ZOO[name]()
+        trace = js.trace(apply_fn, params, *inputs)
+        found = js.structured.groups(trace, allow=ALLOW).prunable
+        drops = {n: {n: choose(g, 1, rng)} for n, g in found.items()}
+        drops["all"] = {n: choose(g, g.size // 2, rng) for n, g in found.items()}
+        dense = jax.jit(apply_fn)
+        changed = []
+        for drop in drops.values():
+            small = js.structured.narrow(trace, params, drop, allow=ALLOW)
+            zeroed = masked(trace, params, drop)
+            want = dense(zeroed, *inputs)
+            # One is compiled, the others run equation by equation.
+            run = jax.jit if drop is drops["all"] else lambda f: f
+            close(run(small.apply_fn)(small.params, *inputs), want)
+            changed.append(bool(jnp.any(want != dense(params, *inputs))))
+            back = js.structured.widen(trace, small.params, drop, allow=ALLOW)
+            jax.tree.map(np.testing.assert_array_equal, back, zeroed)
+            for (path, axis), size in small.sizes.items():
+                leaf = dict(js.tree.leaves_with_paths(small.params))[path]
+                assert leaf.shape[axis] == size
+        assert all(changed)  # else nothing would have been shown
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "attention_flax", "scan_remat"])
+def test_gradients_are_those_of_the_masked_model_sliced(name):
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        apply_fn, params, inputs = ZOO[name]()
+        trace = js.trace(apply_fn, params, *inputs)
+        found = js.structured.groups(trace, allow=ALLOW).prunable
+        drop = {n: choose(g, g.size // 2, rng) for n, g in found.items()}
+        small = js.structured.narrow(trace, params, drop, allow=ALLOW)
+        loss = lambda f: lambda p: jnp.sum(f(p, *inputs) ** 2)
+        got = jax.jit(jax.grad(loss(small.apply_fn)))(small.params)
+        whole = jax.jit(jax.grad(loss(apply_fn)))(masked(trace, params, drop))
+        want = js.structured.narrow(trace, whole, drop, allow=ALLOW).params
+        jax.tree.map(close, got, want)
+
+
+def test_derivatives_of_their_own_are_kept():
+    """relu's derivative at 0 is 0, not that of the maximum it consists of."""
+
+    def apply_fn(params, x):
+        return jax.nn.relu(x @ params["up"]) @ params["down"]
+
+    params = {"up": jnp.ones((3, 4)), "down": jnp.ones((4, 2))}
+    x = jnp.zeros((1, 3))
+    small = js.structured.narrow(js.trace(apply_fn, params, x), params, {"up[1]": [1]})
+    slope = jax.grad(lambda x: small.apply_fn(small.params, x).sum())(x)
+    np.testing.assert_array_equal(slope, np.zeros((1, 3)))
+
+
+def test_a_rule_that_changes_the_gradient_is_kept():
+    @jax.custom_jvp
+    def softsign(x, sharpness):
+        return x / (1 + jnp.abs(x) * sharpness)
+
+    @softsign.defjvp
+    def _(primals, tangents):
+        x, sharpness = primals
+        return softsign(x, sharpness), 7.0 * tangents[0]
+
+    apply_fn = lambda p, x: softsign(x @ p["up"], 2.0) @ p["down"]
+    params = {"up": jnp.ones((3, 4)), "down": jnp.ones((4, 2))}
+    x = jnp.ones((1, 3))
+    small = js.structured.narrow(js.trace(apply_fn, params, x), params, {"up[1]": [1]})
+    slope = jax.grad(lambda x: small.apply_fn(small.params, x).sum())(x)
+    np.testing.assert_allclose(slope, np.full((1, 3), 7.0 * 3 * 2))
+
+
+class Norms(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width)(x)
+        x = nn.LayerNorm()(nn.gelu(x))
+        x = nn.RMSNorm()(nn.Dense(self.width)(x) + x)
+        return nn.Dense(3)(nn.LayerNorm(use_fast_variance=False)(x))
+
+
+def test_resized_norms_are_those_of_a_module_of_that_width():
+    with jax.enable_x64(True):
+        apply_fn, params, inputs = linen(Norms(12), array(4, 5))
+        trace = js.trace(apply_fn, params, *inputs)
+        (name,) = js.structured.groups(trace, allow=("zeros",)).prunable
+        small = js.structured.narrow(
+            trace, params, {name: range(0, 8, 2)}, norms="resized"
+        )
+        built, _, _ = linen(Norms(8), array(4, 5))
+        close(small.apply_fn(small.params, *inputs), built(small.params, *inputs))
+        other = js.structured.narrow(
+            trace, params, {name: range(0, 8, 2)}, allow=("zeros",)
+        )
+        kept = other.apply_fn(other.params, *inputs)
+        assert not np.allclose(kept, built(small.params, *inputs))
+
+
+@pytest.mark.parametrize("body", ["mean", "times", "unbiased", "rms"])
+def test_ways_of_writing_a_mean(body):
+    ways = {
+        "mean": lambda y: y.mean(-1, keepdims=True),
+        "times": lambda y: y.sum(-1, keepdims=True) * (1 / y.shape[-1]),
+        "unbiased": lambda y: y.var(-1, ddof=1, keepdims=True),
+        "rms": lambda y: jnp.sqrt((y**2).sum(-1, keepdims=True) / y.shape[-1]),
+    }
+    with jax.enable_x64(True):
+        apply_fn = loosely(
+            lambda p, x: (ways[body](x @ p["a"]) * (x @ p["a"])) @ p["b"]
+        )
+        params = {"a": array(3, 8), "b": array(8, 2)}
+        x = array(4, 3, seed=5)
+        trace = js.trace(apply_fn, params, x)
+        small = js.structured.narrow(
+            trace, params, {"a[1]": [0, 3, 4]}, norms="resized"
+        )
+        close(small.apply_fn(small.params, x), apply_fn(small.params, x))
+
+
+def test_experts_are_counted_anew():
+    with jax.enable_x64(True):
+        apply_fn, params, inputs = ZOO["moe"]()
+        trace = js.trace(apply_fn, params, *inputs)
+        # The router's columns and the experts know of each other by number alone.
+        with pytest.raises(ValueError, match="its entries are sorted"):
+            js.structured.narrow(trace, params, {"router[1]": [1]})
+        with pytest.raises(ValueError, match="its positions are used as numbers"):
+            js.structured.narrow(trace, params, {"gate[0]": [1]})
+        gone = {"router[1]": [1], "gate[0]": [1]}
+        allow = {"sorted", "zeros", "position"}
+        small = js.structured.narrow(
+            trace, params, gone, positions="renumber", allow=allow
+        )
+        # The same as a model of the other three experts.
+        kept = np.array([0, 2, 3])
+        three = params | {k: params[k][kept] for k in ("gate", "up", "down")}
+        three["router"] = params["router"][:, kept]
+        jax.tree.map(np.testing.assert_array_equal, small.params, three)
+
+        def by_hand(p, x):
+            x = x @ p["in"]
+            weight, chosen = jax.lax.top_k(x @ p["router"], 2)
+            weight = nn.softmax(weight)
+            rows = []
+            for t in range(len(x)):
+                y = x[t]
+                for w, e in zip(weight[t], chosen[t], strict=True):
+                    h = nn.silu(x[t] @ p["gate"][e]) * (x[t] @ p["up"][e])
+                    y = y + w * (h @ p["down"][e])
+                rows.append(y)
+            return jnp.stack(rows) @ p["out"]
+
+        close(small.apply_fn(small.params, *inputs), by_hand(three, *inputs))
+
+
+def test_inputs_of_other_shapes_and_types_are_traced_anew_once():
+    with jax.enable_x64(True):
+        apply_fn, params, (x,) = ZOO["attention_split"]()
+        calls = []
+
+        def counted(params, x):
+            calls.append(x.shape)
+            return apply_fn(params, x)
+
+        trace = js.trace(counted, params, x)
+        drop = {"Dense_0/kernel[1]": [0, 5], "Dense_1/kernel[1.0]": [2]}
+        small = js.structured.narrow(trace, params, drop)
+        longer = array(2, 9, 6, seed=3)
+        for _ in range(2):
+            got = small.apply_fn(small.params, longer)
+        assert calls == [(2, 5, 6), (2, 9, 6)]
+        close(got, apply_fn(masked(trace, params, drop), longer))
+        half = jax.tree.map(lambda w: w.astype(jnp.float32), small.params)
+        assert small.apply_fn(half, longer.astype(jnp.float32)).dtype == jnp.float64
+        got = jax.vmap(lambda x: small.apply_fn(small.params, x[None])[0])(longer)
+        close(got, apply_fn(masked(trace, params, drop), longer))
+
+
+def test_nothing_retraces_under_jit():
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    params = {"a": array(3, 8), "b": array(8, 2)}
+    trace = js.trace(apply_fn, params, array(4, 3))
+    small = js.structured.narrow(trace, params, {"a[1]": [0, 3]})
+    run = jax.jit(small.apply_fn)
+    for seed in range(3):
+        run(small.params, array(4, 3, seed=seed))
+    assert run._cache_size() == 1
+
+
+def test_inputs_without_the_dropped_features():
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    params = {"a": array(5, 8), "b": array(8, 2)}
+    x = array(4, 5)
+    trace = js.trace(apply_fn, params, x)
+    small = js.structured.narrow(trace, params, {"a[0]": [1, 2]}, allow=("input",))
+    kept = np.array([0, 3, 4])
+    want = apply_fn({"a": params["a"][kept], "b": params["b"]}, x[:, kept])
+    np.testing.assert_allclose(small.apply_fn(small.params, x[:, kept]), want, 1e-6)
+    more = array(7, 5)[:, kept]
+    assert small.apply_fn(small.params, more).shape == (7, 2)
+
+
+def test_abstract_and_host_parameters():
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    params = {"a": np.ones((3, 8), np.float32), "b": np.ones((8, 2), np.float32)}
+    trace = js.trace(apply_fn, params, array(4, 3))
+    small = js.structured.narrow(trace, params, {"a[1]": [0, 3]})
+    assert all(isinstance(w, np.ndarray) for w in small.params.values())
+    abstract = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), params)
+    shapes = js.structured.narrow(trace, abstract, {"a[1]": [0, 3]}).params
+    assert jax.tree.map(lambda w: w.shape, shapes) == {"a": (3, 6), "b": (6, 2)}
+    traced = jax.jit(lambda p: js.structured.narrow(trace, p, {"a[1]": [0, 3]}).params)
+    jax.tree.map(np.testing.assert_array_equal, traced(params), small.params)
+
+
+def test_shardings_are_kept_where_the_mesh_still_divides():
+    mesh = jax.make_mesh((8,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    on = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    place = lambda w, *spec: jax.device_put(w, on(*spec))
+    whole = {"a": array(16, 32), "b": array(32, 8)}
+    params = {"a": place(whole["a"], None, "m"), "b": place(whole["b"], "m", None)}
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    trace = js.trace(apply_fn, whole, array(4, 16))
+    for gone, spec in ((range(8), "m"), (range(5), None)):
+        small = js.structured.narrow(trace, params, {"a[1]": gone}).params
+        one = js.structured.narrow(trace, whole, {"a[1]": gone}).params
+        jax.tree.map(np.testing.assert_array_equal, small, one)
+        assert small["a"].sharding.is_equivalent_to(on(None, spec), 2)
+        back = js.structured.widen(trace, small, {"a[1]": gone})
+        again = js.structured.widen(trace, one, {"a[1]": gone})
+        jax.tree.map(np.testing.assert_array_equal, back, again)
+
+
+PARAMS = {"a": np.ones((3, 8)), "b": np.ones((8, 2))}
+BAD = {
+    "another model": (
+        js.structured.Drop({"a[1]": np.array([1])}, {"a[1]": 16}),
+        r"a\[1\]: the drop was made for a group of 16 indices, here it has 8",
+    ),
+    "unknown": ({"c[1]": [1]}, r"c\[1\]: not a group of this model. Similar: .*a\[1\]"),
+    "too large": ({"a[1]": [1, 8]}, r"a\[1\]: has the indices 0 to 7, got 1 to 8"),
+    "negative": ({"a[1]": [-1]}, r"a\[1\]: has the indices 0 to 7, got -1 to -1"),
+    "twice": ({"a[1]": [1, 1]}, r"a\[1\]: an index is given twice"),
+    "more than exist": ({"a[1]": range(9)}, r"a\[1\]: has the indices 0 to 7"),
+    "all": ({"a[1]": range(8)}, r"a\[1\]: all 8 indices would be dropped"),
+    "no indices": ({"a[1]": [0.5]}, r"a\[1\]: expected integer indices"),
+    "rank": ({"a[1]": [[1], [2]]}, r"a\[1\]: expected indices of shape \[k\], got"),
+    "output": ({"b[1]": [0]}, r"b\[1\]: its indices may not be dropped:\n  output"),
+    "input": ({"a[0]": [0]}, r"a\[0\].*\n  input: .*\nallow=\['input'\] takes them"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_drops(name):
+    drop, message = BAD[name]
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    trace = js.trace(apply_fn, PARAMS, np.ones((4, 3)))
+    with pytest.raises(ValueError, match=message):
+        js.structured.narrow(trace, PARAMS, drop)
+    with pytest.raises(ValueError, match=message):
+        js.structured.masks(trace, drop)
+
+
+def test_bad_parameters():
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    trace = js.trace(apply_fn, PARAMS, np.ones((4, 3)))
+    small = js.structured.narrow(trace, PARAMS, {"a[1]": [0]})
+    with pytest.raises(
+        ValueError, match=r"a: traced with shape \(3, 8\), got \(3, 7\)"
+    ):
+        js.structured.narrow(trace, small.params, {"a[1]": [0]})
+    with pytest.raises(ValueError, match=r"a: the narrowed model has .*\(3, 7\)"):
+        small.apply_fn(PARAMS, np.ones((4, 3)))
+    with pytest.raises(ValueError, match=r"a: expected the narrowed shape \(3, 7\)"):
+        js.structured.widen(trace, PARAMS, {"a[1]": [0]})
+    with pytest.raises(ValueError, match="another structure"):
+        js.structured.narrow(trace, {"a": PARAMS["a"]}, {"a[1]": [0]})
+    with pytest.raises(ValueError, match=re.escape("norms='new': expected one of")):
+        js.structured.narrow(trace, PARAMS, {"a[1]": [0]}, norms="new")
+
+
+def test_frozen_axes_say_at_which_line():
+    apply_fn = lambda p, x: jnp.flip(x @ p["a"], -1) @ p["b"]
+    trace = js.trace(apply_fn, PARAMS, np.ones((4, 3)))
+    with pytest.raises(ValueError, match=r"frozen: rev at .*test_narrow\.py") as error:
+        js.structured.narrow(trace, PARAMS, {"a[1]": [0]}, allow=("frozen",))
+    assert "takes them anyway" not in str(error.value)
