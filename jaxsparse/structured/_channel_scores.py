@@ -233,7 +233,7 @@ def _gated(groups: Mapping[str, Group], params: PyTree) -> dict[str, Slices]:
     found: dict[str, Slices] = {}
     for part, role in ((read, "input"), (made, "output")):
         if part or not (read or made):
-            found |= slices_that_count(part, params, every, roles=(role,))
+            found |= slices_that_count(part or groups, params, every, roles=(role,))
     return {name: found[name] for name in groups if name in found}
 
 

@@ -157,6 +157,8 @@ class Resized:
                 )
             )
             return {"start_indices": starts, "limit_indices": limits}
+        if name == "pad":
+            return {"padding_config": self.padding(eqn, node)}
         if name == "gather":
             sizes = tuple(
                 new if size == d.size else size
@@ -171,6 +173,18 @@ class Resized:
             per_group = shape(node.ins[1])[spec.rhs_spec[1]]
             return {"feature_group_count": channels // per_group}
         return {}
+
+    def padding(self, eqn: Any, node: Node) -> tuple[tuple[int, int, int], ...]:
+        """What is added around axes, of which some indices may be gone as well."""
+        found = []
+        for (low, high, inside), before, after in zip(
+            eqn.params["padding_config"], node.ins[0], node.outs[0], strict=True
+        ):
+            if low >= 0 and high >= 0 and not inside:
+                low = self.cut.before(after, low)
+                high = self.cut.size(after) - self.cut.size(before) - low
+            found.append((low, high, inside))
+        return tuple(found)
 
     def scan(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
         p = eqn.params

@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from jaxsparse._sharded import explicit_mesh, sharded_like
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured._drop import Drop
 from jaxsparse.structured._groups import Group, Member
@@ -190,19 +193,32 @@ def sums(
         that are missing count nothing.
 
     Returns:
-      `[*copies, size]` by the groups' names.
+      `[*copies, size]` by the groups' names, on every device.
     """
     # The widest there is, at least float32; not promoted, which could be forbidden.
     dtypes = [jnp.dtype(jnp.float32), *(x.dtype for x in entries.values())]
     dtype = max(dtypes, key=lambda kind: kind.itemsize)
-    result = {}
-    for name, s in slices.items():
-        total = jnp.zeros(math.prod(s.shape), dtype)
-        for part in s.parts:
-            if part.path in entries:
-                total = _add_part(total, part, entries[part.path].astype(dtype))
-        result[name] = total.reshape(s.shape)
-    return result
+
+    def all_groups(entries: dict[str, Array]) -> dict[str, Array]:
+        result = {}
+        for name, s in slices.items():
+            total = jnp.zeros(math.prod(s.shape), dtype)
+            for part in s.parts:
+                if part.path in entries:
+                    total = _add_part(total, part, entries[part.path].astype(dtype))
+            result[name] = total.reshape(s.shape)
+        return result
+
+    used = {p: entries[p] for p in paths_of(slices) if p in entries}
+    mesh = explicit_mesh(list(used.values()))
+    if mesh is None:
+        return all_groups(used)
+    # Sums over differently sharded axes cannot be added where shardings are types.
+    plain = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in used.items()}
+    everywhere = lambda _: NamedSharding(mesh, P())
+    shardings: Any = jax.tree.map(everywhere, jax.eval_shape(all_groups, plain))
+    automatic: Any = jax.sharding.auto_axes(all_groups, out_sharding=shardings)
+    return automatic(used)
 
 
 def _add_part(total: Array, part: Part, x: Array) -> Array:
@@ -316,11 +332,13 @@ def scaled_updates(
     def one(path: str, u: Array) -> Array:
         if path not in factors:
             return u
-        w, factor = leaves[path], factors[path]
+        return sharded_like(move, [u], leaves[path], factors[path])[0]
+
+    def move(us: list[Array], w: Array, factor: Array) -> list[Array]:
         wide = widen(w)
-        moved = (wide + u.astype(wide.dtype)) * factor.astype(wide.dtype)
+        moved = (wide + us[0].astype(wide.dtype)) * factor.astype(wide.dtype)
         changed = jnp.where(factor == 0, -w, (moved - wide).astype(w.dtype))
-        return jnp.where(factor == 1, u.astype(w.dtype), changed)
+        return [jnp.where(factor == 1, us[0].astype(w.dtype), changed)]
 
     return map_with_path(one, updates)
 
@@ -343,9 +361,12 @@ def scale_slices(
     def one(path: str, w: Array) -> Array:
         if path not in factors:
             return w
-        factor = factors[path].astype(widen(w).dtype)
-        scaled = (widen(w) * factor).astype(w.dtype)
-        return jnp.where(factor == 0, jnp.zeros((), w.dtype), scaled)
+        return sharded_like(scale, [w], factors[path])[0]
+
+    def scale(ws: list[Array], factor: Array) -> list[Array]:
+        wide, kind = widen(ws[0]), ws[0].dtype
+        scaled = (wide * factor.astype(wide.dtype)).astype(kind)
+        return [jnp.where(factor == 0, jnp.zeros((), kind), scaled)]
 
     return map_with_path(one, params)
 

@@ -186,6 +186,9 @@ class _Zeros:
                     for e, d in zip(ins, before, strict=True)
                 )
             )
+        if name == "pad" and ins[1].constant == 0:
+            own = self.within(before[0])
+            return kept(lambda x: x not in own or ins[0].vanishes(x))
         if name in {"concatenate", "stack", "pad"}:
             at = eqn.params.get("dimension", eqn.params.get("axis"))
             own = [(e, self.within(d) if at is not None else here) for e, d in

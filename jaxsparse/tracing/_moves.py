@@ -146,7 +146,7 @@ def _slice_axis(axis: Axis, start: int, limit: int, stride: int, eqn: Any) -> Ax
 
 
 def pad(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
-    """Frozen segments around an axis."""
+    """Segments of their own around an axis."""
     out = []
     for axis, (low, high, interior) in zip(
         ins[0], eqn.params["padding_config"], strict=True
@@ -156,8 +156,8 @@ def pad(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
             size = axis.size + low + high + max(0, axis.size - 1) * interior
             out.append(frozen(size, "pad", eqn))
             continue
-        parts = [frozen(low, "pad", eqn)] * bool(low) + [axis]
-        out.append(_axes.concatenation(parts + [frozen(high, "pad", eqn)] * bool(high)))
+        parts = [leaf(low)] * bool(low) + [axis] + [leaf(high)] * bool(high)
+        out.append(_axes.concatenation(parts))
     return [tuple(out)]
 
 

@@ -30,6 +30,8 @@ def kinds(name, **options):
 EXPECTED = {
     "mlp": {(16, ()): 1, (12, ()): 1},
     "residual": {(8, ()): 1, (12, ()): 1, (6, ()): 2},
+    # Ten channels: four zeros before those of the shortcut, and two after them.
+    "padded": {(4, ()): 2, (2, ()): 1, (6, ()): 1},
     # The second depthwise convolution has two outputs for each channel.
     "depthwise": {(6, ()): 1, (2, (6,)): 1, (8, ()): 1},
     # 16 channels normalised in 4 and convolved in 8 groups: 4 x 2 x 2, and 3 outputs.

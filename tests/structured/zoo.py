@@ -95,6 +95,19 @@ def depthwise():
     return net(body, array(2, 6, 6, 3))
 
 
+def padded():
+    """A shortcut without weights: its new channels are zeros."""
+
+    def body(x):
+        x = nn.relu(BatchNorm()(Conv(4, (3, 3))(x)))
+        y = nn.relu(BatchNorm()(Conv(6, (3, 3), strides=2)(x)))
+        y = BatchNorm()(Conv(10, (3, 3))(y))
+        x = nn.relu(y + jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (4, 2))))
+        return Dense(4)(x.mean((1, 2)))
+
+    return net(body, array(2, 8, 8, 3))
+
+
 def grouped():
     def body(x):
         x = nn.relu(Conv(16, (3, 3))(x))
@@ -346,6 +359,7 @@ ZOO = {
     "mlp": mlp,
     "residual": residual,
     "depthwise": depthwise,
+    "padded": padded,
     "grouped": grouped,
     "dense_concat": dense_concat,
     "squeeze_excite": squeeze_excite,
