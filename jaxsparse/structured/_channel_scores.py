@@ -88,17 +88,16 @@ def _distances(part: Part, w: Array, shape: tuple[int, ...]) -> Array:
     wide = wide_dtype(w.dtype)
     others = [a for a in range(w.ndim) if a not in part.axes]
     by_place = w.transpose([*part.axes, *others]).reshape(part.labels.size, -1)
-    # One more row, of zeros, for indices that have fewer places than others.
-    by_place = jnp.pad(by_place, ((0, 1), (0, 0))).astype(wide)
-    places = _places(part.labels.ravel(), math.prod(shape))
-    filters = by_place[places].reshape(
-        -1, shape[-1], places.shape[1] * by_place.shape[1]
-    )
+    by_place, labels = by_place.astype(wide), part.labels.ravel()
+    if not np.array_equal(labels, np.arange(math.prod(shape))):
+        # One more row, of zeros, for indices that have fewer places than others.
+        by_place = jnp.pad(by_place, ((0, 1), (0, 0)))
+        by_place = by_place[_places(labels, math.prod(shape))]
+    filters = by_place.reshape(-1, shape[-1], by_place.size // math.prod(shape))
     filters = filters - jnp.mean(filters, axis=1, keepdims=True)
     gram = jnp.einsum("cid,cjd->cij", filters, filters, precision=HIGHEST)
     norm = jnp.diagonal(gram, axis1=1, axis2=2)
     squared = norm[:, :, None] + norm[:, None, :] - 2 * gram
-    squared = jnp.where(np.eye(shape[-1], dtype=bool), jnp.zeros((), wide), squared)
     return jnp.sum(jnp.sqrt(jnp.maximum(squared, 0)), axis=2).ravel()
 
 
@@ -252,8 +251,8 @@ def flap(
 
     What their outputs lose, to second order and but for correlations, when the index's
     inputs j are replaced by their means, which biases can hold (`flap_compensation`).
-    An et al. (2023, arXiv:2312.11983). For groups that compete globally, see
-    `standardize`, as in the paper.
+    An et al. (2023, arXiv:2312.11983). The paper's adaptive search is `standardize`,
+    then `select_to(..., scope="global")` to a budget of parameters.
 
     Differs from the reference implementation as `js.scores.flap` does. A head's score
     is the sum over its inputs; there they are squared before.

@@ -44,8 +44,9 @@ def select(
     divisor.
 
     `round_to`, `min_keep` and `max_sparsity` come first: a scope goes on with other
-    groups where one may lose no more, and removes the most that fits into its count,
-    in the order of the scores. It never removes more. What was reached is
+    groups where one may lose no more, or where its next unit is larger than what is
+    left of the count, and never removes more. It falls short of the count by less than
+    one unit of a group that may still lose some. What was reached is
     `dropped_fraction(drop)`.
 
     It runs on the host, in a time of n log n.
@@ -59,7 +60,8 @@ def select(
       scores: `[*copies, size]` by name, larger = keep. Groups without scores stay.
       sparsity: the fraction of indices that goes, or one for each group; those that a
         mapping does not name stay. In a scope of several groups it is the sum of their
-        shares that goes.
+        shares that goes. A layer's density d of single weights becomes channels by
+        `1 - sqrt(d)` (PreCropping, arXiv:2203.02549).
       scope: who competes: the indices of a "group", all of them ("global"; scores need
         a common scale, see `normalize_mean`), those of "isomorphic" groups (equal
         `Group.key`; Fang et al. 2024, arXiv:2407.04616), or those of groups for which a

@@ -1,0 +1,220 @@
+# %% [markdown]
+# # A network that is really smaller
+#
+# ResNet-20, trained by others on CIFAR-10, loses channels. With masks they are zero and
+# the network is as slow as before; narrowed, they are gone: fewer weights, fewer
+# operations, less time. Nothing is written anew for that: the function that runs the
+# network is traced, and what was traced runs at the new sizes. Weights and images are
+# not part of jaxsparse: `_data.py` says where they are looked for.
+
+# %%
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich
+from _data import decode, find
+from _resnet import cross_entropy, forward, load
+from matplotlib.figure import Figure
+from rich.table import Table
+
+import jaxsparse as js
+
+parser = argparse.ArgumentParser(description="Remove channels of a ResNet-20.")
+parser.add_argument("--small", action="store_true", help="few images, few steps")
+parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
+parser.add_argument("--out", type=Path, default=Path("out/structured"))
+args, _ = parser.parse_known_args()  # a notebook has arguments of its own
+
+files = find(
+    "weights/resnet20_cifar10_jpeg_adapted.npz",
+    "images/cifar10_jpeg_test8k.npz",
+    "images/cifar10_jpeg_train.npz",
+    "images/cifar10_png_train4k.npz",
+    skip_missing=args.skip_missing,
+)
+weights, test, jpeg_train, png_train = map(np.load, files)
+args.out.mkdir(parents=True, exist_ok=True)
+IMAGES, STEPS, BATCH = (200, 4, 32) if args.small else (8_000, 400, 128)
+BUDGETS = (0.5,) if args.small else (0.75, 0.5, 0.35, 0.25)
+x, y = test["x"][:IMAGES], test["y"][:IMAGES]
+try:
+    x_train, y_train = decode(jpeg_train, 256 if args.small else 30_000)
+except ImportError:
+    print("Without pillow: training on 4,000 png images, not on jpeg ones.")
+    x_train, y_train = png_train["x"], png_train["y"]
+
+# %% [markdown]
+# ## Which channels belong together
+#
+# A channel of a residual stream is a channel of every layer that adds to it or reads
+# it, of their norms and of the norms' running statistics: one group. The shortcuts of
+# this network have no weights, they fill new channels with zeros; those are groups of
+# their own. What may not be removed says why, and at which line of the model.
+
+# %%
+params, stats = load(weights)
+variables = {"params": params, "stats": stats}
+apply_fn = lambda v, images: forward(v["params"], v["stats"], images)[0]
+trace = js.trace(apply_fn, variables, jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8))
+groups = js.structured.groups(trace)
+print("\n".join(line[:110] for line in str(groups).splitlines()[:12]))
+whole = js.structured.cost(trace)
+print(f"{len(groups.prunable)} groups may lose channels; {whole}")
+
+# %% [markdown]
+# ## Which of them matter least
+#
+# |weight x gradient|, summed over all slices of a channel, in each group relative to
+# the group's mean. The lowest go, from all groups, until a budget of operations is met.
+
+# %%
+sample = {"x": x_train[:512], "y": y_train[:512]}
+grads = jax.jit(jax.grad(cross_entropy(stats)))(params, sample)
+saliency = {
+    "params": js.scores.taylor(params, grads),
+    "stats": jax.tree.map(jnp.zeros_like, stats),
+}
+scores = js.structured.group_scores(groups, saliency)
+scores = js.structured.normalize_mean(scores)
+selected = {
+    budget: js.structured.select_to(
+        groups,
+        scores,
+        cost=lambda drop: js.structured.cost(trace, drop).flops,
+        budget=budget * whole.flops,
+        scope="global",
+        min_keep=4,
+    ).drop
+    for budget in BUDGETS
+}
+
+# %% [markdown]
+# ## Masked and narrowed
+#
+# Both forms of the same choice give the same logits.
+
+
+# %%
+def accuracy(apply_fn, variables):
+    run = jax.jit(lambda v, images: jnp.argmax(apply_fn(v, images), -1))
+    found = [run(variables, x[i : i + 200]) for i in range(0, len(x), 200)]
+    return float(np.mean(np.concatenate(found) == y))
+
+
+def milliseconds(apply_fn, variables, size=64):
+    """The median time of a batch of images, compiled."""
+    run, images = jax.jit(apply_fn), jnp.asarray(x[:size])
+    run(variables, images).block_until_ready()
+    times = []
+    for _ in range(3 if args.small else 30):
+        start = time.perf_counter()
+        run(variables, images).block_until_ready()
+        times.append(1e3 * (time.perf_counter() - start))
+    return float(np.median(times))
+
+
+rows = [("dense", 1.0, apply_fn, variables, accuracy(apply_fn, variables))]
+for budget, drop in selected.items():
+    masked = js.patterns.apply(variables, js.structured.masks(trace, drop))
+    narrowed = js.structured.narrow(trace, variables, drop)
+    small = narrowed.params
+    error = jnp.max(
+        jnp.abs(apply_fn(masked, x[:64]) - narrowed.apply_fn(small, x[:64]))
+    )
+    assert error < 1e-3, error
+    rows.append(("masked", budget, apply_fn, masked, accuracy(apply_fn, masked)))
+
+# %% [markdown]
+# ## Trained a little more
+#
+# The training function is another one: it normalises by the batch and gives back moved
+# statistics. It is traced too and narrowed by the same drop; its results are narrower
+# as well, which `allow={"output"}` says is meant. The optimizer is made for the smaller
+# parameters (a running one's state would be cut by `narrow_like`).
+
+# %%
+train_fn = lambda v, images: forward(v["params"], v["stats"], images, train=True)
+train_trace = js.trace(train_fn, variables, x_train[:BATCH])
+
+
+def fine_tune(variables, drop, name):
+    narrow_train = js.structured.narrow(
+        train_trace, variables, drop, allow={"output", "zeros"}
+    )
+    forward_train, variables = narrow_train.apply_fn, narrow_train.params
+    decay = optax.cosine_decay_schedule(0.02, STEPS)
+    tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(decay, momentum=0.9))
+    opt_state = tx.init(variables["params"])
+
+    @jax.jit
+    def step(variables, opt_state, images, labels):
+        def loss_fn(params):
+            logits, stats = forward_train({**variables, "params": params}, images)
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return loss.mean(), stats
+
+        found = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+        (loss, stats), grads = found
+        updates, opt_state = tx.update(grads, opt_state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return {"params": params, "stats": stats}, opt_state, loss
+
+    rng = np.random.default_rng(0)
+    bar = js.report.progress(range(STEPS), description=name)
+    for _ in bar:
+        at = rng.integers(0, len(x_train), BATCH)
+        images = np.pad(x_train[at], [(0, 0), (4, 4), (4, 4), (0, 0)])
+        i, j = rng.integers(0, 9, 2)
+        images = images[:, i : i + 32, j : j + 32]
+        images[::2] = images[::2, :, ::-1]
+        labels = y_train[at].astype(np.int32)
+        variables, opt_state, loss = step(variables, opt_state, images, labels)
+        bar.say(f"loss {loss:.3f}")
+    return variables
+
+
+for budget, drop in selected.items():
+    run = js.structured.narrow(trace, variables, drop).apply_fn
+    tuned = fine_tune(variables, drop, f"{budget:.0%} of the operations")
+    rows.append(("narrowed", budget, run, tuned, accuracy(run, tuned)))
+    js.checkpoint.export(args.out / f"narrow_{budget}.npz", tuned, drop=drop)
+
+# %% [markdown]
+# ## What it is worth
+
+# %%
+title = f"ResNet-20 on {len(x):,} jpeg test images; {STEPS} steps of training"
+table = Table(title=title)
+for column in ("", "operations", "parameters", "ms for 64 images", "accuracy"):
+    table.add_column(column, justify="right")
+points = []
+for name, budget, run, v, found in rows:
+    count = sum(w.size for w in jax.tree.leaves(v["params"]))
+    took = milliseconds(run, v)
+    points.append((name, budget, count, took, found))
+    cells = f"{budget:.0%}", f"{count:,}", f"{took:.1f}", f"{found:.4f}"
+    table.add_row(name, *cells)
+rich.print(table)
+
+# %%
+figure = Figure(figsize=(9, 4), layout="constrained")
+for axes, at, label in zip(
+    figure.subplots(1, 2, sharey=True),
+    (3, 2),
+    ("milliseconds for 64 images", "parameters"),
+    strict=True,
+):
+    for name, mark in (("dense", "k*"), ("masked", "C1x"), ("narrowed", "C0o-")):
+        chosen = sorted(p for p in points if p[0] == name)
+        axes.plot([p[at] for p in chosen], [p[4] for p in chosen], mark, label=name)
+    axes.set(xlabel=label, ylabel="accuracy")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+axes.legend()
+figure.savefig(args.out / "accuracy.png", dpi=150)
+print(f"plot: {args.out / 'accuracy.png'}")

@@ -1,0 +1,476 @@
+"""Models without some of their residual branches, or with branches that share."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsparse._typing import PyTree, Where
+from jaxsparse.structured._blocks import (
+    Block,
+    Flat,
+    Join,
+    Unit,
+    chosen,
+    final,
+    flat_of,
+    own_units,
+    units_read,
+    used,
+    without,
+)
+from jaxsparse.structured._narrow import Narrowed, checked_leaves
+from jaxsparse.tracing import Trace
+from jaxsparse.tracing import trace as trace_of
+from jaxsparse.tracing._steps import Step, Steps
+from jaxsparse.tree import select
+
+
+def remove_blocks(
+    trace: Trace, params: PyTree, names: Collection[str], *, join: Join = None
+) -> Narrowed:
+    """Removes residual branches: the program with x in place of x + f(x).
+
+    What only the branches need is computed no more. The result is that of the model
+    whose branches give zeros (whose output kernels and biases are 0).
+
+    So that any pytree keeps its structure, a parameter that nothing reads any more
+    becomes an array of shape (0,). A parameter that is stacked for a scan keeps the
+    layers that are still read. Such a scan is run turn by turn: where whole layers go,
+    all branches of the same turns, `narrow` with the group of the scan's layers
+    (allow=["layer"]) gives a shorter scan, which compiles faster.
+
+    Differs from LLM-Drop and ShortGPT, which replace modules of classes they know: here
+    the traced program is run without a part, whatever the model.
+
+    Args:
+      trace: of `js.trace`, of the whole model.
+      params: its parameters: arrays or `jax.ShapeDtypeStruct`s.
+      names: of blocks of `blocks`.
+      join: as given to `blocks`.
+
+    Returns:
+      The smaller parameters, a function that runs them (a pure function, for jit, grad
+      and vmap; inputs of other shapes than the example's are traced anew, once for
+      each) and the axes that changed with their sizes, 0 for the first axis of a
+      parameter that is gone. Prints of the model are left out.
+
+    Raises:
+      TypeError: one text instead of names.
+      ValueError: a name that no block has, a model without residual branches,
+        parameters of another structure or other shapes than those traced.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> layer = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+      >>> def apply_fn(params, x):
+      ...     for p in params:
+      ...         x = x + (x @ p["up"]) @ p["down"]
+      ...     return x
+      >>> params, x = [layer, layer], jnp.ones((2, 4))
+      >>> trace = js.trace(apply_fn, params, x)
+      >>> small = js.structured.remove_blocks(trace, params, ["1"])
+      >>> [w.shape for w in small.params[1].values()]
+      [(0,), (0,)]
+      >>> small.apply_fn(small.params, x)[0].tolist()
+      [33.0, 33.0, 33.0, 33.0]
+    """
+    chosen(trace, names, join)
+
+    def plan(at: Trace) -> "_Plan":
+        found = flat_of(at)
+        gone = chosen(at, names, join).values()
+        additions = [a for block in gone for a in block.additions]
+        return _Plan(found, found.steps, without(found, additions))
+
+    return _smaller(trace, params, plan)
+
+
+def share_blocks(
+    trace: Trace,
+    params: PyTree,
+    followers: Mapping[str, str],
+    *,
+    own: Where = None,
+    join: Join = None,
+) -> Narrowed:
+    """Lets blocks read the parameters of others: groups that share weights.
+
+    A follower's parameters are matched with its leader's in the order in which the
+    program reads them. Those that `own` selects stay the follower's. Liu et al.
+    (FoldGPT, 2024, arXiv:2407.00928) share among adjacent blocks, each with norms of
+    its own.
+
+    Args:
+      trace: of `js.trace`.
+      params: the parameters.
+      followers: by the name of a block that of its leader, whose parameters it shall
+        read.
+      own: which parameters of a follower it keeps; see `jaxsparse.tree.select`; False
+        for none. By default all that are not kernels: scales, biases.
+      join: as given to `blocks`.
+
+    Returns:
+      As `remove_blocks`: what no block reads any more is gone.
+
+    Raises:
+      ValueError: a name that no block has, a leader that follows itself, blocks whose
+        parameters do not agree in number and shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = [{"w": jnp.full((2, 2), i)} for i in (1.0, 2.0)]
+      >>> def apply_fn(params, x):
+      ...     for p in params:
+      ...         x = x + x @ p["w"]
+      ...     return x
+      >>> x = jnp.ones((1, 2))
+      >>> trace = js.trace(apply_fn, params, x)
+      >>> shared = js.structured.share_blocks(trace, params, {"1": "0"})
+      >>> shared.apply_fn(shared.params, x).tolist(), shared.params[1]["w"].shape
+      ([[9.0, 9.0]], (0,))
+    """
+    chosen(trace, [*followers, *followers.values()], join)
+    for name, leader in followers.items():
+        if leader in followers:
+            raise ValueError(
+                f"{name} shall follow {leader}, which itself follows "
+                f"{followers[leader]}. Let it follow that one."
+            )
+    if own is None:
+        keeps = {path for path in trace.paths if path not in trace.kernels}
+    elif own is False:
+        keeps = set()
+    else:
+        chosen_leaves = jax.tree.leaves(select(params, own))
+        keeps = {p for p, keep in zip(trace.paths, chosen_leaves, strict=True) if keep}
+
+    def plan(at: Trace) -> "_Plan":
+        found = flat_of(at)
+        known = chosen(at, [*followers, *followers.values()], join)
+        entries = _entries(found)
+        replace: dict[int, int] = {}
+        for name, leader in followers.items():
+            for mine, theirs in _matched(at, found, known[name], known[leader], keeps):
+                there = entries[theirs][0]
+                replace |= dict.fromkeys(entries[mine], there)
+        # A leader may come later than its follower: slices of parameters come first.
+        early = lambda step: step.outs[0] not in found.held
+        steps = sorted(found.steps.steps, key=early)
+        flat = dataclasses.replace(found.steps, steps=tuple(steps))
+        return _Plan(found, flat, replace)
+
+    return _smaller(trace, params, plan)
+
+
+def _matched(
+    trace: Trace, found: Flat, follower: Block, leader: Block, keeps: set[str]
+) -> list[tuple[Unit, Unit]]:
+    shape = lambda unit: tuple(
+        d.size
+        for axis, d in enumerate(trace.dims[unit.path])
+        if axis not in dict(unit.at)
+    )
+    mine, theirs = (own_units(found, b.additions) for b in (follower, leader))
+    if len(mine) != len(theirs):
+        raise ValueError(
+            f"{follower.name} can not read the parameters of {leader.name}: it has "
+            f"{len(mine)} of its own, {leader.name} has {len(theirs)}."
+        )
+    for a, b in zip(mine, theirs, strict=True):
+        if shape(a) != shape(b) and a.path not in keeps:
+            raise ValueError(
+                f"{follower.name} can not read the parameters of {leader.name}: {a} "
+                f"has shape {shape(a)}, {b} has {shape(b)}."
+            )
+    pairs = zip(mine, theirs, strict=True)
+    return [(a, b) for a, b in pairs if a.path not in keeps and a != b]
+
+
+def _entries(found: Flat) -> dict[Unit, list[int]]:
+    """The variables at which each unit comes in."""
+    entries: dict[Unit, list[int]] = collections.defaultdict(list)
+    turns = [s.outs[0] for s in found.steps.steps if s.name == "turn"]
+    for x in (*found.steps.arguments, *turns):
+        if x in found.held:
+            entries[found.held[x].unit].append(x)
+    return entries
+
+
+class _Plan(NamedTuple):
+    """What becomes of a program.
+
+    Attributes:
+      found: the whole program.
+      flat: its steps, maybe in another order.
+      replace: variables with those that are read in their place.
+    """
+
+    found: Flat
+    flat: Steps
+    replace: Mapping[int, int]
+
+
+_Left = dict[str, dict[int, np.ndarray] | None]
+"""For each parameter that changes the rows that stay by axis; None if it is gone."""
+
+
+def _smaller(trace: Trace, params: PyTree, plan: Callable[[Trace], _Plan]) -> Narrowed:
+    leaves = checked_leaves(trace, params)
+    left = _left(trace, plan(trace))
+    small = [
+        _cut(x, left[path]) if path in left else x
+        for path, x in zip(trace.paths, leaves, strict=True)
+    ]
+    sizes = {
+        (path, axis): len(kept)
+        for path, rows in left.items()
+        for axis, kept in ({0: ()} if rows is None else rows).items()
+    }
+    shapes = [tuple(x.shape) for x in small]
+
+    def build(at: Trace) -> Callable[..., list[Any]]:
+        wanted = plan(at)
+        return runnable(wanted.found, wanted.flat, wanted.replace, _left(at, wanted))
+
+    program_for = by_shape(trace, build)
+
+    def apply_fn(params: PyTree, *inputs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        if treedef != trace.treedef:
+            raise ValueError(
+                "params have another structure than those that were traced: got "
+                f"{treedef}, expected {trace.treedef}."
+            )
+        for path, x, shape in zip(trace.paths, leaves, shapes, strict=True):
+            if tuple(np.shape(x)) != shape:
+                raise ValueError(
+                    f"{path}: the smaller model has the shape {shape} here, got "
+                    f"{tuple(np.shape(x))}."
+                )
+        program, structure = program_for(leaves, inputs)
+        return jax.tree.unflatten(structure, program(leaves, jax.tree.leaves(inputs)))
+
+    return Narrowed(jax.tree.unflatten(trace.treedef, small), apply_fn, sizes)
+
+
+def _left(trace: Trace, plan: _Plan) -> _Left:
+    after: dict[str, list[Unit]] = collections.defaultdict(list)
+    found = dataclasses.replace(plan.found, steps=plan.flat)
+    for unit in units_read(found, plan.replace):
+        after[unit.path].append(unit)
+    before: dict[str, list[Unit]] = collections.defaultdict(list)
+    for unit in units_read(plan.found, {}):
+        before[unit.path].append(unit)
+    left: _Left = {}
+    for path, units in before.items():
+        if not after[path]:
+            left[path] = None
+            continue
+        rows = {}
+        for axis in set.intersection(*({a for a, _ in u.at} for u in units)):
+            read, stays = (
+                {dict(u.at)[axis] for u in us} for us in (units, after[path])
+            )
+            if read != stays:
+                every = range(trace.dims[path][axis].size)
+                rows[axis] = np.array([i for i in every if i not in read - stays])
+        if rows:
+            left[path] = rows
+    return left
+
+
+def _cut(x: Any, rows: dict[int, np.ndarray] | None) -> Any:
+    shape = [0] if rows is None else list(x.shape)
+    for axis, kept in (rows or {}).items():
+        shape[axis] = len(kept)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+    numbers = np if isinstance(x, np.ndarray) else jnp
+    if rows is None:
+        return numbers.zeros((0,), x.dtype)
+    for axis, kept in rows.items():
+        x = numbers.take(x, kept, axis=axis)
+    return x
+
+
+def by_shape(
+    trace: Trace, build: Callable[[Trace], Any]
+) -> Callable[[Sequence[Any], Any], tuple[Any, Any]]:
+    """Traces a model anew for inputs of other shapes, once for each.
+
+    Args:
+      trace: of the model with the example inputs.
+      build: makes a program of a trace.
+
+    Returns:
+      A function of the parameters' leaves (of which only the types count) and the
+      inputs; it gives the program for them, and the structure of the model's result.
+    """
+    known: dict[Any, tuple[Any, Any]] = {}
+    traced = [v.aval for v in trace.program.jaxpr.invars]
+    example = jax.tree.structure(tuple(trace.inputs))
+
+    def program_for(leaves: Sequence[Any], inputs: Any) -> tuple[Any, Any]:
+        flat, treedef = jax.tree.flatten(tuple(inputs))
+        types = [jax.typeof(x) for x in (*leaves, *flat)]
+        whole = []
+        for i, t in enumerate(types):
+            shape = traced[i].shape if i < len(leaves) else t.shape
+            whole.append(jax.ShapeDtypeStruct(shape, t.dtype, weak_type=t.weak_type))
+        key = treedef, tuple((x.shape, x.dtype, x.weak_type) for x in whole)
+        if key not in known:
+            at = trace
+            kinds = [[(x.shape, x.dtype) for x in xs] for xs in (whole, traced)]
+            if treedef != example or kinds[0] != kinds[1]:
+                at = trace_of(
+                    trace.apply_fn,
+                    jax.tree.unflatten(trace.treedef, whole[: len(leaves)]),
+                    *jax.tree.unflatten(treedef, whole[len(leaves) :]),
+                    rules=trace.rules,
+                )
+            known[key] = build(at), jax.tree.structure(at.out_shape)
+        return known[key]
+
+    return program_for
+
+
+class _Region(NamedTuple):
+    """Steps whose values are computed again in the backward pass."""
+
+    again: Callable[[Callable[..., Any]], Callable[..., Any]]
+    items: tuple[Any, ...]
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+
+
+def runnable(
+    found: Flat,
+    flat: Steps,
+    replace: Mapping[int, int],
+    left: Mapping[str, Mapping[int, np.ndarray] | None] | None = None,
+) -> Callable[..., list[Any]]:
+    """A flat program as a function; what does not lead to its results is left out.
+
+    Args:
+      found: the whole program.
+      flat: the steps to run: the program's, changed, with more or in another order.
+      replace: variables with those that are read in their place.
+      left: of stacked parameters the rows that are there, by path and axis.
+
+    Returns:
+      A function of lists of values, which together are the program's arguments; it
+      gives the flat results.
+    """
+    put = lambda x: final(x, replace) if isinstance(x, int) else x
+    taken, _ = used(flat, replace)
+    steps = [flat.steps[i] for i in taken]
+    steps = [step._replace(ins=tuple(map(put, step.ins))) for step in steps]
+    results = tuple(map(put, flat.results))
+    items = _items(found, steps, _readers(steps, results), 0)
+    at: dict[int, int] = {}
+    for step in steps:
+        if step.name == "turn":
+            at[step.outs[0]] = _row(found, flat, step, left or {})
+
+    def run(*lists: Iterable[Any]) -> list[Any]:
+        values = itertools.chain(*lists)
+        env = {**flat.constants, **dict(zip(flat.arguments, values, strict=True))}
+        _run(items, env, at)
+        return [env[x] if isinstance(x, int) else x.val for x in results]
+
+    return run
+
+
+def _row(found: Flat, flat: Steps, step: Step, left: Mapping[str, Any]) -> int:
+    turn = int(flat.constants[step.ins[1]])
+    if step.outs[0] not in found.held:
+        return turn
+    path, at = found.held[step.outs[0]].unit
+    rows = (left.get(path) or {}).get(at[-1][0])
+    return turn if rows is None else rows.tolist().index(turn)
+
+
+def _readers(steps: Sequence[Step], results: Sequence[Any]) -> dict[int, int]:
+    """How often each variable is read."""
+    read = itertools.chain(*(step.ins for step in steps), results)
+    return collections.Counter(x for x in read if isinstance(x, int))
+
+
+def _items(
+    found: Flat, steps: Sequence[Step], readers: Mapping[int, int], depth: int
+) -> tuple[Any, ...]:
+    """Steps, with those of each checkpointed call together."""
+    items: list[Any] = []
+    for place, part in itertools.groupby(steps, lambda s: _around(found, s, depth)):
+        inside = list(part)
+        if place is None:
+            items += inside
+            continue
+        address, turns = place
+        eqn, mine = found.checkpoints[address], _readers(inside, ())
+        made = [x for step in inside for x in step.outs]
+        # Within a scan the compiler sees no equal turns; without one it has to be kept
+        # from sharing what shall be computed twice.
+        prevent_cse = eqn.params["prevent_cse"] or bool(turns)
+        again = _checkpoint(prevent_cse, eqn.params["policy"])
+        ins = tuple(x for x in mine if x not in set(made))
+        outs = tuple(x for x in made if readers[x] > mine.get(x, 0))
+        items.append(
+            _Region(again, _items(found, inside, readers, depth + 1), ins, outs)
+        )
+    return tuple(items)
+
+
+def _checkpoint(prevent_cse: Any, policy: Any) -> Callable[..., Any]:
+    return lambda f: jax.checkpoint(f, prevent_cse=prevent_cse, policy=policy)
+
+
+def _around(found: Flat, step: Step, depth: int) -> Any:
+    """The checkpointed call around a step, of that depth, with the turns around it."""
+    before = [step.address[:i] for i in range(1, len(step.address), 2)]
+    calls = [address for address in before if address in found.checkpoints]
+    if len(calls) <= depth:
+        return None
+    scans = [a for a in before if a in found.unrolled and len(a) < len(calls[depth])]
+    return calls[depth], step.turns[: len(scans)]
+
+
+def _run(items: Iterable[Any], env: dict[int, Any], at: Mapping[int, int]) -> None:
+    rows: dict[int, list[Any]] = {}
+    for item in items:
+        if isinstance(item, _Region):
+            values = item.again(_inside(item, at))(*(env[x] for x in item.ins))
+            env.update(zip(item.outs, values, strict=True))
+            continue
+        ins = [env[x] if isinstance(x, int) else x.val for x in item.ins]
+        if item.name == "turn":
+            # All at once: the derivative of many slices is as many sums of the whole.
+            if item.ins[0] not in rows:
+                rows[item.ins[0]] = _unstacked(ins[0])
+            outs = [rows[item.ins[0]][at[item.outs[0]]]]
+        else:
+            outs = item.run(*ins)
+        env.update(zip(item.outs, outs, strict=True))
+
+
+def _inside(region: _Region, at: Mapping[int, int]) -> Callable[..., list[Any]]:
+    def run(*values: Any) -> list[Any]:
+        env = dict(zip(region.ins, values, strict=True))
+        _run(region.items, env, at)
+        return [env[x] for x in region.outs]
+
+    return run
+
+
+def _unstacked(x: Any) -> list[Any]:
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # keys
+        return [x[i] for i in range(x.shape[0])]
+    parts = lax.split(jnp.asarray(x), [1] * x.shape[0], axis=0)
+    return [lax.squeeze(part, [0]) for part in parts]
