@@ -46,4 +46,5 @@ from jaxsparse.structured._select import Selected as Selected
 from jaxsparse.structured._select import dropped_fraction as dropped_fraction
 from jaxsparse.structured._select import select as select
 from jaxsparse.structured._select import select_to as select_to
+from jaxsparse.structured._slices import zero_indices as zero_indices
 from jaxsparse.structured._state import narrow_like as narrow_like

@@ -1,0 +1,379 @@
+"""HESSO: the weakest indices are shrunk to zero, period by period, while training."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax._src.base import NO_PARAMS_MSG
+
+from jaxsparse import _checks
+from jaxsparse._loops import when
+from jaxsparse._sharded import sharded_like
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.structured import Group
+from jaxsparse.structured import _slices as sl
+from jaxsparse.structured._drop import Drop
+from jaxsparse.tree import leaves_with_paths, map_with_path, unwrap_variables
+
+
+class Criteria(NamedTuple):
+    """How much each criterion counts in HESSO's saliency of an index.
+
+    With x the entries of its slices, n of them, and g their gradients. Each criterion
+    is divided by its L2 norm over all indices of all groups first.
+
+    Attributes:
+      magnitude: `||x||`.
+      mean_magnitude: `||x|| / n`.
+      cosine: `1 - cos(x, g)`.
+      taylor: `|x . g|`.
+      taylor_squared: `1/2 (x . g)^2`.
+    """
+
+    magnitude: float = 0.2
+    mean_magnitude: float = 0.2
+    cosine: float = 0.2
+    taylor: float = 0.2
+    taylor_squared: float = 0.2
+
+
+class HessoState(NamedTuple):
+    """The state of `hesso`.
+
+    Attributes:
+      step: how many updates were made, int32.
+      shrinking: bools `[*copies, size]` by the groups' names: chosen in this period.
+      zero: the same: what is held at zero.
+      inner: the optimizer's state.
+    """
+
+    step: Array
+    shrinking: dict[str, Array]
+    zero: dict[str, Array]
+    inner: Any
+
+
+def hesso(
+    optimizer: optax.GradientTransformation,
+    groups: Mapping[str, Group],
+    *,
+    sparsity: float,
+    begin: int,
+    periods: int,
+    duration: int,
+    criteria: Criteria = Criteria(),  # noqa: B008  (a NamedTuple of numbers)
+    scores: Mapping[str, Any] | None = None,
+    roles: Collection[str] = sl.PRODUCERS,
+) -> optax.GradientTransformationExtraArgs:
+    """Structured pruning within one training: choose, shrink, hold at zero (HESSO).
+
+    From `begin` on there are `periods` of `duration` steps each. In a period's first
+    step the indices of lowest saliency, over all groups, are chosen, in equal numbers
+    each period; then after each of the optimizer's steps t = 0 ... duration - 1 their
+    slices are multiplied by `(duration - t - 1) / (duration - t)`: on a straight line
+    to exactly 0.0 in the period's last step. From there they are held at 0.0, and
+    their gradients are hidden from the optimizer. Chen et al. (2024, OTO's hybrid
+    efficient structured sparse optimizer, arXiv:2409.09085).
+
+    It stands around the whole optimizer, since it reads raw gradients and has the last
+    word::
+
+        tx = js.transforms.hesso(optax.adam(1e-3), groups.prunable, sparsity=0.5,
+                                 begin=1_000, periods=5, duration=200)
+        ...                                        # train
+        drop = js.transforms.dropped(opt_state)    # for js.structured.narrow
+
+    Saliency is a weighted sum of `Criteria`. By default x are the slices of the
+    producers (outputs of kernels, the biases and scales along them), as in OTO's
+    zero-invariant groups: once they are zero the index does nothing.
+
+    How many: `floor(sparsity * n + 1/2)` of n, where n is the sum of the groups' sizes.
+    A group that is batched (the entries of each head) loses as many indices in every
+    copy, and one index of it counts once; its r-th weakest ones in all copies compete
+    together, with their mean saliency. Each group keeps at least one index.
+
+    Cost: in the first step of a period one pass over parameters and gradients; in
+    others one multiply and select a parameter.
+
+    Differs from the reference implementation: any optimizer (its own Adam starts its
+    first moment at g instead of (1 - beta) g). The cosine counts as `1 - cos(x, g)`,
+    not `1 + cos(x, g)`: where `x . g > 0` the descent step -g shrinks x, and removing x
+    lowers the loss to first order, so that index is the less important one (the
+    half-space intuition of the same authors). Shrinking starts in the step of the
+    choice, not one later. Gradients of zeroed indices are hidden, so they leave
+    clipping norms and moments.
+
+    Args:
+      optimizer: all of the optimizer: clipping, weight decay and so on inside.
+      groups: groups by name, all prunable: `js.structured.groups(trace).prunable`, or a
+        dictionary with some of them. If heads and their entries are both there, an
+        index of the one may lie in one of the other.
+      sparsity: the fraction of all indices that goes.
+      begin: the first step of the first period.
+      periods: how many.
+      duration: the steps of each.
+      criteria: weights of the saliency's parts.
+      scores: fixed scores, `[*copies, size]` by the groups' names, larger = keep, in
+        place of the saliency: those of `js.transforms.cric`, or any others.
+      roles: as for `js.transforms.group_lasso`.
+
+    Returns:
+      A gradient transformation. Its state is a `HessoState`.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1), or one that would leave a group without any
+        index; numbers of steps below 1; groups that are not prunable or without members
+        of these roles; scores of other shapes; at `init`, groups of other parameters;
+        at `update`, without `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> params = {"up": jnp.array([[4.0, 1.0, 3.0, 2.0]]), "down": jnp.ones((4, 1))}
+      >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
+      >>> groups = js.structured.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
+      >>> tx = js.transforms.hesso(optax.sgd(0.1), groups.prunable, sparsity=0.5,
+      ...                          begin=0, periods=1, duration=2)
+      >>> zeros, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(zeros, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(params["up"])
+      [[4.  0.5 3.  1. ]]
+      [[4. 0. 3. 0.]]
+      >>> js.transforms.dropped(state).indices
+      {'up[1]': array([1, 3], dtype=int32)}
+    """
+    slices = sl.slices_of(groups, roles=roles)
+    _checks.check_sparsity(sparsity)
+    for name, value in (("periods", periods), ("duration", duration)):
+        _checks.check_positive_int(value, name=name)
+    _checks.check_positive_int(begin, name="begin", least=0)
+    removed = removed_by(slices, sparsity, periods)
+    fixed = None if scores is None else check_scores(scores, slices)
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params: PyTree) -> HessoState:
+        sl.check_params(slices, params)
+        none = lambda: {n: jnp.zeros(s.shape, bool) for n, s in slices.items()}
+        return HessoState(jnp.zeros((), jnp.int32), none(), none(), inner.init(params))
+
+    def choose(_: Any, state: HessoState, period: Array, params: PyTree, grads: PyTree):
+        scored = fixed or saliency(slices, params, grads, criteria=criteria)
+        count = jnp.asarray(removed, jnp.int32)[period]
+        chosen = lowest(scored, count, first=state.zero)
+        return {name: x & ~state.zero[name] for name, x in chosen.items()}
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(NO_PARAMS_MSG)
+        elapsed = state.step - begin
+        active = (elapsed >= 0) & (elapsed < periods * duration)
+        t = jnp.where(active, elapsed % duration, 0)
+        period = jnp.clip(elapsed // duration, 0, periods - 1)
+        looked = state._replace(inner=())
+        shrinking = when(
+            active & (t == 0), choose, state.shrinking, looked, period, params, updates
+        )
+        grads = _hide(slices, state.zero, updates)
+        moved, inner_state = inner.update(grads, state.inner, params, **extra_args)
+        left = duration - t.astype(jnp.float32)
+        factor = jnp.where(active, (left - 1) / left, 1.0)
+        vectors = {
+            name: jnp.where(state.zero[name], 0.0, jnp.where(x, factor, 1.0))
+            for name, x in shrinking.items()
+        }
+        ended = active & (t == duration - 1)
+        zero = {name: z | (shrinking[name] & ended) for name, z in state.zero.items()}
+        shrinking = {name: x & ~ended for name, x in shrinking.items()}
+        moved = sl.scaled_updates(moved, params, sl.factors_of(slices, vectors, params))
+        step = jnp.asarray(optax.safe_increment(state.step))
+        return moved, HessoState(step, shrinking, zero, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def dropped(opt_state: PyTree) -> Drop:
+    """What `hesso` has brought to zero so far.
+
+    Args:
+      opt_state: the state of `hesso`, of any wrapper around it, or of
+        `nnx.Optimizer`, with values.
+
+    Returns:
+      For `js.structured.narrow`; groups that lost nothing are not in it.
+
+    Raises:
+      ValueError: no `HessoState` inside, or several.
+
+    Example: see `hesso`.
+    """
+    is_state = lambda x: isinstance(x, HessoState)
+    leaves = jax.tree.leaves(unwrap_variables(opt_state), is_leaf=is_state)
+    states = [x for x in leaves if is_state(x)]
+    if len(states) != 1:
+        raise ValueError(
+            f"Expected one HessoState in this optimizer state, found {len(states)}. "
+            "tx = js.transforms.hesso(optimizer, groups, ...) makes one."
+        )
+    return sl.drop_of(states[0].zero)
+
+
+def saliency(
+    slices: Mapping[str, sl.Slices],
+    params: PyTree,
+    grads: PyTree,
+    *,
+    criteria: Criteria,
+) -> dict[str, Array]:
+    """The weighted sum of the criteria.
+
+    Args:
+      slices: of the groups.
+      params: the parameters.
+      grads: their gradients.
+      criteria: the weights.
+
+    Returns:
+      `[*copies, size]` by the groups' names, larger = keep.
+    """
+    x = sl.wide_leaves(slices, params)
+    held = sl.wide_leaves(slices, grads)
+    g = {path: held[path].astype(w.dtype) for path, w in x.items()}
+    xx = sl.sums(slices, {path: w * w for path, w in x.items()})
+    xg = sl.sums(slices, {path: w * g[path] for path, w in x.items()})
+    gg = sl.sums(slices, {path: w * w for path, w in g.items()})
+    counts = sl.entry_counts(slices, params)
+    parts = {name: _criteria(xx[name], xg[name], gg[name], counts[name]) for name in xx}
+    total = {name: jnp.zeros_like(s) for name, s in xx.items()}
+    for k, weight in enumerate(criteria):
+        squares = [jnp.sum(jnp.square(p[k])) for p in parts.values()]
+        norm = jnp.sqrt(sum(squares, start=jnp.zeros((), squares[0].dtype)))
+        norm = jnp.where(norm > 0, norm, jnp.ones_like(norm))
+        total = {name: total[name] + weight * parts[name][k] / norm for name in parts}
+    return total
+
+
+def _criteria(xx: Array, xg: Array, gg: Array, counts: np.ndarray) -> list[Array]:
+    """In the order of `Criteria`."""
+    norm = jnp.sqrt(xx)
+    lengths = norm * jnp.sqrt(gg)
+    one, zero = jnp.ones_like(xx), jnp.zeros_like(xx)
+    cosine = jnp.where(lengths > 0, xg / jnp.where(lengths > 0, lengths, one), zero)
+    return [
+        norm,
+        norm / jnp.asarray(counts, xx.dtype),
+        jnp.where(xx > 0, 1 - cosine, zero),  # what is zero is not missed
+        jnp.abs(xg),
+        jnp.square(xg) / 2,
+    ]
+
+
+def lowest(
+    scores: Mapping[str, Array], count: Array, *, first: Mapping[str, Array]
+) -> dict[str, Array]:
+    """The `count` weakest indices over all groups.
+
+    The r-th weakest ones of all copies of a group go together and count as one, with
+    their mean score. The strongest of each group stays. Among equals the one with the
+    lower index, in the earlier group, is kept.
+
+    Args:
+      scores: `[*copies, size]` by the groups' names, larger = keep. NaN is the lowest.
+      count: how many, at most the sum of the sizes less one each.
+      first: bools of the same shapes: what went already goes before all others.
+
+    Returns:
+      Bools `[*copies, size]` by the groups' names.
+    """
+    ranks: dict[str, Array] = {}
+    queue: list[Array] = []
+    for name in reversed(list(scores)):  # a stable sort takes the later group first
+        s = scores[name]
+        size = s.shape[-1]
+        s = jnp.where(jnp.isnan(s), jnp.full_like(s, jnp.finfo(s.dtype).min), s)
+        s = jnp.where(first[name], jnp.full_like(s, -jnp.inf), s).reshape(-1, size)
+        order = size - 1 - jnp.argsort(s[:, ::-1], axis=-1, stable=True)
+        ranks[name] = jnp.argsort(order, axis=-1).reshape(scores[name].shape)
+        mean = jnp.mean(jnp.take_along_axis(s, order, axis=-1), axis=0)
+        queue.append(mean.at[-1].set(jnp.inf))
+    taken = jnp.argsort(jnp.argsort(jnp.concatenate(queue), stable=True)) < count
+    result, start = {}, 0
+    for name, rank in ranks.items():
+        size = rank.shape[-1]
+        result[name] = rank < jnp.sum(taken[start : start + size])
+        start += size
+    return {name: result[name] for name in scores}
+
+
+def removed_by(
+    slices: Mapping[str, sl.Slices], sparsity: float, periods: int
+) -> list[int]:
+    """How many indices are gone after each period.
+
+    Args:
+      slices: of the groups.
+      sparsity: the fraction of indices that goes.
+      periods: how many periods.
+
+    Returns:
+      A count for each period; the last is that of the sparsity.
+
+    Raises:
+      ValueError: more than leaves one index in each group.
+    """
+    sizes = [s.shape[-1] for s in slices.values()]
+    total = math.floor(float(sparsity) * sum(sizes) + 0.5)
+    most = sum(sizes) - len(sizes)
+    if total > most:
+        raise ValueError(
+            f"sparsity={sparsity!r} removes {total} of {sum(sizes)} indices, but each "
+            f"of the {len(sizes)} groups keeps at least one: at most {most}."
+        )
+    return [math.floor(total * (p + 1) / periods + 0.5) for p in range(periods)]
+
+
+def check_scores(
+    scores: Mapping[str, Any], slices: Mapping[str, sl.Slices]
+) -> dict[str, Array]:
+    """Scores in the order of the groups, as float32 arrays.
+
+    Args:
+      scores: `[*copies, size]` by the groups' names.
+      slices: of the groups.
+
+    Returns:
+      The same, for the groups that there are.
+
+    Raises:
+      ValueError: a group without scores, scores of another shape, or NaN.
+    """
+    found = {}
+    for name, s in slices.items():
+        if name not in scores or np.shape(scores[name]) != s.shape:
+            got = np.shape(scores[name]) if name in scores else "none"
+            raise ValueError(f"scores: {name!r} needs shape {s.shape}, got {got}.")
+        found[name] = jnp.asarray(scores[name], jnp.float32)
+        _checks.check_no_nan(f"scores: {name}", found[name])
+    return found
+
+
+def _hide(
+    slices: Mapping[str, sl.Slices], zero: Mapping[str, Array], grads: PyTree
+) -> PyTree:
+    """Gradients without those of what is held at zero."""
+    ndims = {path: np.ndim(g) for path, g in leaves_with_paths(grads)}
+    gone = sl.spread(slices, zero, ndims, combine=jnp.logical_or, fill=False)
+
+    def one(path: str, g: Array) -> Array:
+        if path not in gone:
+            return g
+        return sharded_like(select, [g], gone[path])[0]
+
+    def select(gs: list[Array], out: Array) -> list[Array]:
+        return [jnp.where(out, jnp.zeros((), gs[0].dtype), gs[0])]
+
+    return map_with_path(one, grads)

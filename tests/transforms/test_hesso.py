@@ -1,0 +1,263 @@
+"""Shrinking in periods: a slow float64 replay of choices and factors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from transforms import group_models as gm
+
+import jaxsparse as js
+from jaxsparse.structured import _slices as sl
+from jaxsparse.transforms import _hesso
+
+tr = js.transforms
+
+
+def replay_saliency(groups, params, grads):
+    """By (group, copy, index), the card's five criteria."""
+    held, sloped = gm.slices(groups, params), gm.slices(groups, grads)
+    rows = {}
+    for key, x in held.items():
+        g = sloped[key]
+        length = np.linalg.norm(x) * np.linalg.norm(g)
+        cosine = x @ g / length if length else 0.0
+        rows[key] = [
+            np.linalg.norm(x), np.linalg.norm(x) / x.size,
+            1 - cosine if np.any(x) else 0.0, abs(x @ g), 0.5 * (x @ g) ** 2,
+        ]  # fmt: skip
+    norms = np.sqrt(np.sum(np.square(list(rows.values())), axis=0))
+    norms = np.where(norms > 0, norms, 1)
+    return {
+        key: float(np.sum(0.2 * np.array(row) / norms)) for key, row in rows.items()
+    }
+
+
+def replay_choice(groups, scored, count, gone):
+    """Units: the r-th weakest of each copy together, the weakest `count` of them."""
+    units = []
+    for name, group in groups.items():
+        order = {}
+        for copy in np.ndindex(*group.copies):
+            keys = [
+                (-np.inf if (name, copy, i) in gone else scored[name, copy, i], -i)
+                for i in range(group.size)
+            ]
+            order[copy] = [-i for _, i in sorted(keys)]
+        for r in range(group.size - 1):
+            members = [(name, copy, order[copy][r]) for copy in order]
+            values = [-np.inf if m in gone else scored[m] for m in members]
+            units.append((float(np.mean(values)), members))
+    units.sort(key=lambda unit: unit[0])
+    return {m for _, members in units[:count] for m in members}
+
+
+def train(tx, model, params, x, steps, *, seen=None):
+    y = gm.MODELS[model](params, x) * 0.5
+    loss = lambda p: jnp.mean((gm.MODELS[model](p, x) - y) ** 2)
+    traces = []
+
+    @jax.jit
+    def step(params, state):
+        traces.append(1)
+        grads = jax.grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, grads
+
+    state = tx.init(params)
+    for t in range(steps):
+        before = params
+        params, state, grads = step(params, state)
+        if seen is not None:
+            seen(t, before, grads, params, state)
+    assert len(traces) == 1
+    return params, state
+
+
+@pytest.mark.parametrize("model", gm.MODELS)
+def test_every_step_is_that_of_a_slow_replay(model):
+    params, x, groups = gm.make(model, scale=0.5)
+    rate, begin, periods, duration = 2e-3, 2, 2, 3
+    tx = tr.hesso(
+        optax.sgd(rate), groups, sparsity=0.5, begin=begin, periods=periods,
+        duration=duration,
+    )  # fmt: skip
+    total = int(np.floor(0.5 * sum(g.size for g in groups.values()) + 0.5))
+    gone, shrinking = set(), set()
+
+    def seen(t, before, grads, after, state):
+        nonlocal gone, shrinking
+        i = t - begin
+        active = 0 <= i < periods * duration
+        if active and i % duration == 0:
+            count = int(np.floor(total * (i // duration + 1) / periods + 0.5))
+            scored = replay_saliency(groups, before, grads)
+            shrinking = replay_choice(groups, scored, count, gone) - gone
+            assert shrinking
+        left = duration - (i % duration)
+        keys = gm.slices(groups, before)
+        factor = dict.fromkeys(keys, 1.0)
+        factor |= dict.fromkeys(shrinking if active else (), (left - 1) / left)
+        factor |= dict.fromkeys(gone, 0.0)
+        moved = {
+            p: np.asarray(w, np.float64) - rate * np.asarray(grads[p], np.float64)
+            for p, w in before.items()
+        }
+        for p, w in gm.scaled(groups, moved, factor).items():
+            np.testing.assert_allclose(np.asarray(after[p]), w, rtol=1e-4, atol=1e-6)
+            np.testing.assert_array_equal(np.asarray(after[p])[w == 0], 0.0)
+        if active and i % duration == duration - 1:
+            gone, shrinking = gone | shrinking, set()
+        marked = {k for k in keys if bool(state.zero[k[0]][(*k[1], k[2])])}
+        assert marked == gone
+
+    params, state = train(
+        tx, model, params, x, begin + periods * duration + 3, seen=seen
+    )
+    drop = tr.dropped(state)
+    assert sum(d.shape[-1] for d in drop.indices.values()) == total
+    for name, indices in drop.indices.items():
+        assert indices.shape[:-1] == groups[name].copies
+        assert indices.shape[-1] < groups[name].size
+        assert drop.sizes[name] == groups[name].size
+        for copy in np.ndindex(*groups[name].copies):
+            for index in indices[copy]:
+                assert (name, copy, int(index)) in gone
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_optimizer_inside_any_wrapper_outside_keeps_exact_zeros(dtype):
+    params, x, groups = gm.make("mlp", dtype=dtype)
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    tx = tr.hesso(inner, groups, sparsity=0.6, begin=1, periods=3, duration=4)
+    tx = optax.apply_if_finite(tx, 3)
+    zeros = []
+
+    def seen(t, before, grads, after, state):
+        del before, grads
+        drop = tr.dropped(state)
+        for name, gone in drop.indices.items():
+            held = gm.slices({name: groups[name]}, after)
+            for index in gone:
+                assert not np.any(held[name, (), int(index)])
+        zeros.append(sum(len(x) for x in drop.indices.values()))
+
+    params, _ = train(tx, "mlp", params, x, 20, seen=seen)
+    n = int(np.floor(0.6 * 14 + 0.5))
+    ends = [int(np.floor(n * p / 3 + 0.5)) for p in range(4)]
+    assert zeros == [0] * 4 + [ends[1]] * 4 + [ends[2]] * 4 + [n] * 8
+    assert all(w.dtype == jnp.dtype(dtype) for w in params.values())
+
+
+@pytest.mark.parametrize("model", gm.MODELS)
+def test_the_narrowed_model_computes_what_the_trained_one_does(model):
+    params, x, groups = gm.make(model, scale=0.5)
+    tx = tr.hesso(optax.sgd(2e-3), groups, sparsity=0.5, begin=0, periods=2,
+                  duration=2)  # fmt: skip
+    params, state = train(tx, model, params, x, 5)
+    trace = js.trace(gm.MODELS[model], params, x)
+    small = js.structured.narrow(trace, params, tr.dropped(state))
+    sizes = lambda tree: sum(w.size for w in jax.tree.leaves(tree))
+    assert sizes(small.params) < 0.6 * sizes(params)
+    np.testing.assert_allclose(
+        np.asarray(small.apply_fn(small.params, x)),
+        np.asarray(gm.MODELS[model](params, x)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_gradients_of_zeroed_indices_are_hidden_from_the_optimizer():
+    params, _, groups = gm.make("mlp")
+    tx = tr.hesso(optax.sgd(0.0, momentum=0.9), groups, sparsity=0.5, begin=0,
+                  periods=1, duration=1)  # fmt: skip
+    state = tx.init(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    gone = {
+        (name, (), int(i)) for name, at in tr.dropped(state).indices.items() for i in at
+    }
+    trace = state.inner[0].trace
+    for key, moment in gm.slices(groups, trace).items():
+        np.testing.assert_allclose(moment, 0.9 if key in gone else 1.9, rtol=1e-6)
+
+
+def test_a_step_towards_zero_makes_an_index_less_important():
+    params, _, groups = gm.make("mlp")
+    params = jax.tree.map(jnp.ones_like, params)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    grads["a"] = grads["a"].at[:, 0].set(1.0).at[:, 1].set(-1.0)
+    slices = sl.slices_of(groups)
+    criteria = tr.Criteria(0.0, 0.0, 1.0, 0.0, 0.0)
+    (name,) = [n for n, g in groups.items() if g.size == 8]
+    scored = _hesso.saliency(slices, params, grads, criteria=criteria)[name]
+    assert scored[0] < scored[2] < scored[1]
+    np.testing.assert_array_equal(np.asarray(scored[3:]), np.asarray(scored[2]))
+
+
+def test_stated_scores_choose():
+    params, x, groups = gm.make("attention")
+    rng = np.random.default_rng(3)
+    scores = {
+        n: rng.uniform(size=(*g.copies, g.size)).astype(np.float32)
+        for n, g in groups.items()
+    }
+    tx = tr.hesso(optax.sgd(0.01), groups, sparsity=0.4, begin=0, periods=1, duration=2,
+                  scores=scores)  # fmt: skip
+    _, state = train(tx, "attention", params, x, 3)
+    total = int(np.floor(0.4 * sum(g.size for g in groups.values()) + 0.5))
+    flat = {
+        (n, copy, i): float(scores[n][(*copy, i)])
+        for n, g in groups.items()
+        for copy, i in gm.indices(g)
+    }
+    expected = replay_choice(groups, flat, total, set())
+    got = {k for k in flat if bool(state.zero[k[0]][(*k[1], k[2])])}
+    assert got == expected
+
+
+def test_ties_keep_the_lower_index_of_the_earlier_group_and_nan_goes_first():
+    scores = {"a": jnp.ones(3), "b": jnp.ones((2, 3)).at[1, 0].set(jnp.nan)}
+    none = {n: jnp.zeros(s.shape, bool) for n, s in scores.items()}
+    got = _hesso.lowest(scores, jnp.asarray(1), first=none)
+    assert not np.any(np.asarray(got["a"]))
+    assert np.asarray(got["b"]).tolist() == [[False, False, True], [True, False, False]]
+    got = _hesso.lowest(scores, jnp.asarray(4), first=none)
+    assert np.asarray(got["a"]).tolist() == [False, True, True]
+    assert np.asarray(got["b"]).sum(-1).tolist() == [2, 2]
+
+
+def test_sharded_parameters():
+    make = lambda groups: tr.hesso(
+        optax.sgd(0.1), groups, sparsity=0.5, begin=0, periods=1, duration=1
+    )
+    gm.assert_sharded_alike(make, "conv")
+
+
+def test_bad_input_is_named():
+    params, _, groups = gm.make("mlp")
+    make = lambda **options: tr.hesso(
+        optax.sgd(0.1),
+        groups,
+        **({"sparsity": 0.5, "begin": 0, "periods": 1, "duration": 1} | options),
+    )
+    with pytest.raises(ValueError, match="keeps at least one: at most 12"):
+        make(sparsity=0.95)
+    with pytest.raises(ValueError, match="sparsity must lie in"):
+        make(sparsity=1.0)
+    for name in ("periods", "duration"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            make(**{name: 0})
+    with pytest.raises(ValueError, match="begin must be at least 0"):
+        make(begin=-1)
+    with pytest.raises(ValueError, match=r"scores: .* needs shape"):
+        make(scores={})
+    with pytest.raises(ValueError, match="found 0"):
+        tr.dropped(optax.sgd(0.1).init(params))
+    with pytest.raises(ValueError, match="which the parameters have not"):
+        make().init({"other": jnp.ones(3)})
+    with pytest.raises(ValueError, match="not passing `params`"):
+        make().update(params, make().init(params))
