@@ -131,14 +131,8 @@ def _own_axes(view: MatrixView) -> Axes | None:
     if view.split == view.shape:
         return view.axes
     found: dict[str, tuple[int, ...]] = {"input": (), "output": (), "batch": ()}
-    parts = list(range(len(view.split)))
-    last = len(view.shape) - 1
-    for axis, size in enumerate(view.shape):
-        taken: list[int] = []
-        size_of = lambda taken: math.prod(view.split[a] for a in taken)
-        while parts and (not taken or axis == last or size_of(taken) < size):
-            taken.append(parts.pop(0))
-        if not taken or size_of(taken) != size:
+    for axis, taken in enumerate(view.parts):
+        if math.prod(view.split[a] for a in taken) != view.shape[axis]:
             return None
         # Parts of size 1 say nothing, but a kernel has outputs also where it has one.
         told = [a for a in taken if view.split[a] > 1 or a in view.axes.output]

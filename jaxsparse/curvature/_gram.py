@@ -210,8 +210,8 @@ def check_gram(gram: Array, *, d_in: int | None = None) -> None:
         raise TypeError(f"gram must be real floating point, got {gram.dtype}.")
     if not _checks.is_concrete(gram):
         return
-    bad = int(count_not_finite(gram))
-    if bad:
+    bad = count_not_finite(gram)  # traced, where gram is a constant of what is traced
+    if _checks.is_concrete(bad) and bad:
         raise ValueError(
             f"gram: {bad} of {gram.size} entries are NaN or Inf. Look for them in the "
             "layer's inputs; an Inf may be the overflow of sums in a narrow type."

@@ -2,6 +2,10 @@
 
 from jaxsparse.solvers._admm import admm as admm
 from jaxsparse.solvers._admm import alps as alps
+from jaxsparse.solvers._channels import RemovedChannels as RemovedChannels
+from jaxsparse.solvers._channels import channel_errors as channel_errors
+from jaxsparse.solvers._channels import refit_channels as refit_channels
+from jaxsparse.solvers._channels import remove_channels as remove_channels
 from jaxsparse.solvers._columns import sparsegpt as sparsegpt
 from jaxsparse.solvers._exact import exact_obs as exact_obs
 from jaxsparse.solvers._masked import magnitude as magnitude

@@ -35,8 +35,8 @@ def check_layer(w: Array, gram: Array | GramFactor) -> None:
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"w must be real floating point, got {w.dtype}.")
     if _checks.is_concrete(w):
-        bad = int(count_not_finite(w))
-        if bad:
+        bad = count_not_finite(w)  # traced, where w is a constant of a traced function
+        if _checks.is_concrete(bad) and bad:
             raise ValueError(f"w: {bad} of {w.size} weights are NaN or Inf.")
     if not isinstance(gram, GramFactor):
         return check_gram(gram, d_in=shape[1])

@@ -14,7 +14,7 @@ from jaxsparse.curvature._gram import GramFactor
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 
-_FLOPS = 5e6  # of the factorisations of one batch
+_FLOPS = 2e6  # of the factorisations of one batch
 
 
 def refit(

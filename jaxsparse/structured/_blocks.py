@@ -88,6 +88,7 @@ class Flat:
       steps: the program, scans over layers unrolled.
       held: the variables that hold parameters.
       unrolled: the scans that were unrolled.
+      calls: the calls that were inlined.
       checkpoints: the calls whose values are computed again in the backward pass.
       additions: of residual branches, each with the index of its step, in order.
       before: for a value of a stream the one that it was before a branch was added, or
@@ -97,6 +98,7 @@ class Flat:
     steps: Steps
     held: Mapping[int, Held]
     unrolled: frozenset[Address]
+    calls: frozenset[Address]
     checkpoints: Mapping[Address, Any]
     additions: Mapping[Addition, int]
     before: Mapping[int, int]
@@ -111,9 +113,12 @@ def blocks(trace: Trace, *, join: Join = None) -> dict[str, Block]:
     Nothing depends on classes or names. Branches of a stack that is run by a scan over
     its parameters are found for each turn. A stage's first ResNet block, of which both
     paths have convolutions, is none: no shape would fit without it; nor is what lies
-    in a loop over time, or inside of a function with a derivative of its own.
+    in a loop over time, in a `cond`, or inside of a function with a derivative of its
+    own.
 
-    Branches may lie within each other (a U-Net's skips around everything inside).
+    Branches may lie within each other (a U-Net's skips around everything inside). A
+    stacked parameter that is computed with before the scan takes it apart, other than
+    cast or transposed, stays whole and is counted to no block.
 
     Args:
       trace: of `js.trace`.
@@ -234,7 +239,42 @@ def _flattened(trace: Trace) -> Flat:
     steps = flatten(trace.program, len(trace.paths), unroll, calls)
     held = _holding(steps, trace)
     additions, before = _additions(trace, steps)
-    return Flat(steps, held, frozenset(unroll), checkpoints, additions, before)
+    return Flat(
+        steps,
+        held,
+        frozenset(unroll),
+        frozenset(calls),
+        checkpoints,
+        additions,
+        before,
+    )
+
+
+def flat_for(trace: Trace, additions: Collection[Addition]) -> Flat:
+    """The flat program in which only those scans are unrolled that have to be.
+
+    Args:
+      trace: of the model.
+      additions: of the branches that are to be changed.
+
+    Returns:
+      A `Flat` of these additions; the scans that have none of them stay scans.
+    """
+    whole = flat_of(trace)
+    within = lambda scan: any(a.address[: len(scan)] == scan for a in additions)
+    scans = frozenset(filter(within, whole.unrolled))
+    if scans == whole.unrolled:
+        return whole
+    steps = flatten(trace.program, len(trace.paths), scans, whole.calls)
+    places = {(s.address, s.turns): i for i, s in enumerate(steps.steps) if s.eqn}
+    return dataclasses.replace(
+        whole,
+        steps=steps,
+        held=_holding(steps, trace),
+        unrolled=scans,
+        additions={a: places[a.address, a.turns] for a in additions},
+        before={},
+    )
 
 
 def _holding(flat: Steps, trace: Trace) -> dict[int, Held]:
@@ -271,7 +311,9 @@ def _additions(trace: Trace, flat: Steps) -> tuple[dict[Addition, int], dict[int
     for step in (flat.steps[i] for i in live):
         data = [x for x in step.ins if isinstance(x, int) and x in flat.data]
         if step.name in _CARRIES and len(data) == len(step.outs) == 1:
-            first = next(i for i, x in enumerate(step.ins) if x == data[0])
+            first = step.ins.index(data[0])
+            if step.name == "div" and first:
+                continue  # a quotient by x is no multiple of it
             if _shape(step.eqn.invars[first]) == _shape(step.eqn.outvars[0]):
                 carried[step.outs[0]] = data[0]
     bits: dict[int, int] = {}  # for each value that may be an x

@@ -22,7 +22,7 @@ from jaxsparse.structured._score import (
     slices_that_count,
     wide_dtype,
 )
-from jaxsparse.structured._slices import Part, Slices, scale_slices
+from jaxsparse.structured._slices import Part, Slices, factors_of
 from jaxsparse.tree import (
     MatrixView,
     leaves_with_paths,
@@ -208,7 +208,9 @@ def gate_scores(
     gates = {name: jnp.ones(s.shape, dtype) for name, s in slices.items()}
 
     def loss(both: PyTree, batch: Any) -> Array:
-        return loss_fn(scale_slices(slices, both["gates"], both["params"]), batch)
+        factors = factors_of(slices, both["gates"], params)
+        gate = lambda path, w: _times(w, factors[path]) if path in factors else w
+        return loss_fn(map_with_path(gate, both["params"]), batch)
 
     grads = per_example_grads(
         loss,
@@ -218,6 +220,12 @@ def gate_scores(
         where={"gates": True, "params": False},
     )["gates"]
     return {name: jnp.mean(jnp.abs(grads[name]), axis=0) for name in slices}
+
+
+def _times(w: Array, factor: Array) -> Array:
+    # In float32 at least, so that the derivative by the gate is summed in it.
+    wide = wide_dtype(w.dtype)
+    return (w.astype(wide) * factor.astype(wide)).astype(w.dtype)
 
 
 def _gated(groups: Mapping[str, Group], params: PyTree) -> dict[str, Slices]:

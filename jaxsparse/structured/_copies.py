@@ -31,13 +31,11 @@ def batches(trace: Trace) -> dict[Leaf, tuple[Leaf, ...]]:
     places = _Places()
     for dims, layers in _values(trace):
         occurrences = places.of(dims)
-        # What occurs twice does not say which of both its copy is.
-        whole = {x for x, at in occurrences.items() if len(at) == 1}
         for x, at in occurrences.items():
             covering = {
                 b
-                for b in whole
-                if b != x and all(_covers(occurrences[b][0], place) for place in at)
+                for b, there in occurrences.items()
+                if b != x and all(_covers(there, place) for place in at)
             }
             covering |= layers
             found[x] = found[x] & covering if x in found else frozenset(covering)
@@ -94,9 +92,13 @@ def _bodies(trace: Trace) -> Iterator[tuple[Address, Leaf]]:
             yield address, id(node)
 
 
-def _covers(batch: _Place, place: _Place) -> bool:
-    """Whether all positions of a place have an index along the batch axis."""
-    return len(batch) == 1 or batch == place[: len(batch)]
+def _covers(batch: list[_Place], place: _Place) -> bool:
+    """Whether all positions of a place have one index along the batch axis."""
+    near = [p for p in batch if p[0] == place[0]]
+    if near:
+        return any(p == place[: len(p)] for p in near)
+    # In another dimension; if it is in two, no one knows of which the copies are.
+    return len(batch) == 1 and len(batch[0]) == 1
 
 
 class _Places:

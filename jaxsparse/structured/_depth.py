@@ -1,22 +1,23 @@
 """Choosing depth: gates on branches, learnable N:M depth, a knapsack of blocks."""
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.structured._blocks import Flat, Join, blocks, chosen, flat_of
+from jaxsparse.structured._blocks import Join, blocks, chosen
 from jaxsparse.structured._narrow import checked_leaves
-from jaxsparse.structured._remove import by_shape, runnable
+from jaxsparse.structured._remove import by_shape
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing._steps import Step, Steps
+from jaxsparse.tracing._jaxprs import Address, equations, inner, scan_counts
+from jaxsparse.tracing._steps import bind
 
 
 def gated(trace: Trace, *, join: Join = None) -> Callable[..., Any]:
@@ -25,7 +26,7 @@ def gated(trace: Trace, *, join: Join = None) -> Callable[..., Any]:
     At 1 it is the model, at 0 the model without the branch (`remove_blocks`), and in
     between it can be differentiated: for gates that are trained (Liu et al., FoldGPT,
     2024, arXiv:2407.00928; `nm_gates`) and to ask what a block is worth. A joined block
-    has its gate before each of its branches. A scan over layers is run turn by turn.
+    has its gate before each of its branches. Scans and checkpoints stay what they are.
 
     Args:
       trace: of `js.trace`.
@@ -89,62 +90,75 @@ def with_gates(
       join: as given to `blocks`.
 
     Returns:
-      A function of the parameters' leaves, the flat inputs and the gates.
+      A function of the parameters' leaves, the flat inputs and the gates; it gives the
+      flat results.
     """
-    found = flat_of(trace)
+    eqns = dict(equations(trace.program))
     known = chosen(trace, names, join)
-    number = last_number(found)
-    gates = {name: number + i for i, name in enumerate(names, 1)}
-    number += len(names)
-    new: dict[int, list[Step]] = {}
-    for name in names:
-        for addition in known[name].additions:
-            at = found.additions[addition]
-            step = found.steps.steps[at]
-            branch = step.ins[1 - addition.stream]
-            number += 1
-            ins = list(step.ins)
-            ins[1 - addition.stream] = number
-            made = {"ins": (branch, gates[name]), "outs": (number,), "eqn": None}
-            gate = step._replace(name="gate", run=_gate, text="", **made)
-            new[at] = [gate, step._replace(ins=tuple(ins))]
-    return runnable(found, replaced(found.steps, new, tuple(gates.values())), {})
+    # By operand of an addition, for the turns of the scans around it, which gate.
+    places: dict[_Operand, dict[tuple[int, ...], int]] = {}
+    for i, name in enumerate(names):
+        for address, turns, stream in known[name].additions:
+            places.setdefault((address, 1 - stream), {})[turns] = i
+
+    def run(leaves: Any, inputs: Any, gates: Any) -> list[Any]:
+        values = {}
+        for (address, operand), mine in places.items():
+            around = (eqns[address[:i]] for i in range(1, len(address), 2))
+            shape = [e.params["length"] for e in around if e.primitive.name == "scan"]
+            dtype = eqns[address].invars[operand].aval.dtype
+            every = (mine.get(turns) for turns in np.ndindex(*shape))
+            found = [jnp.ones((), dtype) if i is None else gates[i] for i in every]
+            found = jnp.stack([jnp.asarray(g).astype(dtype) for g in found])
+            values[address, operand] = found.reshape(shape)
+        return _run(trace.program, [*leaves, *inputs], (), values)
+
+    return run
 
 
-def _gate(branch: Any, gate: Any) -> list[Any]:
-    return [branch * jnp.asarray(gate).astype(branch.dtype)]
+_Operand = tuple[Address, int]
 
 
-def replaced(
-    flat: Steps, new: Mapping[int, list[Step]], arguments: tuple[int, ...] = ()
-) -> Steps:
-    """A flat program with others in place of some steps, and with more arguments.
-
-    Args:
-      flat: the program.
-      new: by the index of a step what takes its place.
-      arguments: the numbers of more arguments.
-
-    Returns:
-      A flat program.
-    """
-    steps = itertools.chain(*(new.get(i, [s]) for i, s in enumerate(flat.steps)))
-    every = (*flat.arguments, *arguments)
-    return dataclasses.replace(flat, steps=tuple(steps), arguments=every)
+def _run(
+    program: Any, args: Sequence[Any], address: Address, gates: dict[_Operand, Any]
+) -> list[Any]:
+    """Runs a jaxpr; gates have an axis for each scan between here and them."""
+    below = {place[: len(address) + 1] for place, _ in gates}
+    env: dict[Any, Any] = dict(zip(program.jaxpr.invars, args, strict=True))
+    env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
+    read = lambda x: x.val if isinstance(x, core.Literal) else env[x]
+    for index, eqn in enumerate(program.jaxpr.eqns):
+        ins, here = [read(x) for x in eqn.invars], (*address, index)
+        outs = _gated(eqn, ins, here, gates) if here in below else bind(eqn, ins)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(x) for x in program.jaxpr.outvars]
 
 
-def last_number(found: Flat) -> int:
-    """The greatest number of a variable.
+def _gated(
+    eqn: Any, ins: list[Any], here: Address, gates: dict[_Operand, Any]
+) -> list[Any]:
+    """An addition of a branch, or what has some inside."""
+    inside = {key: g for key, g in gates.items() if key[0][: len(here)] == here}
+    if any(place == here for place, _ in inside):
+        gate = lambda i, x: x * inside[here, i] if (here, i) in inside else x
+        return bind(eqn, [gate(i, x) for i, x in enumerate(ins)])
+    body, p = inner(eqn)[0], eqn.params
+    run = lambda values, gates: _run(body, values, (*here, 0), gates)
+    if eqn.primitive.name != "scan":
+        if "policy" in p:
+            again = {"prevent_cse": p["prevent_cse"], "policy": p["policy"]}
+            run = jax.checkpoint(run, **again)
+        return run(ins, inside)
+    first, carried = scan_counts(eqn)
+    last = first + carried
 
-    Args:
-      found: a program.
+    def turn(carry: list[Any], now: Any) -> tuple[list[Any], list[Any]]:
+        outs = run([*ins[:first], *carry, *now[0]], now[1])
+        return outs[:carried], outs[carried:]
 
-    Returns:
-      Those above it are free.
-    """
-    flat = found.steps
-    made = itertools.chain(*(step.outs for step in flat.steps))
-    return max(itertools.chain(made, flat.arguments, flat.constants))
+    options = {name: p[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = jax.lax.scan(turn, ins[first:last], (ins[last:], inside), **options)
+    return [*carry, *ys]
 
 
 CELLS = 50_000_000  # of the knapsack's table, a byte each

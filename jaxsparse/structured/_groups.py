@@ -327,17 +327,9 @@ class _Roles:
         for role in ("input", "output", "batch"):
             for i in getattr(view.axes, role):
                 names[i] = role
-        # The parts of this axis, slowest first.
-        shape, start = [d.size for d in self.trace.dims[path]], 0
-        for a, size in enumerate(shape):
-            end, total = start, 1
-            while end < len(view.split) and (total < size or end == start):
-                total *= view.split[end]
-                end += 1
-            if a == axis:
-                return _part(names[start:end], view.split[start:end], index)
-            start = end
-        return "other"
+        parts = view.parts[axis]
+        sizes = tuple(view.split[a] for a in parts)
+        return _part([names[a] for a in parts], sizes, index)
 
 
 def _part(names: list[Role], sizes: tuple[int, ...], index: np.ndarray) -> Role:

@@ -19,7 +19,7 @@ from jaxsparse.structured._blocks import (
     Unit,
     chosen,
     final,
-    flat_of,
+    flat_for,
     own_units,
     units_read,
     used,
@@ -42,9 +42,10 @@ def remove_blocks(
 
     So that any pytree keeps its structure, a parameter that nothing reads any more
     becomes an array of shape (0,). A parameter that is stacked for a scan keeps the
-    layers that are still read. Such a scan is run turn by turn: where whole layers go,
-    all branches of the same turns, `narrow` with the group of the scan's layers
-    (allow=["layer"]) gives a shorter scan, which compiles faster.
+    layers that are still read. A scan that loses some is run turn by turn, others stay
+    scans. Where whole layers go, all branches of the same turns, `narrow` with the
+    group of the scan's layers (allow=["layer"]) gives a shorter scan, which compiles
+    faster.
 
     Differs from LLM-Drop and ShortGPT, which replace modules of classes they know: here
     the traced program is run without a part, whatever the model.
@@ -84,9 +85,9 @@ def remove_blocks(
     chosen(trace, names, join)
 
     def plan(at: Trace) -> "_Plan":
-        found = flat_of(at)
         gone = chosen(at, names, join).values()
         additions = [a for block in gone for a in block.additions]
+        found = flat_for(at, additions)
         return _Plan(found, found.steps, without(found, additions))
 
     return _smaller(trace, params, plan)
@@ -152,8 +153,8 @@ def share_blocks(
         keeps = {p for p, keep in zip(trace.paths, chosen_leaves, strict=True) if keep}
 
     def plan(at: Trace) -> "_Plan":
-        found = flat_of(at)
         known = chosen(at, [*followers, *followers.values()], join)
+        found = flat_for(at, [a for b in known.values() for a in b.additions])
         entries = _entries(found)
         replace: dict[int, int] = {}
         for name, leader in followers.items():

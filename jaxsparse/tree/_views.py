@@ -52,6 +52,19 @@ class MatrixView:
         return math.prod(self.split[a] for a in self.axes.input)
 
     @property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """For each axis of `shape` the axes of `split` that it consists of."""
+        found, left, last = [], list(range(len(self.split))), len(self.shape) - 1
+        for axis, size in enumerate(self.shape):
+            own: list[int] = []
+            while left and (
+                not own or axis == last or math.prod(self.split[a] for a in own) < size
+            ):
+                own.append(left.pop(0))
+            found.append(tuple(own))
+        return tuple(found)
+
+    @property
     def order(self) -> tuple[int, ...]:
         """The axes of `split` in the order batch, output, input."""
         return self.axes.batch + self.axes.output + self.axes.input

@@ -1,0 +1,232 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contracts.conftest import compilations as compilations
+from structured.zoo import ZOO
+
+import jaxsparse as js
+
+s = js.structured
+MODELS = ["mlp", "residual", "grouped", "attention_separate", "attention_flax", "moe"]
+ALL = lambda path, leaf: True
+
+
+@functools.cache
+def built(name):
+    """A model with its groups, and random numbers for scores of its weights."""
+    with jax.enable_x64(True):
+        apply_fn, params, inputs = ZOO[name]()
+        trace = js.trace(apply_fn, params, *inputs)
+        rng = np.random.default_rng(7)
+        scores = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape)), params)
+        return s.groups(trace), params, scores
+
+
+def entries(group, member, shape, copy, i):
+    """Which entries of a parameter are those of one index, place by place."""
+    found = np.zeros(shape, bool)
+    for place in np.ndindex(*shape):
+        here = member.index[place[member.axis]] == i
+        for (axis, index), c in zip(member.copies, copy, strict=True):
+            here = here and index[place[axis]] == c
+        found[place] = here
+    return found
+
+
+def by_member(groups, tree, measure, *, roles=None, where=ALL):
+    """For each group what a measure says of each index, one row for each member."""
+    leaves = {p: np.asarray(x, np.float64) for p, x in js.tree.leaves_with_paths(tree)}
+    found = {}
+    for name, group in groups.items():
+        members = [
+            m
+            for m in group.members
+            if (roles is None or m.role in roles) and where(m.path, leaves[m.path])
+        ]
+        if not group.prunable or not members:
+            continue
+        found[name] = np.zeros((len(members), *group.copies, group.size))
+        for row, m in zip(found[name], members, strict=True):
+            x = leaves[m.path]
+            for copy in np.ndindex(*group.copies):
+                for i in range(group.size):
+                    mask = entries(group, m, x.shape, copy, i)
+                    row[(*copy, i)] = measure(x, mask)
+    return found
+
+
+def lost(x, mask):
+    """What the whole array has less with the index's slice set to zero."""
+    return x.sum() - np.where(mask, 0, x).sum()
+
+
+def same(got, wanted, **tolerance):
+    assert list(got) == list(wanted)
+    for name in wanted:
+        assert got[name].shape == wanted[name].shape
+        np.testing.assert_allclose(got[name], wanted[name], err_msg=name, **tolerance)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_what_zeroing_the_slices_takes_away(name):
+    groups, _, scores = built(name)
+    rows = by_member(groups, scores, lost)
+    assert rows
+    for reduce in ("sum", "mean", "max"):
+        got = s.group_scores(groups, scores, reduce=reduce, where=ALL)
+        wanted = {n: getattr(np, reduce)(x, axis=0) for n, x in rows.items()}
+        same(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["residual", "scan"])
+def test_by_default_kernels_count_and_where_chooses_others(name):
+    groups, _, scores = built(name)
+    default = by_member(groups, scores, lost, where=js.tree.default_where)
+    same(
+        s.group_scores(groups, scores),
+        {n: x.sum(0) for n, x in default.items()},
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    scale = by_member(groups, scores, lost, where=lambda p, _: p.endswith("scale"))
+    got = s.group_scores(groups, scores, where=r"scale$")
+    same(got, {n: x.sum(0) for n, x in scale.items()}, rtol=1e-10)
+    assert len(scale) < len(default) or name == "residual"
+
+
+def hand_made(*members, size, copies=()):
+    found = tuple(
+        s.Member(path, axis, np.asarray(index, np.int32), at, role)
+        for path, axis, index, at, role in members
+    )
+    none = frozenset()
+    batched = tuple(f"b{i}" for i in range(len(copies)))
+    return {"g": s.Group("g", size, found, batched, copies, none, (), none, None)}
+
+
+def test_what_has_no_index_has_no_part_and_members_may_share_a_parameter():
+    groups = hand_made(
+        ("w", 1, [2, -1, 0, 1, 0], (), "output"),
+        ("w", 0, [0, 1, 2], (), "input"),
+        ("v", 0, [-1, -1, 1, 1], (), "input"),
+        size=3,
+    )
+    w = jnp.arange(15.0).reshape(3, 5)
+    v = jnp.array([100.0, 100.0, 1.0, 2.0])
+    columns = np.array([w[:, 2].sum() + w[:, 4].sum(), w[:, 3].sum(), w[:, 0].sum()])
+    rows = np.asarray(w.sum(1))
+    scores = {"v": v, "w": w}
+    got = s.group_scores(groups, scores, where=ALL)["g"]
+    np.testing.assert_allclose(got, columns + rows + [0, 3, 0])
+    # Only the members that have an index are averaged, and compared.
+    got = s.group_scores(groups, scores, where=ALL, reduce="mean")["g"]
+    np.testing.assert_allclose(got, (columns + rows + [0, 3, 0]) / [2, 3, 2])
+    scores = jax.tree.map(jnp.negative, scores)
+    got = s.group_scores(groups, scores, where=ALL, reduce="max")["g"]
+    np.testing.assert_allclose(got, np.maximum(-columns, -rows) * [1, 0, 1] - [0, 3, 0])
+
+
+def test_copies_may_come_in_any_order():
+    heads = np.repeat([1, 0], 3)  # the second head first, its indices backwards
+    groups = hand_made(
+        ("w", 1, [2, 1, 0, 0, 1, 2], ((1, heads),), "output"), size=3, copies=(2,)
+    )
+    w = jnp.arange(12.0).reshape(2, 6)
+    got = s.group_scores(groups, {"w": w})["g"]
+    np.testing.assert_array_equal(got, [[12, 14, 16], [10, 8, 6]])
+    # The index along one axis, the head along a later one.
+    groups = hand_made(
+        ("w", 0, [0, 1, 2], ((1, np.arange(2)),), "output"), size=3, copies=(2,)
+    )
+    w = jnp.arange(6.0).reshape(3, 2)
+    got = s.group_scores(groups, {"w": w})["g"]
+    np.testing.assert_array_equal(got, w.T)
+
+
+def mlp_groups():
+    params = {"up": jnp.ones((4, 256)), "down": jnp.ones((256, 3))}
+    apply_fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+    return s.groups(js.trace(apply_fn, params, jnp.ones((2, 4)))), params
+
+
+def test_sixteen_bit_scores_are_added_up_in_float32():
+    params = {"up": jnp.ones((4, 4)), "down": jnp.ones((4, 512))}
+    apply_fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+    groups = s.groups(js.trace(apply_fn, params, jnp.ones((2, 4))))
+    scores = jax.tree.map(lambda w: jnp.full(w.shape, 1.0078125, jnp.bfloat16), params)
+    got = s.group_scores(groups, scores)["up[1]"]
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, np.full(4, 516 * 1.0078125))
+
+
+def test_jitted_it_is_the_same_and_does_not_compile_again(compilations):
+    groups, params = mlp_groups()
+    scores = jax.tree.map(
+        lambda w: jax.random.normal(jax.random.key(0), w.shape), params
+    )
+    jitted = jax.jit(lambda scores: s.group_scores(groups, scores))
+    np.testing.assert_allclose(
+        jitted(scores)["up[1]"], s.group_scores(groups, scores)["up[1]"], 1e-5
+    )
+    others = jax.block_until_ready(jax.tree.map(jnp.negative, scores))
+    with compilations() as found:
+        jitted(others)
+    assert found.names == []
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_sharded_scores_are_added_up_where_they_lie(kind):
+    groups, params = mlp_groups()
+    keys = dict(zip(params, jax.random.split(jax.random.key(1)), strict=True))
+    scores = {n: jax.random.normal(keys[n], w.shape) for n, w in params.items()}
+    types = (getattr(jax.sharding.AxisType, kind),) * 2
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=types)
+    put = lambda x, *spec: jax.device_put(
+        x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    )
+    spread = {"up": put(scores["up"], "x", "y"), "down": put(scores["down"], "x", None)}
+    one = jax.jit(lambda scores: s.group_scores(groups, scores))
+    wanted = s.group_scores(groups, scores)["up[1]"]
+    np.testing.assert_allclose(s.group_scores(groups, spread)["up[1]"], wanted, 1e-5)
+    compiled = one.lower(spread).compile().as_text()
+    np.testing.assert_allclose(one(spread)["up[1]"], wanted, 1e-5)
+    # Only the sums move: what is gathered is no matrix.
+    gathered = [x for x in compiled.splitlines() if " all-gather(" in x]
+    assert not any("[4,256]" in x or "[256,3]" in x for x in gathered)
+
+
+def test_errors_say_what_is_expected():
+    groups, params = mlp_groups()
+    with pytest.raises(ValueError, match=r"reduce='prod': expected 'sum'"):
+        s.group_scores(groups, params, reduce="prod")
+    with pytest.raises(ValueError, match=r"down: group 'up\[1\]' lies in it.*no such"):
+        s.group_scores(groups, {"up": params["up"]})
+    with pytest.raises(ValueError, match=r"down: .*sizes \[256\] along the axes \[0\]"):
+        s.group_scores(groups, params | {"down": jnp.ones((255, 3))})
+    with pytest.raises(ValueError, match="matches none of the 2 parameters"):
+        s.group_scores(groups, params, where="kernel")
+    integers = params | {"down": jnp.ones((256, 3), jnp.int32)}
+    with pytest.raises(TypeError, match="down: scores must be real floating-point"):
+        s.group_scores(groups, integers, where="down")
+    frozen = {name: g for name, g in groups.items() if not g.prunable}
+    with pytest.raises(ValueError, match="none of the 2 is prunable"):
+        s.group_scores(frozen, params)
+    bias = {"up": params["up"], "down": params["down"], "bias": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"none of the 1 prunable ones has a member"):
+        s.group_scores(groups, bias, where="bias")
+
+
+def test_both_axes_of_a_square_parameter_count():
+    combos = list(itertools.product(range(3), repeat=2))
+    w = jnp.asarray([float(3**a + 10 * b) for a, b in combos]).reshape(3, 3)
+    groups = hand_made(
+        ("w", 0, range(3), (), "input"), ("w", 1, range(3), (), "output"), size=3
+    )
+    got = s.group_scores(groups, {"w": w})["g"]
+    np.testing.assert_allclose(got, w.sum(0) + w.sum(1))
