@@ -6,6 +6,8 @@ from jaxsparse.structured._atomic import atomic_merge as atomic_merge
 from jaxsparse.structured._atomic import atomic_scores as atomic_scores
 from jaxsparse.structured._atomic import atomic_update as atomic_update
 from jaxsparse.structured._atomic import atomic_update_ragged as atomic_update_ragged
+from jaxsparse.structured._blocks import Block as Block
+from jaxsparse.structured._blocks import blocks as blocks
 from jaxsparse.structured._channel_scores import bn_scale as bn_scale
 from jaxsparse.structured._channel_scores import flap as flap
 from jaxsparse.structured._channel_scores import flap_compensation as flap_compensation
@@ -18,12 +20,18 @@ from jaxsparse.structured._clusters import medoids as medoids
 from jaxsparse.structured._clusters import merge_clusters as merge_clusters
 from jaxsparse.structured._cost import Cost as Cost
 from jaxsparse.structured._cost import cost as cost
+from jaxsparse.structured._depth import gated as gated
+from jaxsparse.structured._depth import knapsack as knapsack
+from jaxsparse.structured._depth import nm_gates as nm_gates
+from jaxsparse.structured._depth import nm_options as nm_options
 from jaxsparse.structured._drop import Drop as Drop
 from jaxsparse.structured._groups import Group as Group
 from jaxsparse.structured._groups import Groups as Groups
 from jaxsparse.structured._groups import Member as Member
 from jaxsparse.structured._groups import Reason as Reason
 from jaxsparse.structured._groups import groups as groups
+from jaxsparse.structured._importance import block_similarity as block_similarity
+from jaxsparse.structured._importance import output_losses as output_losses
 from jaxsparse.structured._merging import Grouping as Grouping
 from jaxsparse.structured._merging import align_experts as align_experts
 from jaxsparse.structured._merging import group_experts as group_experts
@@ -41,6 +49,8 @@ from jaxsparse.structured._normalize import normalize_norm as normalize_norm
 from jaxsparse.structured._normalize import normalize_range as normalize_range
 from jaxsparse.structured._normalize import per_parameter as per_parameter
 from jaxsparse.structured._normalize import standardize as standardize
+from jaxsparse.structured._remove import remove_blocks as remove_blocks
+from jaxsparse.structured._remove import share_blocks as share_blocks
 from jaxsparse.structured._score import group_scores as group_scores
 from jaxsparse.structured._select import Selected as Selected
 from jaxsparse.structured._select import dropped_fraction as dropped_fraction

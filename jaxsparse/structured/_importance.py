@@ -1,8 +1,9 @@
 """What a residual branch is worth: how much it turns its input, and the output."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,11 +12,11 @@ import numpy as np
 
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured._blocks import Block, Flat, Join, blocks, flat_of
-from jaxsparse.structured._depth import last_number, replaced, with_gates
+from jaxsparse.structured._depth import with_gates
 from jaxsparse.structured._narrow import checked_leaves
 from jaxsparse.structured._remove import by_shape, runnable
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing._steps import Step
+from jaxsparse.tracing._steps import Step, Steps
 
 
 def block_similarity(
@@ -75,7 +76,7 @@ def block_similarity(
 
 def _cosines(found: Flat, known: list[Block]) -> tuple[Callable[..., Any], np.ndarray]:
     """A program that gives each block's sum of cosines, and how many are summed."""
-    number = last_number(found)
+    number = _last_number(found.steps)
     new: dict[int, list[Step]] = {}
     results, counts = [], []
     for block in known:
@@ -89,21 +90,37 @@ def _cosines(found: Flat, known: list[Block]) -> tuple[Callable[..., Any], np.nd
         results.append(number)
         shape = end.eqn.outvars[0].aval.shape
         counts.append(math.prod(shape[:-1]))
-    flat = replaced(found.steps, new)
+    flat = _replaced(found.steps, new)
     flat = dataclasses.replace(flat, results=tuple(results))
     return runnable(found, flat, {}), np.array(counts, float)
 
 
+def _replaced(flat: Steps, new: Mapping[int, list[Step]]) -> Steps:
+    """A flat program with others in place of some steps."""
+    steps = itertools.chain(*(new.get(i, [s]) for i, s in enumerate(flat.steps)))
+    return dataclasses.replace(flat, steps=tuple(steps))
+
+
+def _last_number(flat: Steps) -> int:
+    """The greatest number of a variable; those above it are free."""
+    made = itertools.chain(*(step.outs for step in flat.steps))
+    return max(itertools.chain(made, flat.arguments, flat.constants))
+
+
 def _cosine(x: Any, y: Any) -> list[Any]:
-    dtype = jnp.promote_types(y.dtype, jnp.float32)
+    dtype = _wide(y.dtype)
     x, y = x.astype(dtype), y.astype(dtype)
     size = lambda v: jnp.sqrt(jnp.sum(v * v, axis=-1))
     norms = size(x) * size(y)
     dots = jnp.sum(x * y, axis=-1)
-    # A quotient of denormals is no angle.
-    here = norms > jnp.finfo(dtype).tiny
-    one = jnp.ones((), dtype)
-    return [jnp.sum(jnp.where(here, dots / jnp.where(here, norms, one), 0 * one))]
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    none = norms <= jnp.finfo(dtype).tiny  # a NaN is not none
+    return [jnp.sum(jnp.where(none, zero, dots / jnp.where(none, one, norms)))]
+
+
+def _wide(dtype: Any) -> Any:
+    """The type to add up in."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def output_losses(
@@ -178,8 +195,8 @@ def output_losses(
 
 
 def _squares(found: list[Array], whole: list[Array]) -> Array:
-    wide = [jnp.promote_types(x.dtype, jnp.float32) for x in whole]
-    widest = jnp.result_type(*wide)
+    wide = [_wide(x.dtype) for x in whole]
+    widest = max(wide, key=lambda dtype: jnp.finfo(dtype).bits)
     parts = [
         jnp.sum(jnp.square(a.astype(t) - b.astype(t))).astype(widest)
         for a, b, t in zip(found, whole, wide, strict=True)
