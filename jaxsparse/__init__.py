@@ -17,8 +17,8 @@ from jaxsparse import recipes as recipes
 from jaxsparse import schedules as schedules
 from jaxsparse import scores as scores
 from jaxsparse import solvers as solvers
-from jaxsparse import tracing as tracing
 from jaxsparse import structured as structured
+from jaxsparse import tracing as tracing
 from jaxsparse import transforms as transforms
 from jaxsparse import tree as tree
 from jaxsparse._version import __version__ as __version__

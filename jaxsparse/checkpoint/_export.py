@@ -119,8 +119,8 @@ def _aside(path: pathlib.Path, write: Callable[[str], None]) -> None:
 
 
 def _write_npz(path: str, arrays: Mapping[str, np.ndarray], note: str) -> None:
-    plain = {name: _bits(x) for name, x in arrays.items()}
-    np.savez(path, **{f"params/{name}": x for name, x in plain.items()}, note=note)
+    named: Any = {f"params/{name}": _bits(x) for name, x in arrays.items()}
+    np.savez(path, note=np.array(note), **named)
 
 
 def _read_npz(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxsparse._typing import PyTree
 from jaxsparse.structured._arrays import cut_array
@@ -73,7 +74,7 @@ def narrow_like(
         if (
             x.ndim == 0
             or x.size == 1
-            or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+            or jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         ):
             return x
         shape = tuple(d.size for d in dims[found])
