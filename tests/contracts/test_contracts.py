@@ -190,6 +190,7 @@ PACKAGES = [
     js.solvers,
     js.losses,
     js.recipes,
+    js.structured,
     js.tracing,
 ]
 
@@ -361,7 +362,7 @@ def test_fisher_matrices_of_equal_shape_share_one_compilation(compilations):
     with compilations() as all_three:
         fisher = js.curvature.block_fisher(grads, block_size=13, damping=1.0)
         js.solvers.obs(params, fisher, 0.5)
-    found = {"_sum_up_from_zero", "block_eliminate"}
+    found = {"sum_up_anew", "block_eliminate"}
     assert {name: all_three.of(name) for name in found} == dict.fromkeys(found, 1)
 
 
@@ -417,7 +418,7 @@ def test_every_public_function_has_an_example(name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_what_has_a_default_is_passed_by_name(name):
     # Those that are the subject of the call, and read well without their names.
-    positional = {"sparsity", "where", "labels", "weight"}
+    positional = {"sparsity", "where", "labels", "weight", "drop", "coactivation"}
     for parameter in inspect.signature(PUBLIC[name]).parameters.values():
         if (
             parameter.default is not parameter.empty

@@ -14,6 +14,8 @@ import sys
 import matplotlib.image
 import pytest
 
+import jaxsparse as js
+
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 NAMES = (
     "custom_score",
@@ -26,6 +28,7 @@ NAMES = (
     "oneshot",
     "patterns",
     "pretrained",
+    "structured",
     "train_state",
 )
 
@@ -279,6 +282,26 @@ def test_obs_bert(tmp_path):
     # Of 32 gradients the diagonal is known, blocks of 48 are hardly.
     assert at_90["diagonal"] > at_90["magnitude"]
     assert is_picture(tmp_path / "obs_bert.png")
+
+
+def test_structured(tmp_path):
+    names = ("resnet20_cifar10_jpeg_adapted", "cifar10_jpeg_test8k", "cifar10_jpeg_train")
+    folders = ("weights", "images", "images")
+    if not has_data(*(f"{f}/{n}.npz" for f, n in zip(folders, names, strict=True))):
+        pytest.skip("no weights of ResNet-20 or images here")
+    said = run("structured", "--small", "--out", str(tmp_path))
+    dense, masked, narrowed = (row(said, n) for n in ("dense", "masked", "narrowed"))
+    assert dense[:2] == [1.0, 269_722]
+    assert masked[:2] == [0.5, 269_722]
+    assert narrowed[0] == 0.5
+    assert narrowed[1] < 0.6 * 269_722
+    assert dense[3] > 0.85
+    assert "frozen: window at" in said
+    assert is_picture(tmp_path / "accuracy.png")
+    (file,) = tmp_path.glob("*.npz")
+    read = js.checkpoint.load_export(file)
+    sizes = [w.size for name, w in read.params.items() if name.startswith("params/")]
+    assert sum(sizes) == narrowed[1]
 
 
 def test_layerwise(tmp_path):
