@@ -54,7 +54,7 @@ def cost(
       >>> js.structured.cost(trace, {"up[1]": range(12)}).parameters
       32
     """
-    cut = plan(trace, drop or {}, allow=(*allow, "zeros")).cut
+    cut = plan(trace, drop or {}, allow=allow, masks=True).cut
     sizes = [math.prod(cut.shape(dims)) for dims in trace.dims.values()]
     types = [v.aval.dtype.itemsize for v in trace.program.jaxpr.invars]
     weights = sum(n * b for n, b in zip(sizes, types, strict=False))

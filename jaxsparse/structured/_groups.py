@@ -71,8 +71,10 @@ class Group:
       flags: "input", "output": an axis of what goes in or comes out. "gathered": it is
         looked up by index. "sorted": its order follows from the data. "position": its
         positions are used as numbers. "layer": a scan runs along it. "frozen": a
-        primitive could not be followed, or fixes it. "zeros": masked indices still act
-        (a softmax, a maximum, a variance of centred values). None of them for most.
+        primitive could not be followed, or fixes it. "fixed": a foreign kernel (see
+        `js.trace(..., rules=)`) has its size: masks can be had, not narrowing. "zeros":
+        masked indices still act (a softmax, a maximum, a variance of centred values).
+        None of them for most.
       reasons: for each flag what set it, and at which line of the model.
       allowed: flags that the caller takes the responsibility for.
       key: equal for isomorphic groups: as many axes of the same kinds of parameters.
@@ -99,7 +101,7 @@ class Group:
         return not self.flags - self.allowed
 
 
-FLAGS = frozenset([
+FLAGS = frozenset({
     "input",
     "output",
     "gathered",
@@ -107,8 +109,9 @@ FLAGS = frozenset([
     "position",
     "layer",
     "frozen",
+    "fixed",
     "zeros",
-])
+})
 NEVER = frozenset({"frozen", "gathered"})  # no one can take the responsibility
 
 

@@ -186,7 +186,7 @@ def masks(
       >>> masks["up"].tolist(), masks["down"].tolist()
       ([[True, False, True]], [[True], [False], [True]])
     """
-    cut = plan(trace, drop, allow=(*allow, "zeros")).cut
+    cut = plan(trace, drop, allow=allow, masks=True).cut
     found = []
     for dims in trace.dims.values():
         mask = cut.mask(dims)

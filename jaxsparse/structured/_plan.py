@@ -32,6 +32,7 @@ def plan(
     allow: Collection[str] = (),
     norms: Norms = "masked",
     positions: Positions = "slice",
+    masks: bool = False,
 ) -> Plan:
     """Checks a specification against a trace.
 
@@ -41,6 +42,7 @@ def plan(
       allow: flags that shall not forbid.
       norms: "resized" allows groups that are not zero-invariant.
       positions: as `narrow`'s.
+      masks: whether shapes stay, so that what only `narrow` has to heed is allowed.
 
     Returns:
       What is kept.
@@ -57,7 +59,11 @@ def plan(
     found = found_in(trace)
     sizes = drop.sizes if isinstance(drop, Drop) else {}
     indices = drop.indices if isinstance(drop, Drop) else drop
-    allowed = {*allow} - NEVER | ({"zeros"} if norms == "resized" else set())
+    allowed = {*allow} - NEVER - {"fixed"}
+    if norms == "resized":
+        allowed |= {"zeros"}
+    if masks:
+        allowed |= {"zeros", "fixed"}
     kept, copies, whole, whole_sizes = {}, {}, {}, {}
     for name, gone in indices.items():
         if name not in found:
@@ -77,7 +83,7 @@ def plan(
             hint = f"\nallow={sorted(lacks)} takes them anyway."
             raise ValueError(
                 f"{name}: its indices may not be dropped:\n  {why}"
-                + ("" if lacks & NEVER else hint)
+                + ("" if lacks & {*NEVER, "fixed"} else hint)
             )
         keep = np.ones((*group.copies, group.size), bool)
         np.put_along_axis(keep, gone, False, axis=-1)

@@ -53,7 +53,7 @@ def narrow_like(
       >>> state[0].mu["up"].shape, state[0].nu["down"].shape
       ((4, 4), (4, 3))
     """
-    cut = plan(trace, drop, allow=(*allow, "zeros")).cut
+    cut = plan(trace, drop, allow=allow, masks=True).cut
     whole = jax.tree.unflatten(trace.treedef, list(range(len(trace.paths))))
     places = {_key(path): i for path, i in jax.tree_util.tree_leaves_with_path(whole)}
     dims = list(trace.dims.values())

@@ -231,6 +231,8 @@ def by_einsum(equation: str) -> Rule:
         known: dict[str, Axis] = {}
         for letters, dims in zip(operands, ins, strict=True):
             for letter, axis in zip(letters, dims, strict=False) if dims else ():
+                # Its sizes are in its own program, which no one can change from here.
+                _axes.flag(axis, f"fixed: {eqn.primitive.name}", eqn=eqn)
                 if letters == "?":
                     freeze(axis, eqn.primitive.name, eqn)
                 elif letter in known:

@@ -285,9 +285,9 @@ def test_obs_bert(tmp_path):
 
 
 def test_structured(tmp_path):
-    names = ("resnet20_cifar10_jpeg_adapted", "cifar10_jpeg_test8k", "cifar10_jpeg_train")
-    folders = ("weights", "images", "images")
-    if not has_data(*(f"{f}/{n}.npz" for f, n in zip(folders, names, strict=True))):
+    weights = "weights/resnet20_cifar10_jpeg_adapted.npz"
+    images = (f"images/cifar10_jpeg_{part}.npz" for part in ("test8k", "train"))
+    if not has_data(weights, *images):
         pytest.skip("no weights of ResNet-20 or images here")
     said = run("structured", "--small", "--out", str(tmp_path))
     dense, masked, narrowed = (row(said, n) for n in ("dense", "masked", "narrowed"))

@@ -180,6 +180,25 @@ def test_what_has_no_rule_is_frozen():
     assert found["a[1]"].reasons[0].flag == "frozen"
 
 
+def test_a_foreign_kernel_has_its_sizes():
+    """A rule says how axes are coupled, but not how to run at other sizes."""
+    times = jax.pure_callback
+    shape = lambda x, w: jax.ShapeDtypeStruct((len(x), w.shape[1]), x.dtype)
+    matmul = lambda x, w: times(lambda x, w: x @ w, shape(x, w), x, w)
+    apply_fn = lambda p, x: jax.nn.relu(matmul(x, p["a"])) @ p["b"]
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    rules = {"pure_callback": "ij,jk->ik"}
+    trace = js.trace(apply_fn, params, jnp.ones((5, 3)), rules=rules)
+    group = js.structured.groups(trace)["a[1]"]
+    assert group.flags == {"fixed"}
+    assert "pure_callback at" in str(group.reasons[0])
+    assert js.structured.groups(trace, allow={"fixed"})["a[1]"].prunable
+    masks = js.structured.masks(trace, {"a[1]": [0]})
+    assert masks["b"].tolist() == [[False], [True], [True], [True]]
+    with pytest.raises(ValueError, match=r"a\[1\].*\n  fixed: pure_callback"):
+        js.structured.narrow(trace, params, {"a[1]": [0]}, allow={"fixed"})
+
+
 # A number of means and variances: which of them masked channels leave as they are.
 INVARIANT = {
     "mean": (lambda y: y - y.mean(-1, keepdims=True), True),
