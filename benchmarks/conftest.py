@@ -24,6 +24,7 @@ collect_ignore = [
     "_sequential.py",
     "layerwise_quality.py",
     "second_order_quality.py",
+    "structured_quality.py",
 ]
 
 RESULTS = pathlib.Path(__file__).parent / "results"

@@ -8,9 +8,9 @@ from jaxsparse.structured._atomic import atomic_update as atomic_update
 from jaxsparse.structured._atomic import atomic_update_ragged as atomic_update_ragged
 from jaxsparse.structured._blocks import Block as Block
 from jaxsparse.structured._blocks import blocks as blocks
+from jaxsparse.structured._budget import Selected as Selected
+from jaxsparse.structured._budget import select_to as select_to
 from jaxsparse.structured._channel_scores import bn_scale as bn_scale
-from jaxsparse.structured._channel_scores import flap as flap
-from jaxsparse.structured._channel_scores import flap_compensation as flap_compensation
 from jaxsparse.structured._channel_scores import fpgm as fpgm
 from jaxsparse.structured._channel_scores import gate_scores as gate_scores
 from jaxsparse.structured._clusters import MergedExperts as MergedExperts
@@ -25,6 +25,12 @@ from jaxsparse.structured._depth import knapsack as knapsack
 from jaxsparse.structured._depth import nm_gates as nm_gates
 from jaxsparse.structured._depth import nm_options as nm_options
 from jaxsparse.structured._drop import Drop as Drop
+from jaxsparse.structured._emptied import zero_indices as zero_indices
+from jaxsparse.structured._flap import flap as flap
+from jaxsparse.structured._flap import flap_compensation as flap_compensation
+from jaxsparse.structured._grouping import Grouping as Grouping
+from jaxsparse.structured._grouping import group_experts as group_experts
+from jaxsparse.structured._grouping import router_similarity as router_similarity
 from jaxsparse.structured._groups import Group as Group
 from jaxsparse.structured._groups import Groups as Groups
 from jaxsparse.structured._groups import Member as Member
@@ -32,12 +38,9 @@ from jaxsparse.structured._groups import Reason as Reason
 from jaxsparse.structured._groups import groups as groups
 from jaxsparse.structured._importance import block_similarity as block_similarity
 from jaxsparse.structured._importance import output_losses as output_losses
-from jaxsparse.structured._merging import Grouping as Grouping
 from jaxsparse.structured._merging import align_experts as align_experts
-from jaxsparse.structured._merging import group_experts as group_experts
 from jaxsparse.structured._merging import merge_experts as merge_experts
 from jaxsparse.structured._merging import merge_gates as merge_gates
-from jaxsparse.structured._merging import router_similarity as router_similarity
 from jaxsparse.structured._narrow import Narrowed as Narrowed
 from jaxsparse.structured._narrow import masks as masks
 from jaxsparse.structured._narrow import narrow as narrow
@@ -52,9 +55,6 @@ from jaxsparse.structured._normalize import standardize as standardize
 from jaxsparse.structured._remove import remove_blocks as remove_blocks
 from jaxsparse.structured._remove import share_blocks as share_blocks
 from jaxsparse.structured._score import group_scores as group_scores
-from jaxsparse.structured._select import Selected as Selected
 from jaxsparse.structured._select import dropped_fraction as dropped_fraction
 from jaxsparse.structured._select import select as select
-from jaxsparse.structured._select import select_to as select_to
-from jaxsparse.structured._slices import zero_indices as zero_indices
 from jaxsparse.structured._state import narrow_like as narrow_like

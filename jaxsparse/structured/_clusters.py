@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.structured._merging import (
-    _merge,
+from jaxsparse.structured._experts import (
     at,
     check_labels,
     check_total,
     count_experts,
-    merge_experts,
     wide,
 )
+from jaxsparse.structured._merging import group_means, merge_experts
 from jaxsparse.tree import leaves_with_paths
 
 Merge = tuple[float, int, int]
@@ -247,7 +246,7 @@ def medoids(experts: PyTree, labels: Any) -> Array:
 def _medoids(experts: PyTree, labels: Array, member: Array) -> Array:
     n = labels.shape[0]
     experts = jax.tree.map(wide, experts)
-    means = _merge(experts, jnp.ones(n, jnp.float32), labels, member)
+    means = group_means(experts, jnp.ones(n, jnp.float32), labels, member)
     to_mean = lambda x, mean: jnp.sum(jnp.square(x - mean[labels]).reshape(n, -1), 1)
     each = jax.tree.leaves(jax.tree.map(to_mean, experts, means))
     precise = jnp.result_type(*(d.dtype for d in each))

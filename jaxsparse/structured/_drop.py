@@ -1,6 +1,7 @@
 """What goes: the specification that all of `structured` shares."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,3 +27,26 @@ class Drop(NamedTuple):
 
     indices: dict[str, np.ndarray]
     sizes: dict[str, int]
+
+
+def drop_of(marked: Mapping[str, Any]) -> Drop:
+    """The indices that are marked, as a specification.
+
+    All copies of a group lose equally many, as few as the one with the fewest marks,
+    and the lower indices first.
+
+    Args:
+      marked: bools `[*copies, size]` by the groups' names.
+
+    Returns:
+      A `Drop`; groups that lose nothing are not in it.
+    """
+    indices, sizes = {}, {}
+    for name, x in marked.items():
+        x = np.asarray(x, bool)
+        k = int(x.sum(-1).min())
+        if k:
+            first = np.argsort(~x, axis=-1, kind="stable")[..., :k]
+            indices[name] = np.sort(first, axis=-1).astype(np.int32)
+            sizes[name] = x.shape[-1]
+    return Drop(indices, sizes)

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.structured._blocks import Block, Flat, Join, blocks, flat_of
+from jaxsparse.structured._blocks import Block, Join, blocks
+from jaxsparse.structured._branches import flat_of
 from jaxsparse.structured._depth import with_gates
+from jaxsparse.structured._flat import Flat
 from jaxsparse.structured._narrow import checked_leaves
-from jaxsparse.structured._remove import by_shape, runnable
+from jaxsparse.structured._rewrite import by_shape, runnable
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing._steps import Step, Steps
 

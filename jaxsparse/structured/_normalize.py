@@ -16,7 +16,8 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.structured._groups import Group
-from jaxsparse.structured._score import slices_that_count, wide_dtype
+from jaxsparse.structured._score import slices_that_count
+from jaxsparse.structured._slices import wide_dtype
 from jaxsparse.tree import leaves_with_paths
 
 Scores = Mapping[str, Array]

@@ -1,25 +1,16 @@
 """`group_scores`: the scores of weights, summed over what lives or dies together."""
 
-import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks
-from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.structured._groups import Group
-from jaxsparse.structured._slices import ROLES, Part, Slices, slices_of
+from jaxsparse.structured._slices import ROLES, Part, Slices, check_fits, slices_of
+from jaxsparse.structured._sums import Reduce, combined, part_sum
 from jaxsparse.tree import leaves_with_paths, nearest, select
-
-Reduce = Literal["sum", "mean", "max"]
-Measure = Callable[[Part, Array, tuple[int, ...]], Array]
-"""`f(part, leaf, shape) -> [prod(shape)]`: what one member says of each index."""
 
 
 def group_scores(
@@ -73,7 +64,7 @@ def group_scores(
       {'up[1]': Array([ 5., 13.,  6.], dtype=float32)}
     """
     slices = slices_that_count(groups, scores, where)
-    return combined(slices, scores, member_sum, reduce=reduce)
+    return combined(slices, scores, part_sum, reduce=reduce)
 
 
 def slices_that_count(
@@ -132,119 +123,6 @@ def _check(name: str, part: Part, leaves: Mapping[str, Any], taken: Mapping) -> 
             "structure of the parameters that were traced."
         )
     x = leaves[part.path]
-    shape = np.shape(x)
-    sizes = [shape[a] if a < len(shape) else None for a in part.axes]
-    if sizes != list(part.labels.shape):
-        raise ValueError(
-            f"{part.path}: group {name!r} expects sizes {list(part.labels.shape)} "
-            f"along the axes {list(part.axes)}, got a leaf of shape {shape}. Were the "
-            "groups made for another model?"
-        )
+    check_fits(name, part, np.shape(x))
     if taken[part.path]:
         _checks.check_floating(part.path, x)
-
-
-class _Measured(NamedTuple):
-    values: Array
-    present: np.ndarray  # which indices the member has at all
-
-
-def combined(
-    slices: Mapping[str, Slices],
-    tree: PyTree,
-    measure: Measure,
-    *,
-    reduce: Reduce = "sum",
-) -> dict[str, Array]:
-    """What the members of each group say of its indices, together.
-
-    Args:
-      slices: the members that count.
-      tree: like the parameters.
-      measure: of one member.
-      reduce: of all members.
-
-    Returns:
-      `[*copies, size]` by the groups' names, on every device.
-
-    Raises:
-      ValueError: an unknown `reduce`.
-    """
-    if reduce not in ("sum", "mean", "max"):
-        raise ValueError(f"reduce={reduce!r}: expected 'sum', 'mean' or 'max'.")
-    paths = {part.path for s in slices.values() for part in s.parts}
-    leaves = {path: x for path, x in leaves_with_paths(tree) if path in paths}
-
-    def all_groups(leaves: dict[str, Array]) -> dict[str, Array]:
-        return {name: one(s, leaves) for name, s in slices.items()}
-
-    def one(s: Slices, leaves: dict[str, Array]) -> Array:
-        found = [
-            _Measured(measure(part, leaves[part.path], s.shape), _present(part, s))
-            for part in s.parts
-        ]
-        return _reduced(found, reduce).reshape(s.shape)
-
-    mesh = explicit_mesh(list(leaves.values()))
-    if mesh is None:
-        return all_groups(leaves)
-    # Sums over differently sharded axes cannot be added where shardings are types.
-    plain = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in leaves.items()}
-    everywhere = lambda _: NamedSharding(mesh, P())
-    shardings: Any = jax.tree.map(everywhere, jax.eval_shape(all_groups, plain))
-    automatic: Any = jax.sharding.auto_axes(all_groups, out_sharding=shardings)
-    return automatic(leaves)
-
-
-def _present(part: Part, s: Slices) -> np.ndarray:
-    labels = part.labels[part.labels >= 0]
-    return np.bincount(labels, minlength=math.prod(s.shape)) > 0
-
-
-def _reduced(found: list[_Measured], reduce: Reduce) -> Array:
-    dtype = wide_dtype(*[values.dtype for values, _ in found])
-    arrays = [values.astype(dtype) for values, _ in found]
-    present = np.stack([here for _, here in found])
-    if reduce == "max":
-        if not present.all():
-            low = jnp.asarray(-jnp.inf, dtype)
-            arrays = [
-                jnp.where(here, x, low) for x, here in zip(arrays, present, strict=True)
-            ]
-        total = arrays[0]
-        for x in arrays[1:]:
-            total = jnp.maximum(total, x)
-        zero = jnp.zeros((), dtype)
-        return total if present.any(0).all() else jnp.where(present.any(0), total, zero)
-    total = sum(arrays[1:], start=arrays[0])
-    if reduce == "mean":
-        total = total / jnp.asarray(np.maximum(present.sum(0), 1), dtype)
-    return total
-
-
-def member_sum(part: Part, x: Array, shape: tuple[int, ...]) -> Array:
-    """The sum over all entries with an index, of one member.
-
-    Args:
-      part: where the indices are.
-      x: the leaf.
-      shape: `(*copies, size)`.
-
-    Returns:
-      `[prod(shape)]`, in float32 at least.
-    """
-    wide = wide_dtype(x.dtype)
-    others = tuple(a for a in range(x.ndim) if a not in part.axes)
-    by_place = jnp.sum(x, axis=others, dtype=wide).ravel()
-    labels, total = part.labels.ravel(), math.prod(shape)
-    if len(labels) == total and np.array_equal(labels, np.arange(total)):
-        return by_place
-    # What has no index gets a number that is out of range, which segment_sum drops.
-    labels = np.where(labels < 0, total, labels)
-    return jax.ops.segment_sum(by_place, labels, num_segments=total)
-
-
-def wide_dtype(*dtypes: Any) -> np.dtype:
-    """The widest of floating dtypes, float32 at least, under any promotion rules."""
-    known = [np.dtype(np.float32), *map(np.dtype, dtypes)]
-    return max(known, key=lambda dtype: dtype.itemsize)

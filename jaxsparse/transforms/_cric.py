@@ -11,10 +11,12 @@ import optax
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured import Group
-from jaxsparse.structured import _slices as sl
-from jaxsparse.structured._drop import Drop
-from jaxsparse.transforms._group_lasso import check_strength
+from jaxsparse.structured._drop import Drop, drop_of
+from jaxsparse.structured._scaling import factors_of, scaled_updates
+from jaxsparse.structured._slices import PRODUCERS, check_params, slices_of, wide_leaves
+from jaxsparse.structured._sums import sums
 from jaxsparse.transforms._hesso import Criteria, lowest, removed_by, saliency
+from jaxsparse.transforms._penalties import check_strength
 
 
 class Redundancy(NamedTuple):
@@ -46,7 +48,7 @@ def cric(
     tolerance: int = 0,
     loss_weight: float = 1.0,
     criteria: Criteria = Criteria(),  # noqa: B008  (a NamedTuple of numbers)
-    roles: Collection[str] = sl.PRODUCERS,
+    roles: Collection[str] = PRODUCERS,
 ) -> Redundancy:
     """Corrects which indices are redundant in cycles of trial removals (CRIC).
 
@@ -108,13 +110,13 @@ def cric(
       >>> found.drop.indices["up[1]"].tolist()   # not the smallest, it is used most
       [1]
     """
-    slices = sl.slices_of(groups, roles=roles)
+    slices = slices_of(groups, roles=roles)
     _checks.check_sparsity(sparsity)
     _checks.check_positive_int(steps, name="steps")
     _checks.check_positive_int(max_cycles, name="max_cycles")
     _checks.check_positive_int(tolerance, name="tolerance", least=0)
     check_strength(loss_weight, name="loss_weight")
-    sl.check_params(slices, params)
+    check_params(slices, params)
     (count,) = removed_by(slices, sparsity, 1)
     data = list(batches)
     if not data:
@@ -132,13 +134,13 @@ def cric(
         updates, state = optimizer.update(grads, state, params)
         one = jnp.ones((), jnp.float32)
         vectors = {n: jnp.where(x, factor, one) for n, x in shrinking.items()}
-        factors = sl.factors_of(slices, vectors, params)
-        updates = sl.scaled_updates(updates, params, factors)
+        factors = factors_of(slices, vectors, params)
+        updates = scaled_updates(updates, params, factors)
         # To first order what the removal of each index adds to the loss in this step.
-        held, slopes = sl.wide_leaves(slices, params), sl.wide_leaves(slices, grads)
+        held, slopes = wide_leaves(slices, params), wide_leaves(slices, grads)
         lost = {p: (factors[p] - 1) * w * slopes[p] for p, w in held.items()}
         moved = optax.apply_updates(params, updates)
-        return moved, state, sampled, sl.sums(slices, lost)
+        return moved, state, sampled, sums(slices, lost)
 
     compiled = jax.jit(loss_fn)
 
@@ -184,7 +186,7 @@ def _cycles(
     loss_weight: float,
 ) -> Redundancy:
     """The cycles, with all numbers on the host."""
-    sums, samples = dict(first), 1
+    summed, samples = dict(first), 1
     none = {name: np.zeros(x.shape, bool) for name, x in first.items()}
     nothing = {name: jnp.zeros(x.shape, bool) for name, x in first.items()}
     tried, charges = dict(none), {n: np.zeros(x.shape) for n, x in first.items()}
@@ -193,7 +195,7 @@ def _cycles(
 
     def scores() -> dict[str, np.ndarray]:
         return {
-            n: (x / samples + charges[n]).astype(np.float32) for n, x in sums.items()
+            n: (x / samples + charges[n]).astype(np.float32) for n, x in summed.items()
         }
 
     def weakest() -> dict[str, np.ndarray]:
@@ -210,12 +212,12 @@ def _cycles(
         shares = _shares(violators, blame)
         samples += 1
         for name, x in violators.items():
-            sums[name] = sums[name] + sampled[name]
+            summed[name] = summed[name] + sampled[name]
             tried[name] = tried[name] | x
             charges[name] = charges[name] + loss_weight * increase * shares[name]
         found.append(number)
         increases.append(increase)
-    drop = sl.drop_of(weakest())
+    drop = drop_of(weakest())
     return Redundancy(scores(), drop, tuple(found), tuple(increases))
 
 

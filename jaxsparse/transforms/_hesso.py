@@ -15,8 +15,16 @@ from jaxsparse._loops import when
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured import Group
-from jaxsparse.structured import _slices as sl
-from jaxsparse.structured._drop import Drop
+from jaxsparse.structured._drop import Drop, drop_of
+from jaxsparse.structured._scaling import factors_of, scaled_updates, spread
+from jaxsparse.structured._slices import (
+    PRODUCERS,
+    Slices,
+    check_params,
+    slices_of,
+    wide_leaves,
+)
+from jaxsparse.structured._sums import entry_counts, sums
 from jaxsparse.tree import leaves_with_paths, map_with_path, unwrap_variables
 
 
@@ -67,7 +75,7 @@ def hesso(
     duration: int,
     criteria: Criteria = Criteria(),  # noqa: B008  (a NamedTuple of numbers)
     scores: Mapping[str, Any] | None = None,
-    roles: Collection[str] = sl.PRODUCERS,
+    roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
     """Structured pruning within one training: choose, shrink, hold at zero (HESSO).
 
@@ -147,7 +155,7 @@ def hesso(
       >>> js.transforms.dropped(state).indices
       {'up[1]': array([1, 3], dtype=int32)}
     """
-    slices = sl.slices_of(groups, roles=roles)
+    slices = slices_of(groups, roles=roles)
     _checks.check_sparsity(sparsity)
     for name, value in (("periods", periods), ("duration", duration)):
         _checks.check_positive_int(value, name=name)
@@ -157,7 +165,7 @@ def hesso(
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: PyTree) -> HessoState:
-        sl.check_params(slices, params)
+        check_params(slices, params)
         none = lambda: {n: jnp.zeros(s.shape, bool) for n, s in slices.items()}
         return HessoState(jnp.zeros((), jnp.int32), none(), none(), inner.init(params))
 
@@ -189,7 +197,7 @@ def hesso(
         ended = active & (t == duration - 1)
         zero = {name: z | (shrinking[name] & ended) for name, z in state.zero.items()}
         shrinking = {name: x & ~ended for name, x in shrinking.items()}
-        moved = sl.scaled_updates(moved, params, sl.factors_of(slices, vectors, params))
+        moved = scaled_updates(moved, params, factors_of(slices, vectors, params))
         step = jnp.asarray(optax.safe_increment(state.step))
         return moved, HessoState(step, shrinking, zero, inner_state)
 
@@ -219,11 +227,11 @@ def dropped(opt_state: PyTree) -> Drop:
             f"Expected one HessoState in this optimizer state, found {len(states)}. "
             "tx = js.transforms.hesso(optimizer, groups, ...) makes one."
         )
-    return sl.drop_of(states[0].zero)
+    return drop_of(states[0].zero)
 
 
 def saliency(
-    slices: Mapping[str, sl.Slices],
+    slices: Mapping[str, Slices],
     params: PyTree,
     grads: PyTree,
     *,
@@ -240,13 +248,13 @@ def saliency(
     Returns:
       `[*copies, size]` by the groups' names, larger = keep.
     """
-    x = sl.wide_leaves(slices, params)
-    held = sl.wide_leaves(slices, grads)
+    x = wide_leaves(slices, params)
+    held = wide_leaves(slices, grads)
     g = {path: held[path].astype(w.dtype) for path, w in x.items()}
-    xx = sl.sums(slices, {path: w * w for path, w in x.items()})
-    xg = sl.sums(slices, {path: w * g[path] for path, w in x.items()})
-    gg = sl.sums(slices, {path: w * w for path, w in g.items()})
-    counts = sl.entry_counts(slices, params)
+    xx = sums(slices, {path: w * w for path, w in x.items()})
+    xg = sums(slices, {path: w * g[path] for path, w in x.items()})
+    gg = sums(slices, {path: w * w for path, w in g.items()})
+    counts = entry_counts(slices, params)
     parts = {name: _criteria(xx[name], xg[name], gg[name], counts[name]) for name in xx}
     total = {name: jnp.zeros_like(s) for name, s in xx.items()}
     for k, weight in enumerate(criteria):
@@ -310,7 +318,7 @@ def lowest(
 
 
 def removed_by(
-    slices: Mapping[str, sl.Slices], sparsity: float, periods: int
+    slices: Mapping[str, Slices], sparsity: float, periods: int
 ) -> list[int]:
     """How many indices are gone after each period.
 
@@ -337,7 +345,7 @@ def removed_by(
 
 
 def check_scores(
-    scores: Mapping[str, Any], slices: Mapping[str, sl.Slices]
+    scores: Mapping[str, Any], slices: Mapping[str, Slices]
 ) -> dict[str, Array]:
     """Scores in the order of the groups, as float32 arrays.
 
@@ -362,11 +370,11 @@ def check_scores(
 
 
 def _hide(
-    slices: Mapping[str, sl.Slices], zero: Mapping[str, Array], grads: PyTree
+    slices: Mapping[str, Slices], zero: Mapping[str, Array], grads: PyTree
 ) -> PyTree:
     """Gradients without those of what is held at zero."""
     ndims = {path: np.ndim(g) for path, g in leaves_with_paths(grads)}
-    gone = sl.spread(slices, zero, ndims, combine=jnp.logical_or, fill=False)
+    gone = spread(slices, zero, ndims, combine=jnp.logical_or, fill=False)
 
     def one(path: str, g: Array) -> Array:
         if path not in gone:

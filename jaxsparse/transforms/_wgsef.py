@@ -12,13 +12,13 @@ from optax._src.base import NO_PARAMS_MSG
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured import Group
-from jaxsparse.structured import _slices as sl
-from jaxsparse.transforms._group_lasso import (
-    PenaltyState,
-    check_strength,
-    moved_leaves,
-)
+from jaxsparse.structured._nesting import nesting
+from jaxsparse.structured._scaling import factors_of, scaled_updates
+from jaxsparse.structured._slices import PRODUCERS, Slices, check_params, slices_of
+from jaxsparse.structured._sums import entry_counts, sums
+from jaxsparse.transforms._group_lasso import PenaltyState
 from jaxsparse.transforms._horizon import evaluate
+from jaxsparse.transforms._penalties import check_strength, moved_leaves
 
 _HALVINGS = 50
 
@@ -29,7 +29,7 @@ def wgsef_prox(
     sparsity: Any,
     strength: Any,
     costs: Mapping[str, Any] | None = None,
-    roles: Collection[str] = sl.PRODUCERS,
+    roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
     """The proximal step of the weighted group sparse envelope function (WGSEF).
 
@@ -91,15 +91,15 @@ def wgsef_prox(
       >>> [round(x, 3) for x in optax.apply_updates(params, updates)["up"][0].tolist()]
       [2.0, 0.0, 1.5]
     """
-    slices = sl.slices_of(groups, roles=roles)
+    slices = slices_of(groups, roles=roles)
     if not callable(sparsity):
         _checks.check_sparsity(sparsity)
     check_strength(strength)
     stated = None if costs is None else _checked_costs(costs, slices)
 
     def init_fn(params: PyTree) -> PenaltyState:
-        sl.check_params(slices, params)
-        sl.nesting(slices, params, disjoint=True)
+        check_params(slices, params)
+        nesting(slices, params, disjoint=True)
         return PenaltyState(jnp.zeros((), jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -107,8 +107,8 @@ def wgsef_prox(
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
         moved = moved_leaves(slices, updates, params)
-        squared = sl.sums(slices, {p: v * v for p, v in moved.items()})
-        d = stated if stated is not None else sl.entry_counts(slices, params)
+        squared = sums(slices, {p: v * v for p, v in moved.items()})
+        d = stated if stated is not None else entry_counts(slices, params)
         flat = lambda xs: [np.ravel(xs[name]) for name in slices]
         norms = jnp.sqrt(jnp.concatenate([squared[name].ravel() for name in slices]))
         cost = np.concatenate(flat(d)).astype(np.float64)
@@ -121,15 +121,15 @@ def wgsef_prox(
             n = int(np.prod(s.shape))
             vectors[name] = factor[start : start + n].reshape(s.shape)
             start += n
-        factors = sl.factors_of(slices, vectors, params)
+        factors = factors_of(slices, vectors, params)
         step = jnp.asarray(optax.safe_increment(state.step))
-        return sl.scaled_updates(updates, params, factors), PenaltyState(step)
+        return scaled_updates(updates, params, factors), PenaltyState(step)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _checked_costs(
-    costs: Mapping[str, Any], slices: Mapping[str, sl.Slices]
+    costs: Mapping[str, Any], slices: Mapping[str, Slices]
 ) -> dict[str, np.ndarray]:
     if set(costs) != set(slices):
         differ = sorted(set(costs) ^ set(slices))

@@ -269,7 +269,8 @@ def test_shardings_are_kept_where_the_mesh_still_divides():
         jax.tree.map(np.testing.assert_array_equal, back, again)
 
 
-PARAMS = {"a": np.ones((3, 8)), "b": np.ones((8, 2))}
+PARAMS = {"a": np.ones((3, 8), np.float32), "b": np.ones((8, 2), np.float32)}
+X = np.ones((4, 3), np.float32)
 BAD = {
     "another model": (
         js.structured.Drop({"a[1]": np.array([1])}, {"a[1]": 16}),
@@ -292,7 +293,7 @@ BAD = {
 def test_bad_drops(name):
     drop, message = BAD[name]
     apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
-    trace = js.trace(apply_fn, PARAMS, np.ones((4, 3)))
+    trace = js.trace(apply_fn, PARAMS, X)
     with pytest.raises(ValueError, match=message):
         js.structured.narrow(trace, PARAMS, drop)
     with pytest.raises(ValueError, match=message):
@@ -301,14 +302,14 @@ def test_bad_drops(name):
 
 def test_bad_parameters():
     apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
-    trace = js.trace(apply_fn, PARAMS, np.ones((4, 3)))
+    trace = js.trace(apply_fn, PARAMS, X)
     small = js.structured.narrow(trace, PARAMS, {"a[1]": [0]})
     with pytest.raises(
         ValueError, match=r"a: traced with shape \(3, 8\), got \(3, 7\)"
     ):
         js.structured.narrow(trace, small.params, {"a[1]": [0]})
     with pytest.raises(ValueError, match=r"a: the narrowed model has .*\(3, 7\)"):
-        small.apply_fn(PARAMS, np.ones((4, 3)))
+        small.apply_fn(PARAMS, X)
     with pytest.raises(ValueError, match=r"a: expected the narrowed shape \(3, 7\)"):
         js.structured.widen(trace, PARAMS, {"a[1]": [0]})
     with pytest.raises(ValueError, match="another structure"):
@@ -319,7 +320,7 @@ def test_bad_parameters():
 
 def test_frozen_axes_say_at_which_line():
     apply_fn = lambda p, x: jnp.flip(x @ p["a"], -1) @ p["b"]
-    trace = js.trace(apply_fn, PARAMS, np.ones((4, 3)))
+    trace = js.trace(apply_fn, PARAMS, X)
     with pytest.raises(ValueError, match=r"frozen: rev at .*test_narrow\.py") as error:
         js.structured.narrow(trace, PARAMS, {"a[1]": [0]}, allow=("frozen",))
     assert "takes them anyway" not in str(error.value)

@@ -8,7 +8,7 @@ import pytest
 from transforms import group_models as gm
 
 import jaxsparse as js
-from jaxsparse.structured import _slices as sl
+from jaxsparse.structured._slices import slices_of
 from jaxsparse.transforms import _hesso
 
 tr = js.transforms
@@ -190,7 +190,7 @@ def test_a_step_towards_zero_makes_an_index_less_important():
     params = jax.tree.map(jnp.ones_like, params)
     grads = jax.tree.map(jnp.zeros_like, params)
     grads["a"] = grads["a"].at[:, 0].set(1.0).at[:, 1].set(-1.0)
-    slices = sl.slices_of(groups)
+    slices = slices_of(groups)
     criteria = tr.Criteria(0.0, 0.0, 1.0, 0.0, 0.0)
     (name,) = [n for n, g in groups.items() if g.size == 8]
     scored = _hesso.saliency(slices, params, grads, criteria=criteria)[name]
