@@ -76,3 +76,11 @@ def test_errors(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.ones(2))
     with pytest.raises(ValueError, match=r"other\.npz: not a file of"):
         js.checkpoint.load_export(tmp_path / "other.npz")
+
+
+def test_a_drop_is_saved_like_any_tree(tmp_path):
+    params = {"w": jnp.ones(3), "drop": DROP}
+    js.checkpoint.save(tmp_path / "run", step=1, params=params)
+    back = js.checkpoint.restore(tmp_path / "run", params=params).params["drop"]
+    assert back.sizes == DROP.sizes
+    jax.tree.map(np.testing.assert_array_equal, back.indices, DROP.indices)

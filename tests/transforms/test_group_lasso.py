@@ -353,7 +353,7 @@ def test_bad_input_is_named():
         tx.init({"params": params})
     with pytest.raises(ValueError, match=r"b: group .* expects sizes \(6,\)"):
         tx.init(params | {"b": jnp.ones((8, 7))})
-    with pytest.raises(
+    with pytest.raises(TypeError, match=r"b_bias: expected real .* for group 'a"):
         TypeError, match="b_bias: expected real floating-point.* group 'a"
     ):
         tx.init(params | {"b_bias": jnp.ones(6, int)})
