@@ -187,7 +187,7 @@ def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
       >>> list(found), list(found.prunable)
       (['up[1]', 'down[1]', 'up[0]'], ['up[1]'])
       >>> [(m.path, m.axis, m.role) for m in found["up[1]"].members]
-      [('up', 1, 'output'), ('down', 0, 'input')]
+      [('down', 0, 'input'), ('up', 1, 'output')]
     """
     allowed = frozenset(allow)
     if allowed - FLAGS or allowed & NEVER:

@@ -71,11 +71,7 @@ def narrow_like(
         )
         if found is None or not hasattr(x, "shape") or not cut.touches(dims[found]):
             return x
-        if (
-            x.ndim == 0
-            or x.size == 1
-            or jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        ):
+        if x.ndim == 0 or x.size == 1 or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
         shape = tuple(d.size for d in dims[found])
         fits = x.ndim == len(shape) and all(

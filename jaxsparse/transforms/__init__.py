@@ -3,16 +3,16 @@
 from jaxsparse.transforms._cric import Redundancy as Redundancy
 from jaxsparse.transforms._cric import cric as cric
 from jaxsparse.transforms._enforce import enforce as enforce
-from jaxsparse.transforms._group_lasso import (
-    GrowingRegularizationState as GrowingRegularizationState,
-)
 from jaxsparse.transforms._group_lasso import PenaltyState as PenaltyState
 from jaxsparse.transforms._group_lasso import group_lasso as group_lasso
 from jaxsparse.transforms._group_lasso import group_norm_decay as group_norm_decay
-from jaxsparse.transforms._group_lasso import (
+from jaxsparse.transforms._group_lasso import prox_group_lasso as prox_group_lasso
+from jaxsparse.transforms._growing import (
+    GrowingRegularizationState as GrowingRegularizationState,
+)
+from jaxsparse.transforms._growing import (
     growing_regularization as growing_regularization,
 )
-from jaxsparse.transforms._group_lasso import prox_group_lasso as prox_group_lasso
 from jaxsparse.transforms._hesso import Criteria as Criteria
 from jaxsparse.transforms._hesso import HessoState as HessoState
 from jaxsparse.transforms._hesso import dropped as dropped

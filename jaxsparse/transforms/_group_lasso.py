@@ -20,12 +20,6 @@ from jaxsparse.structured._slices import (
     slices_of,
 )
 from jaxsparse.structured._sums import entry_counts, squared_norms, sums
-from jaxsparse.transforms._growing import (
-    GrowingRegularizationState as GrowingRegularizationState,
-)
-from jaxsparse.transforms._growing import (
-    growing_regularization as growing_regularization,
-)
 from jaxsparse.transforms._horizon import evaluate
 from jaxsparse.transforms._penalties import (
     add_scaled,

@@ -1,0 +1,56 @@
+"""`zero_indices`: what a training has emptied."""
+
+from collections.abc import Collection, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._typing import PyTree
+from jaxsparse.structured._drop import Drop, drop_of
+from jaxsparse.structured._groups import Group
+from jaxsparse.structured._slices import PRODUCERS, check_params, paths_of, slices_of
+from jaxsparse.structured._sums import sums
+from jaxsparse.tree import leaves_with_paths
+
+
+def zero_indices(
+    params: PyTree,
+    groups: Mapping[str, Group],
+    *,
+    roles: Collection[str] = PRODUCERS,
+) -> Drop:
+    """The indices whose slices are all exactly zero: what a training has emptied.
+
+    After `js.transforms.prox_group_lasso` or `js.transforms.wgsef_prox`, for
+    `js.structured.narrow`. A group that is zero as a whole keeps its first index.
+
+    Args:
+      params: the parameters, with values.
+      groups: groups by name, all of them prunable.
+      roles: which members have to be zero; those of the training.
+
+    Returns:
+      A `Drop`. All copies of a group lose equally many, those of the copy with the
+      fewest zeros.
+
+    Raises:
+      ValueError: groups that are not prunable or not of these parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"up": jnp.array([[1.0, 0.0, 2.0]]), "down": jnp.ones((3, 1))}
+      >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
+      >>> groups = js.structured.groups(js.trace(apply_fn, params, jnp.ones((2, 1))))
+      >>> js.structured.zero_indices(params, groups.prunable)
+      Drop(indices={'up[1]': array([1], dtype=int32)}, sizes={'up[1]': 3})
+    """
+    slices = slices_of(groups, roles=roles)
+    check_params(slices, params)
+    leaves = dict(leaves_with_paths(params))
+    used = {
+        p: (leaves[p] != 0).astype(jnp.float32) for p in paths_of(slices) if p in leaves
+    }
+    marked = {name: np.array(n == 0) for name, n in sums(slices, used).items()}
+    for x in marked.values():
+        x[x.all(-1), 0] = False
+    return drop_of(marked)

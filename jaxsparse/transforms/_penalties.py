@@ -1,0 +1,97 @@
+"""What the penalties of groups share: their strengths, adding and thresholding."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _checks
+from jaxsparse._sharded import sharded_like
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.structured._scaling import spread
+from jaxsparse.structured._slices import Slices, wide_leaves, widen
+from jaxsparse.tree import leaves_with_paths, map_with_path
+
+
+def check_strength(strength: Any, *, name: str = "strength") -> None:
+    """Raises unless it is a schedule or a number of at least 0.
+
+    Args:
+      strength: what the caller passed.
+      name: the argument's name.
+
+    Raises:
+      TypeError: neither a number nor callable.
+      ValueError: negative or NaN.
+    """
+    if callable(strength) or not _checks.is_concrete(strength):
+        return
+    try:
+        value = float(strength)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: a number or a schedule step -> number; got {strength!r}."
+        ) from None
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}.")
+
+
+def add_scaled(
+    updates: PyTree,
+    params: PyTree,
+    slices: Mapping[str, Slices],
+    vectors: Mapping[str, Array],
+) -> PyTree:
+    """`updates + factor * params`, with a factor for each index of each group.
+
+    Args:
+      updates: gradients.
+      params: the parameters.
+      slices: of the groups.
+      vectors: `[*copies, size]` by the groups' names; those of groups that share an
+        entry add up.
+
+    Returns:
+      A tree like `updates`, with its dtypes. Where the factor is 0 the same bits.
+    """
+    leaves = dict(leaves_with_paths(params))
+    ndims = {path: np.ndim(x) for path, x in leaves.items()}
+    factors = spread(slices, vectors, ndims, combine=jnp.add, fill=0.0)
+
+    def one(path: str, u: Array) -> Array:
+        if path not in factors:
+            return u
+        return sharded_like(add, [u], leaves[path], factors[path])[0]
+
+    def add(us: list[Array], w: Array, factor: Array) -> list[Array]:
+        wide, kind = widen(w), us[0].dtype
+        step = us[0].astype(wide.dtype) + factor.astype(wide.dtype) * wide
+        return [jnp.where(factor == 0, us[0], step.astype(kind))]
+
+    return map_with_path(one, updates)
+
+
+def moved_leaves(
+    slices: Mapping[str, Slices], updates: PyTree, params: PyTree
+) -> dict[str, Array]:
+    """`params + updates` where slices lie, by path, in float32 at least."""
+    steps = wide_leaves(slices, updates)
+    held = wide_leaves(slices, params)
+    return {p: w + steps[p].astype(w.dtype) for p, w in held.items()}
+
+
+def soft_threshold(norm: Array, threshold: Array) -> Array:
+    """`max(0, 1 - threshold / norm)`, and 1 where nothing is taken away."""
+    above = norm > threshold
+    safe = jnp.where(above, norm, jnp.ones_like(norm))
+    shrunk = jnp.where(above, 1 - threshold / safe, jnp.zeros_like(norm))
+    return jnp.where(threshold > 0, shrunk, jnp.ones_like(norm))
+
+
+def weakness(norms: Array) -> Array:
+    """`(max - I) / (max - min)` along the last axis, 0 where all are equal."""
+    most = jnp.max(norms, axis=-1, keepdims=True)
+    width = most - jnp.min(norms, axis=-1, keepdims=True)
+    safe = jnp.where(width > 0, width, jnp.ones_like(width))
+    return jnp.where(width > 0, (most - norms) / safe, jnp.zeros_like(norms))
