@@ -51,17 +51,27 @@ def _changed(cut: Cut, x: Any, dims: Dims, how: Any, shape: tuple[int, ...]) -> 
     if len(x.sharding.device_set) == 1:
         if next(iter(x.sharding.device_set)).platform == "cpu":
             # On the host numpy's gather is several times faster than an eager one.
-            return jax.device_put(how(np.asarray(x), dims), x.sharding)
+            changed = how(np.asarray(x), dims)
+            return jax.device_put(changed, x.sharding if x.committed else None)
         return how(x, dims)
-    sharding = _fitting(x.sharding, shape)
+    named = isinstance(x.sharding, NamedSharding)
+    sharding = fitting(x.sharding, shape) if named else None
     change = functools.partial(how, dims=dims)
     return jax.jit(change, out_shardings=sharding)(x)
 
 
-def _fitting(sharding: Any, shape: tuple[int, ...]) -> Any:
-    """A sharding without the axes that the mesh no longer divides."""
+def fitting(sharding: Any, shape: tuple[int, ...]) -> Any:
+    """A sharding without the axes that the mesh no longer divides.
+
+    Args:
+      sharding: of the whole array.
+      shape: of what is left of it.
+
+    Returns:
+      A sharding; what is no `NamedSharding` as it is.
+    """
     if not isinstance(sharding, NamedSharding):
-        return None
+        return sharding
     spec = []
     for entry, size in zip(sharding.spec, shape, strict=False):
         names = entry if isinstance(entry, tuple) else (entry,) if entry else ()

@@ -17,6 +17,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend import core
 
+from jaxsparse.structured._arrays import fitting
 from jaxsparse.structured._cut import Cut
 from jaxsparse.structured._derivatives import rule_at
 from jaxsparse.structured._means import MEANS, Known, resized_mean
@@ -105,6 +106,9 @@ class Resized:
             with jax.ensure_compile_time_eval():
                 whole = np.asarray(bind(eqn, [])[0])
             return [Known(jnp.asarray(self.cut.take(whole, node.outs[0])))]
+        if name == "random_split":  # each layer keeps the key that it had
+            whole = bind(eqn, values)[0]
+            return [Known(whole[tuple(self.cut.positions(node.outs[0]))])]
         if self.norms == "resized" and name in MEANS:
             ins = resized_mean(name, ins)
             values = [x.value for x in ins]
@@ -136,6 +140,8 @@ class Resized:
             return {"shape": shape(node.outs[0])}
         if name == "rng_bit_generator":
             return {"shape": shape(node.outs[1])}
+        if name == "sharding_constraint":
+            return {"sharding": fitting(p["sharding"], shape(node.outs[0]))}
         if name == "split":
             at = p["axis"]
             return {"sizes": tuple(shape(dims)[at] for dims in node.outs)}

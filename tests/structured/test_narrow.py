@@ -214,6 +214,54 @@ def test_inputs_of_other_shapes_and_types_are_traced_anew_once():
         close(got, apply_fn(masked(trace, params, drop), longer))
 
 
+class Dropping(nn.Module):
+    """Layers in a scan, each with a key of its own."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.Dropout(0.5, deterministic=False)(nn.tanh(nn.Dense(8)(x)))
+        return x + nn.Dense(8)(y), None
+
+
+def test_layers_that_stay_keep_their_random_keys():
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    axes["split_rngs"]["dropout"] = True
+    model = nn.scan(Dropping, length=4, **axes)()
+    x, key = array(5, 8).astype(jnp.float32), jax.random.key(3)
+    params = model.init({"params": key, "dropout": key}, x, None)
+    apply_fn = loosely(
+        lambda p, x, key: model.apply(p, x, None, rngs={"dropout": key})[0]
+    )
+    trace = js.trace(apply_fn, params, x, key)
+    found = js.structured.groups(trace, allow={"layer"}).prunable
+    (name,) = (n for n, g in found.items() if "layer" in g.flags)
+    small = js.structured.narrow(trace, params, {name: [0, 2]}, allow={"layer"})
+    want = apply_fn(masked(trace, params, {name: [0, 2]}), x, key)
+    got = jax.jit(small.apply_fn)(small.params, x, key)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_shardings_within_the_model_hold_where_they_still_divide():
+    mesh = jax.make_mesh((8,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = NamedSharding(mesh, PartitionSpec(None, "m"))
+
+    def apply_fn(p, x):
+        h = jax.lax.with_sharding_constraint(x @ p["a"], spread)
+        return jnp.tanh(h) @ p["b"]
+
+    params = {
+        "a": array(3, 16).astype(jnp.float32),
+        "b": array(16, 2).astype(jnp.float32),
+    }
+    x = array(4, 3).astype(jnp.float32)
+    trace = js.trace(apply_fn, params, x)
+    for gone in (range(8), range(5)):
+        small = js.structured.narrow(trace, params, {"a[1]": gone})
+        got = jax.jit(small.apply_fn)(small.params, x)
+        want = apply_fn(masked(trace, params, {"a[1]": gone}), x)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_retraces_under_jit():
     apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
     params = {"a": array(3, 8), "b": array(8, 2)}
