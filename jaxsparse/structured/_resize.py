@@ -7,6 +7,7 @@ are cut like parameters. What does not touch a changed axis runs as it was trace
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -74,53 +75,60 @@ class Resized:
         return [read(x) for x in program.jaxpr.outvars]
 
     def eqn(self, eqn: Any, ins: list[Known], address: Address) -> list[Known]:
-        values = [x.value for x in ins]
         if address not in self.touched and not any(x.summed for x in ins):
-            if any(x.number is None for x in ins) or not ins or called(eqn):
-                return [Known(x) for x in bind(eqn, values)]
-            with jax.ensure_compile_time_eval():
-                return [Known(x, number=_number(x)) for x in bind(eqn, values)]
-        name, node = eqn.primitive.name, self.trace.nodes[address]
+            return self.as_it_was(eqn, ins)
+        if eqn.primitive.name in _LOOPS or called(eqn) is not None:
+            return self.entered(eqn, ins, address)
+        return self.at_new_sizes(eqn, ins, self.trace.nodes[address])
+
+    def as_it_was(self, eqn: Any, ins: list[Known]) -> list[Known]:
+        values = [x.value for x in ins]
+        if any(x.number is None for x in ins) or not ins or called(eqn):
+            return [Known(x) for x in bind(eqn, values)]
+        with jax.ensure_compile_time_eval():  # numbers stay known
+            return [Known(x, number=_number(x)) for x in bind(eqn, values)]
+
+    def entered(self, eqn: Any, ins: list[Known], address: Address) -> list[Known]:
+        """An equation with programs of its own."""
+        name, values = eqn.primitive.name, [x.value for x in ins]
+        inside = [
+            self.plain(program, (*address, i)) for i, program in enumerate(inner(eqn))
+        ]
         if name == "scan":
-            return [Known(x) for x in self.scan(eqn, values, address)]
-        if name == "while":
-            return [Known(x) for x in self.loop(eqn, values, address)]
-        if name == "cond":
-            branches = [
-                self.plain(branch, (*address, i)) for i, branch in enumerate(inner(eqn))
-            ]
-            return [Known(x) for x in lax.switch(values[0], branches, *values[1:])]
-        if name in {"checkpoint", "remat", "remat2"}:
-            again = jax.checkpoint(
-                self.plain(called(eqn), (*address, 0)),
-                prevent_cse=eqn.params["prevent_cse"],
-                policy=eqn.params["policy"],
-            )
-            return [Known(x) for x in again(*values)]
-        if name == "custom_jvp_call":
-            derived = _with_derivative(eqn, self, address)
-            return [Known(x) for x in derived(*values)]
-        if called(eqn) is not None:
+            outs = self.scan(eqn, values, inside[0], address)
+        elif name == "while":
+            outs = _while(eqn, values, *inside)
+        elif name == "cond":
+            outs = lax.switch(values[0], inside, *values[1:])
+        elif name in {"checkpoint", "remat", "remat2"}:
+            settings = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
+            outs = jax.checkpoint(inside[0], **settings)(*values)
+        elif name == "custom_jvp_call":
+            outs = _with_derivative(eqn, self, address, inside[0])(*values)
+        else:  # what is known of values goes in and comes out
             return self.run(called(eqn), ins, (*address, 0))
+        return [Known(x) for x in outs]
+
+    def at_new_sizes(self, eqn: Any, ins: list[Known], node: Node) -> list[Known]:
+        """One operation, with the sizes in its parameters replaced."""
+        name = eqn.primitive.name
         if name == "iota" and self.positions == "slice":
             with jax.ensure_compile_time_eval():
                 whole = np.asarray(bind(eqn, [])[0])
             return [Known(jnp.asarray(self.cut.take(whole, node.outs[0])))]
         if name == "random_split":  # each layer keeps the key that it had
-            whole = bind(eqn, values)[0]
+            whole = bind(eqn, [x.value for x in ins])[0]
             return [Known(whole[tuple(self.cut.positions(node.outs[0]))])]
         if self.norms == "resized" and name in MEANS:
             ins = resized_mean(name, ins)
-            values = [x.value for x in ins]
-        outs = bind(_Patched(eqn, {**eqn.params, **self.patch(eqn, node)}), values)
+        patched = _Patched(eqn, {**eqn.params, **self.patch(eqn, node)})
+        outs = bind(patched, [x.value for x in ins])
         if name == "reduce_sum":
             gone = [node.ins[0][a] for a in eqn.params["axes"]]
-            old = int(np.prod([d.size for d in gone]))
-            new = int(np.prod([self.cut.size(d) for d in gone]))
+            old, new = (math.prod(map(f, gone)) for f in (_size, self.cut.size))
             return [Known(outs[0], summed=(old, new) if old != new else None)]
-        carries = name in {"convert_element_type", "broadcast_in_dim", "reshape",
-                           "squeeze", "copy", "sharding_constraint"}  # fmt: skip
-        return [Known(x, summed=ins[0].summed if carries else None) for x in outs]
+        summed = ins[0].summed if name in _CARRY_SUMS else None
+        return [Known(x, summed=summed) for x in outs]
 
     def plain(self, program: Any, address: Address) -> Callable[..., list[Any]]:
         """An inner program as a function of values."""
@@ -192,11 +200,11 @@ class Resized:
             found.append((low, high, inside))
         return tuple(found)
 
-    def scan(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
-        p = eqn.params
+    def scan(
+        self, eqn: Any, values: list[Any], body: Callable[..., Any], address: Address
+    ) -> list[Any]:
         first, carried = scan_counts(eqn)
         consts, carry = values[:first], values[first : first + carried]
-        body = self.plain(inner(eqn)[0], (*address, 0))
 
         def turn(carry: Any, xs: Any) -> Any:
             outs = body(*consts, *carry, *xs)
@@ -207,23 +215,37 @@ class Resized:
             carry,
             values[first + carried :],
             length=self.cut.size(self.trace.layers[address]),
-            reverse=p["reverse"],
-            unroll=p["unroll"],
+            reverse=eqn.params["reverse"],
+            unroll=eqn.params["unroll"],
         )
         return [*carry, *ys]
 
-    def loop(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
-        p = eqn.params
-        tests, bodies = p["cond_nconsts"], p["body_nconsts"]
-        of_test, of_body = values[:tests], values[tests : tests + bodies]
-        test, body = (
-            self.plain(program, (*address, i)) for i, program in enumerate(inner(eqn))
-        )
-        return lax.while_loop(
-            lambda carry: test(*of_test, *carry)[0],
-            lambda carry: body(*of_body, *carry),
-            values[tests + bodies :],
-        )
+
+_LOOPS = frozenset({"scan", "while", "cond"})
+_CARRY_SUMS = frozenset((
+    "convert_element_type",
+    "broadcast_in_dim",
+    "reshape",
+    "squeeze",
+    "copy",
+))
+
+
+def _while(
+    eqn: Any, values: list[Any], test: Callable[..., Any], body: Callable[..., Any]
+) -> list[Any]:
+    p = eqn.params
+    tests, bodies = p["cond_nconsts"], p["body_nconsts"]
+    of_test, of_body = values[:tests], values[tests : tests + bodies]
+    return lax.while_loop(
+        lambda carry: test(*of_test, *carry)[0],
+        lambda carry: body(*of_body, *carry),
+        values[tests + bodies :],
+    )
+
+
+def _size(axis: Any) -> int:
+    return axis.size
 
 
 class _Patched:
@@ -261,10 +283,9 @@ def _within(cut: Cut, trace: Trace, address: Address) -> bool:
 
 
 def _with_derivative(
-    eqn: Any, whole: Resized, address: Address
+    eqn: Any, whole: Resized, address: Address, plain: Callable[..., list[Any]]
 ) -> Callable[..., list[Any]]:
     """A function with a derivative of its own (relu at zero, a stable softmax)."""
-    plain = whole.plain(called(eqn), (*address, 0))
     rule = rule_at(eqn, whole.trace, whole.cut, whole.trace.nodes[address])
     if rule is None:  # then what it consists of is differentiated
         return plain
