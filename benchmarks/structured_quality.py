@@ -461,13 +461,16 @@ def run_blocks(rows_for: Callable[[Model], Rows], small: bool) -> None:
     rows = rows_for(model)
     known = S.blocks(model.trace)
     sizes = {name: block.parameters for name, block in known.items()}
-    scores, took = {}, {}
-    for name, of in (
-        ("block_similarity", lambda *args: _negative(S.block_similarity(*args))),
-        ("output_losses", S.output_losses),
+    scores, orders, took = {}, {}, {}
+    for name, of, sign in (
+        ("block_similarity", S.block_similarity, -1),  # the most similar first
+        ("output_losses", S.output_losses, 1),
     ):
         args = model.trace, model.params, model.inputs
-        scores[name], took[name] = timed(of, *args)
+        values, took[name] = timed(of, *args)
+        scores[name] = values
+        ranks = {block: sign * value for block, value in values.items()}
+        orders[name] = sorted(ranks, key=ranks.__getitem__)
 
     def add(
         setting: str, method: str, count: float, names: Iterable[str], **about: Any
@@ -478,8 +481,7 @@ def run_blocks(rows_for: Callable[[Model], Rows], small: bool) -> None:
         about["blocks"] = sorted(name.removeprefix("layers/") for name in names)
         rows.measure((found.apply_fn, found.params), what, **about)
 
-    for name, values in scores.items():
-        order = sorted(values, key=values.__getitem__)
+    for name, order in orders.items():
         for count in (3,) if small else (1, 2, 3):
             add("number of blocks", name, count, order[:count], seconds=took[name])
     total, target = sum(sizes.values()), "share of the blocks' parameters"
@@ -487,18 +489,13 @@ def run_blocks(rows_for: Callable[[Model], Rows], small: bool) -> None:
         least = round(share * total)
         chosen = S.knapsack(scores["output_losses"], sizes, at_least=least)
         add(target, "knapsack", share, chosen, seconds=took["output_losses"])
-        for name, values in scores.items():
-            order = sorted(values, key=values.__getitem__)
+        for name, order in orders.items():
             removed = np.cumsum([sizes[n] for n in order])
             count = int(np.searchsorted(removed, least)) + 1
             add(target, name, share, order[:count], seconds=took[name])
     for name in known if not small else ():
         both = {key: round(values[name], 4) for key, values in scores.items()}
         add("one block", name, 1, (name,), **both)
-
-
-def _negative(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: -value for name, value in values.items()}
 
 
 RUNS = {
