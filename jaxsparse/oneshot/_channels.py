@@ -42,6 +42,8 @@ def channel_errors(
     `js.solvers`, one triangular solve for an index and not a factorisation. OBSPA (Wang
     et al. 2024, arXiv:2403.18955), SlimGPT (Ling et al. 2024, arXiv:2412.18110).
 
+    These scores presume `refit_channels`; without it other scores choose better.
+
     Differs from OBSPA, which adds up `w^2 / [H^-1]_jj` also where an index has several
     columns (a head): here the columns of an index go together.
 
