@@ -39,11 +39,11 @@ files = find(
 )
 weights, test, jpeg_train, png_train = map(np.load, files)
 args.out.mkdir(parents=True, exist_ok=True)
-IMAGES, STEPS, BATCH = (200, 4, 32) if args.small else (8_000, 400, 128)
-BUDGETS = (0.5,) if args.small else (0.75, 0.5, 0.35, 0.25)
+IMAGES, STEPS, BATCH = (200, 4, 32) if args.small else (4_000, 150, 128)
+BUDGETS = (0.5,) if args.small else (0.75, 0.5, 0.35)
 x, y = test["x"][:IMAGES], test["y"][:IMAGES]
 try:
-    x_train, y_train = decode(jpeg_train, 256 if args.small else 30_000)
+    x_train, y_train = decode(jpeg_train, 256 if args.small else 20_000)
 except ImportError:
     print("Without pillow: training on 4,000 png images, not on jpeg ones.")
     x_train, y_train = png_train["x"], png_train["y"]
