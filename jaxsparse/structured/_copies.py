@@ -11,6 +11,7 @@ from typing import Any
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._jaxprs import Address
+from jaxsparse.tracing._rules import REDUCTIONS
 from jaxsparse.tracing._unify import Dims
 
 Leaf = int  # the identity of a leaf
@@ -27,8 +28,9 @@ def batches(trace: Trace) -> dict[Leaf, tuple[Leaf, ...]]:
     Returns:
       For each leaf those that every value has which has it too.
     """
-    found: dict[Leaf, frozenset[Leaf]] = {}
+    found: dict[Leaf, set[Leaf] | frozenset[Leaf]] = {}
     places = _Places()
+    places.of(tuple(trace.layers.values()))
     for dims, layers in _values(trace):
         occurrences = places.of(dims)
         for x, at in occurrences.items():
@@ -38,14 +40,29 @@ def batches(trace: Trace) -> dict[Leaf, tuple[Leaf, ...]]:
                 if b != x and all(_covers(there, place) for place in at)
             }
             covering |= layers
-            found[x] = found[x] & covering if x in found else frozenset(covering)
+            found[x] = found.get(x, covering) & covering
+        # In a turn all values have the layer, also those that do not show its axis.
+        for x in layers:
+            covering = (layers | occurrences.keys()) - {x}
+            found[x] = found.get(x, covering) & covering
+    for gone, left in _summed(trace):
+        summed = places.of(gone).keys()
+        for x in places.of(left):
+            found[x] = found[x] - summed
     # In one direction only: of two axes that always go together the outer is the batch.
     order = {x: i for i, x in enumerate(found)}
     mutual = lambda x, b: x in found.get(b, ()) and order[b] > order[x]
+    usable = lambda x, b: not mutual(x, b) and not _reordered(places.nodes[b])
     return {
-        x: tuple(sorted((b for b in bs if not mutual(x, b)), key=order.__getitem__))
+        x: tuple(sorted((b for b in bs if usable(x, b)), key=order.__getitem__))
         for x, bs in found.items()
     }
+
+
+def _reordered(axis: algebra.Axis) -> bool:
+    """Whether something may have changed the order of an axis, and so of copies."""
+    marks = ("frozen", "gathered", "sorted")
+    return any(note.partition(":")[0] in marks for note in axis.notes)
 
 
 def _values(trace: Trace) -> Iterator[tuple[Dims, frozenset[Leaf]]]:
@@ -85,6 +102,26 @@ def _values(trace: Trace) -> Iterator[tuple[Dims, frozenset[Leaf]]]:
             yield dims, none
 
 
+def _summed(trace: Trace) -> Iterator[tuple[Dims, Dims]]:
+    """Of all sums the axes that they run over, and those of what has been summed.
+
+    An axis that is summed over, and that the result has nonetheless from elsewhere, has
+    no copies of the axes that are left.
+    """
+    for node in trace.nodes.values():
+        name, p = node.visit.primitive.name, node.visit.params
+        if name == "dot_general":
+            (contracted, _), _ = p["dimension_numbers"]
+            yield tuple(node.ins[0][a] for a in contracted), node.outs[0]
+        elif name == "conv_general_dilated":
+            yield (node.ins[1][p["dimension_numbers"].rhs_spec[1]],), node.outs[0]
+        elif name in {"ragged_dot", "ragged_dot_general"}:
+            yield node.ins[0][1:], node.outs[0]
+        elif name in REDUCTIONS:
+            axes = p["axes"] if "axes" in p else p["dimensions"]
+            yield tuple(node.ins[0][a] for a in axes), node.outs[0]
+
+
 def _bodies(trace: Trace) -> Iterator[tuple[Address, Leaf]]:
     for address, layer in trace.layers.items():
         node = algebra.find(layer)
@@ -94,37 +131,42 @@ def _bodies(trace: Trace) -> Iterator[tuple[Address, Leaf]]:
 
 def _covers(batch: list[_Place], place: _Place) -> bool:
     """Whether all positions of a place have one index along the batch axis."""
-    near = [p for p in batch if p[0] == place[0]]
-    if near:
-        return any(p == place[: len(p)] for p in near)
-    # In another dimension; if it is in two, no one knows of which the copies are.
-    return len(batch) == 1 and len(batch[0]) == 1
+    near = [p for p in batch if p == place[: len(p)]]
+    far = [p for p in batch if p[0] != place[0]]
+    # If it is there twice, no one knows of which the copies are.
+    return len(near) + len(far) == 1 and (not far or len(far[0]) == 1)
 
 
 class _Places:
-    """Where the leaves of dimensions are, each expression looked through once."""
+    """Where the leaves of dimensions are, each expression looked through once.
+
+    Attributes:
+      nodes: the leaves by their identities.
+    """
 
     def __init__(self):
+        self.nodes: dict[Leaf, algebra.Axis] = {}
         self._known: dict[int, Any] = {}
 
     def of(self, dims: Dims) -> dict[Leaf, list[_Place]]:
         found: dict[Leaf, list[_Place]] = {}
         for at, axis in enumerate(dims):
             for leaf, segments in self._axis(axis):
-                found.setdefault(leaf, []).append((at, *segments))
+                found.setdefault(id(leaf), []).append((at, *segments))
         return found
 
-    def _axis(self, axis: algebra.Axis) -> list[tuple[Leaf, tuple[int, ...]]]:
+    def _axis(self, axis: algebra.Axis) -> list[tuple[algebra.Axis, tuple[int, ...]]]:
         node = algebra.find(axis)
         if id(node) not in self._known:
             self._known[id(node)] = list(_segments(node))
+            self.nodes.update({id(x): x for x, _ in self._known[id(node)]})
         return self._known[id(node)]
 
 
-def _segments(node: algebra.Axis) -> Iterator[tuple[Leaf, tuple[int, ...]]]:
+def _segments(node: algebra.Axis) -> Iterator[tuple[algebra.Axis, tuple[int, ...]]]:
     if not node.parts:
         if node.size > 1:
-            yield id(node), ()
+            yield node, ()
         return
     for i, part in enumerate(node.parts):
         for leaf, segments in _segments(algebra.find(part)):

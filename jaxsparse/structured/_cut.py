@@ -89,13 +89,47 @@ class Cut:
             for leaf, index in table:
                 if leaf not in self.kept:
                     continue
-                parts = [
-                    _along(_copy(tables, at, b), len(dims)) for b in self.copies[leaf]
-                ]
                 own = _along((at, index), len(dims))
-                kept = self.kept[leaf][(*parts, own)]
+                kept = self.kept[leaf][(*self._copies_of(leaf, tables, at), own)]
                 found.append((at, kept | (own < 0)))
         return found
+
+    def _copies_of(
+        self, leaf: Leaf, tables: Sequence[Any], at: int
+    ) -> list[np.ndarray]:
+        """Of an occurrence in one axis, at each position which copy it belongs to."""
+        rank = len(tables)
+        return [_along(_copy(tables, at, b), rank) for b in self.copies[leaf]]
+
+    def _renumbered(self, dims: Dims, at: int) -> np.ndarray:
+        """The new positions along an axis of the old ones that stay.
+
+        They rise with the old ones, but where a leaf's copies lie faster than it does:
+        of (width * heads) with other widths in each head.
+        """
+        tables = [_table(axis) for axis in dims]
+
+        def place(axis: algebra.Axis, old: np.ndarray) -> np.ndarray:
+            node = algebra.find(axis)
+            if self.size(node) == node.size:
+                return old
+            if not node.parts:
+                copies = self._copies_of(id(node), tables, at)
+                return (np.cumsum(self.kept[id(node)], -1) - 1)[(*copies, old)]
+            new, start, before, inner = np.zeros_like(old), 0, 0, node.size
+            for part in node.parts:
+                n, left = part.size, self.size(part)
+                if node.is_sum:
+                    inside = (old >= start) & (old < start + n)
+                    moved = before + place(part, np.clip(old - start, 0, n - 1))
+                    new = np.where(inside, moved, new)
+                    start, before = start + n, before + left
+                else:
+                    inner //= n
+                    new = new * left + place(part, old // inner % n)
+            return new
+
+        return place(dims[at], _along((at, np.arange(dims[at].size)), len(dims)))
 
     def mask(self, dims: Dims) -> np.ndarray:
         """What stays of an array, as a mask that broadcasts to it."""
@@ -130,7 +164,8 @@ class Cut:
                 whole = whole.astype(bool)
                 for m in masks:
                     whole = whole & _cut_others(m, at, needs, found)
-                found[at] = _nonzero(whole, at)
+                new = _cut_others(self._renumbered(dims, at), at, needs, found)
+                found[at] = _in_order(whole, new, at)
         return [found[i] for i in range(rank)]
 
     def take(self, x: Any, dims: Dims) -> Any:
@@ -159,6 +194,36 @@ class Cut:
         rest = [i for i in range(len(dims)) if i not in alone]
         for at in sorted(rest, key=lambda i: positions[i].size):
             x = along(x, positions[at], axis=at)
+        return x
+
+    def take_in_turn(
+        self, x: Any, dims: Dims, around: Sequence[tuple[algebra.Axis, Any]]
+    ) -> Any:
+        """An array of one turn of scans without what goes in this turn.
+
+        Args:
+          x: the array.
+          dims: its axes.
+          around: the axes that the scans around it run over, each with the number of
+            the turn among those that are left; it may be traced.
+
+        Returns:
+          The smaller array.
+        """
+        if not self.touches(dims):
+            return x
+        layers = [axis for axis, _ in around]
+        numbers = [number for _, number in around]
+        first = len(layers)
+        positions = self.positions((*layers, *dims))[first:]
+        for at in sorted(range(len(dims)), key=lambda i: positions[i].size):
+            index = positions[at]
+            if index.shape[first + at] == x.shape[at]:
+                continue  # nothing goes
+            # What is the same in all turns has one row for them.
+            rows = [i if n > 1 else 0 for i, n in zip(numbers, index.shape, strict=False)]
+            index = jnp.asarray(index)[tuple(rows)]
+            x = jnp.take_along_axis(x, index, axis=at)
         return x
 
     def put(self, x: Any, dims: Dims) -> Any:
@@ -211,9 +276,9 @@ def _cut_others(
     return mask[tuple(index)]
 
 
-def _nonzero(mask: np.ndarray, at: int) -> np.ndarray:
-    """The positions along one axis at which a mask is true, as many everywhere."""
-    moved = np.moveaxis(mask, at, -1)
-    count = int(moved.sum(-1).max())
-    index = np.nonzero(moved)[-1].reshape(*moved.shape[:-1], count)
-    return np.moveaxis(index, -1, at)
+def _in_order(mask: np.ndarray, new: np.ndarray, at: int) -> np.ndarray:
+    """The positions along one axis at which a mask is true, by their new ones."""
+    last = np.iinfo(new.dtype).max
+    order = np.argsort(np.where(mask, new, last), axis=at, kind="stable")
+    count = int(mask.sum(axis=at).max())
+    return np.take(order, np.arange(count), axis=at)

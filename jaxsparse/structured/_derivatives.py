@@ -1,82 +1,176 @@
-"""Functions with derivatives of their own (`jax.custom_jvp`) at other sizes.
+"""Functions with derivatives of their own (`custom_jvp`, `custom_vjp`) at other sizes.
 
-Their rule is a program too, traced for the old sizes. Its axes are followed like those
-of the model, on copies of the axes of its arguments, and it runs at the new sizes.
+Their rules are programs too, which JAX gives for the old sizes. Their axes are followed
+like those of the model, on copies of the axes of the function's operands, and they run
+at the new sizes. All of that happens only where something is differentiated.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
+import jax
 import jax.numpy as jnp
-from jax.extend import core
+import numpy as np
 
 from jaxsparse.structured._cut import Cut
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
+from jaxsparse.tracing._steps import bind
 from jaxsparse.tracing._unify import Dims
 from jaxsparse.tracing._walk import Node, Value, Walk
 
-
-class Rule(NamedTuple):
-    """The rule of a derivative.
-
-    Attributes:
-      trace: the model's, with the rule in place of its program.
-      cut: what is kept of the rule's axes.
-      zeros: which arguments have no tangent.
-      out_zeros: which results have none.
-    """
-
-    trace: Trace
-    cut: Cut
-    zeros: Sequence[bool]
-    out_zeros: Sequence[bool]
+Plain = Callable[..., list[Any]]
+"""A function of flat values."""
+Runner = Callable[[Trace, Cut], Plain]
+"""Makes of a traced program the function at the sizes of a cut."""
 
 
-def rule_at(eqn: Any, trace: Trace, cut: Cut, node: Node) -> Rule | None:
-    """The rule of a call with a derivative of its own.
+def with_derivative(
+    eqn: Any, plain: Plain, trace: Trace, cut: Cut, node: Node, runner: Runner
+) -> Plain:
+    """A function of the new sizes with the rule that the traced one has.
 
     Args:
-      eqn: a `custom_jvp_call`.
+      eqn: a `custom_jvp_call` or `custom_vjp_call`.
+      plain: what it computes, at the new sizes.
       trace: of the model.
       cut: what is kept.
       node: the axes at the equation.
+      runner: see `Runner`.
 
     Returns:
-      The rule; None if it has constants of its own or its axes do not follow from
-      those of its arguments.
+      The function. Differentiating it raises a NotImplementedError if the axes of the
+      rule do not follow from those of the operands.
     """
-    if eqn.params["num_consts"]:
-        return None
-    zeros = [not jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in eqn.invars]
-    jaxpr, consts, out_zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*zeros)
-    copies = _Copies()
-    primals = [copies.of(dims) for dims in node.ins]
-    tangents = [d for d, zero in zip(primals, zeros, strict=True) if not zero]
-    walk = Walk(trace.rules)
-    args = [Value(dims, True, object()) for dims in (*primals, *tangents)]
-    program = core.ClosedJaxpr(jaxpr, consts)
-    outs = walk.run(program, args, (), None)
-    new = copies.cut(cut)
-    if new is None:
-        return None
-    expected = [cut.shape(dims) for dims in node.outs]
-    expected += [s for s, zero in zip(expected, out_zeros, strict=True) if not zero]
-    if [new.shape(v.dims) for v in outs] != expected:
-        return None
-    inside = dataclasses.replace(
-        trace,
-        program=program,
-        nodes=walk.nodes,
-        constants=walk.constants,
-        layers=walk.layers,
-    )
-    return Rule(inside, new, zeros, out_zeros)
+    make = _with_jvp if eqn.primitive.name == "custom_jvp_call" else _with_vjp
+    return make(eqn, plain, _Rule(eqn, trace, cut, node), runner)
+
+
+def _with_jvp(eqn: Any, plain: Plain, rule: "_Rule", runner: Runner) -> Plain:
+    function = jax.custom_jvp(plain)
+    ins, outs = _moving(eqn.invars), _moving(eqn.outvars)
+
+    def derivative(primals: list[Any], tangents: list[Any]) -> Any:
+        whole = lambda *moved: bind(eqn, _put(primals, ins, moved))
+        found, moved = jax.jvp(whole, tuple(_some(primals, ins)), tuple(tangents))
+        return [*found, *_some(moved, outs)]
+
+    @functools.cache
+    def program() -> Plain:
+        dims = (*rule.ins, *_some(rule.ins, ins))
+        found = rule.follow(derivative, _shapes(eqn.invars, ins), dims)
+        rule.agree(found.outs, (*rule.outs, *_some(rule.outs, outs)))
+        return runner(found.trace, rule.cut())
+
+    @function.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        found = program()(*primals, *_some(tangents, ins))
+        values, moved = found[: len(outs)], found[len(outs) :]
+        return values, _put([_no_tangent(x) for x in values], outs, moved)
+
+    return function
+
+
+def _with_vjp(eqn: Any, plain: Plain, rule: "_Rule", runner: Runner) -> Plain:
+    function = jax.custom_vjp(plain)
+    ins, outs = _moving(eqn.invars), _moving(eqn.outvars)
+    kept: list[Any] = []  # the structure of what the forward pass keeps
+
+    def forward(primals: list[Any]) -> Any:
+        whole = lambda *moved: bind(eqn, _put(primals, ins, moved))
+        found, pullback = jax.vjp(whole, *_some(primals, ins))
+        leaves, structure = jax.tree.flatten(pullback)
+        kept[:] = [structure]
+        return [*found, *leaves]
+
+    def backward(leaves: list[Any], moved: list[Any]) -> Any:
+        none = [np.zeros(v.aval.shape, jax.dtypes.float0) for v in eqn.outvars]
+        return jax.tree.unflatten(kept[0], leaves)(_put(none, outs, moved))
+
+    @functools.cache
+    def programs() -> tuple[Plain, Plain]:
+        there = rule.follow(forward, (_shapes(eqn.invars),), rule.ins)
+        rule.agree(there.outs[: len(outs)], rule.outs)
+        residuals = there.trace.program.jaxpr.outvars[len(outs) :]
+        shapes = _shapes(residuals), _some(_shapes(eqn.outvars), outs)
+        dims = (*there.outs[len(outs) :], *_some(rule.outs, outs))
+        back = rule.follow(backward, shapes, dims)
+        rule.agree(back.outs, _some(rule.ins, ins))
+        cut = rule.cut()
+        return runner(there.trace, cut), runner(back.trace, cut)
+
+    def run_forward(*values: Any) -> Any:
+        found = programs()[0](*values)
+        return found[: len(outs)], found[len(outs) :]
+
+    def run_backward(residuals: Any, moved: Any) -> Any:
+        found = programs()[1](*residuals, *_some(moved, outs))
+        return tuple(_put([None] * len(ins), ins, found))
+
+    function.defvjp(run_forward, run_backward)
+    return function
+
+
+class _Rule:
+    """The axes of a rule: copies, so that what is found leaves the originals alone."""
+
+    def __init__(self, eqn: Any, trace: Trace, cut: Cut, node: Node):
+        self.eqn, self.trace, self.whole, self.node = eqn, trace, cut, node
+        self.copies = _Copies()
+        self.ins = tuple(map(self.copies.of, node.ins))
+        self.outs = tuple(map(self.copies.of, node.outs))
+
+    def follow(self, function: Any, shapes: Any, dims: Sequence[Dims]) -> "_Followed":
+        program = jax.make_jaxpr(function)(*shapes)
+        walk = Walk(self.trace.rules)
+        args = [Value(d, True, object()) for d in dims]
+        outs = walk.run(program, args, (), None)
+        inside = dataclasses.replace(
+            self.trace,
+            program=program,
+            nodes=walk.nodes,
+            constants=walk.constants,
+            layers=walk.layers,
+        )
+        return _Followed(inside, tuple(v.dims for v in outs))
+
+    def agree(self, found: Sequence[Dims], expected: Sequence[Dims]) -> None:
+        """What has the axes of an operand or result by what it is."""
+        try:
+            for some, others in zip(found, expected, strict=True):
+                for a, b in zip(some, others, strict=True):
+                    algebra.unify(a, b)
+        except algebra.Incompatible:
+            self.fail()
+
+    def cut(self) -> Cut:
+        found = self.copies.cut(self.whole)
+        return self.fail() if found is None else found
+
+    def fail(self) -> NoReturn:
+        raise NotImplementedError(
+            f"The derivative of the function at {self.node_source()} has a rule of its "
+            "own (jax.custom_jvp or jax.custom_vjp), in which the channels that were "
+            "dropped could not be followed. Run the masked model, or narrow a model "
+            "without that rule."
+        )
+
+    def node_source(self) -> str:
+        return self.node.visit.source
+
+
+@dataclasses.dataclass(frozen=True)
+class _Followed:
+    """A program of a rule, in the place of the model's, and the axes of its results."""
+
+    trace: Trace
+    outs: tuple[Dims, ...]
 
 
 class _Copies:
-    """Copies of axes: what is found of them leaves the originals as they are."""
+    """Copies of axes."""
 
     def __init__(self):
         self.leaves: dict[int, algebra.Axis] = {}
@@ -111,3 +205,32 @@ class _Copies:
                 for b in cut.copies[old]
             )
         return Cut(kept, copies)
+
+
+def _moving(variables: Sequence[Any]) -> list[bool]:
+    """Which of them have tangents."""
+    return [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in variables]
+
+
+def _shapes(variables: Sequence[Any], moving: Sequence[bool] = ()) -> Any:
+    of = lambda v: jax.ShapeDtypeStruct(
+        v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type
+    )
+    shapes = [of(v) for v in variables]
+    return (shapes, _some(shapes, moving)) if moving else shapes
+
+
+def _some(values: Sequence[Any], which: Sequence[bool]) -> list[Any]:
+    return [x for x, one in zip(values, which, strict=True) if one]
+
+
+def _put(whole: Sequence[Any], which: Sequence[bool], some: Sequence[Any]) -> list[Any]:
+    """A list with others in some places."""
+    rest = iter(some)
+    return [
+        next(rest) if one else x for x, one in zip(whole, which, strict=True)
+    ]
+
+
+def _no_tangent(x: Any) -> Any:
+    return np.zeros(np.shape(x), jax.dtypes.float0)

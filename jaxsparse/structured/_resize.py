@@ -8,7 +8,7 @@ are cut like parameters. What does not touch a changed axis runs as it was trace
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -20,7 +20,7 @@ from jax.extend import core
 
 from jaxsparse.structured._arrays import fitting
 from jaxsparse.structured._cut import Cut
-from jaxsparse.structured._derivatives import rule_at
+from jaxsparse.structured._derivatives import with_derivative
 from jaxsparse.structured._means import MEANS, Known, resized_mean
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts
@@ -41,6 +41,7 @@ class Resized:
       norms: "masked" keeps the number that a mean divides by; "resized" takes the new.
       positions: "slice" keeps the old numbers of positions; "renumber" counts anew.
       touched: the equations in which an axis changes, or in whose inner programs.
+      turns: of the scans around where it runs, the number of the turn.
     """
 
     trace: Trace
@@ -48,6 +49,7 @@ class Resized:
     norms: Norms
     positions: Positions
     touched: frozenset[Address]
+    turns: Mapping[Address, Any]
 
     def __call__(self, params: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """The flat results from flat parameters of the new sizes and flat inputs."""
@@ -91,20 +93,21 @@ class Resized:
     def entered(self, eqn: Any, ins: list[Known], address: Address) -> list[Known]:
         """An equation with programs of its own."""
         name, values = eqn.primitive.name, [x.value for x in ins]
+        if name == "scan":
+            return [Known(x) for x in self.scan(eqn, values, address)]
         inside = [
             self.plain(program, (*address, i)) for i, program in enumerate(inner(eqn))
         ]
-        if name == "scan":
-            outs = self.scan(eqn, values, inside[0], address)
-        elif name == "while":
+        if name == "while":
             outs = _while(eqn, values, *inside)
         elif name == "cond":
             outs = lax.switch(values[0], inside, *values[1:])
         elif name in {"checkpoint", "remat", "remat2"}:
             settings = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
             outs = jax.checkpoint(inside[0], **settings)(*values)
-        elif name == "custom_jvp_call":
-            outs = _with_derivative(eqn, self, address, inside[0])(*values)
+        elif name in _WITH_DERIVATIVE:
+            node, whole = self.trace.nodes[address], (self.trace, self.cut)
+            outs = with_derivative(eqn, inside[0], *whole, node, self.other)(*values)
         else:  # what is known of values goes in and comes out
             return self.run(called(eqn), ins, (*address, 0))
         return [Known(x) for x in outs]
@@ -116,9 +119,10 @@ class Resized:
             with jax.ensure_compile_time_eval():
                 whole = np.asarray(bind(eqn, [])[0])
             return [Known(jnp.asarray(self.cut.take(whole, node.outs[0])))]
-        if name == "random_split":  # each layer keeps the key that it had
-            whole = bind(eqn, [x.value for x in ins])[0]
-            return [Known(whole[tuple(self.cut.positions(node.outs[0]))])]
+        if name == "random_split" or (name in _RANDOM and self.positions == "slice"):
+            wholes = zip(bind(eqn, [x.value for x in ins]), node.outs, strict=True)
+            around = [(self.trace.layers[at], i) for at, i in self.turns.items()]
+            return [Known(self.cut.take_in_turn(x, d, around)) for x, d in wholes]
         if self.norms == "resized" and name in MEANS:
             ins = resized_mean(name, ins)
         patched = _Patched(eqn, {**eqn.params, **self.patch(eqn, node)})
@@ -139,13 +143,19 @@ class Resized:
 
         return run
 
+    def other(self, trace: Trace, cut: Cut) -> Callable[..., list[Any]]:
+        """Another program, with a cut of its own, as a function of values."""
+        return resized(trace, cut, self.norms, self.positions).plain(trace.program, ())
+
     def patch(self, eqn: Any, node: Node) -> dict[str, Any]:
         """The static parameters that hold sizes."""
         name, p, shape = eqn.primitive.name, eqn.params, self.cut.shape
         if name == "reshape":
             return {"new_sizes": shape(node.outs[0])}
-        if name in {"broadcast_in_dim", "random_bits", "iota", "empty"}:
+        if name in {"broadcast_in_dim", "iota", "empty", "rng_uniform"}:
             return {"shape": shape(node.outs[0])}
+        if name == "random_bits":  # for each of the keys
+            return {"shape": shape(node.outs[0])[len(node.ins[0]) :]}
         if name == "rng_bit_generator":
             return {"shape": shape(node.outs[1])}
         if name == "sharding_constraint":
@@ -156,19 +166,18 @@ class Resized:
         if name == "dynamic_slice":
             return {"slice_sizes": shape(node.outs[0])}
         if name == "slice":
-            strides = p["strides"] or (1,) * len(node.ins[0])
-            # With a stride the start counts within the first stride, which stays.
+            sizes, strides = shape(node.outs[0]), p["strides"] or (1,) * len(node.ins[0])
+            # With a stride the start counts within the first stride, which stays; one
+            # index alone was sliced without a stride.
             starts = tuple(
-                self.cut.before(d, at) if stride == 1 else at
-                for d, at, stride in zip(
-                    node.ins[0], p["start_indices"], strides, strict=True
+                at if stride > 1 and out.size > 1 else self.cut.before(d, at)
+                for d, at, stride, out in zip(
+                    node.ins[0], p["start_indices"], strides, node.outs[0], strict=True
                 )
             )
             limits = tuple(
                 start + (size - 1) * stride + 1 if size else start
-                for start, size, stride in zip(
-                    starts, shape(node.outs[0]), strides, strict=True
-                )
+                for start, size, stride in zip(starts, sizes, strides, strict=True)
             )
             return {"start_indices": starts, "limit_indices": limits}
         if name == "pad":
@@ -200,21 +209,22 @@ class Resized:
             found.append((low, high, inside))
         return tuple(found)
 
-    def scan(
-        self, eqn: Any, values: list[Any], body: Callable[..., Any], address: Address
-    ) -> list[Any]:
+    def scan(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
         first, carried = scan_counts(eqn)
         consts, carry = values[:first], values[first : first + carried]
+        length, body = self.cut.size(self.trace.layers[address]), inner(eqn)[0]
 
-        def turn(carry: Any, xs: Any) -> Any:
-            outs = body(*consts, *carry, *xs)
+        def turn(carry: Any, now: Any) -> Any:
+            number, xs = now
+            within = dataclasses.replace(self, turns={**self.turns, address: number})
+            outs = within.plain(body, (*address, 0))(*consts, *carry, *xs)
             return outs[:carried], outs[carried:]
 
         carry, ys = lax.scan(
             turn,
             carry,
-            values[first + carried :],
-            length=self.cut.size(self.trace.layers[address]),
+            (jnp.arange(length, dtype=jnp.int32), values[first + carried :]),
+            length=length,
             reverse=eqn.params["reverse"],
             unroll=eqn.params["unroll"],
         )
@@ -222,6 +232,12 @@ class Resized:
 
 
 _LOOPS = frozenset({"scan", "while", "cond"})
+_RANDOM = frozenset({"random_bits", "rng_bit_generator", "rng_uniform"})
+_WITH_DERIVATIVE = frozenset((
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+))
 _CARRY_SUMS = frozenset((
     "convert_element_type",
     "broadcast_in_dim",
@@ -273,43 +289,13 @@ def resized(trace: Trace, cut: Cut, norms: Norms, positions: Positions) -> Resiz
             cut, trace, address
         ):
             touched.update(address[: n + 1] for n in range(0, len(address), 2))
-    return Resized(trace, cut, norms, positions, frozenset(touched))
+    return Resized(trace, cut, norms, positions, frozenset(touched), {})
 
 
 def _within(cut: Cut, trace: Trace, address: Address) -> bool:
     """Whether a scan's length changes."""
     layer = trace.layers.get(address)
     return layer is not None and cut.size(layer) != layer.size
-
-
-def _with_derivative(
-    eqn: Any, whole: Resized, address: Address, plain: Callable[..., list[Any]]
-) -> Callable[..., list[Any]]:
-    """A function with a derivative of its own (relu at zero, a stable softmax)."""
-    rule = rule_at(eqn, whole.trace, whole.cut, whole.trace.nodes[address])
-    if rule is None:  # then what it consists of is differentiated
-        return plain
-    jvp = resized(rule.trace, rule.cut, whole.norms, whole.positions)
-    function = jax.custom_jvp(plain)
-
-    @function.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        moving = [t for t, zero in zip(tangents, rule.zeros, strict=True) if not zero]
-        args = [Known(x) for x in (*primals, *moving)]
-        found = [jnp.asarray(x.value) for x in jvp.run(jvp.trace.program, args, ())]
-        values, rest = found[: len(rule.out_zeros)], iter(found[len(rule.out_zeros) :])
-        return values, [
-            _no_tangent(x) if zero else next(rest)
-            for x, zero in zip(values, rule.out_zeros, strict=True)
-        ]
-
-    return function
-
-
-def _no_tangent(x: Any) -> Any:
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.zeros_like(x)
-    return np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _number(x: Any) -> float | None:

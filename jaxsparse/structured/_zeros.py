@@ -15,6 +15,7 @@ from jax.extend import core
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._jaxprs import Address, called, closed, inner, scan_counts
+from jaxsparse.tracing._rules import REDUCTIONS
 from jaxsparse.tracing._unify import Dims
 
 
@@ -43,12 +44,6 @@ _ALL = _names(
 )
 _SAME = _names("copy copy_p name optimization_barrier sharding_constraint pvary pcast")
 _SUMS = _names("reduce_sum")
-_REDUCES = _names(
-    """
-    reduce reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor
-    argmax argmin
-    """
-)
 _ORDERS = _names("sort top_k approx_top_k cumsum cumprod cummax cummin cumlogsumexp")
 
 Leaf = int  # the identity of a leaf
@@ -254,7 +249,7 @@ class _Zeros:
             leaves = self.ids(before[1][p["dimension_numbers"].rhs_spec[1]])
         elif name in {"ragged_dot", "ragged_dot_general"}:
             leaves = self.ids(before[0][-1])
-        elif name in _REDUCES:
+        elif name in REDUCTIONS:
             leaves = gone(before[0], p["axes"] if "axes" in p else p["dimensions"])
             if name not in _SUMS:
                 return self.blame(leaves, address)

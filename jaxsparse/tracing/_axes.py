@@ -188,18 +188,13 @@ def _unify_sums(left: list[Axis], right: list[Axis]) -> None:
 def _unify_product_with_sum(a: Axis, b: Axis) -> None:
     segments = _segments(b)
     minor = math.prod(f.size for f in _factors(a)[1:])
-    if all(s.size % minor == 0 for s in segments):
-        rest = a
-        for segment in segments[:-1]:
-            part, rest = cut(rest, segment.size)
-            unify(part, segment)
-        unify(rest, segments[-1])
-        return
-    if len({s.size for s in segments}) > 1:
+    if any(s.size % minor for s in segments):
         raise Incompatible(f"a product of minor size {minor} with segments")
-    for segment in segments[1:]:
-        unify(segments[0], segment)
-    unify(a, product([leaf(len(segments)), segments[0]]))
+    rest = a
+    for segment in segments[:-1]:
+        part, rest = cut(rest, segment.size)
+        unify(part, segment)
+    unify(rest, segments[-1])
 
 
 def split_minor(axis: Axis, size: int) -> tuple[Axis, Axis]:

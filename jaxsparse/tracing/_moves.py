@@ -31,7 +31,9 @@ def squeeze(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
 
 def reshape(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     """Runs of axes with the same number of entries hold the same indices."""
-    return [_regroup(ins[0], out_shapes(eqn)[0], eqn)]
+    order = eqn.params["dimensions"]  # a transpose before it, as a mapped conv has
+    dims = ins[0] if order is None else tuple(ins[0][a] for a in order)
+    return [_regroup(dims, out_shapes(eqn)[0], eqn)]
 
 
 def _regroup(dims: Dims, shape: tuple[int, ...], eqn: Any) -> Dims:
@@ -101,16 +103,22 @@ def unstack(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
 
 def split(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     """The segments of one axis."""
-    at, rest, results = eqn.params["axis"], ins[0][eqn.params["axis"]], []
-    sizes = list(eqn.params["sizes"])
-    for n in sizes:
-        try:
-            part, rest = _axes.cut(rest, n) if n < rest.size else (rest, rest)
-        except _axes.Incompatible as error:
-            freeze(ins[0][at], f"split ({error})", eqn)
-            part, rest = frozen(n, "split", eqn), leaf(max(rest.size - n, 0))
-        results.append((*ins[0][:at], part, *ins[0][at + 1 :]))
-    return results
+    at, sizes = eqn.params["axis"], eqn.params["sizes"]
+    rest, parts = ins[0][at], []
+    try:
+        for n in sizes[:-1]:
+            # What is empty, or all that is left, is not cut off.
+            part, rest = _axes.cut(rest, n) if 0 < n < rest.size else _ends(rest, n)
+            parts.append(part)
+        parts.append(rest)
+    except _axes.Incompatible as error:
+        freeze(ins[0][at], f"split ({error})", eqn)
+        parts = [frozen(n, "split", eqn) for n in sizes]
+    return [(*ins[0][:at], part, *ins[0][at + 1 :]) for part in parts]
+
+
+def _ends(axis: Axis, n: int) -> tuple[Axis, Axis]:
+    return (axis, leaf(0)) if n else (leaf(0), axis)
 
 
 def slice_(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:

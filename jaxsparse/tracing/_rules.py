@@ -39,6 +39,14 @@ STRUCTURAL = _names(
 )
 """What moves entries and changes none: a kernel after it is still that kernel."""
 
+REDUCTIONS = _names(
+    """
+    reduce reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor
+    argmax argmin
+    """
+)
+"""Results without some of the operands' axes."""
+
 
 def elementwise(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     """Axes of equal size at the same place are the same; those of size 1 broadcast."""
@@ -55,6 +63,12 @@ def elementwise(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     return results
 
 
+def bitcast(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """Other types of the same width; with another one an axis comes or goes."""
+    shapes = [tuple(d.size for d in ins[0])]
+    return elementwise(eqn, ins) if shapes == out_shapes(eqn) else opaque(eqn, ins)
+
+
 def opaque(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     """Nothing is known: everything stays as it is."""
     why = eqn.primitive.name
@@ -65,8 +79,27 @@ def opaque(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
 
 
 def fresh(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
-    """Results that depend on no operand's axes: random numbers, constants."""
+    """Results that depend on no operand's axes."""
     return [tuple(leaf(n) for n in shape) for shape in out_shapes(eqn)]
+
+
+def each(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """Each operand as it is; they have nothing to do with each other."""
+    return list(ins)
+
+
+def drawn(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
+    """The axes of the keys, then new ones for what each of them gives."""
+    shape = out_shapes(eqn)[0]
+    for dims in ins[1:]:
+        for a, b in zip(ins[0], dims, strict=False):
+            unify(a, b, eqn)
+    keys = ins[0][: len(shape)]
+    new = tuple(leaf(n) for n in shape[len(keys) :])
+    words = ins[0][len(shape) :]  # that a key consists of
+    for axis in new if eqn.primitive.name == "random_unwrap" else words:
+        freeze(axis, eqn.primitive.name, eqn)
+    return [(*keys, *new)]
 
 
 def dot_general(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
@@ -201,8 +234,9 @@ def window(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
 
 def iota(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     """The values along one axis are its positions."""
-    shape, at = out_shapes(eqn)[0], eqn.params["dimension"]
-    return [tuple(leaf(n, *(["iota"] if i == at else [])) for i, n in enumerate(shape))]
+    dims = tuple(leaf(n) for n in out_shapes(eqn)[0])
+    _axes.flag(dims[eqn.params["dimension"]], "iota", eqn=eqn)
+    return [dims]
 
 
 def by_einsum(equation: str) -> Rule:
@@ -253,9 +287,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         _names(
             """
-            random_bits random_seed random_wrap random_unwrap random_fold_in
-            random_split random_clone threefry2x32 rng_bit_generator
-            rng_uniform create_token empty axis_index
+            rng_bit_generator rng_uniform create_token empty axis_index
             """
         ),
         fresh,
@@ -263,12 +295,13 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         _names(
             """
-            reduce reduce_sum reduce_max reduce_min reduce_prod reduce_and
-            reduce_or reduce_xor argmax argmin
+            random_bits random_seed random_wrap random_unwrap random_fold_in
+            random_split random_clone
             """
         ),
-        reduce,
+        drawn,
     ),
+    **dict.fromkeys(REDUCTIONS, reduce),
     **dict.fromkeys(
         _names(
             """
@@ -296,6 +329,7 @@ RULES: Mapping[str, Rule] = {
         _moves.scatter,
     ),
     "approx_top_k": top_k,
+    "bitcast_convert_type": bitcast,
     "broadcast_in_dim": _moves.broadcast_in_dim,
     "concatenate": _moves.concatenate,
     "conv_general_dilated": conv,
@@ -304,6 +338,7 @@ RULES: Mapping[str, Rule] = {
     "dynamic_update_slice": _moves.dynamic_update_slice,
     "gather": _moves.gather,
     "iota": iota,
+    "optimization_barrier": each,
     "pad": _moves.pad,
     "ragged_dot": ragged_dot,
     "ragged_dot_general": ragged_dot,

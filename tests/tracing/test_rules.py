@@ -396,6 +396,37 @@ def test_a_question_mark_has_no_part_in_it():
     assert is_frozen(w[0])
 
 
+def test_other_types_of_another_width_are_not_followed():
+    x = jnp.zeros(X, jnp.float32)
+    (ins,), (out,), _ = walked(lambda x: lax.bitcast_convert_type(x, jnp.int16), x)
+    assert all(map(is_frozen, (*ins, *out)))
+
+
+def test_a_reshape_may_transpose_first():
+    """As a convolution has that is mapped over its kernel."""
+    x = jnp.zeros((3, 4, 6))
+    f = lambda x: lax.reshape(x, (4, 18), dimensions=(1, 0, 2))
+    (ins,), (out,), _ = walked(f, x)
+    assert find(out[0]) is find(ins[1])
+    assert [find(d) for d in leaves(out[1])] == [find(ins[0]), find(ins[2])]
+
+
+def test_a_barrier_couples_nothing():
+    x, y = jnp.zeros(X), jnp.ones(X)
+    f = lambda x, y: lax.optimization_barrier((x, y))
+    ins, outs, _ = walked(f, x, y)
+    assert ins == list(outs)
+    assert not {*map(find, ins[0])} & {*map(find, ins[1])}
+
+
+def test_numbers_drawn_with_several_keys_have_an_axis_of_them():
+    keys = jax.random.split(jax.random.key(0), 4)
+    f = lambda keys: jax.vmap(lambda key: jax.random.bits(key, (3,)))(keys)
+    (ins,), (out,), _ = walked(f, keys)
+    assert find(out[0]) is find(ins[0])
+    assert not out[1].flags
+
+
 def test_an_equation_of_other_operands_is_refused():
     eqn = equation_of(lambda x, w: x @ w, jnp.zeros(X), jnp.zeros(W))
     with pytest.raises(ValueError, match="does not fit dot_general"):
@@ -422,7 +453,14 @@ CALLS = {
     "integer_pow": lambda x: x**3,
     "reduce_precision": lambda x: lax.reduce_precision(x, 5, 7),
     "name": lambda x: checkpoint_name(x, "here"),
+    "bitcast_convert_type": lambda x: lax.bitcast_convert_type(x, jnp.int32),
     "random_bits": lambda x: jax.random.bits(jax.random.key(0), (3,)),
+    "random_split": lambda x: jax.random.split(jax.random.key(0), 3),
+    "random_fold_in": lambda x: jax.random.fold_in(jax.random.key(0), x[0, 0].astype(int)),
+    "random_seed": lambda x: jax.random.key(x[0, 0].astype(int)),
+    "random_wrap": lambda x: jax.random.wrap_key_data(jnp.zeros((4, 2), jnp.uint32)),
+    "random_unwrap": lambda x: jax.random.key_data(jax.random.key(0)),
+    "random_clone": lambda x: jax.random.clone(jax.random.key(0)),
     "reduce_prod": lambda x: jnp.prod(x, 0),
     "reduce_min": lambda x: jnp.min(x, 0),
     "reduce_and": lambda x: jnp.all(x > 0, 0),
