@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse.structured._positions import Kept, old_positions
 from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._unify import Dims
 
@@ -73,100 +74,29 @@ class Cut:
                 stays &= (index < 0) | one[index]
         return int(stays[:at].sum())
 
-    def masks(self, dims: Dims) -> list[tuple[int, np.ndarray]]:
-        """For each occurrence of a leaf that loses indices where it stays.
+    def mask(self, dims: Dims) -> np.ndarray:
+        """What stays of an array, as a mask that broadcasts to it.
 
-        Args:
-          dims: the axes of an array.
-
-        Returns:
-          The axis of the occurrence, and a mask that broadcasts to the array: along
-          that axis, and along those in which the leaf's copies lie.
+        It is as long as the array along axes that lose something, and along those in
+        which the copies lie of what loses.
         """
-        tables = [_table(axis) for axis in dims]
-        found = []
+        tables, rank = [_table(axis) for axis in dims], len(dims)
+        whole = np.ones((1,) * rank, bool)
         for at, table in enumerate(tables):
             for leaf, index in table:
                 if leaf not in self.kept:
                     continue
-                own = _along((at, index), len(dims))
-                kept = self.kept[leaf][(*self._copies_of(leaf, tables, at), own)]
-                found.append((at, kept | (own < 0)))
-        return found
-
-    def _copies_of(
-        self, leaf: Leaf, tables: Sequence[Any], at: int
-    ) -> list[np.ndarray]:
-        """Of an occurrence in one axis, at each position which copy it belongs to."""
-        rank = len(tables)
-        return [_along(_copy(tables, at, b), rank) for b in self.copies[leaf]]
-
-    def _renumbered(self, dims: Dims, at: int) -> np.ndarray:
-        """The new positions along an axis of the old ones that stay.
-
-        They rise with the old ones, but where a leaf's copies lie faster than it does:
-        of (width * heads) with other widths in each head.
-        """
-        tables = [_table(axis) for axis in dims]
-
-        def place(axis: algebra.Axis, old: np.ndarray) -> np.ndarray:
-            node = algebra.find(axis)
-            if self.size(node) == node.size:
-                return old
-            if not node.parts:
-                copies = self._copies_of(id(node), tables, at)
-                return (np.cumsum(self.kept[id(node)], -1) - 1)[(*copies, old)]
-            new, start, before, inner = np.zeros_like(old), 0, 0, node.size
-            for part in node.parts:
-                n, left = part.size, self.size(part)
-                if node.is_sum:
-                    inside = (old >= start) & (old < start + n)
-                    moved = before + place(part, np.clip(old - start, 0, n - 1))
-                    new = np.where(inside, moved, new)
-                    start, before = start + n, before + left
-                else:
-                    inner //= n
-                    new = new * left + place(part, old // inner % n)
-            return new
-
-        return place(dims[at], _along((at, np.arange(dims[at].size)), len(dims)))
-
-    def mask(self, dims: Dims) -> np.ndarray:
-        """What stays of an array, as a mask that broadcasts to it."""
-        whole = np.ones((1,) * len(dims), bool)
-        for _, mask in self.masks(dims):
-            whole = whole & mask
+                copies = [_along(_copy(tables, at, b), rank) for b in self.copies[leaf]]
+                own = _along((at, index), rank)
+                whole = whole & (self.kept[leaf][(*copies, own)] | (own < 0))
         return whole
 
-    def positions(self, dims: Dims) -> list[np.ndarray]:
-        """For each axis the old positions of what stays.
-
-        Args:
-          dims: the axes of an array.
-
-        Returns:
-          For each axis an array that broadcasts to the new shape: of one axis if it
-          stays the same in all copies, of more where each copy has its own.
-        """
-        rank = len(dims)
-        by_axis: dict[int, list[np.ndarray]] = {i: [] for i in range(rank)}
-        for at, mask in self.masks(dims):
-            by_axis[at].append(mask)
-        found: dict[int, np.ndarray] = {}
-        while len(found) < rank:
-            for at, masks in by_axis.items():
-                needs = {
-                    i for m in masks for i in range(rank) if i != at and m.shape[i] > 1
-                }
-                if at in found or not needs <= found.keys():
-                    continue
-                whole = np.ones([dims[at].size if i == at else 1 for i in range(rank)])
-                whole = whole.astype(bool)
-                for m in masks:
-                    whole = whole & _cut_others(m, at, needs, found)
-                new = _cut_others(self._renumbered(dims, at), at, needs, found)
-                found[at] = _in_order(whole, new, at)
-        return [found[i] for i in range(rank)]
+    @functools.cached_property
+    def _left(self) -> Kept:
+        # Of all copies equally many, so that they are an array.
+        table = lambda kept: np.nonzero(kept)[-1].reshape(*kept.shape[:-1], -1)
+        indices = {leaf: table(kept) for leaf, kept in self.kept.items()}
+        return Kept(self.size, indices, self.copies)
 
     def take(self, x: Any, dims: Dims) -> Any:
         """An array without what goes.
@@ -180,21 +110,7 @@ class Cut:
         """
         if not self.touches(dims):
             return x
-        host = isinstance(x, np.ndarray)
-        pick = np.take if host else functools.partial(jnp.take, mode="clip")
-        along = np.take_along_axis if host else jnp.take_along_axis
-        positions = self.positions(dims)
-        order = sorted(range(len(dims)), key=lambda i: positions[i].size)
-        alone = [i for i in order if positions[i].size == positions[i].shape[i]]
-        for at in alone:
-            index = positions[at].reshape(-1)
-            if len(index) < x.shape[at]:
-                x = pick(x, index, axis=at)
-        # Those that differ in copies: an axis after those that it depends on.
-        rest = [i for i in range(len(dims)) if i not in alone]
-        for at in sorted(rest, key=lambda i: positions[i].size):
-            x = along(x, positions[at], axis=at)
-        return x
+        return _taken(x, old_positions(dims, self._left))
 
     def take_in_turn(
         self, x: Any, dims: Dims, around: Sequence[tuple[algebra.Axis, Any]]
@@ -213,25 +129,20 @@ class Cut:
         if not self.touches(dims):
             return x
         layers = [axis for axis, _ in around]
-        numbers = [number for _, number in around]
-        first = len(layers)
-        positions = self.positions((*layers, *dims))[first:]
-        for at in sorted(range(len(dims)), key=lambda i: positions[i].size):
-            index = positions[at]
-            if index.shape[first + at] == x.shape[at]:
-                continue  # nothing goes
-            # What is the same in all turns has one row for them.
-            rows = [i if n > 1 else 0 for i, n in zip(numbers, index.shape, strict=False)]
-            index = jnp.asarray(index)[tuple(rows)]
-            x = jnp.take_along_axis(x, index, axis=at)
-        return x
+        found = old_positions((*layers, *dims), self._left)[len(layers) :]
+        # What is the same in all turns has one row for them.
+        turns = lambda index: tuple(
+            number if n > 1 else 0
+            for (_, number), n in zip(around, index.shape, strict=False)
+        )
+        return _taken(x, [jnp.asarray(index)[turns(index)] for index in found])
 
     def put(self, x: Any, dims: Dims) -> Any:
         """The inverse of `take`: zeros where something went."""
         if not self.touches(dims):
             return x
         whole = tuple(d.size for d in dims)
-        positions = tuple(self.positions(dims))
+        positions = tuple(old_positions(dims, self._left))
         if isinstance(x, np.ndarray):
             out = np.zeros(whole, x.dtype)
             out[positions] = x
@@ -258,27 +169,27 @@ def _along(place: tuple[int, np.ndarray], rank: int) -> np.ndarray:
     return index.reshape([-1 if i == at else 1 for i in range(rank)])
 
 
-def _cut_others(
-    mask: np.ndarray, at: int, needs: set[int], found: Mapping[int, np.ndarray]
-) -> np.ndarray:
-    """A mask at the kept positions of the other axes that it depends on."""
-    rank, mine = mask.ndim, [i for i in needs if mask.shape[i] > 1]
-    if not mine:
-        return mask
-    index = []
-    for i in range(rank):
-        if i in mine:
-            index.append(found[i])
-        elif i == at and mask.shape[at] > 1:
-            index.append(_along((at, np.arange(mask.shape[at])), rank))
+def _taken(x: Any, positions: Sequence[Any]) -> Any:
+    """An array at positions that broadcast to the new shape, one array for each axis.
+
+    An axis at a time, the one that leaves least first; after those that its positions
+    depend on.
+    """
+    host = isinstance(x, np.ndarray)
+    pick = np.take if host else functools.partial(jnp.take, mode="clip")
+    along = np.take_along_axis if host else jnp.take_along_axis
+    shape = np.broadcast_shapes(*(index.shape for index in positions))
+    left = [at for at, n in enumerate(shape) if n < x.shape[at]]
+    left.sort(key=lambda at: (positions[at].size, shape[at] / x.shape[at]))
+    waits = lambda at: any(i != at and positions[at].shape[i] > 1 for i in left)
+    while left:
+        at = next((at for at in left if not waits(at)), None)
+        if at is None:  # each depends on another one
+            return x[tuple(positions)]
+        left.remove(at)
+        index = positions[at]
+        if index.size == index.shape[at]:
+            x = pick(x, index.reshape(-1), axis=at)
         else:
-            index.append(np.zeros((1,) * rank, int))
-    return mask[tuple(index)]
-
-
-def _in_order(mask: np.ndarray, new: np.ndarray, at: int) -> np.ndarray:
-    """The positions along one axis at which a mask is true, by their new ones."""
-    last = np.iinfo(new.dtype).max
-    order = np.argsort(np.where(mask, new, last), axis=at, kind="stable")
-    count = int(mask.sum(axis=at).max())
-    return np.take(order, np.arange(count), axis=at)
+            x = along(x, index, axis=at)
+    return x

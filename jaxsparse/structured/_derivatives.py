@@ -227,9 +227,7 @@ def _some(values: Sequence[Any], which: Sequence[bool]) -> list[Any]:
 def _put(whole: Sequence[Any], which: Sequence[bool], some: Sequence[Any]) -> list[Any]:
     """A list with others in some places."""
     rest = iter(some)
-    return [
-        next(rest) if one else x for x, one in zip(whole, which, strict=True)
-    ]
+    return [next(rest) if one else x for x, one in zip(whole, which, strict=True)]
 
 
 def _no_tangent(x: Any) -> Any:

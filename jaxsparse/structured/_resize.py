@@ -166,7 +166,10 @@ class Resized:
         if name == "dynamic_slice":
             return {"slice_sizes": shape(node.outs[0])}
         if name == "slice":
-            sizes, strides = shape(node.outs[0]), p["strides"] or (1,) * len(node.ins[0])
+            sizes, strides = (
+                shape(node.outs[0]),
+                p["strides"] or (1,) * len(node.ins[0]),
+            )
             # With a stride the start counts within the first stride, which stays; one
             # index alone was sliced without a stride.
             starts = tuple(

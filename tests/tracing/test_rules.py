@@ -421,7 +421,7 @@ def test_a_barrier_couples_nothing():
 
 def test_numbers_drawn_with_several_keys_have_an_axis_of_them():
     keys = jax.random.split(jax.random.key(0), 4)
-    f = lambda keys: jax.vmap(lambda key: jax.random.bits(key, (3,)))(keys)
+    f = jax.vmap(lambda key: jax.random.bits(key, (3,)))
     (ins,), (out,), _ = walked(f, keys)
     assert find(out[0]) is find(ins[0])
     assert not out[1].flags
@@ -456,7 +456,9 @@ CALLS = {
     "bitcast_convert_type": lambda x: lax.bitcast_convert_type(x, jnp.int32),
     "random_bits": lambda x: jax.random.bits(jax.random.key(0), (3,)),
     "random_split": lambda x: jax.random.split(jax.random.key(0), 3),
-    "random_fold_in": lambda x: jax.random.fold_in(jax.random.key(0), x[0, 0].astype(int)),
+    "random_fold_in": lambda x: jax.random.fold_in(
+        jax.random.key(0), x[0, 0].astype(int)
+    ),
     "random_seed": lambda x: jax.random.key(x[0, 0].astype(int)),
     "random_wrap": lambda x: jax.random.wrap_key_data(jnp.zeros((4, 2), jnp.uint32)),
     "random_unwrap": lambda x: jax.random.key_data(jax.random.key(0)),
