@@ -38,8 +38,8 @@ def fpgm(
     `size^2` numbers a copy, and not for `size^2` differences. What is nearer than about
     3e-4 of the filters' deviation has, in float32, a distance of that order.
 
-    Differs from Torch-Pruning, which compares `|w|^p`: two filters of opposite sign are
-    equal there and far apart here.
+    Differs from Torch-Pruning, which compares `|w|^p` (two filters of opposite sign are
+    equal there and far apart here), and adds the same of the kernels that read c.
 
     Args:
       groups: of `js.structured.groups`. Those that are not prunable are passed over.

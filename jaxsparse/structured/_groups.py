@@ -12,6 +12,7 @@ from jaxsparse.structured._copies import batches
 from jaxsparse.structured._zeros import violations
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
+from jaxsparse.tracing._jaxprs import inner
 
 Role = Literal["input", "output", "batch", "other"]
 
@@ -110,6 +111,7 @@ FLAGS = frozenset({
     "layer",
     "frozen",
     "fixed",
+    "unread",
     "zeros",
 })
 NEVER = frozenset({"frozen", "gathered"})  # no one can take the responsibility
@@ -228,7 +230,7 @@ def _find(trace: Trace) -> Found:
                     continue
                 leaves[id(x)] = x
                 places.setdefault(id(x), []).append((path, axis, k, index))
-    covering, acting = batches(trace), violations(trace)
+    covering, acting, read = batches(trace), violations(trace), _read(trace)
     roles = _Roles(trace)
     several = {
         (path, axis): len(algebra.coordinates(expression)) > 1
@@ -253,7 +255,7 @@ def _find(trace: Trace) -> Found:
                 places[key], named[key], strict=True
             )
         )
-        reasons = _reasons(x, acting.get(key))
+        reasons = _reasons(x, acting.get(key), key in read)
         kinds = collections.Counter(
             (len(trace.dims[m.path]), m.axis, m.role) for m in members
         )
@@ -272,6 +274,22 @@ def _find(trace: Trace) -> Found:
             x,
         )
     return result
+
+
+def _read(trace: Trace) -> set[int]:
+    """The leaves that some equation meets that does something itself, or a scan."""
+    axes = {id(node): node for node in map(algebra.find, trace.layers.values())}
+    axes |= {
+        id(node): node
+        for found in trace.nodes.values()
+        if not inner(found.visit.eqn)
+        for dims in found.ins
+        for node in map(algebra.find, dims)
+    }
+    read = {id(x) for node in axes.values() for x in algebra.leaves(node)}
+    # What comes out as it came in is flagged as a result.
+    outs = (x for dims in trace.dims.values() for d in dims for x in algebra.leaves(d))
+    return read | {id(x) for x in outs if "output" in x.flags}
 
 
 def _copies(
@@ -298,11 +316,12 @@ _DETAIL = {
     "sorted": "its entries are sorted",
     "position": "its positions are used as numbers",
     "layer": "a scan runs along it",
+    "unread": "the traced function reads none of its parameters",
 }
 
 
-def _reasons(x: algebra.Axis, acting: Any) -> tuple[Reason, ...]:
-    found = []
+def _reasons(x: algebra.Axis, acting: Any, read: bool) -> tuple[Reason, ...]:
+    found = [] if read else [Reason("unread", _DETAIL["unread"], "")]
     for note, visit in x.notes.items():
         head, _, detail = note.partition(": ")
         flag = _FLAG_OF.get(head, head)

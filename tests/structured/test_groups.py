@@ -180,6 +180,18 @@ def test_what_has_no_rule_is_frozen():
     assert found["a[1]"].reasons[0].flag == "frozen"
 
 
+def test_what_the_function_does_not_read_stays():
+    """A decoder that an encoder's function ignores is not known to be cut rightly."""
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "other": jnp.ones((4, 4))}
+    run = jax.jit(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
+    found = js.structured.groups(js.trace(run, params, jnp.ones((5, 3))))
+    assert list(found.prunable) == ["a[1]"]
+    assert [g.flags for n, g in found.items() if "other" in n] == [{"unread"}] * 2
+    with pytest.raises(ValueError, match=r"unread: the traced function reads none"):
+        js.structured.narrow(js.trace(run, params, jnp.ones((5, 3))), params,
+                             {"other[0]": [1]})  # fmt: skip
+
+
 def test_a_foreign_kernel_has_its_sizes():
     """A rule says how axes are coupled, but not how to run at other sizes."""
     times = jax.pure_callback

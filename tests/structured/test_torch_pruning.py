@@ -1,8 +1,13 @@
 """Against Torch-Pruning 1.6.1: the same weights, the same choice, the same network.
 
-Recorded from its `BasePruner` with `GroupMagnitudeImportance(p=2,
-group_reduction="mean", normalizer="mean")`, each group on its own, in float64.
+The choice is recorded from its `BasePruner` with `GroupMagnitudeImportance(p=2,
+group_reduction="mean", normalizer="mean")`, each group on its own, in float64;
+`torch_pruning.json` holds what its importances say of two groups (in float32, to which
+it casts).
 """
+
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -111,3 +116,55 @@ def test_the_same_channels_go_and_the_same_network_is_left(share):
         assert sum(w.size for w in learned.values()) == count
         got = small.apply_fn(small.params, x)[0, :5]
         np.testing.assert_allclose(got, logits, rtol=1e-9)
+
+
+IMPORTANCES = json.loads(Path(__file__).with_name("torch_pruning.json").read_text())
+NORMALIZERS = {
+    "none": dict,
+    "mean": js.structured.normalize_mean,
+    "max": js.structured.normalize_max,
+    "standarization": js.structured.normalize_range,
+    "gaussian": js.structured.standardize,
+}
+
+
+def loss_fn(params, x):
+    logits = jax.nn.log_softmax(apply_fn(params, x) * 1e-6)
+    return -jnp.mean(logits[jnp.arange(2), jnp.array([3, 7])])
+
+
+def scores_of(kind, groups, params, x):
+    name, *options = kind.split()
+    kernel = lambda path, leaf: leaf.ndim > 1
+    scale = lambda path, leaf: path.endswith("weight") and leaf.ndim == 1
+    if name == "bn_scale":
+        return js.structured.bn_scale(groups, params, where=scale)
+    power, reduce, normalizer = options
+    if name == "taylor":  # without the scales of norms, which it forgets
+        scores = js.scores.taylor(params, jax.grad(loss_fn)(params, x))
+        scores = js.structured.group_scores(groups, scores, reduce=reduce, where=kernel)
+    else:
+        powers = {path: jnp.abs(w) ** int(power) for path, w in params.items()}
+        scores = js.structured.group_scores(
+            groups, powers, reduce=reduce, where=r"weight$"
+        )
+    return NORMALIZERS[normalizer](scores)
+
+
+@pytest.mark.parametrize("kind", IMPORTANCES)
+def test_scores_are_its_importances(kind):
+    with jax.enable_x64(True):
+        params, x = weights()
+        params = {path: jnp.asarray(w) for path, w in params.items()}
+        groups = js.structured.groups(js.trace(apply_fn, params, x))
+        scores = scores_of(kind, groups, params, x)
+        for kernel, expected in IMPORTANCES[kind].items():
+            (name,) = (
+                n
+                for n, g in groups.prunable.items()
+                if any(m.path == f"{kernel}.weight" and m.role == "output"
+                       for m in g.members)
+            )  # fmt: skip
+            np.testing.assert_allclose(
+                scores[name], expected, rtol=1e-6, atol=2e-6 * np.max(np.abs(expected))
+            )
