@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from structured.oddities import ODDITIES
 from structured.zoo import ZOO, array, linen, loosely
 
 import jaxsparse as js
 
 ALLOW = ("position", "layer")
+MODELS = ZOO | ODDITIES
 
 
 def choose(group, count, rng):
@@ -32,11 +34,11 @@ def close(a, b):
     np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", MODELS)
 def test_narrowed_equals_masked_for_every_group_and_for_all(name):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        apply_fn, params, inputs = ZOO[name]()
+        apply_fn, params, inputs = MODELS[name]()
         trace = js.trace(apply_fn, params, *inputs)
         found = js.structured.groups(trace, allow=ALLOW).prunable
         drops = {n: {n: choose(g, 1, rng)} for n, g in found.items()}
@@ -59,11 +61,14 @@ def test_narrowed_equals_masked_for_every_group_and_for_all(name):
         assert all(changed)  # else nothing would have been shown
 
 
-@pytest.mark.parametrize("name", ["mlp", "residual", "attention_flax", "scan_remat"])
+WITH_GRADIENTS = ["mlp", "residual", "attention_flax", "scan_remat", "own_gradients"]
+
+
+@pytest.mark.parametrize("name", [*WITH_GRADIENTS, "dropout_scan", "modulated"])
 def test_gradients_are_those_of_the_masked_model_sliced(name):
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
-        apply_fn, params, inputs = ZOO[name]()
+        apply_fn, params, inputs = MODELS[name]()
         trace = js.trace(apply_fn, params, *inputs)
         found = js.structured.groups(trace, allow=ALLOW).prunable
         drop = {n: choose(g, g.size // 2, rng) for n, g in found.items()}

@@ -30,6 +30,12 @@ def filled(tree, seed=1):
     return jax.tree.unflatten(treedef, [fill(x) for x in leaves])
 
 
+def of_shapes(**shapes):
+    """Parameters of these shapes, in dictionaries of any depth."""
+    leaf = lambda s: isinstance(s, tuple)
+    return filled(jax.tree.map(jnp.zeros, shapes, is_leaf=leaf))
+
+
 def loosely(function):
     """As flax expects to be run: it mixes types and ranks."""
 
@@ -242,9 +248,7 @@ def llama(interleaved):
         "down": (hidden, d),
         "norm2": (d,),
     }
-    shapes = {"embed": (7, d), "norm": (d,), "layers": [layer, dict(layer)]}
-    leaf = lambda s: isinstance(s, tuple)
-    params = filled(jax.tree.map(jnp.zeros, shapes, is_leaf=leaf))
+    params = of_shapes(embed=(7, d), norm=(d,), layers=[layer, dict(layer)])
 
     def apply_fn(params, tokens):
         x = params["embed"][tokens]
@@ -294,16 +298,8 @@ class ViT(nn.Module):
 
 def moe():
     """Experts by einsum, chosen by the two largest logits."""
-    shapes = {
-        "in": (6, 8),
-        "router": (8, 4),
-        "gate": (4, 8, 10),
-        "up": (4, 8, 10),
-        "down": (4, 10, 8),
-        "out": (8, 3),
-    }
-    leaf = lambda s: isinstance(s, tuple)
-    params = filled(jax.tree.map(jnp.zeros, shapes, is_leaf=leaf))
+    experts = {"gate": (4, 8, 10), "up": (4, 8, 10), "down": (4, 10, 8)}
+    params = of_shapes(**{"in": (6, 8)}, router=(8, 4), **experts, out=(8, 3))
 
     def apply_fn(p, x):
         x = x @ p["in"]
@@ -318,9 +314,7 @@ def moe():
 
 
 def lora():
-    shapes = {"w": (8, 12), "a": (8, 4), "b": (4, 12), "out": (12, 3), "in": (5, 8)}
-    leaf = lambda s: isinstance(s, tuple)
-    params = filled(jax.tree.map(jnp.zeros, shapes, is_leaf=leaf))
+    params = of_shapes(w=(8, 12), a=(8, 4), b=(4, 12), out=(12, 3), **{"in": (5, 8)})
 
     def apply_fn(p, x):
         x = x @ p["in"]
