@@ -1,20 +1,26 @@
-"""A mean that does not depend on the order of its sum."""
+"""Sums that do not depend on their order.
 
+Devices that each add up a part round in another order than one that adds up all, and
+two channels whose scores nearly agree would be ranked otherwise. Here numbers are cut
+into integers, relative to the largest of their sum, and sums of integers have no order.
+What is cut off of each is below 2**-30 of that one (2**-52 for float64).
+"""
+
+import functools
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._typing import Array
 
+Sum = Callable[[Array], Array]
+
 
 def ordered_mean(x: Array, axes: tuple[int, ...]) -> Array:
     """The mean along axes, bit for bit the same however the sum is split.
-
-    Devices that each add up a part round in another order than one that adds up all,
-    and two channels whose scores nearly agree would be ranked otherwise. Here numbers
-    are cut into integers relative to the largest, and sums of integers have no order.
-    What is cut off is below 2**-30 of the largest number (2**-52 for float64).
 
     Args:
       x: floating point.
@@ -34,23 +40,51 @@ def ordered_mean(x: Array, axes: tuple[int, ...]) -> Array:
     n = math.prod(x.shape[a] for a in axes)
     if n < 2 or not x.size:
         return jnp.mean(x, axis=axes, keepdims=True)
-    finite = jnp.isfinite(x)
+    most = jnp.max(jnp.abs(finite(x)), axis=axes, keepdims=True)
+    add = lambda x: jnp.sum(x, axis=axes, keepdims=True, dtype=x.dtype)
+    return ordered_sum(x, add, most, most, n) / n
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 4))
+def ordered_sum(x: Array, add: Sum, most: Array, here: Array, n: int) -> Array:
+    """A sum of any kind, bit for bit the same however it is split.
+
+    Its derivative is that of the plain sum.
+
+    Args:
+      x: floating point, at least float32.
+      add: sums up an array like `x`, in its own type.
+      most: like the result, the largest finite magnitude of each sum's terms.
+      here: the same where the terms are: what broadcasts to `x`.
+      n: how many terms a sum has at most.
+
+    Returns:
+      The sums.
+    """
     zero = jnp.zeros((), x.dtype)
-    rest = jnp.where(finite, x, zero)
-    unit = _power_of_two(jnp.max(jnp.abs(rest)))
-    rest = rest / unit  # exact, and below 2
-    bits = 29 - math.ceil(math.log2(n))  # n numbers below 2 ** (bits + 1) fit in int32
+    rest = finite(x) / _power_of_two(here)  # exact, and below 2
+    bits = 29 - math.ceil(math.log2(max(n, 1)))  # n below 2 ** (bits + 1) fit in int32
     precision = 30 if x.dtype == jnp.float32 else 52
-    total = jnp.zeros((), x.dtype)
+    total = jnp.zeros_like(most)
     for place in range(1, math.ceil(precision / bits) + 1):
         rest = rest * 2.0**bits
         limb = rest.astype(jnp.int32)
         rest = rest - limb.astype(x.dtype)
-        added = jnp.sum(limb, axis=axes, keepdims=True, dtype=jnp.int32)
-        total = total + added.astype(x.dtype) * 2.0 ** (-bits * place)
+        total = total + add(limb).astype(x.dtype) * 2.0 ** (-bits * place)
     # Infinities and NaN add up the same in every order.
-    wild = jnp.sum(jnp.where(finite, zero, x), axis=axes, keepdims=True)
-    return total / n * unit + wild
+    wild = add(jnp.where(jnp.isfinite(x), zero, x))
+    return total * _power_of_two(most) + wild
+
+
+@ordered_sum.defjvp
+def _(add: Sum, n: int, primals, tangents):
+    x, most, here = primals
+    return ordered_sum(x, add, most, here, n), add(tangents[0])
+
+
+def finite(x: Array) -> Array:
+    """What is finite of an array, and 0."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
 
 def _power_of_two(x: Array) -> Array:

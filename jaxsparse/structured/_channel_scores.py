@@ -14,7 +14,7 @@ from jaxsparse.structured._groups import Group
 from jaxsparse.structured._scaling import factors_of
 from jaxsparse.structured._score import slices_that_count
 from jaxsparse.structured._slices import Part, Slices, is_plain, paths_of, wide_dtype
-from jaxsparse.structured._sums import Reduce, combined, part_sum
+from jaxsparse.structured._sums import Reduce, combined, ordered_part_sum
 from jaxsparse.tree import leaves_with_paths, map_with_path
 
 HIGHEST = lax.Precision.HIGHEST
@@ -135,7 +135,7 @@ def bn_scale(
       Array([0.5, 2. , 0. ], dtype=float32)
     """
     slices = slices_that_count(groups, params, where)
-    magnitude = lambda part, x, shape: part_sum(part, jnp.abs(x), shape)
+    magnitude = lambda part, x, shape: ordered_part_sum(part, jnp.abs(x), shape)
     return combined(slices, params, magnitude, reduce=reduce)
 
 

@@ -15,7 +15,7 @@ from jaxsparse.structured._drop import Drop
 from jaxsparse.structured._groups import Group
 from jaxsparse.structured._score import slices_that_count
 from jaxsparse.structured._slices import Part, others_of, paths_of, wide_dtype
-from jaxsparse.structured._sums import combined, part_sum
+from jaxsparse.structured._sums import combined, ordered_part_sum
 from jaxsparse.tree import (
     MatrixView,
     leaves_with_paths,
@@ -75,7 +75,7 @@ def flap(
 
     def channels(part: Part, x: Array, shape: tuple[int, ...]) -> Array:
         # Each weight has its channel's score, so that it comes once for each output.
-        return part_sum(part, x, shape) / stats.view(part.path).d_out
+        return ordered_part_sum(part, x, shape) / stats.view(part.path).d_out
 
     return combined(slices, spread, channels)
 

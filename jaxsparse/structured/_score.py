@@ -9,7 +9,7 @@ from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.structured._groups import Group
 from jaxsparse.structured._slices import ROLES, Part, Slices, check_fits, slices_of
-from jaxsparse.structured._sums import Reduce, combined, part_sum
+from jaxsparse.structured._sums import Reduce, combined, ordered_part_sum
 from jaxsparse.tree import leaves_with_paths, nearest, select
 
 
@@ -31,7 +31,9 @@ def group_scores(
     A group with copies (heads, experts, layers of a scan, groups of a convolution) is
     scored in each copy.
 
-    Complexity: each parameter is read once for each of its axes that is in a group.
+    Scores of sharded parameters are those of one device, bit for bit, so that the same
+    channels go. Complexity: each parameter is read some times for each of its axes that
+    is in a group.
 
     Fang et al. (2023, arXiv:2301.12900). Differs from Torch-Pruning, whose mean counts
     a member as often as it is reached, whose norm scales take part and whose
@@ -64,7 +66,7 @@ def group_scores(
       {'up[1]': Array([ 5., 13.,  6.], dtype=float32)}
     """
     slices = slices_that_count(groups, scores, where)
-    return combined(slices, scores, part_sum, reduce=reduce)
+    return combined(slices, scores, ordered_part_sum, reduce=reduce)
 
 
 def slices_that_count(

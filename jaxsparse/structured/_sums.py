@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array, PyTree
+from jaxsparse.patterns._exact import finite, ordered_sum
 from jaxsparse.structured._slices import (
     Part,
     Slices,
@@ -21,6 +22,7 @@ from jaxsparse.structured._slices import (
     paths_of,
     wide_dtype,
     wide_leaves,
+    widen,
 )
 from jaxsparse.tree import leaves_with_paths
 
@@ -112,13 +114,52 @@ def part_sum(part: Part, x: Array, shape: tuple[int, ...]) -> Array:
     Returns:
       `[prod(shape)]`, in float32 at least.
     """
-    by_place = jnp.sum(x, axis=others_of(part, x.ndim), dtype=wide_dtype(x.dtype))
-    by_place, total = by_place.ravel(), math.prod(shape)
-    if is_plain(part, total):
-        return by_place
+    return _adder(part, x.ndim, math.prod(shape))(x)
+
+
+def ordered_part_sum(part: Part, x: Array, shape: tuple[int, ...]) -> Array:
+    """`part_sum`, bit for bit the same however the leaf is sharded.
+
+    For scores, which decide what goes. It reads the leaf some times more.
+
+    Args:
+      part: where the indices are.
+      x: the leaf.
+      shape: `(*copies, size)`.
+
+    Returns:
+      `[prod(shape)]`, in float32 at least.
+    """
+    x, total, others = widen(x), math.prod(shape), others_of(part, x.ndim)
+    labels = np.where(part.labels < 0, total, part.labels)
+    places = np.bincount(labels.ravel(), minlength=total + 1)[:total]
+    terms = int(places.max()) * math.prod(x.shape[a] for a in others)
+    most = jnp.max(jnp.abs(finite(x)), axis=others)
+    here = most
+    if not is_plain(part, total):
+        largest = jax.ops.segment_max(most.ravel(), labels.ravel(), total + 1)
+        most = jnp.maximum(largest, jnp.zeros((), x.dtype))  # not -inf where none is
+        here = most[labels]
+    add = _adder(part, x.ndim, total)
+    here = jnp.expand_dims(here, others)
+    return ordered_sum(x, add, most.ravel()[:total], here, terms)
+
+
+def _adder(part: Part, ndim: int, total: int) -> Callable[[Array], Array]:
+    """Sums up arrays of the leaf's shape; integers as they are, others widened."""
+    others, plain = others_of(part, ndim), is_plain(part, total)
     # What has no index gets a number that is out of range, which segment_sum drops.
     labels = np.where(part.labels < 0, total, part.labels).ravel()
-    return jax.ops.segment_sum(by_place, labels, num_segments=total)
+
+    def add(x: Array) -> Array:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        dtype = wide_dtype(x.dtype) if floating else x.dtype
+        by_place = jnp.sum(x, axis=others, dtype=dtype).ravel()
+        if plain:
+            return by_place
+        return jax.ops.segment_sum(by_place, labels, num_segments=total)
+
+    return add
 
 
 def sums(

@@ -193,12 +193,29 @@ def test_sharded_scores_are_added_up_where_they_lie(kind):
     spread = {"up": put(scores["up"], "x", "y"), "down": put(scores["down"], "x", None)}
     one = jax.jit(lambda scores: s.group_scores(groups, scores))
     wanted = s.group_scores(groups, scores)["up[1]"]
-    np.testing.assert_allclose(s.group_scores(groups, spread)["up[1]"], wanted, 1e-5)
+    exactly = np.testing.assert_array_equal
+    exactly(s.group_scores(groups, spread)["up[1]"], wanted)
     compiled = one.lower(spread).compile().as_text()
-    np.testing.assert_allclose(one(spread)["up[1]"], wanted, 1e-5)
+    exactly(one(spread)["up[1]"], wanted)
     # Only the sums move: what is gathered is no matrix.
     gathered = [x for x in compiled.splitlines() if " all-gather(" in x]
     assert not any("[4,256]" in x or "[256,3]" in x for x in gathered)
+
+
+def test_scores_of_heads_are_the_same_on_one_device_and_on_many():
+    """Several places of a sharded axis make one index."""
+    members = [("w", 1, np.repeat(range(8), 16), (), "output")]
+    groups = hand_made(*members, size=8)
+    w = jax.random.normal(jax.random.key(2), (64, 128)) ** 3
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    one = jax.jit(lambda scores: s.group_scores(groups, scores)["g"])
+    for spec in ((None, "x"), ("x", None)):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        got = one({"w": jax.device_put(w, sharding)})
+        np.testing.assert_array_equal(got, one({"w": w}))
+    np.testing.assert_allclose(
+        one({"w": w}), np.asarray(w, np.float64).sum(0).reshape(8, 16).sum(1), 1e-4
+    )
 
 
 def test_errors_say_what_is_expected():
