@@ -20,7 +20,6 @@ from jaxsparse.structured._clusters import medoids as medoids
 from jaxsparse.structured._clusters import merge_clusters as merge_clusters
 from jaxsparse.structured._cost import Cost as Cost
 from jaxsparse.structured._cost import cost as cost
-from jaxsparse.structured._depth import gated as gated
 from jaxsparse.structured._depth import knapsack as knapsack
 from jaxsparse.structured._depth import nm_gates as nm_gates
 from jaxsparse.structured._depth import nm_options as nm_options
@@ -28,6 +27,9 @@ from jaxsparse.structured._drop import Drop as Drop
 from jaxsparse.structured._emptied import zero_indices as zero_indices
 from jaxsparse.structured._flap import flap as flap
 from jaxsparse.structured._flap import flap_compensation as flap_compensation
+from jaxsparse.structured._gates import GatePenalty as GatePenalty
+from jaxsparse.structured._gates import gate_penalty as gate_penalty
+from jaxsparse.structured._gates import gated as gated
 from jaxsparse.structured._grouping import Grouping as Grouping
 from jaxsparse.structured._grouping import group_experts as group_experts
 from jaxsparse.structured._grouping import router_similarity as router_similarity

@@ -1,165 +1,16 @@
-"""Choosing depth: gates on branches, learnable N:M depth, a knapsack of blocks."""
+"""Choosing depth: a knapsack of blocks, learnable N:M depth."""
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from jaxsparse import _checks
-from jaxsparse._typing import Array, PyTree
-from jaxsparse.structured._blocks import Join, blocks, chosen
-from jaxsparse.structured._narrow import checked_leaves
-from jaxsparse.structured._rewrite import by_shape
-from jaxsparse.tracing import Trace
-from jaxsparse.tracing._jaxprs import Address, equations, inner, scan_counts
-from jaxsparse.tracing._steps import bind
-
-
-def gated(trace: Trace, *, join: Join = None) -> Callable[..., Any]:
-    """The model with a number before each residual branch: x + g f(x).
-
-    At 1 it is the model, at 0 the model without the branch (`remove_blocks`), and in
-    between it can be differentiated: for gates that are trained (Liu et al., FoldGPT,
-    2024, arXiv:2407.00928; `nm_gates`) and to ask what a block is worth. A joined block
-    has its gate before each of its branches. Scans and checkpoints stay what they are.
-
-    Args:
-      trace: of `js.trace`.
-      join: as given to `blocks`.
-
-    Returns:
-      `apply_fn(params, gates, *inputs)`, a pure function. `gates` maps names of blocks
-      to scalars; a block without one has none. It raises a ValueError for a name that
-      no block has and a gate that is no scalar.
-
-    Raises:
-      ValueError: a model without residual branches.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxsparse as js
-      >>> def apply_fn(params, x):
-      ...     return x + x @ params["w"]
-      >>> params, x = {"w": 3 * jnp.ones((1, 1))}, jnp.ones((2, 1))
-      >>> trace = js.trace(apply_fn, params, x)
-      >>> list(js.structured.blocks(trace))
-      ['w']
-      >>> with_gates = js.structured.gated(trace)
-      >>> with_gates(params, {"w": 0.5}, x).ravel().tolist()
-      [2.5, 2.5]
-      >>> loss = lambda gates: with_gates(params, gates, x).sum()
-      >>> float(jax.grad(loss)({"w": 1.0})["w"])
-      6.0
-    """
-    blocks(trace, join=join)
-    programs: dict[tuple[str, ...], Any] = {}
-
-    def apply_fn(params: PyTree, gates: Mapping[str, Any], *inputs: Any) -> Any:
-        names = tuple(sorted(gates))
-        if names not in programs:
-            chosen(trace, names, join)
-            build = lambda at: with_gates(at, names, join)
-            programs[names] = by_shape(trace, build)
-        for name in names:
-            if jnp.ndim(gates[name]):
-                raise ValueError(
-                    f"gates[{name!r}] must be a scalar, got the shape "
-                    f"{jnp.shape(gates[name])}."
-                )
-        leaves = checked_leaves(trace, params)
-        program, structure = programs[names](leaves, inputs)
-        values = [gates[name] for name in names]
-        outs = program(leaves, jax.tree.leaves(inputs), values)
-        return jax.tree.unflatten(structure, outs)
-
-    return apply_fn
-
-
-def with_gates(
-    trace: Trace, names: tuple[str, ...], join: Join
-) -> Callable[..., list[Any]]:
-    """The program of a trace with gates before some branches.
-
-    Args:
-      trace: of the model.
-      names: of the blocks.
-      join: as given to `blocks`.
-
-    Returns:
-      A function of the parameters' leaves, the flat inputs and the gates; it gives the
-      flat results.
-    """
-    eqns = dict(equations(trace.program))
-    known = chosen(trace, names, join)
-    # By operand of an addition, for the turns of the scans around it, which gate.
-    places: dict[_Operand, dict[tuple[int, ...], int]] = {}
-    for i, name in enumerate(names):
-        for address, turns, stream in known[name].additions:
-            places.setdefault((address, 1 - stream), {})[turns] = i
-
-    def run(leaves: Any, inputs: Any, gates: Any) -> list[Any]:
-        values = {}
-        for (address, operand), mine in places.items():
-            around = (eqns[address[:i]] for i in range(1, len(address), 2))
-            shape = [e.params["length"] for e in around if e.primitive.name == "scan"]
-            dtype = eqns[address].invars[operand].aval.dtype
-            every = (mine.get(turns) for turns in np.ndindex(*shape))
-            found = [jnp.ones((), dtype) if i is None else gates[i] for i in every]
-            found = jnp.stack([jnp.asarray(g).astype(dtype) for g in found])
-            values[address, operand] = found.reshape(shape)
-        return _run(trace.program, [*leaves, *inputs], (), values)
-
-    return run
-
-
-_Operand = tuple[Address, int]
-
-
-def _run(
-    program: Any, args: Sequence[Any], address: Address, gates: dict[_Operand, Any]
-) -> list[Any]:
-    """Runs a jaxpr; gates have an axis for each scan between here and them."""
-    below = {place[: len(address) + 1] for place, _ in gates}
-    env: dict[Any, Any] = dict(zip(program.jaxpr.invars, args, strict=True))
-    env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
-    read = lambda x: x.val if isinstance(x, core.Literal) else env[x]
-    for index, eqn in enumerate(program.jaxpr.eqns):
-        ins, here = [read(x) for x in eqn.invars], (*address, index)
-        outs = _gated(eqn, ins, here, gates) if here in below else bind(eqn, ins)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(x) for x in program.jaxpr.outvars]
-
-
-def _gated(
-    eqn: Any, ins: list[Any], here: Address, gates: dict[_Operand, Any]
-) -> list[Any]:
-    """An addition of a branch, or what has some inside."""
-    inside = {key: g for key, g in gates.items() if key[0][: len(here)] == here}
-    if any(place == here for place, _ in inside):
-        gate = lambda i, x: x * inside[here, i] if (here, i) in inside else x
-        return bind(eqn, [gate(i, x) for i, x in enumerate(ins)])
-    body, p = inner(eqn)[0], eqn.params
-    run = lambda values, gates: _run(body, values, (*here, 0), gates)
-    if eqn.primitive.name != "scan":
-        if "policy" in p:
-            again = {"prevent_cse": p["prevent_cse"], "policy": p["policy"]}
-            run = jax.checkpoint(run, **again)
-        return run(ins, inside)
-    first, carried = scan_counts(eqn)
-    last = first + carried
-
-    def turn(carry: list[Any], now: Any) -> tuple[list[Any], list[Any]]:
-        outs = run([*ins[:first], *carry, *now[0]], now[1])
-        return outs[:carried], outs[carried:]
-
-    options = {name: p[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = jax.lax.scan(turn, ins[first:last], (ins[last:], inside), **options)
-    return [*carry, *ys]
-
+from jaxsparse._typing import Array
 
 CELLS = 50_000_000  # of the knapsack's table, a byte each
 

@@ -26,6 +26,8 @@ Plain = Callable[..., list[Any]]
 Runner = Callable[[Trace, Cut], Plain]
 """Makes of a traced program the function at the sizes of a cut."""
 
+_STAYS = frozenset({"frozen", "fixed", "gathered"})  # notes on axes that keep theirs
+
 
 def with_derivative(
     eqn: Any, plain: Plain, trace: Trace, cut: Cut, node: Node, runner: Runner
@@ -191,13 +193,14 @@ class _Copies:
         return self.leaves[id(node)]
 
     def cut(self, cut: Cut) -> Cut | None:
-        """The same cut of the copies; None where they are no longer leaves."""
+        """The same cut of the copies; None where the rule does not allow it."""
         kept, copies = {}, {}
         for old, copy in self.leaves.items():
             node = algebra.find(copy)
             if old not in cut.kept:
                 continue
-            if node.parts or id(node) in kept:
+            stays = any(n.partition(":")[0] in _STAYS for n in node.notes)
+            if node.parts or id(node) in kept or stays:
                 return None
             kept[id(node)] = cut.kept[old]
             copies[id(node)] = tuple(

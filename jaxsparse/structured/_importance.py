@@ -13,8 +13,8 @@ import numpy as np
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured._blocks import Block, Join, blocks
 from jaxsparse.structured._branches import flat_of
-from jaxsparse.structured._depth import with_gates
 from jaxsparse.structured._flat import Flat
+from jaxsparse.structured._gates import with_gates
 from jaxsparse.structured._narrow import checked_leaves
 from jaxsparse.structured._rewrite import by_shape, runnable
 from jaxsparse.tracing import Trace

@@ -62,7 +62,9 @@ def narrow(
         model's either way.
       positions: what positions along a shortened axis are (a `jnp.arange`, a one-hot).
         "slice": the old numbers, so that rotary embeddings stay right; "renumber": 0,
-        1, 2, ... as for experts that are chosen by number.
+        1, 2, ... as for experts that are chosen by number. Likewise random numbers:
+        those of the whole model, cut, or as many as are needed (less work for the
+        dropout of a training; no longer those of the masked model).
       allow: flags of groups that shall not forbid; see `groups`. With "input" the
         function takes inputs without the dropped indices.
 

@@ -6,8 +6,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from structured.zoo import ZOO, array
+from structured.zoo import ZOO, array, loosely
 
 import jaxsparse as js
 
@@ -28,6 +29,62 @@ def test_gates_of_one_and_zero_are_the_model_and_the_one_without():
     got = with_gates(params, {**ones, **dict.fromkeys(gone, 0.0)}, *inputs)
     expected = jax.jit(small.apply_fn)(small.params, *inputs)
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_trained_gates_close_what_is_not_needed():
+    """Of three branches the middle one does almost nothing to the outputs."""
+    rng = np.random.default_rng(0)
+    draw = lambda scale: {
+        "up": jnp.asarray(rng.normal(size=(4, 8)), jnp.float32),
+        "down": jnp.asarray(scale * rng.normal(size=(8, 4)), jnp.float32),
+    }
+    params = [draw(1.0), draw(0.01), draw(1.0)]
+
+    def apply_fn(params, x):
+        for p in params:
+            x = x + jnp.tanh(x @ p["up"]) @ p["down"]
+        return x
+
+    x = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
+    trace = js.trace(apply_fn, params, x)
+    sizes = {name: block.parameters for name, block in s.blocks(trace).items()}
+    with_gates, y = s.gated(trace), apply_fn(params, x)
+
+    def loss(logits, weight):
+        gates = jax.tree.map(jax.nn.sigmoid, logits)
+        penalty = s.gate_penalty(gates, sizes, budget=2 / 3)
+        error = jnp.mean((with_gates(params, gates, x) - y) ** 2)
+        return error + 10 * penalty.excess + weight * penalty.polarization
+
+    tx = optax.adam(0.1)
+    logits = dict.fromkeys(sizes, jnp.asarray(1.0))
+
+    @jax.jit
+    @loosely
+    def step(logits, state, weight):
+        updates, state = tx.update(jax.grad(loss)(logits, weight), state)
+        return optax.apply_updates(logits, updates), state
+
+    state = tx.init(logits)
+    for i in range(200):
+        logits, state = step(logits, state, i / 200)
+    gates = {name: float(jax.nn.sigmoid(x)) for name, x in logits.items()}
+    assert [name for name, gate in gates.items() if gate < 0.1] == ["1"]
+    assert gates["0"] > 0.9
+    assert gates["2"] > 0.9
+    small = s.remove_blocks(trace, params, ["1"])
+    np.testing.assert_allclose(small.apply_fn(small.params, x), y, atol=0.2)
+
+
+def test_errors_of_gate_penalties():
+    with pytest.raises(ValueError, match=r"same blocks: \['b'\]"):
+        s.gate_penalty({"a": 1.0}, {"a": 1, "b": 2}, budget=0.5)
+    with pytest.raises(ValueError, match=r"budget=2: expected a fraction"):
+        s.gate_penalty({"a": 1.0}, {"a": 1}, budget=2)
+    with pytest.raises(ValueError, match=r"costs must be at least 0"):
+        s.gate_penalty({"a": 1.0}, {"a": 0}, budget=0.5)
+    with pytest.raises(ValueError, match=r"scalars, got shapes \(2,\)"):
+        s.gate_penalty({"a": jnp.ones(2)}, {"a": 1}, budget=0.5)
 
 
 def checkpointed(params, x):

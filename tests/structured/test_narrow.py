@@ -246,6 +246,39 @@ def test_layers_that_stay_keep_their_random_keys():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dropout_scan", "dropout_vmap"])
+def test_random_numbers_may_be_drawn_at_the_new_sizes(name):
+    apply_fn, params, inputs = MODELS[name]()
+    trace = js.trace(apply_fn, params, *inputs)
+    width = next(n for n, g in js.structured.groups(trace).items() if g.size == 8)
+    drop = {width: np.arange(3) + np.arange(4)[:, None]}
+    small = js.structured.narrow(trace, params, drop, positions="renumber")
+    drawn = lambda f, p: str(jax.make_jaxpr(f)(p, *inputs)).count("shape=(3, 5)")
+    assert drawn(small.apply_fn, small.params) == 1
+    whole = js.structured.narrow(trace, params, drop)
+    assert drawn(whole.apply_fn, small.params) == 0
+    got, want = (f.apply_fn(small.params, *inputs) for f in (small, whole))
+    assert got.shape == want.shape
+    assert not np.allclose(got, want)
+
+
+def test_a_derivative_that_cannot_be_followed_is_an_error():
+    @jax.custom_vjp
+    def reversing(x):
+        return 2 * x
+
+    # The rule turns the channels round, the function does not.
+    reversing.defvjp(lambda x: (2 * x, None), lambda _, g: (jnp.flip(g, -1),))
+    apply_fn = lambda p, x: reversing(x @ p["a"]) @ p["b"]
+    params = {"a": array(3, 8), "b": array(8, 2)}
+    x = array(4, 3)
+    small = js.structured.narrow(js.trace(apply_fn, params, x), params, {"a[1]": [1]})
+    assert small.apply_fn(small.params, x).shape == (4, 2)
+    loss = lambda p: small.apply_fn(p, x).sum()
+    with pytest.raises(NotImplementedError, match=r"test_narrow\.py.*rule of its own"):
+        jax.grad(loss)(small.params)
+
+
 def test_shardings_within_the_model_hold_where_they_still_divide():
     mesh = jax.make_mesh((8,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = NamedSharding(mesh, PartitionSpec(None, "m"))
