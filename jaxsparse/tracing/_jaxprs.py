@@ -1,5 +1,7 @@
 """Reading jaxprs: what lies within an equation, where it is, and which line made it."""
 
+import os
+import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -64,6 +66,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(eqn.invars) - more(eqn.invars, body.invars) - carried, carried
 
 
+_HERE = str(pathlib.Path(__file__).parents[1]) + os.sep
 _LIBRARIES = re.compile(r"[/\\](flax|equinox|haiku|optax)[/\\]")
 
 
@@ -76,6 +79,7 @@ def source_of(eqn: Any) -> str:
     from jax._src import source_info_util  # jaxprs carry it; nothing public reads it
 
     frames = list(source_info_util.user_frames(eqn.source_info.traceback))
+    frames = [f for f in frames if not f.file_name.startswith(_HERE)]
     own = [f for f in frames if not _LIBRARIES.search(f.file_name)] or frames
     if not own:
         return ""

@@ -277,6 +277,9 @@ def test_a_derivative_that_cannot_be_followed_is_an_error():
     loss = lambda p: small.apply_fn(p, x).sum()
     with pytest.raises(NotImplementedError, match=r"test_narrow\.py.*rule of its own"):
         jax.grad(loss)(small.params)
+    # JAX keeps what it has traced of `flip`, whose lines are none of the model's.
+    flips = js.trace(lambda p, x: jnp.flip(x @ p["a"], -1) @ p["b"], params, x)
+    assert "test_narrow.py" in str(js.structured.groups(flips)["a[1]"].reasons)
 
 
 def test_shardings_within_the_model_hold_where_they_still_divide():
