@@ -12,7 +12,7 @@ from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured._blocks import Join, blocks, chosen
 from jaxsparse.structured._narrow import checked_leaves
-from jaxsparse.structured._rewrite import by_shape
+from jaxsparse.structured._retracing import by_shape
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing._jaxprs import Address, equations, inner, scan_counts
 from jaxsparse.tracing._steps import bind

@@ -16,7 +16,8 @@ from jaxsparse.structured._branches import flat_of
 from jaxsparse.structured._flat import Flat
 from jaxsparse.structured._gates import with_gates
 from jaxsparse.structured._narrow import checked_leaves
-from jaxsparse.structured._rewrite import by_shape, runnable
+from jaxsparse.structured._retracing import by_shape
+from jaxsparse.structured._rewrite import runnable
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing._steps import Step, Steps
 

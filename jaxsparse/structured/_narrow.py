@@ -10,9 +10,9 @@ from jaxsparse._typing import PyTree
 from jaxsparse.structured._arrays import cut_array, put_array
 from jaxsparse.structured._drop import Drop
 from jaxsparse.structured._plan import plan
-from jaxsparse.structured._resize import Norms, Positions, resized
+from jaxsparse.structured._resize import Norms, Positions, Resized, resized
+from jaxsparse.structured._retracing import by_shape
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing import trace as trace_of
 
 
 class Narrowed(NamedTuple):
@@ -225,54 +225,34 @@ def _runner(
     positions: Positions,
     allow: Collection[str],
 ) -> Callable[..., Any]:
-    wanted = plan(trace, drop, allow=allow, norms=norms, positions=positions)
-    first = resized(trace, wanted.cut, norms, positions)
-    known: dict[Any, Any] = {}  # by the shapes and types of inputs
+    def build(at: Trace) -> Resized:
+        # Another trace has axes of its own, by the same names.
+        wanted = plan(at, drop, allow=allow, norms=norms, positions=positions)
+        return resized(at, wanted.cut, norms, positions)
 
-    def program_for(leaves: list[Any], inputs: Any) -> Any:
-        flat, treedef = jax.tree.flatten(inputs)
-        abstract = [jax.typeof(x) for x in (*leaves, *flat)]
-        key = treedef, tuple((a.shape, a.dtype, a.weak_type) for a in abstract)
-        if key not in known:
-            known[key] = _at(trace, first, leaves, flat, treedef)
-        return known[key]
+    cut = build(trace).cut
+
+    def whole(i: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an input that comes without what was dropped (`allow`)."""
+        if i >= len(trace.input_dims) or len(shape) != len(trace.input_dims[i]):
+            return shape
+        pairs = zip(shape, trace.input_dims[i], strict=True)
+        return tuple(d.size if cut.size(d) != d.size else n for n, d in pairs)
+
+    program_for = by_shape(trace, build, whole=whole)
 
     def apply_fn(params: PyTree, *inputs: Any) -> Any:
         leaves, treedef = jax.tree.flatten(params)
         _check_structure(trace, treedef)
-        program = program_for(leaves, inputs)
-        dims = program.trace.dims
-        for path, x, axes in zip(trace.paths, leaves, dims.values(), strict=True):
+        program, structure = program_for(leaves, inputs)
+        dims = program.trace.dims.values()
+        for path, x, axes in zip(trace.paths, leaves, dims, strict=True):
             if tuple(x.shape) != program.cut.shape(axes):
                 raise ValueError(
                     f"{path}: the narrowed model has the shape "
                     f"{program.cut.shape(axes)} here, got {tuple(x.shape)}."
                 )
         outs = program(leaves, jax.tree.leaves(inputs))
-        return jax.tree.unflatten(jax.tree.structure(program.trace.out_shape), outs)
-
-    def _at(
-        trace: Trace, first: Any, leaves: list[Any], flat: list[Any], treedef: Any
-    ) -> Any:
-        """The program for inputs of these shapes: the traced one where they agree."""
-        old = [v.aval for v in trace.program.jaxpr.invars]
-        axes = (*trace.dims.values(), *trace.input_dims)
-        whole = []
-        for x, dims in zip(map(jax.typeof, (*leaves, *flat)), axes, strict=True):
-            shape = tuple(
-                d.size if first.cut.size(d) != d.size else n
-                for n, d in zip(x.shape, dims, strict=True)
-            )
-            whole.append(jax.ShapeDtypeStruct(shape, x.dtype, weak_type=x.weak_type))
-        if [(x.shape, x.dtype) for x in whole] == [(x.shape, x.dtype) for x in old]:
-            return first
-        again = trace_of(
-            trace.apply_fn,
-            jax.tree.unflatten(trace.treedef, whole[: len(leaves)]),
-            *jax.tree.unflatten(treedef, whole[len(leaves) :]),
-            rules=trace.rules,
-        )
-        cut = plan(again, drop, allow=allow, norms=norms, positions=positions).cut
-        return resized(again, cut, norms, positions)
+        return jax.tree.unflatten(structure, outs)
 
     return apply_fn

@@ -14,7 +14,8 @@ from jaxsparse.structured._blocks import Block, Join, chosen
 from jaxsparse.structured._branches import flat_for
 from jaxsparse.structured._flat import Flat, Unit, own_units, units_read, without
 from jaxsparse.structured._narrow import Narrowed, checked_leaves
-from jaxsparse.structured._rewrite import by_shape, runnable
+from jaxsparse.structured._retracing import by_shape
+from jaxsparse.structured._rewrite import runnable
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing._steps import Steps
 from jaxsparse.tree import select

@@ -11,50 +11,7 @@ import numpy as np
 from jax import lax
 
 from jaxsparse.structured._flat import Flat, final, used
-from jaxsparse.tracing import Trace
-from jaxsparse.tracing import trace as trace_of
 from jaxsparse.tracing._steps import Step, Steps
-
-
-def by_shape(
-    trace: Trace, build: Callable[[Trace], Any]
-) -> Callable[[Sequence[Any], Any], tuple[Any, Any]]:
-    """Traces a model anew for inputs of other shapes, once for each.
-
-    Args:
-      trace: of the model with the example inputs.
-      build: makes a program of a trace.
-
-    Returns:
-      A function of the parameters' leaves (of which only the types count) and the
-      inputs; it gives the program for them, and the structure of the model's result.
-    """
-    known: dict[Any, tuple[Any, Any]] = {}
-    traced = [v.aval for v in trace.program.jaxpr.invars]
-    example = jax.tree.structure(tuple(trace.inputs))
-
-    def program_for(leaves: Sequence[Any], inputs: Any) -> tuple[Any, Any]:
-        flat, treedef = jax.tree.flatten(tuple(inputs))
-        types = [jax.typeof(x) for x in (*leaves, *flat)]
-        whole = []
-        for i, t in enumerate(types):
-            shape = traced[i].shape if i < len(leaves) else t.shape
-            whole.append(jax.ShapeDtypeStruct(shape, t.dtype, weak_type=t.weak_type))
-        key = treedef, tuple((x.shape, x.dtype, x.weak_type) for x in whole)
-        if key not in known:
-            at = trace
-            kinds = [[(x.shape, x.dtype) for x in xs] for xs in (whole, traced)]
-            if treedef != example or kinds[0] != kinds[1]:
-                at = trace_of(
-                    trace.apply_fn,
-                    jax.tree.unflatten(trace.treedef, whole[: len(leaves)]),
-                    *jax.tree.unflatten(treedef, whole[len(leaves) :]),
-                    rules=trace.rules,
-                )
-            known[key] = build(at), jax.tree.structure(at.out_shape)
-        return known[key]
-
-    return program_for
 
 
 def runnable(

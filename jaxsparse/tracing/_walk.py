@@ -9,6 +9,7 @@ from jax.extend import core
 from jaxsparse.tracing import _axes, _rules
 from jaxsparse.tracing._axes import Axis, leaf
 from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts, source_of
+from jaxsparse.tracing._sides import foreign_sides, positions_of, sides_of
 from jaxsparse.tracing._unify import Dims, Rule, unify
 
 
@@ -289,9 +290,10 @@ class Walk:
                 self._look_up(value.origin, eqn)
                 continue
             if foreign:
-                sides = _foreign_sides(self._equations[foreign], at, ins)
+                data = [v.data for v in ins]
+                sides = foreign_sides(self._equations[foreign], at, data)
             else:
-                sides = _sides(eqn, at)
+                sides = sides_of(eqn, at)
             if sides is None or not ins[sides[0]].data:
                 # What is added, or a vector that scales, is no kernel: no one asks.
                 matrix = any(d.size > 1 for d in value.origin.dims[:-1])
@@ -316,7 +318,7 @@ class Walk:
                     of_input,
                     ins[other].dims,
                     eqn.params.get("feature_group_count", 1),
-                    _positions(eqn) if name == "conv_general_dilated" else None,
+                    positions_of(eqn) if name == "conv_general_dilated" else None,
                     reads,
                     times,
                     flops * (times or 1),
@@ -383,47 +385,3 @@ _NOT_SETTINGS = {"preferred_element_type", "out_sharding", "precision"}
 def _same(a: Dims, b: Dims, eqn: Any) -> None:
     for x, y in zip(a, b, strict=True):
         unify(x, y, eqn)
-
-
-# The other operand, the contracted and the batch axes of this one, and of the other.
-_Sides = tuple[
-    int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]
-]
-
-
-def _sides(eqn: Any, at: int) -> _Sides | None:
-    """How an equation contracts its operand `at`; None where it does not."""
-    name, p = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-        contracted, batch = p["dimension_numbers"]
-        theirs = tuple(contracted[1 - at]), tuple(batch[1 - at])
-        return 1 - at, tuple(contracted[at]), tuple(batch[at]), theirs
-    if name == "conv_general_dilated" and at == 1 and p["batch_group_count"] == 1:
-        spec = p["dimension_numbers"]
-        return 0, tuple(spec.rhs_spec[1:]), (), ((spec.lhs_spec[1],), ())
-    ragged = name in {"ragged_dot", "ragged_dot_general"} and at == 1
-    axes = _rules.ragged_axes(eqn) if ragged else None
-    if axes is not None:
-        contracted, group = axes
-        return 0, (contracted,), (group,), ((1,), ())
-    return None
-
-
-def _positions(eqn: Any) -> tuple[int, int]:
-    spec, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
-    return spec.lhs_spec[0], math.prod(shape[a] for a in spec.out_spec[2:])
-
-
-def _foreign_sides(equation: str, at: int, ins: list[Value]) -> _Sides | None:
-    left, right = equation.replace(" ", "").split("->")
-    operands = left.split(",")
-    mine, result = operands[at], right.split(",")[0]
-    for other, letters in enumerate(operands):
-        if other == at or not ins[other].data or not set(mine) & set(letters):
-            continue
-        contracted = [c for c in mine if c in letters and c not in result]
-        batch = [c for c in mine if c in letters and c in result]
-        place = lambda word, of: tuple(of.index(c) for c in word)
-        theirs = place(contracted, letters), place(batch, letters)
-        return other, place(contracted, mine), place(batch, mine), theirs
-    return None
