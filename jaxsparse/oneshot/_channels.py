@@ -124,14 +124,14 @@ def greedy_channels(
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
-      >>> params = {"up": jnp.eye(3), "down": jnp.array([[1.0], [2.0], [1.0]])}
+      >>> params = {"up": jnp.eye(3), "down": jnp.array([[1.0], [2.0], [0.5]])}
       >>> apply_fn = lambda p, x: (x @ p["up"]) @ p["down"]
       >>> x = jnp.array([[1.0, 0, 1], [0, 1, 0], [2, 1, 2], [1, 1, 1]])
       >>> trace = js.trace(apply_fn, params, x)
       >>> groups = js.structured.groups(trace)
       >>> stats = js.calibration.run(trace, params, [x])
       >>> js.oneshot.greedy_channels(groups, params, stats, 0.3).indices["up[1]"]
-      array([0])
+      array([2])
     """
     from jaxsparse.structured import select
 
@@ -200,7 +200,7 @@ def refit_channels(
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
-      >>> params = {"up": jnp.eye(3), "down": jnp.array([[1.0], [2.0], [1.0]])}
+      >>> params = {"up": jnp.eye(3), "down": jnp.array([[1.0], [2.0], [0.5]])}
       >>> apply_fn = lambda p, x: (x @ p["up"]) @ p["down"]
       >>> x = jnp.array([[1.0, 0, 1], [0, 1, 0], [2, 1, 2], [1, 1, 1]])
       >>> trace = js.trace(apply_fn, params, x)
@@ -209,7 +209,7 @@ def refit_channels(
       >>> drop = js.oneshot.greedy_channels(groups, params, stats, 0.3)
       >>> new = js.oneshot.refit_channels(groups, params, stats, drop, rel_damping=0.0)
       >>> new["down"].round(2).ravel().tolist()
-      [0.0, 2.0, 2.0]
+      [1.5, 2.0, 0.0]
     """
     dropped = {n: groups[n] for n, gone in drop.indices.items() if np.size(gone)}
     if not dropped:

@@ -34,13 +34,14 @@ def batches(trace: Trace) -> dict[Leaf, tuple[Leaf, ...]]:
     for dims, layers in _values(trace):
         occurrences = places.of(dims)
         for x, at in occurrences.items():
+            before = found.get(x)  # only fewer than those
+            tried = occurrences if before is None else before & occurrences.keys()
             covering = {
                 b
-                for b, there in occurrences.items()
-                if b != x and all(_covers(there, place) for place in at)
+                for b in tried
+                if b != x and all(_covers(occurrences[b], place) for place in at)
             }
-            covering |= layers
-            found[x] = found.get(x, covering) & covering
+            found[x] = covering | (layers if before is None else layers & before)
         # In a turn all values have the layer, also those that do not show its axis.
         for x in layers:
             covering = (layers | occurrences.keys()) - {x}

@@ -47,11 +47,18 @@ def old_positions(dims: Dims, kept: Kept) -> list[np.ndarray]:
 
 
 class _Array:
-    """One array, with the new index of each leaf at each new position of its axes."""
+    """One array."""
 
     def __init__(self, dims: Dims, kept: Kept):
         self.dims, self.kept = dims, kept
-        self.new = [_coordinates(algebra.find(axis), kept.size) for axis in dims]
+        self._new: dict[int, list[tuple[Leaf, np.ndarray]]] = {}
+
+    def new(self, at: int) -> list[tuple[Leaf, np.ndarray]]:
+        """The new index of each leaf of an axis at each new position."""
+        if at not in self._new:
+            node = algebra.find(self.dims[at])
+            self._new[at] = _coordinates(node, self.kept.size)
+        return self._new[at]
 
     def old(self, at: int) -> np.ndarray:
         every = np.arange(self.kept.size(self.dims[at]))
@@ -92,7 +99,7 @@ class _Array:
     def _copy(self, leaf: Leaf, at: int) -> np.ndarray:
         """The old index of a leaf for what lies in an axis; in that axis if it is."""
         for axis in (at, *(i for i in range(len(self.dims)) if i != at)):
-            found = [index for x, index in self.new[axis] if x == leaf]
+            found = [index for x, index in self.new(axis) if x == leaf]
             if found:
                 # In several segments of an axis it is at other positions of it.
                 new = np.maximum(functools.reduce(np.maximum, found), 0)

@@ -290,12 +290,15 @@ def test_structured(tmp_path):
     if not has_data(weights, *images):
         pytest.skip("no weights of ResNet-20 or images here")
     said = run("structured", "--small", "--out", str(tmp_path))
-    dense, masked, narrowed = (row(said, n) for n in ("dense", "masked", "narrowed"))
+    kinds = ("dense", "masked", "narrowed", "trained")
+    dense, masked, narrowed, trained = (row(said, kind) for kind in kinds)
     assert dense[:2] == [1.0, 269_722]
     assert masked[:2] == [0.5, 269_722]
+    assert narrowed[:2] == trained[:2]
     assert narrowed[0] == 0.5
     assert narrowed[1] < 0.6 * 269_722
     assert dense[3] > 0.85
+    assert masked[3] == narrowed[3]
     assert "frozen: window at" in said
     assert is_picture(tmp_path / "accuracy.png")
     (file,) = tmp_path.glob("*.npz")
