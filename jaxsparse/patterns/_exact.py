@@ -1,14 +1,18 @@
 """Sums that do not depend on their order.
 
 Devices that each add up a part round in another order than one that adds up all, and
-two channels whose scores nearly agree would be ranked otherwise. Here numbers are cut
-into integers, relative to the largest of their sum, and sums of integers have no order.
-What is cut off of each is below 2**-30 of that one (2**-52 for float64).
+two channels whose scores nearly agree would be ranked otherwise. Here numbers are
+rounded to integers, relative to the largest of their sum, and sums of integers have no
+order. What is rounded off each is below 2**-30 of that one (2**-52 for float64).
+
+The integers are float64 in a local scope: twice as fast as wider ones on CPUs, and few
+bits are lost to the number of terms.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +20,8 @@ from jax import lax
 
 from jaxsparse._typing import Array
 
-Sum = Callable[[Array], Array]
+_EXACT = 46  # bits of an integer; what emulates float64 in two float32 has 48
+Add = Callable[[Array], Array]
 
 
 def ordered_mean(x: Array, axes: tuple[int, ...]) -> Array:
@@ -40,58 +45,78 @@ def ordered_mean(x: Array, axes: tuple[int, ...]) -> Array:
     n = math.prod(x.shape[a] for a in axes)
     if n < 2 or not x.size:
         return jnp.mean(x, axis=axes, keepdims=True)
-    most = jnp.max(jnp.abs(finite(x)), axis=axes, keepdims=True)
-    add = lambda x: jnp.sum(x, axis=axes, keepdims=True, dtype=x.dtype)
-    return ordered_sum(x, add, most, most, n) / n
+    most = largest(x, axes)
+    add = lambda totals: totals
+    return ordered_sum(x, axes, add, most, most, n) / n
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 4))
-def ordered_sum(x: Array, add: Sum, most: Array, here: Array, n: int) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 5))
+def ordered_sum(
+    x: Array, axes: tuple[int, ...], add: Add, most: Array, here: Array, n: int
+) -> Array:
     """A sum of any kind, bit for bit the same however it is split.
 
     Its derivative is that of the plain sum.
 
     Args:
       x: floating point, at least float32.
-      add: sums up an array like `x`, in its own type.
-      most: like the result, the largest finite magnitude of each sum's terms.
+      axes: the axes to sum over first, which stay with size 1.
+      add: sums up what is left of them.
+      most: like the result, the largest magnitude of each sum's terms.
       here: the same where the terms are: what broadcasts to `x`.
       n: how many terms a sum has at most.
 
     Returns:
       The sums.
     """
-    zero = jnp.zeros((), x.dtype)
-    rest = finite(x) / _power_of_two(here)  # exact, and below 2
-    bits = 29 - math.ceil(math.log2(max(n, 1)))  # n below 2 ** (bits + 1) fit in int32
-    precision = 30 if x.dtype == jnp.float32 else 52
-    total = jnp.zeros_like(most)
-    for place in range(1, math.ceil(precision / bits) + 1):
-        rest = rest * 2.0**bits
-        limb = rest.astype(jnp.int32)
-        rest = rest - limb.astype(x.dtype)
-        total = total + add(limb).astype(x.dtype) * 2.0 ** (-bits * place)
-    # Infinities and NaN add up the same in every order.
-    wild = add(jnp.where(jnp.isfinite(x), zero, x))
-    return total * _power_of_two(most) + wild
+    with jax.enable_x64(True):
+        total = jnp.zeros(most.shape, jnp.float64)
+        for scale, limb in _limbs(x, here, axes=axes, n=n):
+            total = total + add(limb) * scale
+        return (total * _power_of_two(most)).astype(x.dtype)
 
 
 @ordered_sum.defjvp
-def _(add: Sum, n: int, primals, tangents):
+def _(axes, add, n, primals, tangents):
     x, most, here = primals
-    return ordered_sum(x, add, most, here, n), add(tangents[0])
+    moved = add(jnp.sum(tangents[0], axis=axes, keepdims=True))
+    return ordered_sum(x, axes, add, most, here, n), moved
 
 
-def finite(x: Array) -> Array:
-    """What is finite of an array, and 0."""
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+def largest(x: Array, axes: Sequence[int]) -> Array:
+    """The largest magnitude along axes, which stay with size 1; NaN if there is one."""
+    return _largest(x, axes=tuple(axes))
+
+
+# In programs of their own: without jit around them they would be a dozen passes.
+@functools.partial(jax.jit, static_argnames="axes")
+def _largest(x: Array, *, axes: tuple[int, ...]) -> Array:
+    return jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "n"))
+def _limbs(x: Array, here: Array, *, axes: tuple[int, ...], n: int) -> list[Any]:
+    """Sums of integers, each with the number that it is to be multiplied by."""
+    bits = _EXACT - math.ceil(math.log2(max(n, 1)))
+    precision = 30 if x.dtype == jnp.float32 else 52
+    rest = x.astype(jnp.float64) * (1 / _power_of_two(here))  # exact, and below 2
+    found = []
+    for place in range(1, math.ceil(precision / bits) + 1):
+        rest = rest * 2.0**bits
+        limb = jnp.round(rest)  # infinities and NaN add up the same in every order
+        rest = jnp.where(jnp.isfinite(limb), rest - limb, 0.0)
+        total = jnp.sum(limb, axis=axes, keepdims=True)
+        found.append((jnp.float64(2.0 ** (-bits * place)), total))
+    return found
 
 
 def _power_of_two(x: Array) -> Array:
-    """The largest power of two that is not above a number; 1 for 0."""
-    bits = jnp.finfo(x.dtype).bits
-    mantissa = (1 << jnp.finfo(x.dtype).nmant) - 1
+    """The largest power of two that is not above a number, float64; 1 for 0 and NaN."""
+    bits, nmant = jnp.finfo(x.dtype).bits, jnp.finfo(x.dtype).nmant
     unsigned = jnp.dtype(f"uint{bits}")
-    raw = lax.bitcast_convert_type(x, unsigned) & ~jnp.asarray(mantissa, unsigned)
-    power = lax.bitcast_convert_type(raw, x.dtype)
-    return jnp.where(power > 0, power, jnp.ones_like(power))
+    raw = lax.bitcast_convert_type(x, unsigned) & ~jnp.asarray(
+        (1 << nmant) - 1, unsigned
+    )
+    power = lax.bitcast_convert_type(raw, x.dtype).astype(jnp.float64)
+    # Past that the reciprocal would be 0: infinities would be NaN.
+    return jnp.where(power > 0, jnp.minimum(power, 2.0**1020), 1.0)

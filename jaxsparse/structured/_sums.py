@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.patterns._exact import finite, ordered_sum
+from jaxsparse.patterns._exact import largest, ordered_sum
 from jaxsparse.structured._slices import (
     Part,
     Slices,
@@ -114,13 +114,14 @@ def part_sum(part: Part, x: Array, shape: tuple[int, ...]) -> Array:
     Returns:
       `[prod(shape)]`, in float32 at least.
     """
-    return _adder(part, x.ndim, math.prod(shape))(x)
+    by_place = jnp.sum(x, axis=others_of(part, x.ndim), dtype=wide_dtype(x.dtype))
+    return _adder(part, math.prod(shape))(by_place)
 
 
 def ordered_part_sum(part: Part, x: Array, shape: tuple[int, ...]) -> Array:
     """`part_sum`, bit for bit the same however the leaf is sharded.
 
-    For scores, which decide what goes. It reads the leaf some times more.
+    For scores, which decide what goes. It reads the leaf twice.
 
     Args:
       part: where the indices are.
@@ -134,28 +135,23 @@ def ordered_part_sum(part: Part, x: Array, shape: tuple[int, ...]) -> Array:
     labels = np.where(part.labels < 0, total, part.labels)
     places = np.bincount(labels.ravel(), minlength=total + 1)[:total]
     terms = int(places.max()) * math.prod(x.shape[a] for a in others)
-    most = jnp.max(jnp.abs(finite(x)), axis=others)
-    here = most
+    here = largest(x, others)
+    most = here.ravel()
     if not is_plain(part, total):
-        largest = jax.ops.segment_max(most.ravel(), labels.ravel(), total + 1)
-        most = jnp.maximum(largest, jnp.zeros((), x.dtype))  # not -inf where none is
-        here = most[labels]
-    add = _adder(part, x.ndim, total)
-    here = jnp.expand_dims(here, others)
-    return ordered_sum(x, add, most.ravel()[:total], here, terms)
+        found = jax.ops.segment_max(most, labels.ravel(), total + 1)
+        found = jnp.maximum(found, jnp.zeros((), x.dtype))  # where none is
+        most, here = found[:total], found[labels].reshape(here.shape)
+    return ordered_sum(x, others, _adder(part, total), most, here, terms)
 
 
-def _adder(part: Part, ndim: int, total: int) -> Callable[[Array], Array]:
-    """Sums up arrays of the leaf's shape; integers as they are, others widened."""
-    others, plain = others_of(part, ndim), is_plain(part, total)
+def _adder(part: Part, total: int) -> Callable[[Array], Array]:
+    """Sums up what is left of a leaf for each place that has an index."""
     # What has no index gets a number that is out of range, which segment_sum drops.
     labels = np.where(part.labels < 0, total, part.labels).ravel()
 
-    def add(x: Array) -> Array:
-        floating = jnp.issubdtype(x.dtype, jnp.floating)
-        dtype = wide_dtype(x.dtype) if floating else x.dtype
-        by_place = jnp.sum(x, axis=others, dtype=dtype).ravel()
-        if plain:
+    def add(by_place: Array) -> Array:
+        by_place = by_place.ravel()
+        if is_plain(part, total):
             return by_place
         return jax.ops.segment_sum(by_place, labels, num_segments=total)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsparse.patterns._exact import ordered_mean, ordered_sum
+from jaxsparse.patterns._exact import largest, ordered_mean, ordered_sum
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -51,5 +51,14 @@ def test_a_sum_of_any_kind():
     x, labels = jnp.array([1.0, 2.0, 4.0, 1e-20]), np.array([0, 1, 0, 2])
     add = lambda x: jax.ops.segment_sum(x, labels, num_segments=3)
     most = jnp.array([4.0, 2.0, 1e-20])
-    got = ordered_sum(x, add, most, most[labels], 2)
+    got = ordered_sum(x, (), add, most, most[labels], 2)
     np.testing.assert_allclose(got, [5.0, 2.0, 1e-20], rtol=1e-7)
+
+
+@pytest.mark.parametrize("power", [16, 20, 28, 29, 30, 40])
+def test_sums_of_very_many_terms(power):
+    """Only their number is given: it says how many bits a term may have."""
+    x = jnp.array([[1.0, 2.0**-20, 3.0], [3e38, -1e38, 1e30]])
+    most = largest(x, (1,))
+    got = ordered_sum(x, (1,), lambda x: x, most, most, 2**power).ravel()
+    np.testing.assert_allclose(got, [4.0 + 2.0**-20, 2e38 + 1e30], rtol=1e-7)
