@@ -28,6 +28,18 @@ def batches(trace: Trace) -> dict[Leaf, tuple[Leaf, ...]]:
     Returns:
       For each leaf those that every value has which has it too.
     """
+    found = covered(trace)
+    # In one direction only: of two axes that always go together the outer is the batch.
+    order = {x: i for i, x in enumerate(found)}
+    mutual = lambda x, b: x in found.get(b, ()) and order[b] > order[x]
+    return {
+        x: tuple(sorted((b for b in bs if not mutual(x, b)), key=order.__getitem__))
+        for x, bs in found.items()
+    }
+
+
+def covered(trace: Trace) -> dict[Leaf, set[Leaf] | frozenset[Leaf]]:
+    """By axis those that keep its copies apart, also where two do so for each other."""
     found: dict[Leaf, set[Leaf] | frozenset[Leaf]] = {}
     places = _Places()
     places.of(tuple(trace.layers.values()))
@@ -50,14 +62,8 @@ def batches(trace: Trace) -> dict[Leaf, tuple[Leaf, ...]]:
         summed = places.of(gone).keys()
         for x in places.of(left):
             found[x] = found[x] - summed
-    # In one direction only: of two axes that always go together the outer is the batch.
-    order = {x: i for i, x in enumerate(found)}
-    mutual = lambda x, b: x in found.get(b, ()) and order[b] > order[x]
-    usable = lambda x, b: not mutual(x, b) and not _reordered(places.nodes[b])
-    return {
-        x: tuple(sorted((b for b in bs if usable(x, b)), key=order.__getitem__))
-        for x, bs in found.items()
-    }
+    usable = {x for x, node in places.nodes.items() if not _reordered(node)}
+    return {x: covering & usable for x, covering in found.items()}
 
 
 def _reordered(axis: algebra.Axis) -> bool:
@@ -169,6 +175,6 @@ def _segments(node: algebra.Axis) -> Iterator[tuple[algebra.Axis, tuple[int, ...
         if node.size > 1:
             yield node, ()
         return
-    for i, part in enumerate(node.parts):
+    for i, part in enumerate(algebra.parts(node)):
         for leaf, segments in _segments(algebra.find(part)):
             yield leaf, (i, *segments) if node.is_sum else segments

@@ -47,7 +47,7 @@ class Cut:
                 kept = self.kept.get(id(node))
                 found = node.size if kept is None else int(kept.sum(-1).max())
             elif node.is_sum:
-                found = sum(map(self.size, node.parts))
+                found = sum(map(self.size, algebra.parts(node)))
             else:
                 found = math.prod(map(self.size, node.parts))
             known[id(node)] = found
@@ -91,9 +91,13 @@ class Cut:
                 whole = whole & (self.kept[leaf][(*copies, own)] | (own < 0))
         return whole
 
+    def positions(self, dims: Dims) -> list[np.ndarray]:
+        """For each axis of an array the old positions of what stays in it."""
+        return old_positions(dims, self._left)
+
     @functools.cached_property
     def _left(self) -> Kept:
-        # Of all copies equally many, so that they are an array.
+        # Every copy keeps the same number of indices: they fill an array.
         table = lambda kept: np.nonzero(kept)[-1].reshape(*kept.shape[:-1], -1)
         indices = {leaf: table(kept) for leaf, kept in self.kept.items()}
         return Kept(self.size, indices, self.copies)
@@ -110,7 +114,7 @@ class Cut:
         """
         if not self.touches(dims):
             return x
-        return _taken(x, old_positions(dims, self._left))
+        return _taken(x, self.positions(dims))
 
     def take_in_turn(
         self, x: Any, dims: Dims, around: Sequence[tuple[algebra.Axis, Any]]
@@ -129,7 +133,7 @@ class Cut:
         if not self.touches(dims):
             return x
         layers = [axis for axis, _ in around]
-        found = old_positions((*layers, *dims), self._left)[len(layers) :]
+        found = self.positions((*layers, *dims))[len(layers) :]
         # What is the same in all turns has one row for them.
         turns = lambda index: tuple(
             number if n > 1 else 0
@@ -142,7 +146,7 @@ class Cut:
         if not self.touches(dims):
             return x
         whole = tuple(d.size for d in dims)
-        positions = tuple(old_positions(dims, self._left))
+        positions = tuple(self.positions(dims))
         if isinstance(x, np.ndarray):
             out = np.zeros(whole, x.dtype)
             out[positions] = x

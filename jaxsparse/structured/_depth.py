@@ -46,7 +46,7 @@ def knapsack(
 
     Raises:
       ValueError: losses and sizes of different blocks, losses that are NaN, sizes below
-        0, or more to remove than there is.
+        0, more to remove than there is, or a unit below 1.
 
     Example:
       >>> import jaxsparse as js
@@ -159,7 +159,8 @@ def nm_gates(
       `gated`: `dict(zip(names, gates))`.
 
     Raises:
-      ValueError: logits of another shape, not 0 < keep <= of.
+      ValueError: logits of another shape, not 0 < keep <= of, a temperature that is not
+        positive.
       TypeError: logits that are not floating point.
 
     Example:

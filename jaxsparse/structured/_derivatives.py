@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse.structured._copies import covered
 from jaxsparse.structured._cut import Cut
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
@@ -27,6 +28,7 @@ Runner = Callable[[Trace, Cut], Plain]
 """Makes of a traced program the function at the sizes of a cut."""
 
 _STAYS = frozenset({"frozen", "fixed", "gathered"})  # notes on axes that keep theirs
+_MAKES = frozenset({"iota", "random_bits", "rng_bit_generator", "rng_uniform"})
 
 
 def with_derivative(
@@ -64,7 +66,7 @@ def _with_jvp(eqn: Any, plain: Plain, rule: "_Rule", runner: Runner) -> Plain:
         dims = (*rule.ins, *_some(rule.ins, ins))
         found = rule.follow(derivative, _shapes(eqn.invars, ins), dims)
         rule.agree(found.outs, (*rule.outs, *_some(rule.outs, outs)))
-        return runner(found.trace, rule.cut())
+        return runner(found.trace, rule.cut(found.trace))
 
     @function.defjvp
     def _(primals: Any, tangents: Any) -> Any:
@@ -100,7 +102,7 @@ def _with_vjp(eqn: Any, plain: Plain, rule: "_Rule", runner: Runner) -> Plain:
         dims = (*there.outs[len(outs) :], *_some(rule.outs, outs))
         back = rule.follow(backward, shapes, dims)
         rule.agree(back.outs, _some(rule.ins, ins))
-        cut = rule.cut()
+        cut = rule.cut(there.trace, back.trace)
         return runner(there.trace, cut), runner(back.trace, cut)
 
     def run_forward(*values: Any) -> Any:
@@ -147,9 +149,12 @@ class _Rule:
         except algebra.Incompatible:
             self.fail()
 
-    def cut(self) -> Cut:
+    def cut(self, *programs: Trace) -> Cut:
+        """The cut of the copies, which all programs of the rule have to allow."""
         found = self.copies.cut(self.whole)
-        return self.fail() if found is None else found
+        if found is None or any(self.copies.mixed(self.whole, t) for t in programs):
+            return self.fail()
+        return found
 
     def fail(self) -> NoReturn:
         raise NotImplementedError(
@@ -184,7 +189,7 @@ class _Copies:
     def one(self, axis: algebra.Axis) -> algebra.Axis:
         node = algebra.find(axis)
         if node.parts:
-            parts = [self.one(part) for part in node.parts]
+            parts = [self.one(part) for part in algebra.parts(node)]
             joined = algebra.concatenation if node.is_sum else algebra.product
             return joined(parts)
         if id(node) not in self.leaves:
@@ -194,10 +199,11 @@ class _Copies:
 
     def cut(self, cut: Cut) -> Cut | None:
         """The same cut of the copies; None where the rule does not allow it."""
-        kept, copies = {}, {}
+        kept, copies, whole = {}, {}, set()
         for old, copy in self.leaves.items():
             node = algebra.find(copy)
             if old not in cut.kept:
+                whole.update(map(id, algebra.leaves(node)))
                 continue
             stays = any(n.partition(":")[0] in _STAYS for n in node.notes)
             if node.parts or id(node) in kept or stays:
@@ -207,7 +213,34 @@ class _Copies:
                 id(algebra.find(self.leaves[b])) if b in self.leaves else b
                 for b in cut.copies[old]
             )
-        return Cut(kept, copies)
+        return None if whole & kept.keys() else Cut(kept, copies)
+
+    def mixed(self, cut: Cut, rule: Trace) -> bool:
+        """Whether a rule mixes copies that keep different indices."""
+        keeps_apart, made = covered(rule), _made(rule)
+        for old, copy in self.leaves.items():
+            kept, leaf = cut.kept.get(old), id(algebra.find(copy))
+            if kept is None or (kept == kept[(0,) * (kept.ndim - 1)]).all():
+                continue
+            for b in cut.copies[old]:
+                if b in self.leaves:
+                    batch = id(algebra.find(self.leaves[b]))
+                    if batch not in keeps_apart.get(leaf, {batch}):
+                        return True
+                elif leaf in made:  # for any turn of the scan around it
+                    return True
+        return False
+
+
+def _made(rule: Trace) -> set[int]:
+    """The leaves of arrays that a program has of its own, or draws."""
+    dims = [d for constants in rule.constants.values() for d in constants]
+    for node in rule.nodes.values():
+        if node.visit.primitive.name in _MAKES:
+            dims.extend(node.outs)
+    return {
+        id(x) for d in dims for axis in d for x in algebra.leaves(algebra.find(axis))
+    }
 
 
 def _moving(variables: Sequence[Any]) -> list[bool]:

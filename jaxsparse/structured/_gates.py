@@ -206,7 +206,7 @@ def gate_penalty(
 
     Raises:
       ValueError: other blocks in the costs, costs below 0 or none above, a budget
-        outside [0, 1].
+        outside [0, 1], gates that are no scalars.
 
     Example:
       >>> import jaxsparse as js
@@ -223,9 +223,10 @@ def gate_penalty(
     shares = np.array([float(costs[name]) for name in names])
     if not np.all(shares >= 0) or not shares.sum() > 0:
         raise ValueError(f"costs must be at least 0 and some of them above: {costs}.")
+    for name in names:
+        if shape := jnp.shape(gates[name]):
+            raise ValueError(f"{name}: a gate is a scalar, got the shape {shape}.")
     open_ = jnp.stack([jnp.asarray(gates[name]) for name in names])
-    if open_.ndim != 1:
-        raise ValueError(f"gates must be scalars, got shapes {open_.shape[1:]}.")
     open_ = open_ if jnp.issubdtype(open_.dtype, jnp.floating) else open_.astype(float)
     shares = jnp.asarray(shares / shares.sum(), open_.dtype)
     return GatePenalty(

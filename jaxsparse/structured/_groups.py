@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxsparse.structured._copies import batches
-from jaxsparse.structured._zeros import violations
+from jaxsparse.structured._zeros import masked_in
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._jaxprs import inner
@@ -74,8 +74,8 @@ class Group:
         positions are used as numbers. "layer": a scan runs along it. "frozen": a
         primitive could not be followed, or fixes it. "fixed": a foreign kernel (see
         `js.trace(..., rules=)`) has its size: masks can be had, not narrowing. "zeros":
-        masked indices still act (a softmax, a maximum, a variance of centred values).
-        None of them for most.
+        masked indices still act (a softmax, a maximum). "unread": the traced function
+        reads none of its parameters. None of them for most.
       reasons: for each flag what set it, and at which line of the model.
       allowed: flags that the caller takes the responsibility for.
       key: equal for isomorphic groups: as many axes of the same kinds of parameters.
@@ -230,7 +230,7 @@ def _find(trace: Trace) -> Found:
                     continue
                 leaves[id(x)] = x
                 places.setdefault(id(x), []).append((path, axis, k, index))
-    covering, acting, read = batches(trace), violations(trace), _read(trace)
+    covering, acting, read = batches(trace), masked_in(trace).acting, _read(trace)
     roles = _Roles(trace)
     several = {
         (path, axis): len(algebra.coordinates(expression)) > 1

@@ -5,23 +5,7 @@ To be equal to a module built at the new width that number has to change; to be 
 the masked model it has to stay.
 """
 
-from typing import Any, NamedTuple
-
-
-class Known(NamedTuple):
-    """A value while a program is evaluated, with what is known of it.
-
-    Attributes:
-      value: the array.
-      number: the value of a scalar that is no variable.
-      summed: for sums over an axis that became shorter, how many entries were summed
-        before and how many are now.
-    """
-
-    value: Any
-    number: float | None = None
-    summed: tuple[int, int] | None = None
-
+from jaxsparse.structured._known import Known
 
 MEANS = frozenset({"div", "mul"})
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from jaxsparse._typing import PyTree
 from jaxsparse.structured._arrays import cut_array, put_array
+from jaxsparse.structured._cut import Cut
 from jaxsparse.structured._drop import Drop
-from jaxsparse.structured._plan import plan
+from jaxsparse.structured._plan import Plan, like, plan
 from jaxsparse.structured._resize import Norms, Positions, Resized, resized
 from jaxsparse.structured._retracing import by_shape
 from jaxsparse.tracing import Trace
@@ -58,8 +59,10 @@ def narrow(
       norms: how a mean over an axis that became shorter divides. "masked": by the
         model's own number, so that the result is that of the masked model. "resized":
         by the new one, as a module does that is built at the new width (LayerNorm,
-        RMSNorm). The scale of attention, 1 / sqrt(width of a head), is a number of the
-        model's either way.
+        RMSNorm). Likewise sums over values that masked channels leave all the same but
+        not zero, such as those of a variance, `(x - mean)^2`: with as many of them as
+        are masked, or without. The scale of attention, 1 / sqrt(width of a head), is a
+        number of the model's either way.
       positions: what positions along a shortened axis are (a `jnp.arange`, a one-hot).
         "slice": the old numbers, so that rotary embeddings stay right; "renumber": 0,
         1, 2, ... as for experts that are chosen by number. Likewise random numbers:
@@ -76,7 +79,11 @@ def narrow(
       ValueError: a group that is not one of this model, indices that it does not have,
         a group that loses all of them or may not lose any; with the group's name and,
         for the last, the line of the model that forbids it. Parameters of other shapes
-        than the traced ones.
+        than the traced ones. The function raises it for parameters of other shapes than
+        `params` has here, and for inputs of a shape for which the model uses parameters
+        otherwise.
+      NotImplementedError: where the function is differentiated, if the dropped channels
+        cannot be followed through a `custom_jvp` or `custom_vjp` rule.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -106,7 +113,7 @@ def narrow(
         for axis, d in enumerate(dims)
         if cut.size(d) != d.size
     }
-    apply_fn = _runner(trace, wanted.drop, norms, positions, allow)
+    apply_fn = _runner(trace, wanted, norms, positions, allow)
     return Narrowed(small, apply_fn, sizes)
 
 
@@ -218,40 +225,53 @@ def _check_structure(trace: Trace, treedef: Any) -> None:
         )
 
 
+def _check_sizes(cut: Cut, at: Trace, first: Cut, trace: Trace) -> None:
+    for path, dims in trace.dims.items():
+        if cut.shape(at.dims[path]) != first.shape(dims):
+            shapes = [tuple(x.shape) for x in jax.tree.leaves(at.inputs)]
+            raise ValueError(
+                f"{path}: for inputs of shapes {shapes} the model uses it otherwise "
+                "than with those that it was traced with. Trace it with these."
+            )
+
+
 def _runner(
     trace: Trace,
-    drop: Drop,
+    wanted: Plan,
     norms: Norms,
     positions: Positions,
     allow: Collection[str],
 ) -> Callable[..., Any]:
     def build(at: Trace) -> Resized:
         # Another trace has axes of its own, by the same names.
-        wanted = plan(at, drop, allow=allow, norms=norms, positions=positions)
-        return resized(at, wanted.cut, norms, positions)
+        cut, flags = wanted.cut, {*allow, "unread"}
+        if at is not trace:
+            again = plan(at, wanted.drop, allow=flags, norms=norms, positions=positions)
+            cut = like(wanted.cut, trace, again.cut, at)
+            _check_sizes(cut, at, wanted.cut, trace)
+        return resized(at, cut, norms, positions)
 
-    cut = build(trace).cut
+    size = wanted.cut.size
 
     def whole(i: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of an input that comes without what was dropped (`allow`)."""
         if i >= len(trace.input_dims) or len(shape) != len(trace.input_dims[i]):
             return shape
         pairs = zip(shape, trace.input_dims[i], strict=True)
-        return tuple(d.size if cut.size(d) != d.size else n for n, d in pairs)
+        return tuple(d.size if size(d) != d.size else n for n, d in pairs)
 
     program_for = by_shape(trace, build, whole=whole)
 
     def apply_fn(params: PyTree, *inputs: Any) -> Any:
         leaves, treedef = jax.tree.flatten(params)
         _check_structure(trace, treedef)
-        program, structure = program_for(leaves, inputs)
-        dims = program.trace.dims.values()
-        for path, x, axes in zip(trace.paths, leaves, dims, strict=True):
-            if tuple(x.shape) != program.cut.shape(axes):
+        for path, x, dims in zip(trace.paths, leaves, trace.dims.values(), strict=True):
+            if tuple(x.shape) != wanted.cut.shape(dims):
                 raise ValueError(
                     f"{path}: the narrowed model has the shape "
-                    f"{program.cut.shape(axes)} here, got {tuple(x.shape)}."
+                    f"{wanted.cut.shape(dims)} here, got {tuple(x.shape)}."
                 )
+        program, structure = program_for(leaves, inputs)
         outs = program(leaves, jax.tree.leaves(inputs))
         return jax.tree.unflatten(structure, outs)
 

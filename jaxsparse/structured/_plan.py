@@ -11,6 +11,7 @@ from jaxsparse.structured._drop import Drop
 from jaxsparse.structured._groups import NEVER, Group, found_in
 from jaxsparse.structured._resize import Norms, Positions
 from jaxsparse.tracing import Trace
+from jaxsparse.tracing import _axes as algebra
 
 
 class Plan(NamedTuple):
@@ -93,6 +94,34 @@ def plan(
         )  # the axes' own leaves
         whole[name], whole_sizes[name] = np.sort(gone, axis=-1), group.size
     return Plan(Drop(whole, whole_sizes), Cut(kept, copies))
+
+
+def like(first: Cut, trace: Trace, cut: Cut, at: Trace) -> Cut:
+    """The cut of another trace of a model, with parameters of the same sizes.
+
+    For inputs of another shape a model may leave out a parameter, or an operation that
+    couples it with others: what it lost with them it has lost nonetheless.
+
+    Args:
+      first: what is kept.
+      trace: the trace that this is of.
+      cut: what the same drop keeps of the other trace.
+      at: the other trace.
+
+    Returns:
+      What is kept of the other trace.
+    """
+    kept, copies = dict(cut.kept), dict(cut.copies)
+    for path, dims in trace.dims.items():
+        for axis, new in enumerate(at.dims[path]):
+            node, size = algebra.find(new), first.size(dims[axis])
+            if cut.size(node) == size or node.parts:
+                continue
+            stays = first.positions(dims)[axis]
+            if stays.size == size:  # the same in all copies
+                kept[id(node)] = np.isin(np.arange(node.size), stays)
+                copies[id(node)] = ()
+    return Cut(kept, copies)
 
 
 def _unknown(name: str, found: Mapping[str, Any]) -> str:

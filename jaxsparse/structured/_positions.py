@@ -76,7 +76,7 @@ class _Array:
             return self._index(id(node), new, at)
         if node.is_sum:
             old, start, before = np.zeros_like(new), 0, 0
-            for part in node.parts:
+            for part in algebra.parts(node):
                 inside = (new >= start) & (new < start + size(part))
                 within = np.clip(new - start, 0, max(size(part) - 1, 0))
                 old = np.where(inside, before + self._composed(part, within, at), old)
@@ -116,7 +116,7 @@ def _coordinates(
         return [(id(node), np.arange(size(node)))]
     found, every = [], np.arange(size(node))
     inner, start = size(node), 0
-    for part in map(algebra.find, node.parts):
+    for part in map(algebra.find, algebra.parts(node)):
         n = size(part)
         if node.is_sum:
             inside = (every >= start) & (every < start + n)

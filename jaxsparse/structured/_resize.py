@@ -21,8 +21,12 @@ from jax.extend import core
 from jaxsparse.structured._arrays import fitting
 from jaxsparse.structured._cut import Cut
 from jaxsparse.structured._derivatives import with_derivative
-from jaxsparse.structured._means import MEANS, Known, resized_mean
+from jaxsparse.structured._known import Known
+from jaxsparse.structured._means import MEANS, resized_mean
+from jaxsparse.structured._uniform import completed, masked_entries
+from jaxsparse.structured._zeros import Masked, masked_in
 from jaxsparse.tracing import Trace
+from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts
 from jaxsparse.tracing._steps import bind
 from jaxsparse.tracing._walk import Node
@@ -41,6 +45,7 @@ class Resized:
       norms: "masked" keeps the number that a mean divides by; "resized" takes the new.
       positions: "slice" keeps the old numbers of positions; "renumber" counts anew.
       touched: the equations in which an axis changes, or in whose inner programs.
+      masked: what masked indices do, so that sums are those of the masked model.
       turns: of the scans around where it runs, the number of the turn.
     """
 
@@ -49,6 +54,7 @@ class Resized:
     norms: Norms
     positions: Positions
     touched: frozenset[Address]
+    masked: Masked
     turns: Mapping[Address, Any]
 
     def __call__(self, params: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
@@ -81,7 +87,7 @@ class Resized:
             return self.as_it_was(eqn, ins)
         if eqn.primitive.name in _LOOPS or called(eqn) is not None:
             return self.entered(eqn, ins, address)
-        return self.at_new_sizes(eqn, ins, self.trace.nodes[address])
+        return self.at_new_sizes(eqn, ins, address)
 
     def as_it_was(self, eqn: Any, ins: list[Known]) -> list[Known]:
         values = [x.value for x in ins]
@@ -112,9 +118,9 @@ class Resized:
             return self.run(called(eqn), ins, (*address, 0))
         return [Known(x) for x in outs]
 
-    def at_new_sizes(self, eqn: Any, ins: list[Known], node: Node) -> list[Known]:
+    def at_new_sizes(self, eqn: Any, ins: list[Known], address: Address) -> list[Known]:
         """One operation, with the sizes in its parameters replaced."""
-        name = eqn.primitive.name
+        name, node = eqn.primitive.name, self.trace.nodes[address]
         if name == "iota" and self.positions == "slice":
             with jax.ensure_compile_time_eval():
                 whole = np.asarray(bind(eqn, [])[0])
@@ -128,11 +134,30 @@ class Resized:
         patched = _Patched(eqn, {**eqn.params, **self.patch(eqn, node)})
         outs = bind(patched, [x.value for x in ins])
         if name == "reduce_sum":
-            gone = [node.ins[0][a] for a in eqn.params["axes"]]
-            old, new = (math.prod(map(f, gone)) for f in (_size, self.cut.size))
-            return [Known(outs[0], summed=(old, new) if old != new else None)]
+            return [self.sum(eqn, ins[0], outs[0], node)]
         summed = ins[0].summed if name in _CARRY_SUMS else None
+        if address in self.masked.uniform:
+            shape = self.cut.shape(node.outs[0])
+            masked = masked_entries(eqn, ins, self.masked.uniform[address], shape)
+            return [Known(outs[0], summed=summed, masked=masked)]
         return [Known(x, summed=summed) for x in outs]
+
+    def sum(self, eqn: Any, x: Known, total: Any, node: Node) -> Known:
+        """A sum: that of all entries, and how many of them are left."""
+        axes, (dims, *_), size = eqn.params["axes"], node.ins, self.cut.size
+        if x.masked is not None:
+            # Where masked indices act, the user has taken them out with what they do.
+            told = [a for a in axes if not self.acts(dims[a])]
+            total = completed(total, x.masked, axes, told, dims, size)
+        old = math.prod(dims[a].size for a in axes)
+        new = math.prod(size(dims[a]) for a in axes)
+        return Known(total, summed=(old, new) if old != new else None)
+
+    def acts(self, axis: algebra.Axis) -> bool:
+        """Whether an axis loses indices that are not invariant to zeros."""
+        acting, kept = self.masked.acting, self.cut.kept
+        leaves = map(id, algebra.leaves(algebra.find(axis)))
+        return any(x in acting and x in kept for x in leaves)
 
     def plain(self, program: Any, address: Address) -> Callable[..., list[Any]]:
         """An inner program as a function of values."""
@@ -263,10 +288,6 @@ def _while(
     )
 
 
-def _size(axis: Any) -> int:
-    return axis.size
-
-
 class _Patched:
     """An equation with other parameters."""
 
@@ -292,7 +313,9 @@ def resized(trace: Trace, cut: Cut, norms: Norms, positions: Positions) -> Resiz
             cut, trace, address
         ):
             touched.update(address[: n + 1] for n in range(0, len(address), 2))
-    return Resized(trace, cut, norms, positions, frozenset(touched), {})
+    # A module that is built anew sums over its own channels alone.
+    masked = masked_in(trace) if norms == "masked" else Masked({}, {})
+    return Resized(trace, cut, norms, positions, frozenset(touched), masked, {})
 
 
 def _within(cut: Cut, trace: Trace, address: Address) -> bool:

@@ -2,114 +2,87 @@
 
 A channel whose parameters are all zero can be cut out without changing a result if
 wherever its values are summed with others' they are zero, or multiplied by zeros. A
-second walk follows for each value along which axes masked entries are zero. Softmax,
-maxima and variances of centred values are where it fails.
+second walk follows for each value along which axes masked entries are zero, and along
+which they are at least all the same, so that a sum can be told what it lacks. Softmax
+and maxima are where it fails.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend import core
 
+from jaxsparse.structured._uniform import (
+    INLINED,
+    SUPPORTED,
+    Operand,
+    Uniform,
+    places,
+    uniform,
+)
+from jaxsparse.structured._vanishing import Effect, Leaf, Leaves, vanishing
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._jaxprs import Address, called, closed, inner, scan_counts
 from jaxsparse.tracing._rules import REDUCTIONS
 from jaxsparse.tracing._unify import Dims
 
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# f(0) = 0, or the entries only move.
-_KEEP_ZERO = _names(
-    """
-    abs asin asinh atan atanh broadcast_in_dim cbrt ceil conj convert_element_type copy
-    copy_p cumsum dynamic_slice erf erf_inv expm1 floor gather imag integer_pow log1p
-    name neg optimization_barrier pad pcast population_count pvary real
-    reduce_precision reduce_window reduce_window_max reduce_window_min
-    reduce_window_sum reshape rev round sharding_constraint sign sin sinh slice split
-    sqrt square squeeze stop_gradient tan tanh tile transpose unstack
-    """
+_SAME = frozenset(
+    {"copy", "copy_p", "name", "optimization_barrier"}
+    | {"sharding_constraint", "pvary", "pcast"}
 )
-_FIRST = _names("div rem gather dynamic_slice pad cumsum reduce_window")
-_ANY = _names("mul and")
-_ALL = _names(
-    """
-    add add_any sub or xor max min select_n complex nextafter concatenate stack scatter
-    scatter-add scatter_add dynamic_update_slice clamp
-    """
+_ORDERS = frozenset(
+    {"sort", "top_k", "approx_top_k"}
+    | {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
 )
-_SAME = _names("copy copy_p name optimization_barrier sharding_constraint pvary pcast")
-_SUMS = _names("reduce_sum")
-_ORDERS = _names("sort top_k approx_top_k cumsum cumprod cummax cummin cumlogsumexp")
-
-Leaf = int  # the identity of a leaf
 
 
-class Effect(NamedTuple):
-    """What masking the indices of each axis does to a value.
+class Masked(NamedTuple):
+    """What masked indices of a model do.
 
     Attributes:
-      zero: the leaves along which masked entries are zero.
-      token: the value's identity.
-      same: for a scan's own axis, the value that this one equals in a masked turn.
-      constant: the one number of which all entries are; None where they differ.
+      acting: by the identity of an axis, where masked indices of it still act: the
+        first visit.
+      uniform: the equations whose results are uniform where they are masked.
     """
 
-    zero: frozenset[Leaf]
-    token: object
-    same: Mapping[Leaf, object]
-    constant: float | None = None
-
-    def vanishes(self, leaf: Leaf) -> bool:
-        """Whether its entries are zero where the leaf's index is masked."""
-        return self.constant == 0 or leaf in self.zero
+    acting: dict[Leaf, Any]
+    uniform: dict[Address, Uniform]
 
 
-def violations(trace: Trace) -> dict[Leaf, Any]:
-    """The axes whose masked indices still act, each with the first place where.
+_memory: "weakref.WeakKeyDictionary[Trace, Masked]" = weakref.WeakKeyDictionary()
 
-    Args:
-      trace: a trace.
 
-    Returns:
-      By the identity of the leaf the equation's visit.
-    """
+def masked_in(trace: Trace) -> Masked:
+    """What masked indices do. A trace is looked through once."""
+    if trace not in _memory:
+        _memory[trace] = _look(trace)
+    return _memory[trace]
+
+
+def _look(trace: Trace) -> Masked:
     walk = _Zeros(trace)
     args = []
     for var, path in zip(trace.program.jaxpr.invars, trace.paths, strict=False):
-        zero = frozenset().union(*map(walk.ids, trace.dims[path]))
+        zero = walk.leaves.of_all(trace.dims[path])
         args.append(Effect(zero, var, {}))
     for var in trace.program.jaxpr.invars[len(trace.paths) :]:
         args.append(Effect(frozenset(), var, {}))
     walk.run(trace.program, args, ())
-    return walk.found
+    return Masked(walk.found, walk.uniform)
 
 
 class _Zeros:
     """One walk."""
 
     def __init__(self, trace: Trace):
-        self.trace = trace
+        self.trace, self.leaves = trace, Leaves()
         self.found: dict[Leaf, Any] = {}
+        self.uniform: dict[Address, Uniform] = {}
         self.silent = 0
+        self.ruled = 0  # within functions with derivatives of their own
         self.layers: frozenset[Leaf] = frozenset()
-        self._ids: dict[int, frozenset[Leaf]] = {}
-
-    def ids(self, axis: algebra.Axis) -> frozenset[Leaf]:
-        """The leaves of an axis."""
-        node = algebra.find(axis)
-        if id(node) not in self._ids:
-            self._ids[id(node)] = frozenset(
-                id(x) for x in algebra.leaves(node) if x.size > 1
-            )
-        return self._ids[id(node)]
-
-    def within(self, dims: Dims) -> frozenset[Leaf]:
-        return self.layers.union(*map(self.ids, dims))
 
     def blame(self, leaves: frozenset[Leaf], address: Address) -> None:
         if not self.silent:
@@ -135,96 +108,76 @@ class _Zeros:
 
     def eqn(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
         name = eqn.primitive.name
-        if name == "scan":
-            return self.scan(eqn, ins, address)
-        if name == "while":
-            return self.loop(eqn, ins, address)
-        if name == "cond":
-            branches = [
-                self.run(branch, ins[1:], (*address, i))
-                for i, branch in enumerate(inner(eqn))
-            ]
-            return [_either(effects) for effects in zip(*branches, strict=True)]
-        if called(eqn) is not None:
-            return self.run(called(eqn), ins, (*address, 0))
+        if inner(eqn):
+            return self.entered(eqn, ins, address)
         if name in _SAME:
-            return list(ins[: len(eqn.outvars)])
+            return [_lone(e) for e in ins[: len(eqn.outvars)]]
         node = self.trace.nodes[address]
         self.reductions(eqn, ins, node.ins, address)
+        zeros = [
+            vanishing(eqn, ins, node.ins, dims, self.leaves, self.layers)
+            for dims in node.outs
+        ]
+        same = self.same(eqn, ins, address, zeros[0]) if zeros else frozenset()
         return [
             Effect(
-                self.zero(eqn, ins, node.ins, dims),
+                zero,
                 object(),
                 self.unchanged(name, ins),
                 ins[0].constant
                 if name in {"broadcast_in_dim", "convert_element_type", "reshape"}
                 else None,
+                same,
             )
-            for dims in node.outs
+            for zero in zeros
         ]
 
-    def zero(
-        self, eqn: Any, ins: list[Effect], before: Sequence[Dims], after: Dims
-    ) -> frozenset[Leaf]:
-        name, here = eqn.primitive.name, self.within(after)
-        kept = lambda test: frozenset(x for x in here if test(x))
-        if name in {"max", "min", "clamp"}:
-            ins = [e for e in ins if not _beyond(name, ins, e)] or ins
-        if name in {"dot_general", "conv_general_dilated"}:
-            return kept(self.contraction(eqn, ins, before))
-        if name in _ANY:
-            # An axis may occur twice: what is zero along one of both is not enough.
-            times = lambda x, dims: sum(x in self.ids(d) for d in dims)
-            return kept(
-                lambda x: any(
-                    e.vanishes(x) and times(x, d) >= times(x, after)
-                    for e, d in zip(ins, before, strict=True)
-                )
-            )
-        if name == "pad" and ins[1].constant == 0:
-            own = self.within(before[0])
-            return kept(lambda x: x not in own or ins[0].vanishes(x))
-        if name in {"concatenate", "stack", "pad"}:
-            at = eqn.params.get("dimension", eqn.params.get("axis"))
-            own = [(e, self.within(d) if at is not None else here) for e, d in
-                   zip(ins, before, strict=True)]  # fmt: skip
-            return kept(
-                lambda x: all(e.vanishes(x) for e, leaves in own if x in leaves)
-            )
-        if name == "select_n":
-            return kept(lambda x: all(e.vanishes(x) for e in ins[1:]))
-        if name in {"scatter", "scatter-add", "scatter_add"}:
-            return kept(lambda x: ins[0].vanishes(x) and ins[2].vanishes(x))
-        if name == "dynamic_update_slice":
-            return kept(lambda x: ins[0].vanishes(x) and ins[1].vanishes(x))
-        if name in _ALL:
-            return kept(lambda x: all(e.vanishes(x) for e in ins))
-        if name == "integer_pow" and eqn.params["y"] <= 0:
-            return frozenset()
-        if name in _KEEP_ZERO or name in _FIRST or name in _SUMS:
-            return kept(ins[0].vanishes) if ins else frozenset()
-        return frozenset()
-
-    def contraction(
-        self, eqn: Any, ins: list[Effect], before: Sequence[Dims]
-    ) -> Callable[[Leaf], bool]:
-        """Which of a product's results are zero, by the operand that has the axis."""
-        p, (left, right) = eqn.params, before
-        own = lambda dims, axes: frozenset().union(*(self.ids(dims[a]) for a in axes))
-        if eqn.primitive.name == "dot_general":
-            (lc, rc), (lb, rb) = p["dimension_numbers"]
-            free = lambda dims, gone: own(dims, set(range(len(dims))) - {*gone})
-            a, b = free(left, (*lc, *lb)), free(right, (*rc, *rb))
+    def entered(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
+        """An equation with programs of its own."""
+        name = eqn.primitive.name
+        if name in INLINED:
+            return self.run(called(eqn), ins, (*address, 0))
+        ins = [_lone(e) for e in ins]
+        if name == "scan":
+            outs = self.scan(eqn, ins, address)
+        elif name == "while":
+            outs = self.loop(eqn, ins, address)
+        elif name == "cond":
+            branches = [
+                self.run(branch, ins[1:], (*address, i))
+                for i, branch in enumerate(inner(eqn))
+            ]
+            outs = [_either(effects) for effects in zip(*branches, strict=True)]
         else:
-            numbers = p["dimension_numbers"]
-            a = own(left, [numbers.lhs_spec[0]])
-            b = own(right, [numbers.rhs_spec[0]])
-            if p["feature_group_count"] > 1:
-                b -= own(left, [numbers.lhs_spec[1]])  # groups are of both
-        of_one = lambda x: (
-            (x not in a or ins[0].vanishes(x)) and (x not in b or ins[1].vanishes(x))
-        )
-        return lambda x: of_one(x) and any(e.vanishes(x) for e in ins)
+            # The program of a rule for derivatives sums over what it likes.
+            self.ruled += name.startswith("custom_")
+            outs = self.run(called(eqn), ins, (*address, 0))
+            self.ruled -= name.startswith("custom_")
+        return [_lone(e) for e in outs]
+
+    def same(
+        self, eqn: Any, ins: list[Effect], address: Address, zero: frozenset[Leaf]
+    ) -> frozenset[int]:
+        """The axes of a result along which masked entries are all the same."""
+        if eqn.primitive.name not in SUPPORTED or self.ruled:
+            return frozenset()
+        node = self.trace.nodes[address]
+        after = node.outs[0]
+        operands = []
+        for at, (e, dims) in enumerate(zip(ins, node.ins, strict=True)):
+            to = places(eqn, at, dims, after)
+            none = [
+                i for i in to if e.constant == 0 or self.leaves.of(dims[i]) <= e.zero
+            ]
+            of = lambda which, to=to: frozenset(to[i] for i in which if i in to)
+            operands.append(Operand(of(to), of(none), of(e.uniform)))
+        acts = (at for at, d in enumerate(after) if not self.leaves.of(d) <= zero)
+        found = uniform(operands, frozenset(acts))
+        if found.axes:
+            self.uniform[address] = found
+        else:
+            self.uniform.pop(address, None)
+        return found.axes
 
     def unchanged(self, name: str, ins: list[Effect]) -> dict[Leaf, object]:
         if name not in {"add", "add_any", "sub"} or not self.layers:
@@ -242,17 +195,18 @@ class _Zeros:
         self, eqn: Any, ins: list[Effect], before: Sequence[Dims], address: Address
     ) -> None:
         name, p = eqn.primitive.name, eqn.params
-        gone = lambda dims, axes: frozenset().union(*(self.ids(dims[a]) for a in axes))
+        gone = lambda dims, axes: self.leaves.of_all([dims[a] for a in axes])
         if name == "dot_general":
             leaves = gone(before[0], p["dimension_numbers"][0][0])
         elif name == "conv_general_dilated":
-            leaves = self.ids(before[1][p["dimension_numbers"].rhs_spec[1]])
+            leaves = self.leaves.of(before[1][p["dimension_numbers"].rhs_spec[1]])
         elif name in {"ragged_dot", "ragged_dot_general"}:
-            leaves = self.ids(before[0][-1])
+            leaves = self.leaves.of(before[0][-1])
         elif name in REDUCTIONS:
-            leaves = gone(before[0], p["axes"] if "axes" in p else p["dimensions"])
-            if name not in _SUMS:
-                return self.blame(leaves, address)
+            axes = {*p["axes" if "axes" in p else "dimensions"]}
+            if name != "reduce_sum":
+                return self.blame(gone(before[0], axes), address)
+            leaves = gone(before[0], axes - ins[0].uniform)  # it is told what it lacks
         elif name in _ORDERS:
             at = p.get("axis", p.get("dimension", -1))
             return self.blame(gone(before[0], [at]), address)
@@ -264,7 +218,7 @@ class _Zeros:
     def scan(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
         first, carried = scan_counts(eqn)
         last = first + carried
-        body, layer = inner(eqn)[0], self.ids(self.trace.layers[address])
+        body, layer = inner(eqn)[0], self.leaves.of(self.trace.layers[address])
         outer, self.layers = self.layers, self.layers | layer
         xs = [e._replace(token=object(), same={}) for e in ins[last:]]
         turn = lambda carry: self.run(body, [*ins[:first], *carry, *xs], (*address, 0))
@@ -306,6 +260,11 @@ class _Zeros:
             carry = [fresh(e) for e in both]
 
 
+def _lone(effect: Effect) -> Effect:
+    """What is known of a value where its masked entries are not computed any more."""
+    return effect._replace(uniform=frozenset())
+
+
 def _either(effects: Sequence[Effect]) -> Effect:
     """What holds whichever of some values it is."""
     constants = {e.constant for e in effects}
@@ -313,17 +272,6 @@ def _either(effects: Sequence[Effect]) -> Effect:
     every = frozenset().union(*(e.zero for e in effects))
     zero = frozenset(x for x in every if all(e.vanishes(x) for e in effects))
     return Effect(zero, object(), {}, constant)
-
-
-def _beyond(name: str, ins: Sequence[Effect], one: Effect) -> bool:
-    """Whether an operand is a bound that zero lies within: max(x, -1), min(x, 6)."""
-    if one.constant is None:
-        return False
-    if name == "clamp":
-        return one is not ins[1] and (
-            one.constant <= 0 if one is ins[0] else one.constant >= 0
-        )
-    return one.constant <= 0 if name == "max" else one.constant >= 0
 
 
 def _number(value: Any) -> float | None:

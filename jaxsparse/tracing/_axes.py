@@ -85,7 +85,12 @@ def leaves(axis: Axis) -> list[Axis]:
     node = find(axis)
     if not node.parts:
         return [node]
-    return [x for part in node.parts for x in leaves(part)]
+    return [x for part in parts(node) for x in leaves(part)]
+
+
+def parts(node: Axis) -> list[Axis]:
+    """The factors or segments of a node; segments that are no sums themselves."""
+    return _segments(node) if node.is_sum else [*node.parts]
 
 
 def flag(axis: Axis, *flags: str, eqn: Any = None) -> None:
@@ -108,7 +113,15 @@ def _segments(axis: Axis) -> list[Axis]:
     node = find(axis)
     if not node.is_sum:
         return [node]
-    return [s for part in node.parts for s in _segments(part)]
+    found, left = [], [*node.parts[::-1]]
+    while left:
+        part = find(left.pop())
+        if part.is_sum:
+            left.extend(part.parts[::-1])
+        else:
+            found.append(part)
+    node.parts = tuple(found)  # or a sum of many cuts would be as deep as it is long
+    return found
 
 
 def _become(axis: Axis, other: Axis) -> None:
@@ -258,15 +271,15 @@ def cut(axis: Axis, at: int) -> tuple[Axis, Axis]:
     """
     node = find(axis)
     if node.is_sum:
-        segments, first = _segments(node), []
-        while segments and segments[0].size <= at:
-            at -= segments[0].size
-            first.append(segments.pop(0))
+        first, rest = [], _segments(node)[::-1]
+        while rest and rest[-1].size <= at:
+            first.append(rest.pop())
+            at -= first[-1].size
         if at:
-            part, rest = cut(segments[0], at)
-            first.append(part)
-            segments[0] = rest
-        return concatenation(first), concatenation(segments)
+            last, next_ = cut(rest.pop(), at)
+            first.append(last)
+            rest.append(next_)
+        return concatenation(first), concatenation(rest[::-1])
     if not node.parts:
         first, rest = leaf(at), leaf(node.size - at)
         _become(node, concatenation([first, rest]))

@@ -151,7 +151,7 @@ def _runs(axis: Axis, roles: dict[int, str]) -> list[tuple[str, Axis]]:
             "parameters of their own"
         )
     runs: list[tuple[str, list[Axis]]] = []
-    for part in node.parts:
+    for part in _axes.parts(node):
         for name, piece in _runs(part, roles):
             if runs and runs[-1][0] == name:
                 runs[-1][1].append(piece)

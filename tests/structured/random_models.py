@@ -53,7 +53,8 @@ class Drawn:
         STEPS[name](self, lambda shape, f: self.add(shape, f, name), i, features, axis)
 
     def model(self):
-        outs = [len(self.shapes) - 1, *self.rng.choice(len(self.shapes), 2)]
+        some = self.rng.choice(len(self.shapes), 2)
+        outs = [*range(max(len(self.shapes) - 4, 0), len(self.shapes)), *some]
         heads = {int(i): self.kernel(int(np.prod(self.shapes[i])), 2) for i in outs}
 
         def apply_fn(params, x):
@@ -106,7 +107,11 @@ def activate(d, add, i, f, axis):
 def normalize(d, add, i, f, axis):
     axes = tuple(range(2 + axis, 2 + len(f)))
     scale = lambda y: jax.lax.rsqrt(jnp.mean(y * y, axes, keepdims=True) + 0.1)
-    add(f, lambda p, v: v[i] * scale(v[i]))
+    if d.rng.random() < 0.5:
+        return add(f, lambda p, v: v[i] * scale(v[i]))
+    w = d.kernel(*f[axis:])
+    center = lambda y: y - jnp.mean(y, axes, keepdims=True)
+    add(f, lambda p, v: center(v[i]) * scale(center(v[i])) * p[w])
 
 
 def merge(d, add, i, f, axis):

@@ -219,6 +219,26 @@ def test_inputs_of_other_shapes_and_types_are_traced_anew_once():
         close(got, apply_fn(masked(trace, params, drop), longer))
 
 
+def test_inputs_for_which_the_model_leaves_parameters_out():
+    def apply_fn(p, x):
+        y = jnp.tanh(x @ p["a"])
+        if x.shape[1] > 1:
+            y = y * p["scale"]
+        return y @ p["b"]
+
+    apply_fn = loosely(apply_fn)
+    params = {"a": array(3, 4), "scale": array(4, seed=1), "b": array(4, 2, seed=2)}
+    trace = js.trace(apply_fn, params, array(2, 5, 3))
+    small = js.structured.narrow(trace, params, {"a[1]": [1]})
+    want = masked(trace, params, {"a[1]": [1]})
+    for steps in (1, 2):
+        x = array(2, steps, 3, seed=3)
+        got = small.apply_fn(small.params, x)
+        np.testing.assert_allclose(got, apply_fn(want, x), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"a: the narrowed model has the shape"):
+        small.apply_fn(params, x)
+
+
 class Dropping(nn.Module):
     """Layers in a scan, each with a key of its own."""
 

@@ -46,3 +46,5 @@ def test_narrowed_equals_masked(seed):
             np.testing.assert_allclose(
                 got / scale, want / scale, atol=1e-12, err_msg="\n".join([*log, *drop])
             )
+        if np.allclose(want, whole, rtol=1e-6):  # by all of them together
+            pytest.skip("the result of this model does not show what is masked")

@@ -292,3 +292,12 @@ def test_an_axis_is_not_a_part_of_itself():
     a = leaf(6)
     with pytest.raises(Incompatible, match="contain itself"):
         unify(a, concatenation([a, leaf(0)]))
+
+
+def test_an_axis_of_very_many_slices():
+    """A loop over time steps, written out: so many cuts are not nested so deeply."""
+    whole = leaf(3000)
+    for i in range(1, 2999):
+        part, _ = cut(cut(whole, i)[1], 1)
+        assert find(part).size == 1
+    assert [x.size for x in leaves(whole)] == [1] * 3000
