@@ -15,6 +15,7 @@ import pytest
 from tracing.models import DenseNet, Residual, llama, llama_params
 
 import jaxsparse as js
+from jaxsparse.tree import leaves_with_paths
 
 MODELS = {"DenseNet-121": DenseNet().apply, "Llama-3-8B, 32 layers": llama}
 
@@ -116,3 +117,29 @@ def test_narrowed_against_built_at_that_width(name, compare):
         "dense": lambda: dense(variables, x),
     }
     compare(f"forward pass of {name}", calls)
+
+
+def test_scores_without_an_order(compare):
+    """Scores that are the same on any number of devices, against ordinary sums."""
+    name = "transformer, 4 layers"
+    make, _, shape = WIDE[name]
+    model, x = make(), jax.random.normal(jax.random.key(1), shape)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    found = js.structured.groups(js.trace(model.apply, variables, x)).prunable
+    leaves = dict(leaves_with_paths(variables))
+
+    @jax.jit
+    def plain(leaves):
+        total = lambda m: jnp.sum(jnp.abs(leaves[m.path]), axis=others(m))
+        others = lambda m: tuple(
+            a for a in range(leaves[m.path].ndim) if a not in (m.axis, *at(m))
+        )
+        at = lambda m: [axis for axis, _ in m.copies]
+        return [[total(m) for m in g.members] for g in found.values()]
+
+    ours = jax.jit(lambda v: js.structured.group_scores(found, js.scores.magnitude(v)))
+    calls = {
+        "ordinary sums of each member": lambda: plain(leaves),
+        "group_scores": lambda: ours(variables),
+    }
+    compare("scores of a transformer's groups", calls)

@@ -12,7 +12,7 @@ from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured._blocks import Join, blocks, chosen
 from jaxsparse.structured._narrow import checked_leaves
-from jaxsparse.structured._retracing import by_shape
+from jaxsparse.structured._retracing import as_sharded, by_shape
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing._jaxprs import Address, equations, inner, scan_counts
 from jaxsparse.tracing._steps import bind
@@ -60,7 +60,7 @@ def gated(trace: Trace, *, join: Join = None) -> Callable[..., Any]:
         names = tuple(sorted(gates))
         if names not in programs:
             chosen(trace, names, join)
-            build = lambda at: with_gates(at, names, join)
+            build = lambda at: as_sharded(at, with_gates(at, names, join))
             programs[names] = by_shape(trace, build)
         for name in names:
             if jnp.ndim(gates[name]):

@@ -11,8 +11,8 @@ from jaxsparse.structured._arrays import cut_array, put_array
 from jaxsparse.structured._cut import Cut
 from jaxsparse.structured._drop import Drop
 from jaxsparse.structured._plan import Plan, like, plan
-from jaxsparse.structured._resize import Norms, Positions, Resized, resized
-from jaxsparse.structured._retracing import by_shape
+from jaxsparse.structured._resize import Norms, Positions, resized
+from jaxsparse.structured._retracing import as_sharded, by_shape
 from jaxsparse.tracing import Trace
 
 
@@ -242,14 +242,14 @@ def _runner(
     positions: Positions,
     allow: Collection[str],
 ) -> Callable[..., Any]:
-    def build(at: Trace) -> Resized:
+    def build(at: Trace) -> Callable[..., list[Any]]:
         # Another trace has axes of its own, by the same names.
         cut, flags = wanted.cut, {*allow, "unread"}
         if at is not trace:
             again = plan(at, wanted.drop, allow=flags, norms=norms, positions=positions)
             cut = like(wanted.cut, trace, again.cut, at)
             _check_sizes(cut, at, wanted.cut, trace)
-        return resized(at, cut, norms, positions)
+        return as_sharded(at, resized(at, cut, norms, positions))
 
     size = wanted.cut.size
 

@@ -14,7 +14,7 @@ from jaxsparse.structured._blocks import Block, Join, chosen
 from jaxsparse.structured._branches import flat_for
 from jaxsparse.structured._flat import Flat, Unit, own_units, units_read, without
 from jaxsparse.structured._narrow import Narrowed, checked_leaves
-from jaxsparse.structured._retracing import by_shape
+from jaxsparse.structured._retracing import as_sharded, by_shape
 from jaxsparse.structured._rewrite import runnable
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing._steps import Steps
@@ -227,7 +227,8 @@ def _smaller(trace: Trace, params: PyTree, plan: Callable[[Trace], _Plan]) -> Na
 
     def build(at: Trace) -> Callable[..., list[Any]]:
         wanted = plan(at)
-        return runnable(wanted.found, wanted.flat, wanted.replace, _left(at, wanted))
+        found, left = wanted.found, _left(at, wanted)
+        return as_sharded(at, runnable(found, wanted.flat, wanted.replace, left))
 
     program_for = by_shape(trace, build)
 

@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxsparse._sharded import explicit_mesh
+from jaxsparse.structured._arrays import fitting
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import trace as trace_of
 
@@ -56,3 +59,47 @@ def by_shape(
         return known[key]
 
     return program_for
+
+
+def as_sharded(
+    trace: Trace, program: Callable[..., list[Any]]
+) -> Callable[..., list[Any]]:
+    """A program of a trace, where shardings are types.
+
+    A trace knows of no shardings. On a mesh with explicit axes the compiler decides
+    within, as on one with automatic axes, and the results are sharded as the model's.
+
+    Args:
+      trace: of the model, with inputs of these shapes.
+      program: of flat parameters, maybe of other sizes, flat inputs, and more.
+
+    Returns:
+      A function of them.
+    """
+    traced = [v.aval for v in trace.program.jaxpr.invars]
+
+    def run(leaves: Sequence[Any], flat: Sequence[Any], *rest: Any) -> list[Any]:
+        mesh = explicit_mesh([*leaves, *flat])
+        if mesh is None:
+            return program(leaves, flat, *rest)
+        whole = [
+            jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=_on(mesh, x, t.shape))
+            for x, t in zip((*leaves, *flat), traced, strict=True)
+        ]
+        n = len(leaves)
+        outs = jax.eval_shape(
+            trace.apply_fn,
+            jax.tree.unflatten(trace.treedef, whole[:n]),
+            *jax.tree.unflatten(jax.tree.structure(trace.inputs), whole[n:]),
+        )
+        none = NamedSharding(mesh, PartitionSpec())
+        shardings: Any = [x.sharding or none for x in jax.tree.leaves(outs)]
+        automatic: Any = jax.sharding.auto_axes(program, out_sharding=shardings)
+        return automatic(leaves, flat, *rest)
+
+    return run
+
+
+def _on(mesh: Any, x: Any, shape: Shape) -> NamedSharding:
+    spec = jax.typeof(x).sharding.spec
+    return fitting(NamedSharding(mesh, spec), shape)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from structured.zoo import ZOO, array
 
 import jaxsparse as js
@@ -126,6 +127,32 @@ def test_vmap_and_inputs_of_other_shapes():
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
     halves = jax.tree.map(lambda w: w.astype(jnp.float32), small.params)
     assert small.apply_fn(halves, x[0].astype(jnp.float32)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_results_are_sharded_as_the_models(kind):
+    def apply_fn(p, x):
+        for w in p["w"]:  # a select of a constant, which knows of no sharding
+            x = x + jnp.where(x > 0, jnp.tanh(x @ w), 0.5)
+        return x
+
+    params, x = {"w": array(3, 6, 6)}, array(8, 6, seed=1)
+    trace = js.trace(apply_fn, params, x)
+    name = list(s.blocks(trace))[1]
+    small, gates = s.remove_blocks(trace, params, [name]), {name: 0.5}
+    want = small.apply_fn(small.params, x), s.gated(trace)(params, gates, x)
+    axis = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis,))
+    with jax.sharding.set_mesh(mesh):
+        place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+        spread = place(x, PartitionSpec("data"))
+        got = (
+            small.apply_fn(place(small.params, PartitionSpec()), spread),
+            s.gated(trace)(place(params, PartitionSpec()), gates, spread),
+        )
+    for a, b in zip(got, want, strict=True):
+        assert a.sharding.spec[0] == "data"
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from structured.zoo import array, loosely, of_shapes
 
 import jaxsparse as js
@@ -155,6 +157,32 @@ def test_narrowed_equals_masked_in_values_and_gradients(model):
                 jax.tree.leaves(slope), jax.tree.leaves(of_kept), strict=True
             ):
                 np.testing.assert_allclose(a, b, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("model", [layer_norm, each_head], ids=lambda f: f.__name__)
+def test_results_are_sharded_as_the_models(model, kind):
+    params, x = of_shapes(**SHAPES[model]), array(8, 4, seed=3)
+    params, x = jax.tree.map(lambda w: w.astype(jnp.float32), (params, x))
+    apply_fn, rng = loosely(model), np.random.default_rng(0)
+    trace = js.trace(apply_fn, params, x)
+    found = js.structured.groups(trace).prunable
+    drop = {n: chosen(g, g.size // 3, rng) for n, g in found.items()}
+    small = js.structured.narrow(trace, params, drop)
+    want = jax.jit(small.apply_fn)(small.params, x)
+    types = (getattr(jax.sharding.AxisType, kind),) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+    with jax.sharding.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        params = jax.device_put(small.params, NamedSharding(mesh, P()))
+        last = params["in"].ndim - 1
+        assert params["in"].shape[last] % 2 == 0
+        spec = P(*[None] * last, "model")
+        params["in"] = jax.device_put(params["in"], NamedSharding(mesh, spec))
+        for run in (small.apply_fn, jax.jit(small.apply_fn)):
+            got = run(params, x)
+            assert got.sharding.spec[0] == "data"
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_module_of_that_width_has_no_such_entries():
