@@ -5,8 +5,9 @@ two channels whose scores nearly agree would be ranked otherwise. Here numbers a
 rounded to integers, relative to the largest of their sum, and sums of integers have no
 order. What is rounded off each is below 2**-30 of that one (2**-52 for float64).
 
-The integers are float64 in a local scope: twice as fast as wider ones on CPUs, and few
-bits are lost to the number of terms.
+They are added up as float64, in a local scope: int32 has few bits left for many terms,
+and XLA's sums of integers are several times slower on CPUs. All else is of the numbers'
+own type: what has no float64 has to emulate the sum alone.
 """
 
 import functools
@@ -73,7 +74,7 @@ def ordered_sum(
         total = jnp.zeros(most.shape, jnp.float64)
         for scale, limb in _limbs(x, here, axes=axes, n=n):
             total = total + add(limb) * scale
-        return (total * _power_of_two(most)).astype(x.dtype)
+        return (total * _power_of_two(most).astype(jnp.float64)).astype(x.dtype)
 
 
 @ordered_sum.defjvp
@@ -99,24 +100,24 @@ def _limbs(x: Array, here: Array, *, axes: tuple[int, ...], n: int) -> list[Any]
     """Sums of integers, each with the number that it is to be multiplied by."""
     bits = _EXACT - math.ceil(math.log2(max(n, 1)))
     precision = 30 if x.dtype == jnp.float32 else 52
-    rest = x.astype(jnp.float64) * (1 / _power_of_two(here))  # exact, and below 2
+    rest = x * (1 / _power_of_two(here))  # exact, and below 4
     found = []
     for place in range(1, math.ceil(precision / bits) + 1):
         rest = rest * 2.0**bits
         limb = jnp.round(rest)  # infinities and NaN add up the same in every order
         rest = jnp.where(jnp.isfinite(limb), rest - limb, 0.0)
-        total = jnp.sum(limb, axis=axes, keepdims=True)
+        total = jnp.sum(limb.astype(jnp.float64), axis=axes, keepdims=True)
         found.append((jnp.float64(2.0 ** (-bits * place)), total))
     return found
 
 
 def _power_of_two(x: Array) -> Array:
-    """The largest power of two that is not above a number, float64; 1 for 0 and NaN."""
-    bits, nmant = jnp.finfo(x.dtype).bits, jnp.finfo(x.dtype).nmant
-    unsigned = jnp.dtype(f"uint{bits}")
-    raw = lax.bitcast_convert_type(x, unsigned) & ~jnp.asarray(
-        (1 << nmant) - 1, unsigned
-    )
-    power = lax.bitcast_convert_type(raw, x.dtype).astype(jnp.float64)
+    """The largest power of two that is not above a number; 1 for 0 and NaN."""
+    info = jnp.finfo(x.dtype)
+    unsigned = jnp.dtype(f"uint{info.bits}")
+    mantissa = jnp.asarray((1 << info.nmant) - 1, unsigned)
+    raw = lax.bitcast_convert_type(x, unsigned) & ~mantissa
+    power = lax.bitcast_convert_type(raw, x.dtype)
     # Past that the reciprocal would be 0: infinities would be NaN.
-    return jnp.where(power > 0, jnp.minimum(power, 2.0**1020), 1.0)
+    most = jnp.asarray(2.0 ** (info.maxexp - 2), x.dtype)
+    return jnp.where(power > 0, jnp.minimum(power, most), jnp.ones_like(power))
