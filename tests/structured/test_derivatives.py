@@ -83,7 +83,7 @@ def test_random_numbers_of_a_rule_within_a_scan():
     small = js.structured.narrow(trace, params, drop)
     masked = js.patterns.apply(params, js.structured.masks(trace, drop))
     want = apply_fn(masked, x, key)
-    np.testing.assert_allclose(small.apply_fn(small.params, x, key), want, rtol=1e-5)
+    np.testing.assert_allclose(small.apply_fn(small.params, x, key), want, atol=1e-5)
     with pytest.raises(NotImplementedError, match="could not be followed"):
         jax.vjp(lambda p: small.apply_fn(p, x, key), small.params)
 

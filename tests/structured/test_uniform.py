@@ -204,7 +204,7 @@ def test_a_softmax_still_counts_its_masked_entries():
     assert group.flags == {"zeros"}
     small = js.structured.narrow(trace, params, {"in[1]": [0, 3]}, allow={"zeros"})
     got = small.apply_fn(small.params, x)
-    np.testing.assert_allclose(got, apply_fn(small.params, x), rtol=1e-6)
+    np.testing.assert_allclose(got, apply_fn(small.params, x), atol=1e-5)
 
 
 def test_rules_for_derivatives_sum_over_what_they_like():
