@@ -72,6 +72,18 @@ class Leaves:
     def of_all(self, dims: Iterable[algebra.Axis]) -> frozenset[Leaf]:
         return frozenset().union(*map(self.of, dims))
 
+    def count(self, leaf: Leaf, dims: Dims) -> int:
+        """In how many axes a leaf occurs."""
+        return sum(leaf in self.of(axis) for axis in dims)
+
+    def twice(self, dims: Dims) -> frozenset[Leaf]:
+        """The leaves that occur in several axes; mostly there are none."""
+        once, again = frozenset(), frozenset()
+        for found in map(self.of, dims):
+            again |= once & found
+            once |= found
+        return again
+
 
 def vanishing(
     eqn: Any,
@@ -97,16 +109,13 @@ def vanishing(
     name, here = eqn.primitive.name, layers | leaves.of_all(after)
     if name in {"dot_general", "conv_general_dilated"}:
         return frozenset(filter(_contraction(eqn, ins, before, leaves), here))
-    # An axis may occur twice: what is zero along one of both is not enough.
-    times = lambda x, dims: sum(x in leaves.of(d) for d in dims)
-    zeros = [
-        frozenset(
-            x
-            for x in here
-            if e.constant == 0 or (x in e.zero and times(x, d) >= times(x, after))
-        )
-        for e, d in zip(ins, before, strict=True)
-    ]
+    zeros = [here if e.constant == 0 else here & e.zero for e in ins]
+    for x in leaves.twice(after):
+        # What is zero along one of both is not enough.
+        times = leaves.count(x, after)
+        for i, (e, d) in enumerate(zip(ins, before, strict=True)):
+            if e.constant != 0 and leaves.count(x, d) < times:
+                zeros[i] = zeros[i] - {x}
     if name in {"max", "min", "clamp"}:
         bounded = [_beyond(name, ins, e) for e in ins]
         within = [z for z, beyond in zip(zeros, bounded, strict=True) if not beyond]
