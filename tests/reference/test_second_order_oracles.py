@@ -83,6 +83,7 @@ def test_the_optimizer_follows_the_push_through_identity(sparse):
         at = at - 0.05 * velocity
         close(path[step + 1], at)
     assert np.array_equal(path[-1] == 0, ~alive)
+    # Far more than rounding: the steps did something.
     assert not np.allclose(path[-1][alive], w[alive], atol=0.01)
 
 

@@ -73,6 +73,9 @@ def test_trained_gates_close_what_is_not_needed():
     assert gates["0"] > 0.9
     assert gates["2"] > 0.9
     small = s.remove_blocks(trace, params, ["1"])
+    without = apply_fn([params[0], params[2]], x)
+    np.testing.assert_allclose(small.apply_fn(small.params, x), without, atol=1e-5)
+    # What goes added 0.01 times eight products, of which the last branch made more.
     np.testing.assert_allclose(small.apply_fn(small.params, x), y, atol=0.2)
 
 

@@ -129,6 +129,7 @@ def test_vmap_and_inputs_of_other_shapes():
     assert small.apply_fn(halves, x[0].astype(jnp.float32)).dtype == jnp.float32
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_results_are_sharded_as_the_models(kind):
     def apply_fn(p, x):
@@ -152,7 +153,7 @@ def test_results_are_sharded_as_the_models(kind):
         )
     for a, b in zip(got, want, strict=True):
         assert a.sharding.spec[0] == "data"
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
