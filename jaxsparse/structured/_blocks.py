@@ -1,11 +1,11 @@
 """`blocks`: the residual branches of any model, by name."""
 
 import dataclasses
-import weakref
 from collections.abc import Callable, Collection, Hashable, Sequence
 
 from jaxsparse.structured._branches import flat_of, line
 from jaxsparse.structured._flat import Addition, Flat, own_units, unit_size
+from jaxsparse.structured._once import once
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing._jaxprs import Address
 from jaxsparse.tracing._steps import Step
@@ -82,9 +82,7 @@ def blocks(trace: Trace, *, join: Join = None) -> dict[str, Block]:
       layers/1 64 ('layers/1/up', 'layers/1/down')
     """
     if join is None:
-        if trace not in _plain:
-            _plain[trace] = _named(trace, [(a,) for a in flat_of(trace).additions])
-        return dict(_plain[trace])
+        return dict(_plain(trace))
     groups: list[tuple[Addition, ...]] = []
     last: Hashable = None
     for block in blocks(trace).values():
@@ -97,8 +95,9 @@ def blocks(trace: Trace, *, join: Join = None) -> dict[str, Block]:
     return _named(trace, groups)
 
 
-_plain: "weakref.WeakKeyDictionary[Trace, dict[str, Block]]"
-_plain = weakref.WeakKeyDictionary()
+@once
+def _plain(trace: Trace) -> dict[str, Block]:
+    return _named(trace, [(a,) for a in flat_of(trace).additions])
 
 
 def chosen(trace: Trace, names: Collection[str], join: Join) -> dict[str, Block]:

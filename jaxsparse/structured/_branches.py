@@ -1,22 +1,20 @@
 """Finding the residual branches of a traced model, in its flat program."""
 
 import dataclasses
-import weakref
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxsparse.structured._flat import Addition, Flat, Held, Unit, used
+from jaxsparse.structured._once import once
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing._jaxprs import Address, called, equations
 from jaxsparse.tracing._steps import Step, Steps, flatten
 
-_flat: "weakref.WeakKeyDictionary[Trace, Flat]" = weakref.WeakKeyDictionary()
-
 
 def flat_of(trace: Trace) -> Flat:
-    """The flat program of a trace with its branches. A trace is looked through once.
+    """The flat program of a trace with its branches.
 
     Args:
       trace: of the model.
@@ -27,9 +25,7 @@ def flat_of(trace: Trace) -> Flat:
     Raises:
       ValueError: there are no branches.
     """
-    if trace not in _flat:
-        _flat[trace] = _flattened(trace)
-    found = _flat[trace]
+    found = _flattened(trace)
     if not found.additions:
         raise ValueError(
             "This model has no residual branches. What is looked for is a sum x + y of "
@@ -40,6 +36,7 @@ def flat_of(trace: Trace) -> Flat:
     return found
 
 
+@once
 def _flattened(trace: Trace) -> Flat:
     # Functions with derivatives of their own stay whole: they would lose them.
     custom = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")

@@ -2,13 +2,13 @@
 
 import collections
 import dataclasses
-import weakref
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from jaxsparse.structured._copies import batches
+from jaxsparse.structured._once import once
 from jaxsparse.structured._zeros import masked_in
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
@@ -203,17 +203,11 @@ def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
 
 
 Found = dict[str, tuple[Group, algebra.Axis]]
-_memory: "weakref.WeakKeyDictionary[Trace, Found]" = weakref.WeakKeyDictionary()
 
 
+@once
 def found_in(trace: Trace) -> Found:
-    """All groups of a trace, each with its leaf. A trace is looked through once."""
-    if trace not in _memory:
-        _memory[trace] = _find(trace)
-    return _memory[trace]
-
-
-def _find(trace: Trace) -> Found:
+    """All groups of a trace, each with its leaf."""
     places: dict[int, list[tuple[str, int, int, np.ndarray]]] = {}
     leaves: dict[int, algebra.Axis] = {}
     cache: dict[int, list[tuple[algebra.Axis, np.ndarray]]] = {}

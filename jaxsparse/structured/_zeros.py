@@ -7,13 +7,13 @@ which they are at least all the same, so that a sum can be told what it lacks. S
 and maxima are where it fails.
 """
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend import core
 
+from jaxsparse.structured._once import once
 from jaxsparse.structured._uniform import (
     INLINED,
     SUPPORTED,
@@ -51,17 +51,9 @@ class Masked(NamedTuple):
     uniform: dict[Address, Uniform]
 
 
-_memory: "weakref.WeakKeyDictionary[Trace, Masked]" = weakref.WeakKeyDictionary()
-
-
+@once
 def masked_in(trace: Trace) -> Masked:
-    """What masked indices do. A trace is looked through once."""
-    if trace not in _memory:
-        _memory[trace] = _look(trace)
-    return _memory[trace]
-
-
-def _look(trace: Trace) -> Masked:
+    """What masked indices of a trace do."""
     walk = _Zeros(trace)
     args = []
     for var, path in zip(trace.program.jaxpr.invars, trace.paths, strict=False):
