@@ -34,7 +34,7 @@ class InputStats(NamedTuple):
       Array([2., 2.], dtype=float32)
     """
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Array
     mean: Array
     square: Array
     variance: Array

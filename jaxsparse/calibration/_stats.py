@@ -29,7 +29,7 @@ class RunningStats(NamedTuple):
       products: `[*batch, d_in, d_in]`, that of `(x - mean)(x - mean)^T`, or None.
     """
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Array
     mean: Array
     squares: Array
     products: Array | None

@@ -67,7 +67,7 @@ def describe(name: str, leaf: Any) -> Record:
             f"text; got {leaf!r} of type {type(leaf).__name__}. Keep it outside of the "
             "tree, or turn it into an array."
         )
-    record = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    record: Record = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
     if getattr(leaf, "weak_type", False):
         record["weak"] = True
     return record

@@ -242,7 +242,7 @@ def mfac_diagonal(fisher: MFac) -> list[Array]:
     """
     diagonals = []
     for g in fisher.grads:
-        parts = [
+        parts: list[Array] = [
             page_diagonal(page, fisher.root, fisher.damping, accurate=fisher.accurate)
             for _, page in _pages(g, fisher.page_bytes)
         ]

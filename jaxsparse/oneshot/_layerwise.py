@@ -347,7 +347,7 @@ def _put(state: Progress, walk: Pass, path: str, found: _Found, kernel: Kernel) 
 
 def _of_arrays(f: Callable[[np.ndarray], np.ndarray], info: LayerInfo) -> LayerInfo:
     arrays = {k: f(x) for k, x in info._asdict().items() if k != "seconds"}
-    return info._replace(**arrays)
+    return LayerInfo(**arrays, seconds=info.seconds)
 
 
 def _result(

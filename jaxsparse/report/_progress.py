@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Generic, TypeVar
 
 from rich import progress as rich_progress
@@ -109,8 +109,8 @@ def progress(
     """
     if total is not None:
         check_positive_int(total, name="total", least=0)
-    elif hasattr(iterable, "__len__"):
-        total = len(iterable)  # pyright: ignore[reportArgumentType]
+    elif isinstance(iterable, Sized):
+        total = len(iterable)
     return Progress(iterable, description, total, _watched() if show is None else show)
 
 

@@ -23,7 +23,7 @@ class AtomicSums(NamedTuple):
       joint: `[*batch, f]`, the sum of `x_k^2 (g . w_k)^2`.
     """
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Array
     inputs: Array
     outputs: Array
     joint: Array

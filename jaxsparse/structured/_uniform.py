@@ -27,6 +27,8 @@ SUPPORTED = (ELEMENTWISE | {"broadcast_in_dim"}) - {
 """Of which the masked entries of a result follow from those of the operands."""
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 """Calls whose equations are evaluated where they are called: what is known goes in."""
+Kind = Literal["zero", "own", "same"]
+"""What the masked entries of an operand are."""
 
 
 class Uniform(NamedTuple):
@@ -42,7 +44,7 @@ class Uniform(NamedTuple):
     """
 
     axes: frozenset[int]
-    operands: tuple[Literal["zero", "own", "same"], ...]
+    operands: tuple[Kind, ...]
 
 
 class Operand(NamedTuple):
@@ -69,8 +71,9 @@ def uniform(operands: Iterable[Operand], axes: frozenset[int]) -> Uniform:
     Returns:
       The axes, as many as one choice for each operand leaves; there may be none.
     """
-    kinds = []
+    kinds: list[Kind] = []
     for x in operands:
+        choices: dict[Kind, frozenset[int]]
         choices = {"own": axes - x.own, "zero": axes & x.zero, "same": axes & x.same}
         kind = max(choices, key=lambda k: len(choices[k]))
         axes = choices[kind]
@@ -107,7 +110,7 @@ def masked_entries(
         dtype = var.aval.dtype
         if kind == "zero":
             return jnp.zeros((), dtype)
-        entries = x.value if kind == "own" else x.masked.compute()  # pyright: ignore
+        entries = x.value if kind == "own" else x.masked.compute()  # pyrefly: ignore
         return jnp.asarray(entries, dtype)
 
     @functools.cache

@@ -113,8 +113,8 @@ def to_matrices(w: AnyArray, view: MatrixView) -> AnyArray:
       >>> js.tree.to_matrices(jnp.ones((2, 3)), view).shape
       (3, 2)
     """
-    w = w.reshape(view.split).transpose(view.order)
-    return w.reshape(*view.batch, view.d_out, view.d_in)
+    ordered = w.reshape(view.split).transpose(view.order)
+    return ordered.reshape(*view.batch, view.d_out, view.d_in)  # pyrefly: ignore
 
 
 def from_matrices(matrices: AnyArray, view: MatrixView) -> AnyArray:
@@ -136,4 +136,4 @@ def from_matrices(matrices: AnyArray, view: MatrixView) -> AnyArray:
     order = view.order
     w = matrices.reshape([view.split[a] for a in order])
     inverse = [order.index(a) for a in range(len(order))]
-    return w.transpose(inverse).reshape(view.shape)
+    return w.transpose(inverse).reshape(view.shape)  # pyrefly: ignore
