@@ -1,17 +1,62 @@
-"""Every test runs on eight simulated devices, with strict promotion rules."""
+"""Every test runs on eight simulated devices, with strict promotion rules.
+
+XLA compiles as quickly as it can, because most tests compile much and compute little;
+`make test-all` and whoever sets XLA_FLAGS have its own choice.
+"""
 
 import os
 
-flags = os.environ.get("XLA_FLAGS", "")
+import jaxlib.version
+
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if jaxlib.version.__version_info__ < (0, 11, 1):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # later ones know no other way
+
+flags = os.environ.get("XLA_FLAGS", QUICK)
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
+import compilation_cache
 import hypothesis
 import jax
 import pytest
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci")
+
+
+def pytest_configure(config):
+    """Shares what is compiled, unless the user has said where it is to be kept."""
+    shared = compilation_cache.folder_of_this_machine()
+    if config.getoption("numprocesses", None):  # the workers do the work
+        compilation_cache.tidy(shared)
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = compilation_cache.Cache(shared)
+        config.pluginmanager.register(SharedCache(cache))
+
+
+class SharedCache:
+    """Keeps what is compiled, here and in the programs that tests start."""
+
+    def __init__(self, cache: compilation_cache.Cache):
+        self.cache = cache
+        options = {
+            "jax_compilation_cache_dir": str(cache.own),
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": 0,
+            # Else an entry's key depends on the folder, for the sake of GPUs.
+            "jax_persistent_cache_enable_xla_caches": "none",
+        }
+        for name, value in options.items():
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)
+
+    def pytest_runtest_teardown(self, item, nextitem):
+        if nextitem is None or nextitem.path != item.path:
+            self.cache.exchange()
+
+    def pytest_unconfigure(self):
+        self.cache.close()
 
 
 class GetKey:

