@@ -48,7 +48,7 @@ def is_running(pid: int) -> bool:
 
 
 def tidy(shared: pathlib.Path, limit: int = LIMIT) -> None:
-    """Removes what killed processes have left, and the oldest entries over the limit."""
+    """Removes what killed processes left, and the oldest entries over the limit."""
     entries = []
     shared.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(shared):

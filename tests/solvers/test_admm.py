@@ -1,14 +1,9 @@
 """ADMM against the same in dense float64; ALPS by what it promises."""
 
-import functools
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from reference import layerwise as oracle
 from solvers import layers
 from solvers.layers import LAYER, PATTERNS, TWO_OF_FOUR, correlated, layer, single
@@ -55,35 +50,6 @@ def test_counts_and_dead_inputs(solve):
     np.testing.assert_array_equal(
         np.asarray(got.w)[:, (3, 9)][unused], np.asarray(w)[:, (3, 9)][unused]
     )
-
-
-@both
-def test_bfloat16_vmap_and_a_traced_sparsity(solve):
-    pairs = [single(*layer(seed=seed)) for seed in range(2)]
-    w, gram = (jnp.stack(x) for x in zip(*pairs, strict=True))
-    w = w.astype(jnp.bfloat16)
-    got = jax.jit(jax.vmap(solve, (0, 0, None)))(w, gram, 0.6)
-    assert got.w.dtype == jnp.bfloat16
-    for i in range(2):
-        one = solve(w[i], gram[i], 0.6)
-        np.testing.assert_array_equal(got.mask[i], one.mask)
-        np.testing.assert_allclose(got.info.error[i], one.info.error, 1e-5)
-
-
-@both
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_rows_on_many_devices(solve, kind):
-    w, gram = single(*layer())
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
-    rows, whole = NamedSharding(mesh, P("x", None)), NamedSharding(mesh, P())
-    spread = jax.device_put(w, rows), jax.device_put(gram, whole)
-    compiled = jax.jit(functools.partial(solve, sparsity=0.5)).lower(*spread).compile()
-    got, one = compiled(*spread), solve(w, gram, 0.5)
-    np.testing.assert_array_equal(got.mask, one.mask)
-    np.testing.assert_allclose(got.info.error, one.info.error, rtol=1e-5)
-    assert got.w.sharding.is_equivalent_to(rows, 2)
-    exchanges = r"all-gather|all-to-all|collective-permute"
-    assert not re.findall(exchanges, compiled.as_text())
 
 
 @both

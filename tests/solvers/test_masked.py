@@ -43,13 +43,6 @@ def test_the_diagonal_alone_gives_the_same_mask():
     np.testing.assert_allclose(whole.info.error, shared.info.error, rtol=1e-6)
 
 
-def test_layers_side_by_side():
-    w, gram = layer()
-    many = jax.vmap(lambda w: js.solvers.wanda(w, gram, 0.5))(jnp.stack([w, -2 * w]))
-    one = js.solvers.wanda(w, gram, 0.5)
-    np.testing.assert_array_equal(many.mask, jnp.stack([one.mask] * 2))
-
-
 def test_as_the_solver_of_a_pass_it_needs_no_gram():
     w, _ = layer()
     x = jax.random.normal(jax.random.key(0), (20, 16))

@@ -1,14 +1,9 @@
 """The best weights for a mask: exact, and by conjugate gradients."""
 
-import functools
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from reference import layerwise as oracle
 from solvers.layers import LAYER, TWO_OF_FOUR, correlated, layer, single
 
@@ -79,36 +74,6 @@ def test_it_halves_the_error_of_the_sweep(pattern):
     exact = refit(w, swept.mask, gram)
     assert float(swept.info.error) > 1.8 * float(ten.info.error)
     assert float(exact.info.error) <= 1.001 * float(ten.info.error)
-
-
-def test_bfloat16_vmap_and_jit():
-    pairs = [single(*layer(seed=seed)) for seed in range(2)]
-    w, gram = (jnp.stack(x) for x in zip(*pairs, strict=True))
-    mask = jnp.asarray(random_mask(w.shape))
-    w = w.astype(jnp.bfloat16)
-    many = jax.jit(jax.vmap(functools.partial(refit, iterations=5)))
-    got = many(w, mask, gram)
-    assert got.w.dtype == jnp.bfloat16
-    for i in range(2):
-        one = refit(w[i], mask[i], gram[i], iterations=5)
-        np.testing.assert_allclose(*(x.astype("f4") for x in (got.w[i], one.w)), 2e-2)
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("iterations", [None, 5])
-def test_rows_on_many_devices(kind, iterations):
-    w, gram = single(*layer())
-    mask = jnp.asarray(random_mask(w.shape))
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
-    rows, whole = NamedSharding(mesh, P("x", None)), NamedSharding(mesh, P())
-    call = functools.partial(refit, iterations=iterations)
-    spread = *jax.device_put((w, mask), rows), jax.device_put(gram, whole)
-    compiled = jax.jit(call).lower(*spread).compile()
-    got, one = compiled(*spread), call(w, mask, gram)
-    np.testing.assert_allclose(got.w, one.w, rtol=1e-3, atol=1e-4)
-    assert got.w.sharding.is_equivalent_to(rows, 2)
-    exchanges = r"all-gather|all-to-all|collective-permute"
-    assert not re.findall(exchanges, compiled.as_text())
 
 
 @pytest.mark.parametrize(
