@@ -25,7 +25,7 @@ parser.add_argument("--out", type=Path, default=Path("out/train_state"))
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 args.out.mkdir(parents=True, exist_ok=True)
 
-STEPS, BATCH = (200 if args.small else 1_000), 64
+STEPS, BATCH = (100 if args.small else 1_000), 64
 EVERY = STEPS // 50
 data = digits()
 
