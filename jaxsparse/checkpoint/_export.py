@@ -83,6 +83,18 @@ def load_export(path: str | os.PathLike[str]) -> Exported:
     Raises:
       ValueError: another ending than `.npz` or `.safetensors`, or a file that `export`
         did not write.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, jaxsparse as js
+      >>> params = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     js.checkpoint.export(f"{folder}/m.npz", params)
+      ...     read = js.checkpoint.load_export(f"{folder}/m.npz")
+      >>> list(read.params)
+      ['a/bias', 'a/kernel']
+      >>> again = jax.tree.unflatten(jax.tree.structure(params), read.params.values())
+      >>> again["a"]["kernel"].shape
+      (2, 3)
     """
     path = _checked(path)
     read = _read_npz if path.suffix == ".npz" else _read_safetensors

@@ -47,6 +47,14 @@ def find_states(opt_state: PyTree) -> list[PruneScheduleState]:
 
     Returns:
       The states in order, possibly none.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxsparse as js
+      >>> prune_schedule = js.prune_schedule(0.5, every=1)
+      >>> tx = js.enforce(optax.chain(prune_schedule, optax.adam(1e-3)))
+      >>> (state,) = js.transforms.find_states(tx.init({"w": jnp.ones((2, 2))}))
+      >>> int(state.step), int(state.leaked)
+      (0, 0)
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=_is_state)
     return [x for x in leaves if _is_state(x)]

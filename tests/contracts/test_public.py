@@ -1,0 +1,82 @@
+"""What all public names have in common: docstrings, signatures, a place."""
+
+import inspect
+import pathlib
+import pkgutil
+import tomllib
+import types
+
+import pytest
+
+import jaxsparse as js
+
+# Found, not listed: a new package cannot be forgotten.
+PACKAGES = [
+    js,
+    *(
+        getattr(js, found.name)
+        for found in pkgutil.iter_modules(js.__path__)
+        if not found.name.startswith("_")
+    ),
+]
+PUBLIC = {
+    f"{package.__name__}.{name}": value
+    for package in PACKAGES
+    for name, value in vars(package).items()
+    if not name.startswith("_")
+    and not isinstance(value, types.ModuleType)
+    and getattr(value, "__module__", "").startswith("jaxsparse")
+}
+FUNCTIONS = {k: f for k, f in PUBLIC.items() if inspect.isfunction(f)}
+CLASSES = {k: c for k, c in PUBLIC.items() if inspect.isclass(c)}
+
+
+def test_every_package_is_there_and_has_names():
+    names = {package.__name__ for package in PACKAGES}
+    assert {"jaxsparse", "jaxsparse.transforms", "jaxsparse.checkpoint"} <= names
+    for package in PACKAGES:
+        assert any(name.startswith(f"{package.__name__}.") for name in PUBLIC)
+        assert inspect.getdoc(package)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_public_function_has_an_example(name):
+    doc = inspect.getdoc(FUNCTIONS[name])
+    assert doc
+    assert "Example:" in doc
+    assert ">>>" in doc or "Example: see `" in doc
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_public_class_says_what_it_is(name):
+    assert (CLASSES[name].__doc__ or "").strip()
+    assert not CLASSES[name].__doc__.startswith(f"{CLASSES[name].__name__}(")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_has_a_default_is_passed_by_name(name):
+    # Those that are the subject of the call, and read well without their names.
+    positional = {
+        *("sparsity", "where", "labels", "weight", "drop", "coactivation"),
+        *("params", "masks"),  # of what is looked at: check, table
+    }
+    for parameter in inspect.signature(FUNCTIONS[name]).parameters.values():
+        if (
+            parameter.default is not parameter.empty
+            and parameter.name not in positional
+        ):
+            assert parameter.kind == parameter.KEYWORD_ONLY, parameter
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_key_is_required_and_passed_by_name(name):
+    key = inspect.signature(FUNCTIONS[name]).parameters.get("key")
+    if key is not None:
+        assert key.default is key.empty
+        if name != "jaxsparse.tree.keys_like":  # there it is what the call is about
+            assert key.kind == key.KEYWORD_ONLY
+
+
+def test_the_version_is_that_of_the_project():
+    project = pathlib.Path(__file__).parents[2] / "pyproject.toml"
+    assert js.__version__ == tomllib.loads(project.read_text())["project"]["version"]
