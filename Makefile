@@ -9,7 +9,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$p && break; done)
 # The newest of these; override with NEWEST=...
-NEWEST ?= $(shell for p in python3.15 python3.14 python3.13 python3.12 python3; do \
+NEWEST ?= $(shell for p in python3.15 python3.14 python3.13 python3.12 python3 \
+	$$(ls -d $$HOME/.pyenv/versions/3.*/bin/python 2>/dev/null | sort -Vr); do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
 	&& echo $$p && break; done)
 VENV := .venv

@@ -9,8 +9,8 @@
 # is part of the compile options, which are hashed into each key, on CPUs too. With
 # jax_persistent_cache_enable_xla_caches="none" the copy is read.
 #
-# Where it is documented: that option is (Persistent compilation cache, "Additional XLA
-# caching"); that keys depend on the folder without it is not.
+# Where it is documented: the guide "Persistent compilation cache" has the option, for
+# GPUs; that without it keys depend on the folder is not said.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
