@@ -21,6 +21,8 @@ import hypothesis
 import jax
 import pytest
 
+MOST_PROGRAMS = 1500
+
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci")
 
@@ -36,10 +38,15 @@ def pytest_configure(config):
 
 
 class SharedCache:
-    """Keeps what is compiled, here and in the programs that tests start."""
+    """Keeps what is compiled, here and in the programs that tests start.
+
+    In memory not for ever: a program takes a megabyte, and some memory maps, of which a
+    process may have so many.
+    """
 
     def __init__(self, cache: compilation_cache.Cache):
-        self.cache = cache
+        self.cache, self.programs = cache, 0
+        jax.monitoring.register_event_duration_secs_listener(self.count)
         options = {
             "jax_compilation_cache_dir": str(cache.own),
             "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -51,9 +58,15 @@ class SharedCache:
             jax.config.update(name, value)
             os.environ[name.upper()] = str(value)
 
+    def count(self, event, duration, **_):
+        self.programs += event == "/jax/core/compile/backend_compile_duration"
+
     def pytest_runtest_teardown(self, item, nextitem):
         if nextitem is None or nextitem.path != item.path:
             self.cache.exchange()
+            if self.programs > MOST_PROGRAMS:
+                jax.clear_caches()
+                self.programs = 0
 
     def pytest_unconfigure(self):
         self.cache.close()

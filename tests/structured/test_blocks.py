@@ -1,5 +1,7 @@
 """Residual branches of many kinds of models: names, sizes, and what is none."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import jaxsparse as js
 blocks = js.structured.blocks
 
 
+@functools.cache
 def traced(name):
     with jax.enable_x64(True):
         apply_fn, params, inputs = ZOO[name]()
@@ -79,7 +82,7 @@ def of_linen(model):
     inputs = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
     rest = {k: v for k, v in variables.items() if k != "params"}
-    rest = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), rest)
+    rest = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), rest)
     apply_fn = lambda params, x: model.apply({"params": params, **rest}, x)
     return js.trace(apply_fn, variables["params"], inputs)
 
@@ -94,13 +97,21 @@ def test_stages_that_change_the_shape_keep_their_first_block():
 
 
 @pytest.mark.usefixtures("relaxed_promotion")
-def test_a_model_of_32_layers():
+@pytest.mark.parametrize(
+    "layers",
+    [6, pytest.param(32, marks=pytest.mark.exhaustive)],  # more of the same
+)
+def test_a_model_of_many_layers(layers):
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
-    found = blocks(js.trace(llama, llama_params(), tokens))
-    assert list(found)[62:] == ["layers/31/wq+wk+wv+wo", "layers/31/w1+w3+w2"]
+    found = blocks(js.trace(llama, llama_params(layers), tokens))
+    last = layers - 1
+    assert list(found)[2 * last :] == [
+        f"layers/{last}/wq+wk+wv+wo",
+        f"layers/{last}/w1+w3+w2",
+    ]
     d, kv, hidden = 4096, 1024, 14336
     attention, feed_forward = 2 * d * (d + kv) + d, 3 * d * hidden + d
-    assert [b.parameters for b in found.values()] == 32 * [attention, feed_forward]
+    assert [b.parameters for b in found.values()] == layers * [attention, feed_forward]
 
 
 D = 6

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from structured.test_score import built, by_member, entries, hand_made, same
+from structured.test_score import built, by_member, compiled, entries, hand_made, same
 from structured.zoo import ZOO
 
 import jaxsparse as js
@@ -35,21 +35,22 @@ def test_fpgm_is_the_sum_of_the_distances_to_all_filters_of_the_copy(name):
         if members:
             wanted[group.name] = total
     assert wanted
-    same(s.fpgm(groups, params), wanted, rtol=1e-7)
+    (got,) = compiled(lambda p: [s.fpgm(groups, p)], params)
+    same(got, wanted, rtol=1e-7)
 
 
 def test_filters_of_opposite_sign_are_far_apart_and_equal_ones_are_not():
     groups = hand_made(("w", 1, range(4), (), "output"), size=4)
-    w = jnp.array([[1.0, -1.0, 1.0, 1.0], [2.0, -2.0, 2.0, 2.0]])
+    w = np.array([[1, -1, 1, 1], [2, -2, 2, 2]], np.float32)
     got = s.fpgm(groups, {"w": w})["g"]
     np.testing.assert_allclose(got, np.array([1, 3, 1, 1]) * 20**0.5, 1e-3)
 
 
 def test_filters_with_fewer_places_are_filled_up_with_zeros():
     groups = hand_made(("w", 0, [0, 1, -1, 0], (), "output"), size=2)
-    w = jnp.array([[1.0, 2.0], [3.0, 4.0], [99.0, 99.0], [5.0, 6.0]])
+    w = np.array([[1, 2], [3, 4], [99, 99], [5, 6]], np.float32)
     expected = np.linalg.norm([2, 2, 5, 6])
-    got = s.fpgm(groups, {"w": w})["g"]
+    got = jax.jit(lambda w: s.fpgm(groups, {"w": w})["g"])(w)
     np.testing.assert_allclose(got, [expected, expected], 1e-6)
 
 
@@ -66,9 +67,11 @@ def test_bn_scale_is_the_magnitude_of_the_scales():
     groups, params, _ = built("residual")
     scales = lambda path, _: path.endswith("scale")
     rows = by_member(groups, params, lambda x, m: abs(x[m]).sum(), where=scales)
-    same(s.bn_scale(groups, params), {n: x.sum(0) for n, x in rows.items()}, rtol=1e-12)
-    largest = {n: x.max(0) for n, x in rows.items()}
-    same(s.bn_scale(groups, params, reduce="max"), largest, rtol=1e-12)
+    total, most = compiled(
+        lambda p: [s.bn_scale(groups, p), s.bn_scale(groups, p, reduce="max")], params
+    )
+    same(total, {n: x.sum(0) for n, x in rows.items()}, rtol=1e-12)
+    same(most, {n: x.max(0) for n, x in rows.items()}, rtol=1e-12)
     with pytest.raises(ValueError, match=r"'gamma\$' matches none"):
         s.bn_scale(groups, params, where=r"gamma$")
 
@@ -106,21 +109,25 @@ def test_gates_are_the_mean_magnitude_of_each_example_s_difference_quotient(name
         for copy in np.ndindex(*group.copies):
             for i in range(group.size):
                 up, down = (scaled(params, group, copy, i, 1 + d) for d in (h, -h))
-                rows[(slice(None), *copy, i)] = (each(up) - each(down)) / (2 * h)
+                change = np.asarray(each(up)) - np.asarray(each(down))
+                rows[(slice(None), *copy, i)] = change / (2 * h)
         wanted[group.name] = np.mean(abs(rows), axis=0)
         of_mean[group.name] = abs(np.mean(rows, axis=0))
-    got = s.gate_scores(groups, loss_fn, params, batch)
+    gates = functools.partial(s.gate_scores, groups, loss_fn)
+    got, chunked = compiled(lambda *x: [gates(*x), gates(*x, chunk=2)], params, batch)
     same(got, wanted, rtol=1e-5, atol=1e-6)
     # The magnitude of the mean is something else here.
     assert any(np.max(abs(of_mean[n] - wanted[n])) > 0.01 for n in wanted)
-    chunked = s.gate_scores(groups, loss_fn, params, batch, chunk=2)
     same(chunked, got, rtol=1e-12)
 
 
 def small():
-    params = {"up": jnp.eye(2), "down": jnp.array([[1.0], [2.0]])}
+    params = {
+        "up": np.eye(2, dtype=np.float32),
+        "down": np.array([[1], [2]], np.float32),
+    }
     apply_fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
-    x = jnp.array([[1.0, 5.0], [-3.0, 4.0], [2.0, 0.1]])
+    x = np.array([[1, 5], [-3, 4], [2, 0.1]], np.float32)
     trace = js.trace(apply_fn, params, x)
     return apply_fn, params, x, trace, s.groups(trace)
 
@@ -140,12 +147,10 @@ def test_gates_under_jit_and_of_sixteen_bit_parameters():
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_gates_of_a_batch_that_is_spread_over_devices(kind):
     rng = np.random.default_rng(0)
-    params = {
-        "up": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32),
-        "down": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
-    }
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    params = {"up": draw(4, 6), "down": draw(6, 4)}
     apply_fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
-    x = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
+    x = draw(16, 4)
     groups = s.groups(js.trace(apply_fn, params, x))
     loss_fn = lambda p, x: jnp.sum(jnp.sin(apply_fn(p, x)))
     wanted = s.gate_scores(groups, loss_fn, params, x)["up[1]"]
@@ -161,7 +166,8 @@ def test_gates_of_a_batch_that_is_spread_over_devices(kind):
     got = s.gate_scores(groups, loss_fn, spread, put(x, "x", None))["up[1]"]
     np.testing.assert_allclose(got, wanted, 1e-5)
     got = s.fpgm(groups, spread)["up[1]"]
-    np.testing.assert_allclose(got, s.fpgm(groups, params)["up[1]"], 1e-5)
+    wanted = jax.jit(lambda p: s.fpgm(groups, p)["up[1]"])(params)
+    np.testing.assert_allclose(got, wanted, 1e-5)
 
 
 @functools.cache
@@ -206,7 +212,8 @@ def test_flap_adds_up_the_inputs_that_have_the_index_in_each_copy(name):
                     squares = js.tree.to_matrices(np.where(mask, w**2, 0), view)
                     total[(*copy, i)] += np.sum(squares * variance[..., None, :])
     assert wanted
-    same(s.flap(groups, params, stats), wanted, rtol=1e-10)
+    (got,) = compiled(lambda p: [s.flap(groups, p, stats)], params)
+    same(got, wanted, rtol=1e-10)
 
 
 @pytest.mark.usefixtures("x64")
@@ -235,7 +242,8 @@ def test_compensation_adds_the_means_of_what_goes_to_the_biases(name):
         bias = path.replace("kernel", "bias")
         wanted[bias] = leaves[bias] + added.reshape(leaves[bias].shape)
         assert np.any(added)
-    got = s.flap_compensation(groups, params, stats, s.Drop(indices, {}))
+    drop = s.Drop(indices, {})
+    got = jax.jit(lambda p: s.flap_compensation(groups, p, stats, drop))(params)
     assert len(gone) > 1
     for path, x in js.tree.leaves_with_paths(got):
         np.testing.assert_allclose(x, wanted[path], rtol=1e-10, err_msg=path)
@@ -245,15 +253,15 @@ def test_compensation_adds_the_means_of_what_goes_to_the_biases(name):
 def test_with_it_the_mean_of_the_outputs_stays():
     rng = np.random.default_rng(0)
     params = {
-        "up": jnp.asarray(rng.normal(size=(4, 3, 5))),
-        "out": {"w": jnp.asarray(rng.normal(size=(3, 5, 2))), "b": jnp.ones(2)},
+        "up": rng.normal(size=(4, 3, 5)),
+        "out": {"w": rng.normal(size=(3, 5, 2)), "b": np.ones(2)},
     }
 
     def apply_fn(p, x):
         hidden = jax.nn.gelu(jnp.einsum("nd,dhk->nhk", x, p["up"]))
         return jnp.einsum("nhk,hko->no", hidden, p["out"]["w"]) + p["out"]["b"][None]
 
-    x = jnp.asarray(rng.normal(size=(50, 4)))
+    x = rng.normal(size=(50, 4))
     trace = js.trace(apply_fn, params, x)
     groups = s.groups(trace)
     stats = js.calibration.run(trace, params, [x[:20], x[20:]], gram=False)
@@ -263,10 +271,11 @@ def test_with_it_the_mean_of_the_outputs_stays():
     )
     keep = np.ones((3, 5), bool)
     keep[1] = keep[0, [0, 1]] = keep[2, [1, 3]] = False
-    narrow = found | {"up": jnp.where(keep, params["up"], 0.0)}
-    dense, pruned = apply_fn(params, x), apply_fn(narrow, x)
+    narrow = found | {"up": np.where(keep, params["up"], 0.0)}
+    run = jax.jit(apply_fn)
+    dense, pruned = np.asarray(run(params, x)), np.asarray(run(narrow, x))
     assert np.max(abs(dense - pruned)) > 0.1
-    np.testing.assert_allclose(jnp.mean(pruned, 0), jnp.mean(dense, 0), 1e-12)
+    np.testing.assert_allclose(pruned.mean(0), dense.mean(0), 1e-12)
     by_name = s.flap_compensation(groups, params, stats, drop, bias={"out/w": "out/b"})
     np.testing.assert_array_equal(by_name["out"]["b"], found["out"]["b"])
 
@@ -291,7 +300,7 @@ def test_errors_name_the_kernel():
     some = js.calibration.run(trace, params, [x], gram=False, where="up")
     with pytest.raises(ValueError, match="down: selected by `where`, but there are no"):
         s.flap(groups, params, some)
-    with_bias = params | {"bias": jnp.ones(1)}
+    with_bias = params | {"bias": np.ones(1, np.float32)}
     with pytest.raises(
         ValueError, match=r"down: .* of \['up\[1\]'\] that go, and its inp"
     ):

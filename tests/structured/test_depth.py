@@ -22,7 +22,7 @@ def test_gates_of_one_and_zero_are_the_model_and_the_one_without():
     with_gates = jax.jit(s.gated(trace))
     names = list(s.blocks(trace))
     gone = names[1:3]
-    whole = apply_fn(params, *inputs)
+    whole = jax.jit(apply_fn)(params, *inputs)
     ones = dict.fromkeys(names, 1.0)
     np.testing.assert_allclose(with_gates(params, ones, *inputs), whole, rtol=1e-12)
     small = s.remove_blocks(trace, params, gone)
@@ -35,8 +35,8 @@ def test_trained_gates_close_what_is_not_needed():
     """Of three branches the middle one does almost nothing to the outputs."""
     rng = np.random.default_rng(0)
     draw = lambda scale: {
-        "up": jnp.asarray(rng.normal(size=(4, 8)), jnp.float32),
-        "down": jnp.asarray(scale * rng.normal(size=(8, 4)), jnp.float32),
+        "up": rng.normal(size=(4, 8)).astype(np.float32),
+        "down": (scale * rng.normal(size=(8, 4))).astype(np.float32),
     }
     params = [draw(1.0), draw(0.01), draw(1.0)]
 
@@ -45,10 +45,10 @@ def test_trained_gates_close_what_is_not_needed():
             x = x + jnp.tanh(x @ p["up"]) @ p["down"]
         return x
 
-    x = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
+    x = rng.normal(size=(64, 4)).astype(np.float32)
     trace = js.trace(apply_fn, params, x)
     sizes = {name: block.parameters for name, block in s.blocks(trace).items()}
-    with_gates, y = s.gated(trace), apply_fn(params, x)
+    with_gates, y = s.gated(trace), jax.jit(apply_fn)(params, x)
 
     def loss(logits, weight):
         gates = jax.tree.map(jax.nn.sigmoid, logits)
@@ -57,7 +57,7 @@ def test_trained_gates_close_what_is_not_needed():
         return error + 10 * penalty.excess + weight * penalty.polarization
 
     tx = optax.adam(0.1)
-    logits = dict.fromkeys(sizes, jnp.asarray(1.0))
+    logits = dict.fromkeys(sizes, np.float32(1))
 
     @jax.jit
     @loosely
@@ -65,18 +65,19 @@ def test_trained_gates_close_what_is_not_needed():
         updates, state = tx.update(jax.grad(loss)(logits, weight), state)
         return optax.apply_updates(logits, updates), state
 
-    state = tx.init(logits)
+    state = jax.jit(tx.init)(logits)
     for i in range(200):
         logits, state = step(logits, state, i / 200)
-    gates = {name: float(jax.nn.sigmoid(x)) for name, x in logits.items()}
+    gates = {name: 1 / (1 + np.exp(-float(x))) for name, x in logits.items()}
     assert [name for name, gate in gates.items() if gate < 0.1] == ["1"]
     assert gates["0"] > 0.9
     assert gates["2"] > 0.9
     small = s.remove_blocks(trace, params, ["1"])
-    without = apply_fn([params[0], params[2]], x)
-    np.testing.assert_allclose(small.apply_fn(small.params, x), without, atol=1e-5)
+    without = jax.jit(apply_fn)([params[0], params[2]], x)
+    got = jax.jit(small.apply_fn)(small.params, x)
+    np.testing.assert_allclose(got, without, atol=1e-5)
     # What goes added 0.01 times eight products, of which the last branch made more.
-    np.testing.assert_allclose(small.apply_fn(small.params, x), y, atol=0.2)
+    np.testing.assert_allclose(got, y, atol=0.2)
 
 
 def test_errors_of_gate_penalties():
@@ -87,7 +88,9 @@ def test_errors_of_gate_penalties():
     with pytest.raises(ValueError, match=r"costs must be at least 0"):
         s.gate_penalty({"a": 1.0}, {"a": 0}, budget=0.5)
     with pytest.raises(ValueError, match=r"a: a gate is a scalar, got .*\(2,\)"):
-        s.gate_penalty({"a": jnp.ones(2), "b": 1.0}, {"a": 1, "b": 1}, budget=0.5)
+        s.gate_penalty(
+            {"a": np.ones(2, np.float32), "b": 1.0}, {"a": 1, "b": 1}, budget=0.5
+        )
 
 
 def checkpointed(params, x):
@@ -103,7 +106,7 @@ def checkpointed(params, x):
 
 @pytest.mark.usefixtures("x64")
 def test_gates_in_scans_with_checkpoints():
-    params = {"a": array(2, 3, 4, 4), "b": array(2, 3, 4, 4, seed=1)}
+    params = {k: np.asarray(array(2, 3, 4, 4, seed=i)) for i, k in enumerate("ab")}
     x = array(2, 4, seed=2)
     trace = js.trace(checkpointed, params, x)
     names = list(s.blocks(trace))
@@ -136,15 +139,15 @@ def two(params, x):
 
 @pytest.mark.usefixtures("x64")
 def test_gates_multiply_branches_and_have_derivatives():
-    params = [{k: array(3, 3, seed=i) for k in "vw"} for i in range(2)]
+    params = [{k: np.asarray(array(3, 3, seed=i)) for k in "vw"} for i in range(2)]
     x = array(2, 3, seed=7)
     trace = js.trace(two, params, x)
     assert list(s.blocks(trace)) == ["0/w", "0/v", "1/w", "1/v"]
 
     def by_hand(g, x):
         for p, (a, b) in zip(params, g, strict=True):
-            x = x + a * np.tanh(x @ np.asarray(p["w"]))
-            x = x + b * (x @ np.asarray(p["v"]))
+            x = x + a * np.tanh(x @ p["w"])
+            x = x + b * (x @ p["v"])
         return x
 
     with_gates = s.gated(trace)
@@ -153,8 +156,15 @@ def test_gates_multiply_branches_and_have_derivatives():
     np.testing.assert_allclose(with_gates(params, gates, x), expected, rtol=1e-12)
     other = array(5, 3, seed=8)
     expected = by_hand([(0.5, 1), (1, -2.0)], np.asarray(other))
-    np.testing.assert_allclose(with_gates(params, gates, other), expected, rtol=1e-12)
-    grads = jax.grad(lambda g: with_gates(params, g, x).sum())(gates)
+    joined = s.gated(trace, join=lambda b: b.name[0])
+
+    @jax.jit
+    def run(gates, gate):
+        grads = jax.grad(lambda g: with_gates(params, g, x).sum())(gates)
+        return with_gates(params, gates, other), grads, joined(params, {"1": gate}, x)
+
+    got, grads, quarter = run(gates, 0.25)
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
     eps = 1e-6
     for name, change in (("0/w", [(eps, 0), (0, 0)]), ("1/v", [(0, 0), (0, eps)])):
         at = lambda sign, change=change: by_hand(
@@ -162,18 +172,18 @@ def test_gates_multiply_branches_and_have_derivatives():
         ).sum()
         slope = (at(1) - at(-1)) / (2 * eps)
         np.testing.assert_allclose(grads[name], slope, rtol=1e-7)
-    joined = s.gated(trace, join=lambda b: b.name[0])
     expected = by_hand([(1, 1), (0.25, 0.25)], np.asarray(x))
-    np.testing.assert_allclose(joined(params, {"1": 0.25}, x), expected, rtol=1e-12)
+    np.testing.assert_allclose(quarter, expected, rtol=1e-12)
 
 
 def test_errors_of_gates():
-    params, x = [{"w": jnp.ones((3, 3)), "v": jnp.ones((3, 3))}], jnp.ones((2, 3))
+    ones = lambda *shape: np.ones(shape, np.float32)
+    params, x = [{"w": ones(3, 3), "v": ones(3, 3)}], ones(2, 3)
     with_gates = s.gated(js.trace(two, params, x))
     with pytest.raises(ValueError, match="0/x: not a block of this model"):
         with_gates(params, {"0/x": 1.0}, x)
     with pytest.raises(ValueError, match=r"gates\['0/w'\] must be a scalar.*\(2,\)"):
-        with_gates(params, {"0/w": jnp.ones(2)}, x)
+        with_gates(params, {"0/w": ones(2)}, x)
 
 
 def cheapest(losses, sizes, at_least):
@@ -250,24 +260,29 @@ def test_options():
 
 @pytest.mark.usefixtures("x64")
 def test_gates_are_those_of_a_gumbel_softmax(getkey):
-    key, logits = getkey(), array(4, 3) / 50
+    key, logits = getkey(), np.asarray(array(4, 3)) / 50
     noise = np.asarray(jax.random.gumbel(key, (4, 3), jnp.float64))
-    z = (100 * np.asarray(logits) + noise) / 0.5
+    z = (100 * logits + noise) / 0.5
     p = np.exp(z - z.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     settings = {"key": key, "keep": 2, "of": 3, "temperature": 0.5}
-    soft = s.nm_gates(logits, **settings, hard=False)
+    weight = np.asarray(array(12, seed=3))
+
+    @jax.jit
+    def run(logits):
+        slope = lambda hard: jax.grad(
+            lambda x: jnp.dot(weight, s.nm_gates(x, **settings, hard=hard))
+        )(logits)
+        return s.nm_gates(logits, **settings, hard=False), slope(True), slope(False)
+
+    soft, of_hard, of_soft = run(logits)
     np.testing.assert_allclose(soft, (p @ np.array(OPTIONS)).ravel(), rtol=1e-12)
     hard = s.nm_gates(logits, **settings)
     expected = np.array(OPTIONS)[p.argmax(1)].ravel()
     np.testing.assert_array_equal(hard, expected)
     # The hard gates have the derivative of the soft ones.
-    weight = array(12, seed=3)
-    slope = lambda hard: jax.grad(
-        lambda x: jnp.dot(weight, s.nm_gates(x, **settings, hard=hard))
-    )(logits)
-    np.testing.assert_allclose(slope(True), slope(False), rtol=1e-12)
-    assert float(jnp.abs(slope(True)).max()) > 0
+    np.testing.assert_allclose(of_hard, of_soft, rtol=1e-12)
+    assert np.abs(of_hard).max() > 0
 
 
 def test_training_finds_the_layers_that_are_needed(getkey):
@@ -278,9 +293,10 @@ def test_training_finds_the_layers_that_are_needed(getkey):
             x = x + x @ w
         return x
 
-    bad, good = jnp.eye(3), jnp.array([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])
+    bad = np.eye(3, dtype=np.float32)
+    good = bad[[1, 2, 0]]
     params = [bad, good, good, bad]
-    x = jax.random.normal(getkey(), (8, 3))
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     trace = js.trace(apply_fn, params, x)
     names, with_gates = list(s.blocks(trace)), s.gated(trace)
     target = apply_fn([good, good], x)
@@ -295,7 +311,7 @@ def test_training_finds_the_layers_that_are_needed(getkey):
 
         return logits - 0.02 * jax.grad(loss)(logits)
 
-    logits = jnp.full((2, 2), 0.02)
+    logits = np.full((2, 2), 0.02, np.float32)
     for _ in range(60):
         logits = step(logits, getkey())
     kept = s.nm_options(1, 2)[np.argmax(logits, axis=1)].ravel()
@@ -304,9 +320,10 @@ def test_training_finds_the_layers_that_are_needed(getkey):
 
 def test_errors_of_learnable_depth(getkey):
     settings = {"key": getkey(), "keep": 1, "of": 3}
+    zeros = lambda *shape: np.zeros(shape, np.float32)
     with pytest.raises(ValueError, match=r"expected the shape \[groups, 3\]"):
-        s.nm_gates(jnp.zeros((2, 2)), temperature=1.0, **settings)
+        s.nm_gates(zeros(2, 2), temperature=1.0, **settings)
     with pytest.raises(TypeError, match="logits"):
-        s.nm_gates(jnp.zeros((2, 3), int), temperature=1.0, **settings)
+        s.nm_gates(np.zeros((2, 3), np.int32), temperature=1.0, **settings)
     with pytest.raises(ValueError, match="temperature must be positive"):
-        s.nm_gates(jnp.zeros((2, 3)), temperature=0.0, **settings)
+        s.nm_gates(zeros(2, 3), temperature=0.0, **settings)

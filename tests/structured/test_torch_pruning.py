@@ -6,6 +6,7 @@ group_reduction="mean", normalizer="mean")`, each group on its own, in float64;
 it casts).
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -88,18 +89,21 @@ def apply_fn(params, x):
     return x.mean((2, 3)) @ params["fc.weight"].T + params["fc.bias"][None]
 
 
+@functools.cache
+def found():
+    with jax.enable_x64(True):
+        trace = js.trace(apply_fn, *weights())
+        return trace, js.structured.groups(trace)
+
+
 @pytest.mark.parametrize("share", RECORDED)
 def test_the_same_channels_go_and_the_same_network_is_left(share):
     expected, count, logits = RECORDED[share]
     with jax.enable_x64(True):
         params, x = weights()
-        trace = js.trace(apply_fn, params, x)
-        groups = js.structured.groups(trace)
-        squares = {name: jnp.asarray(w) ** 2 for name, w in params.items()}
-        scores = js.structured.group_scores(
-            groups, squares, reduce="mean", where=r"weight$"
-        )
-        drop = js.structured.select(groups, js.structured.normalize_mean(scores), share)
+        trace, groups = found()
+        scores = scores_of("magnitude 2 mean mean")
+        drop = js.structured.select(groups, scores, share)
         for name, channels in expected.items():
             (group,) = (
                 g
@@ -114,7 +118,7 @@ def test_the_same_channels_go_and_the_same_network_is_left(share):
         small = js.structured.narrow(trace, params, drop)
         learned = {k: w for k, w in small.params.items() if "running" not in k}
         assert sum(w.size for w in learned.values()) == count
-        got = small.apply_fn(small.params, x)[0, :5]
+        got = jax.jit(small.apply_fn)(small.params, x)[0, :5]
         np.testing.assert_allclose(got, logits, rtol=1e-9)
 
 
@@ -130,34 +134,44 @@ NORMALIZERS = {
 
 def loss_fn(params, x):
     logits = jax.nn.log_softmax(apply_fn(params, x) * 1e-6)
-    return -jnp.mean(logits[jnp.arange(2), jnp.array([3, 7])])
+    return -(logits[0, 3] + logits[1, 7]) / 2
 
 
-def scores_of(kind, groups, params, x):
-    name, *options = kind.split()
+def scale(path, leaf):
+    return path.endswith("weight") and leaf.ndim == 1
+
+
+@functools.cache
+def group_scores(name, power, reduce):
+    """Several normalizers are given the same; one program in place of hundreds."""
     kernel = lambda path, leaf: leaf.ndim > 1
-    scale = lambda path, leaf: path.endswith("weight") and leaf.ndim == 1
-    if name == "bn_scale":
-        return js.structured.bn_scale(groups, params, where=scale)
-    power, reduce, normalizer = options
-    if name == "taylor":  # without the scales of norms, which it forgets
-        scores = js.scores.taylor(params, jax.grad(loss_fn)(params, x))
-        scores = js.structured.group_scores(groups, scores, reduce=reduce, where=kernel)
-    else:
+    one = functools.partial(js.structured.group_scores, found()[1], reduce=reduce)
+
+    @jax.jit
+    def run(params, x):
+        if name == "taylor":  # without the scales of norms, which it forgets
+            scores = js.scores.taylor(params, jax.grad(loss_fn)(params, x))
+            return one(scores, where=kernel)
         powers = {path: jnp.abs(w) ** int(power) for path, w in params.items()}
-        scores = js.structured.group_scores(
-            groups, powers, reduce=reduce, where=r"weight$"
-        )
-    return NORMALIZERS[normalizer](scores)
+        return one(powers, where=r"weight$")
+
+    with jax.enable_x64(True):
+        return run(*weights())
+
+
+def scores_of(kind):
+    name, *options = kind.split()
+    if name == "bn_scale":
+        return js.structured.bn_scale(found()[1], weights()[0], where=scale)
+    power, reduce, normalizer = options
+    return jax.jit(NORMALIZERS[normalizer])(group_scores(name, power, reduce))
 
 
 @pytest.mark.parametrize("kind", IMPORTANCES)
 def test_scores_are_its_importances(kind):
     with jax.enable_x64(True):
-        params, x = weights()
-        params = {path: jnp.asarray(w) for path, w in params.items()}
-        groups = js.structured.groups(js.trace(apply_fn, params, x))
-        scores = scores_of(kind, groups, params, x)
+        groups = found()[1]
+        scores = scores_of(kind)
         for kernel, expected in IMPORTANCES[kind].items():
             (name,) = (
                 n

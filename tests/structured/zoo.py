@@ -19,21 +19,21 @@ LayerNorm = functools.partial(nn.LayerNorm, **F64)
 
 
 def array(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape))
 
 
 def filled(tree, seed=1):
     """Random numbers in place of all, so that nothing is zero or one by chance."""
     rng = np.random.default_rng(seed)
     leaves, treedef = jax.tree.flatten(tree)
-    fill = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.5)
+    fill = lambda x: jax.device_put(rng.normal(size=x.shape) * 0.5)
     return jax.tree.unflatten(treedef, [fill(x) for x in leaves])
 
 
 def of_shapes(**shapes):
     """Parameters of these shapes, in dictionaries of any depth."""
     leaf = lambda s: isinstance(s, tuple)
-    return filled(jax.tree.map(jnp.zeros, shapes, is_leaf=leaf))
+    return filled(jax.tree.map(np.zeros, shapes, is_leaf=leaf))
 
 
 def loosely(function):

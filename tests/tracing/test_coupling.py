@@ -22,7 +22,7 @@ def groups_of(model):
     """Leaves that may lose indices, with their members, and the parameters' shapes."""
     variables = jax.eval_shape(model.init, jax.random.key(0), IMAGE)
     rest = {k: v for k, v in variables.items() if k != "params"}
-    rest = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest)
+    rest = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), rest)
     apply_fn = lambda params, x: model.apply({"params": params, **rest}, x)
     params = variables["params"]
     trace = js.trace(apply_fn, params, IMAGE)
@@ -54,7 +54,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# The two large ones are looked at by way of `js.structured` in test_groups.py.
+LARGE = ("resnet50", "densenet")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] * (name in LARGE))
+        for name in CASES
+    ],
+)
 def test_the_groups_are_those_of_torch_pruning(name):
     model, count, whole, half = CASES[name]
     groups, shapes = groups_of(model)
