@@ -8,6 +8,10 @@ import os
 
 import jaxlib.version
 
+# Idle threads of NumPy's linear algebra spin: beside a second worker a small
+# decomposition takes seconds.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if jaxlib.version.__version_info__ < (0, 11, 1):
     QUICK += " --xla_cpu_use_fusion_emitters=false"  # later ones know no other way

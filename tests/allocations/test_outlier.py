@@ -17,10 +17,10 @@ import jaxsparse as js
 SHAPES = {
     "block_1/up": (16, 16),
     "block_1/down": (16, 8),
-    "block_2/up": (8, 8),
+    "block_2/up": (16, 8),
     "block_10/up": (16, 16),
-    "block_10/down": (4, 16),
-}
+    "block_10/down": (16, 8),
+}  # two shapes, for each is compiled
 SIZES = {k: math.prod(s) for k, s in SHAPES.items()}
 TOTAL = sum(SIZES.values())
 by_block = lambda path: path.split("/")[0]
@@ -33,7 +33,18 @@ def scores():
     return {
         k: jnp.asarray(np.exp(tails[k] * rng.standard_normal(s)), jnp.float32)
         for k, s in SHAPES.items()
-    } | {"bias": jnp.ones(4)}
+    } | {"bias": jnp.asarray(np.ones(4, np.float32))}
+
+
+@functools.cache
+def zeros(dtype="float32"):
+    return {k: jnp.asarray(np.zeros(s), dtype) for k, s in SHAPES.items()}
+
+
+def assert_same_to_the_weight(found, expected):
+    """A sum in another order may move the last weight of a layer."""
+    for k, size in SIZES.items():
+        assert abs(found[k] - expected[k]) <= 1.001 / size
 
 
 def loss(params, batch):
@@ -82,7 +93,7 @@ def test_the_total_is_met_to_the_weight(name, groups, sparsity):
 def test_the_masks_have_that_many(name):
     found = ALLOCATE[name](scores(), 0.7, groups=by_block)
     masks = js.patterns.masks(scores(), found)
-    removed = sum(int((~masks[k]).sum()) for k in SHAPES)
+    removed = sum((~np.asarray(masks[k])).sum() for k in SHAPES)
     assert removed == js.patterns.removed_count(0.7, TOTAL)
 
 
@@ -144,22 +155,22 @@ def test_owl_s_mean_and_outliers_are_over_a_block():
 @pytest.mark.parametrize("allocate", [js.allocations.owl, js.allocations.dsa])
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_blocks_that_are_alike_get_the_same(allocate, value):
-    alike = {k: jnp.full(s, value) for k, s in SHAPES.items()}
+    alike = {k: jnp.asarray(np.full(s, value, "f4")) for k, s in SHAPES.items()}
     found = allocate(alike, 0.75)
     assert found == dict.fromkeys(SHAPES, 0.75)
 
 
 @pytest.mark.parametrize("name", ["owl", "dsa"])
 def test_the_scale_of_scores_does_not_matter(name):
-    scaled = jax.tree.map(lambda s: 1024 * s, scores())
+    scaled = jax.tree.map(lambda s: jnp.asarray(1024 * np.asarray(s)), scores())
     assert ALLOCATE[name](scaled, 0.6) == ALLOCATE[name](scores(), 0.6)
 
 
 @pytest.mark.parametrize("name", ["owl", "dsa"])
 def test_bf16_scores_are_added_up_in_float32(name):
-    short = jax.tree.map(lambda s: s.astype(jnp.bfloat16), scores())
-    wide = jax.tree.map(lambda s: s.astype(jnp.float32), short)
-    assert ALLOCATE[name](short, 0.6) == ALLOCATE[name](wide, 0.6)
+    short = jax.tree.map(lambda s: np.asarray(s).astype(jnp.bfloat16), scores())
+    wide = jax.tree.map(lambda s: s.astype(np.float32), short)
+    assert_same_to_the_weight(*(ALLOCATE[name](s, 0.6) for s in (short, wide)))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -167,9 +178,9 @@ def test_bf16_scores_are_added_up_in_float32(name):
 def test_sharded_scores_give_the_same(name, kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     put = lambda k: jax.device_put(scores()[k], NamedSharding(mesh, P(None, "x")))
-    assert ALLOCATE[name]({k: put(k) for k in SHAPES}, 0.6) == {
-        k: ALLOCATE[name](scores(), 0.6)[k] for k in SHAPES
-    }
+    assert_same_to_the_weight(
+        ALLOCATE[name]({k: put(k) for k in SHAPES}, 0.6), ALLOCATE[name](scores(), 0.6)
+    )
 
 
 def test_dsa_s_sparsities_follow_the_spread_of_logarithms():
@@ -184,7 +195,7 @@ def test_dsa_s_sparsities_follow_the_spread_of_logarithms():
 
 def test_dsa_s_variance_is_that_of_the_few_scores_that_are_not_zero():
     spread = {"a": [1.0, 1.1], "b": [1.0, 2.0, 1.0, 1.0], "c": [1.0, 3.0]}
-    pad = lambda v: jnp.array([v + [0.0] * (4000 - len(v))])
+    pad = lambda v: jnp.asarray(np.array([v + [0.0] * (4000 - len(v))], np.float32))
     few = {k: pad(v) for k, v in spread.items()}
     found = js.allocations.dsa(few, 0.5, spread=0.25)
     wanted = 0.5 * oracle.min_max(oracle.dsa_importance([[few[k]] for k in "abc"]))
@@ -193,7 +204,8 @@ def test_dsa_s_variance_is_that_of_the_few_scores_that_are_not_zero():
 
 
 def test_zeros_and_many_decades_leave_dsa_finite():
-    wild = {"a": jnp.array([[0.0, 1e-30, 1e30, 1.0]]), "b": jnp.zeros((1, 4))}
+    wild = np.array([[0.0, 1e-30, 1e30, 1.0]], np.float32)
+    wild = {"a": jnp.asarray(wild), "b": jnp.asarray(0 * wild)}
     found = js.allocations.dsa(wild, 0.5, spread=0.25)
     assert found == {"a": 0.75, "b": 0.25}
 
@@ -252,8 +264,7 @@ def test_a_progression_that_leaves_its_range_stops_there_and_meets_the_total():
 
 @pytest.mark.parametrize("most", [None, 0.75, 0.99])
 def test_ecoflap_shares_out_by_how_much_the_loss_moves(most):
-    params = {k: jnp.zeros(s) for k, s in SHAPES.items()}
-    key = jax.random.key(7)
+    params, key = zeros(), jax.random.key(7)
     found = js.allocations.ecoflap(
         loss, params, iter([1.0, 2.0]), 0.7, key=key, most=most
     )
@@ -272,7 +283,7 @@ def test_ecoflap_shares_out_by_how_much_the_loss_moves(most):
 
 
 def test_ecoflap_compiles_once_for_all_blocks_and_batches(compilations):
-    params = {k: jnp.zeros(s) for k, s in SHAPES.items()}
+    params = zeros()
 
     def fresh(params, batch):
         return loss(params, batch)
@@ -283,8 +294,7 @@ def test_ecoflap_compiles_once_for_all_blocks_and_batches(compilations):
 
 
 def test_ecoflap_depends_on_its_key_alone_and_leaves_other_types():
-    params = {k: jnp.zeros(s, jnp.bfloat16) for k, s in SHAPES.items()}
-    params |= {"steps": jnp.int32(1)}
+    params = zeros("bfloat16") | {"steps": jnp.int32(1)}
     wide = lambda p, b: loss({k: p[k].astype(jnp.float32) for k in SHAPES}, b)
     run = lambda seed: js.allocations.ecoflap(
         wide, params, [1.0], 0.7, key=jax.random.key(seed)
@@ -294,9 +304,8 @@ def test_ecoflap_depends_on_its_key_alone_and_leaves_other_types():
 
 
 def test_a_loss_that_nothing_moves_gives_uniform():
-    params = {k: jnp.zeros(s) for k, s in SHAPES.items()}
     flat = lambda params, batch: jnp.float32(1)
-    found = js.allocations.ecoflap(flat, params, [1.0], 0.75, key=jax.random.key(0))
+    found = js.allocations.ecoflap(flat, zeros(), [1.0], 0.75, key=jax.random.key(0))
     assert found == dict.fromkeys(SHAPES, 0.75)
 
 
@@ -318,7 +327,7 @@ def test_a_block_without_a_name_is_refused(name):
 
 def test_parameters_without_weights_are_refused():
     with pytest.raises(ValueError, match="no weights at all"):
-        js.allocations.owl({"w": jnp.ones((0, 3))}, 0.5)
+        js.allocations.owl({"w": np.ones((0, 3))}, 0.5)
 
 
 @pytest.mark.parametrize("options", [{"outlier": 0.0}, {"spread": -0.1}])
@@ -329,8 +338,9 @@ def test_what_has_to_be_positive_is(options):
 
 @pytest.mark.parametrize("allocate", [js.allocations.owl, js.allocations.dsa])
 def test_nan_scores_name_their_path(allocate):
-    bad = scores() | {"block_2/up": jnp.full((8, 8), jnp.nan)}
-    with pytest.raises(ValueError, match="block_2/up: 64 of 64 scores are NaN"):
+    nan = jnp.asarray(np.full((16, 8), np.nan, np.float32))
+    bad = scores() | {"block_2/up": nan}
+    with pytest.raises(ValueError, match="block_2/up: 128 of 128 scores are NaN"):
         allocate(bad, 0.5)
 
 
@@ -371,5 +381,5 @@ def test_ecoflap_refuses_what_it_cannot_work_with():
         run([jnp.inf], 0.5)
     with pytest.raises(ValueError, match=r"return a scalar, got \(2,\)"):
         js.allocations.ecoflap(
-            lambda p, b: jnp.ones(2), scores(), [1.0], 0.5, key=jax.random.key(0)
+            lambda p, b: np.ones(2), scores(), [1.0], 0.5, key=jax.random.key(0)
         )

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxsparse as js
@@ -12,15 +13,18 @@ import jaxsparse as js
 save, restore, steps = js.checkpoint.save, js.checkpoint.restore, js.checkpoint.steps
 latest_step = js.checkpoint.latest_step
 
-TEMPLATE = {"w": jnp.zeros(4), "mask": jnp.ones((2, 2), bool)}
-
 
 def params(value):
-    return {"w": jnp.full(4, float(value)), "mask": jnp.eye(2, dtype=bool)}
+    w, mask = np.full(4, value, np.float32), np.eye(2, dtype=bool)
+    return {"w": jnp.asarray(w), "mask": jnp.asarray(mask)}
+
+
+TEMPLATE = params(0)
 
 
 def value_at(directory, step=None):
-    return float(restore(directory, params=TEMPLATE, step=step).params["w"][0])
+    w = restore(directory, params=TEMPLATE, step=step).params["w"]
+    return float(np.asarray(w)[0])
 
 
 def test_steps(tmp_path):
@@ -156,14 +160,20 @@ def test_killed_at_any_change_of_the_directory(tmp_path, monkeypatch):
     assert moment == 8  # 7 changes, and the run to the end
 
 
-def test_what_puts_in_order_can_be_killed_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "odd",
+    # Half of the pairs, in which every moment of either kill is there twice.
+    [False, pytest.param(True, marks=pytest.mark.exhaustive)],
+    ids=["", "the other half"],
+)
+def test_what_puts_in_order_can_be_killed_too(tmp_path, monkeypatch, odd):
     once, twice = tmp_path / "once", tmp_path / "twice"
     for first in range(4):
         save(once, step=2, params=params(2))
         assert killed_at(
             first, monkeypatch, lambda: save(once, step=2, params=params(20))
         )
-        for second in range(7):
+        for second in range((first + odd) % 2, 7, 2):
             shutil.copytree(once, twice)
             killed_at(
                 second, monkeypatch, lambda: save(twice, step=2, params=params(200))

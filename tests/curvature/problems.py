@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from reference import second_order as ref
@@ -28,14 +29,14 @@ def values(*shape, seed=0, dtype=np.float32):
 @functools.cache
 def tree(names=tuple(SHAPES), seed=0):
     """Gradients; those of the stacked layers in 16 bits."""
-    grads = {k: jnp.asarray(values(M, *SHAPES[k][0], seed=seed)) for k in names}
+    grads = {k: values(M, *SHAPES[k][0], seed=seed) for k in names}
     if "stacked" in grads:
         grads["stacked"] = grads["stacked"].astype(jnp.bfloat16)
-    return grads | {"apart": None}
+    return jax.device_put(grads) | {"apart": None}
 
 
 def weights(names=tuple(SHAPES), seed=1):
-    return {k: jnp.asarray(values(*SHAPES[k][0], seed=seed)) for k in names}
+    return {k: jax.device_put(values(*SHAPES[k][0], seed=seed)) for k in names}
 
 
 def index_blocks(shape, axes, size):

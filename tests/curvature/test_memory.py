@@ -8,9 +8,9 @@ import pytest
 
 import jaxsparse as js
 
-M, SHAPE, SIZE = 64, (2000, 2000), 16
+M, SHAPE, SIZE = 16, (2000, 2000), 8
 MB = 10**6
-SUMS = 4 * 17 * 4_000_000  # bytes: 272 MB
+SUMS = 4 * (SIZE + 1) * 4_000_000  # bytes: 144 MB
 SCRATCH = 70 * MB
 f32, bf16 = jnp.float32, jnp.bfloat16
 estimator = js.curvature.block_estimator(block_size=SIZE)
@@ -31,7 +31,7 @@ def memory(f, *args, donate=()):
 @pytest.mark.parametrize("dtype", [f32, bf16])
 def test_gradients_are_added_in_place_and_are_not_copied(dtype):
     sums = jax.eval_shape(estimator.init, tree())
-    grads = tree(M, dtype=dtype)  # 1024 MB, 512 MB
+    grads = tree(M, dtype=dtype)  # 256 MB, 128 MB
     temporary, in_place = memory(estimator.update, sums, grads, donate=0)
     assert in_place >= SUMS
     assert temporary < SCRATCH

@@ -23,7 +23,7 @@ def loss(params, batch):
 
 def model(dtype=jnp.float32):
     shapes = {"a": {"kernel": (4, 5), "bias": (5,)}, "b": {"kernel": (5, 2)}}
-    draw = lambda shape: jnp.asarray(problems.values(*shape)).astype(dtype)
+    draw = lambda shape: jax.device_put(problems.values(*shape).astype(dtype))
     return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
@@ -77,11 +77,12 @@ def test_a_chunk_holds_few_activations_at_once():
     def wide(params, x):
         return jnp.mean(jnp.tanh((x * params["w"]) @ params["apart"]))
 
-    params = {"w": jnp.ones((1, 4)), "apart": jnp.ones((4, 1024))}
+    ones = lambda *shape: np.ones(shape, np.float32)
+    params = {"w": ones(1, 4), "apart": ones(4, 1024)}
     temporary = []
     for chunk in (None, 16):
         grads = functools.partial(per_example_grads, wide, where="w", chunk=chunk)
-        compiled = jax.jit(grads).lower(params, jnp.ones((256, 4))).compile()
+        compiled = jax.jit(grads).lower(params, ones(256, 4)).compile()
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert temporary[0] >= 256 * 1024 * 4
     assert temporary[1] <= 5 * 16 * 1024 * 4
@@ -104,8 +105,8 @@ def test_parameters_that_cannot_be_differentiated_are_left_alone():
 
 
 def test_pruned_weights_have_no_gradient():
-    masks = jax.tree.map(lambda w: w > 0, model())
-    masks["b"]["kernel"] = jnp.array([[True, False]])  # it broadcasts
+    masks = jax.tree.map(lambda w: np.asarray(w) > 0, model())
+    masks["b"]["kernel"] = np.array([[True, False]])  # it broadcasts
     got = per_example_grads(loss, model(), batch(), masks=masks)
     for layer in ("a", "b"):
         g = np.asarray(got[layer]["kernel"])
@@ -126,7 +127,7 @@ def test_stored_in_another_type(chunk):
 
 
 def test_parameters_in_bf16_have_gradients_in_bf16():
-    x = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), batch())
+    x = jax.tree.map(lambda x: x.astype(jnp.bfloat16), batch())
     got = per_example_grads(loss, model(jnp.bfloat16), x)
     assert got["a"]["kernel"].dtype == jnp.bfloat16
     want = expected()["a"]["kernel"]
@@ -136,16 +137,17 @@ def test_parameters_in_bf16_have_gradients_in_bf16():
 
 def test_large_gradients_of_one_sign_are_no_infinity():
     """Their sum leaves the range of float16, they do not."""
-    params = {"w": jnp.zeros((64, 64), jnp.float16)}
+    params = {"w": np.zeros((64, 64), np.float16)}
     f = lambda params, x: jnp.mean(x) * jnp.sum(params["w"])
-    got = per_example_grads(f, params, jnp.full(32, 100, jnp.float16))
+    got = per_example_grads(f, params, np.full(32, 100, np.float16))
     np.testing.assert_array_equal(got["w"], np.full((32, 64, 64), 100))
 
 
 def test_jitted_it_is_the_same_and_other_values_do_not_compile_again(compilations):
     grads = functools.partial(per_example_grads, loss, chunk=5)
     eager = grads(model(), batch())
-    other = jax.tree.map(jnp.negative, model()), jax.tree.map(np.negative, batch())
+    turned = jax.tree.map(lambda w: -np.asarray(w), model())
+    other = jax.device_put(turned), jax.tree.map(np.negative, batch())
     with compilations() as found:
         grads(*other)
     assert not found.names

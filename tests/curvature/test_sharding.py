@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
 
-M, SIZE = 6, 8
+M, SIZE = 6, 4
 SHAPES = {"outputs": (64, 32), "inputs": (64, 32)}
 SPECS = {"outputs": P(None, "x"), "inputs": P("x", None)}
 EXCHANGES = r"all-gather|all-to-all|collective-permute"
@@ -26,16 +26,17 @@ kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=
 @functools.cache
 def problem():
     """Gradients, weights, masks."""
-    grads = {k: jnp.asarray(problems.values(M, *s)) for k, s in SHAPES.items()}
-    w = {k: jnp.asarray(problems.values(*s, seed=1)) for k, s in SHAPES.items()}
-    return grads, w, jax.tree.map(lambda w: w > -0.5, w)
+    grads = {k: problems.values(M, *s) for k, s in SHAPES.items()}
+    w = {k: problems.values(*s, seed=1) for k, s in SHAPES.items()}
+    masks = jax.tree.map(lambda w: w > -0.5, w)
+    return jax.tree.map(jnp.asarray, (grads, w, masks))
 
 
 def sharded(kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     lie = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
     rows = {k: NamedSharding(mesh, P(None, *spec)) for k, spec in SPECS.items()}
-    grads, w, masks = problem()
+    grads, w, masks = jax.tree.map(np.asarray, problem())
     put = jax.device_put
     return put(grads, rows), put(w, lie), put(masks, lie)
 
@@ -76,9 +77,10 @@ def run(f, kind):
 
 
 @kinds
-def test_blocks_are_those_of_one_device_bit_by_bit_and_nothing_is_exchanged(kind):
+def test_blocks_are_those_of_one_device_and_nothing_is_exchanged(kind):
     got, text = run(by_blocks, kind)
-    jax.tree.map(np.testing.assert_array_equal, got, alone(by_blocks))
+    near = functools.partial(problems.assert_near, tolerance=1e-6)
+    jax.tree.map(near, got, alone(by_blocks))
     assert not re.findall(rf"{EXCHANGES}|all-reduce", text)
 
 
@@ -103,13 +105,18 @@ def test_streamed_sums_lie_where_the_blocks_do_from_the_start(kind):
     assert not re.findall(rf"{EXCHANGES}|all-reduce", compiled.as_text())
     lie = [s.square.sharding for s in start.sums]
     assert not any(s.is_fully_replicated or len(s.device_set) == 1 for s in lie)
-    sums = update(start, grads)
+    sums = compiled(start, grads)
     for s, before in zip(sums.sums, lie, strict=True):
         assert s.square.sharding.is_equivalent_to(before, s.square.ndim)
-    fisher = estimator.finalize(sums, damping=1e-5)
-    expected = alone(by_blocks)["diagonal"]
-    diagonal = js.curvature.inverse_diagonal(fisher)
-    jax.tree.map(np.testing.assert_array_equal, diagonal, expected)
+
+    def finish(sums):
+        fisher = estimator.finalize(sums, damping=1e-5)
+        return js.curvature.inverse_diagonal(fisher)
+
+    # Eager in one of the cases.
+    diagonal = (finish if kind == AxisType.Auto else jax.jit(finish))(sums)
+    near = functools.partial(problems.assert_near, tolerance=1e-6)
+    jax.tree.map(near, diagonal, alone(by_blocks)["diagonal"])
 
 
 def loss(params, x):
@@ -117,20 +124,27 @@ def loss(params, x):
     return jnp.mean(hidden**2) + jnp.mean(x @ params["outputs"])
 
 
+@functools.cache
+def expected_gradients():
+    x = problems.values(16, 64)
+    return js.curvature.per_example_grads(loss, problem()[1], x)
+
+
 @kinds
 @pytest.mark.parametrize("chunk", [None, 8])
 def test_gradients_lie_as_the_weights_and_as_the_data(kind, chunk):
-    w, x = sharded(kind)[1], jnp.asarray(problems.values(16, 64))
+    w, x = sharded(kind)[1], problems.values(16, 64)
     mesh = w["inputs"].sharding.mesh
     grads = functools.partial(js.curvature.per_example_grads, loss, chunk=chunk)
-    expected = js.curvature.per_example_grads(loss, problem()[1], x)
+    expected = expected_gradients()
     near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     got = grads(w, jax.device_put(x, NamedSharding(mesh, P())))
     jax.tree.map(near, got, expected)
     for name, g in got.items():
         lie = NamedSharding(mesh, P(None, *SPECS[name]))
         assert g.sharding.is_equivalent_to(lie, 3)
-    whole = jax.device_put(problem()[1], NamedSharding(mesh, P()))
+    whole = jax.tree.map(np.asarray, problem()[1])
+    whole = jax.device_put(whole, NamedSharding(mesh, P()))
     got = grads(whole, jax.device_put(x, NamedSharding(mesh, P("x"))))
     jax.tree.map(near, got, expected)
     for g in got.values():
@@ -139,7 +153,7 @@ def test_gradients_lie_as_the_weights_and_as_the_data(kind, chunk):
 
 @kinds
 def test_a_chunk_that_does_not_divide_the_data_of_several_devices(kind):
-    w, x = sharded(kind)[1], jnp.ones((16, 64))
+    w, x = sharded(kind)[1], np.ones((16, 64), np.float32)
     mesh = w["inputs"].sharding.mesh
     x = jax.device_put(x, NamedSharding(mesh, P()))
     with pytest.raises(ValueError, match="chunk=5 does not divide the 16 gradients"):

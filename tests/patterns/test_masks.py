@@ -71,28 +71,49 @@ def jitted(scores, sparsity, pattern, axes):
     return masks["w"]
 
 
-def normalised(axes, shape):
-    return axes and axes.normalised("w", len(shape))
+ALL = CASES | NM_CASES
+
+
+@jax.jit
+def all_masks(scores, sparsities):
+    """One program for all cases, and for every sparsity."""
+    return {
+        name: jitted(scores[name], sparsities[name], pattern, axes)
+        for name, (pattern, _, axes) in ALL.items()
+    }
+
+
+@functools.cache
+def masks_at(sparsity):
+    """Of all cases, or of those of N:M the pattern's own sparsity."""
+    scores = {name: tied_scores(shape) for name, (_, shape, _) in ALL.items()}
+    own = {name: pattern.sparsity for name, (pattern, _, _) in NM_CASES.items()}
+    asked = dict.fromkeys(ALL, sparsity) | (own if sparsity > 0.3 else {})
+    return all_masks(scores, {name: np.float32(s) for name, s in asked.items()})
+
+
+def assert_those_of_a_sort(name, sparsity, asked):
+    pattern, shape, axes = ALL[name]
+    axes = axes and axes.normalised("w", len(shape))
+    expected = selection.mask(tied_scores(shape), asked, pattern, axes)
+    got = masks_at(sparsity)[name]
+    np.testing.assert_array_equal(np.broadcast_to(got, shape), expected)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_masks_are_those_of_a_sort(name):
-    pattern, shape, axes = CASES[name]
-    scores = tied_scores(shape)
-    for sparsity in (0.0, 0.5, 0.7, 0.95):
-        expected = selection.mask(scores, sparsity, pattern, normalised(axes, shape))
-        got = jitted(scores, jnp.float32(sparsity), pattern, axes)
-        np.testing.assert_array_equal(np.broadcast_to(got, shape), expected)
+    for sparsity in (0.0, 0.2, 0.5, 0.7, 0.95):
+        assert_those_of_a_sort(name, sparsity, sparsity)
 
 
 @pytest.mark.parametrize("name", NM_CASES)
 def test_nm_masks_are_those_of_a_sort(name):
-    pattern, shape, axes = NM_CASES[name]
-    scores = tied_scores(shape)
-    for sparsity in (0.0, 0.2, pattern.sparsity):
-        expected = selection.mask(scores, sparsity, pattern, normalised(axes, shape))
-        got = jitted(scores, jnp.float32(sparsity), pattern, axes)
-        np.testing.assert_array_equal(got, expected)
+    pattern, shape, _ = NM_CASES[name]
+    for sparsity in (0.0, 0.2, 0.5):
+        assert masks_at(sparsity)[name].shape == shape
+        assert_those_of_a_sort(
+            name, sparsity, pattern.sparsity if sparsity > 0.3 else sparsity
+        )
 
 
 @pytest.mark.parametrize("name", ["layer, stacked", "block", "channel, largest"])
@@ -100,9 +121,7 @@ def test_eager_and_jitted_masks_are_equal(name):
     pattern, shape, axes = CASES[name]
     scores = tied_scores(shape)
     eager = js.patterns.masks({"w": scores}, 0.7, pattern=pattern, axes=axes, where="w")
-    np.testing.assert_array_equal(
-        eager["w"], jitted(scores, jnp.float32(0.7), pattern, axes)
-    )
+    np.testing.assert_array_equal(eager["w"], masks_at(0.7)[name])
 
 
 def test_a_channel_mask_is_as_small_as_its_decision():
@@ -115,7 +134,7 @@ def test_stacked_layers_choose_their_channels_on_their_own():
     scores = {"w": np.arange(48, dtype=np.float32).reshape(3, 4, 4)}
     masks = js.patterns.masks(scores, 0.5, pattern=js.Channel(), axes=stacked)
     assert masks["w"].shape == (3, 1, 4)
-    assert masks["w"].sum((1, 2)).tolist() == [2, 2, 2]
+    assert np.asarray(masks["w"]).sum((1, 2)).tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -125,18 +144,18 @@ def test_stacked_layers_choose_their_channels_on_their_own():
 def test_a_schedule_passes_through_4_and_3_and_2_of_four(sparsity, kept):
     scores = tied_scores((12, 5))
     for s in (sparsity, jnp.float32(sparsity)):
-        masks = js.patterns.masks({"w": scores}, s, pattern=js.NM(2, 4))
-        assert (masks["w"].reshape(3, 4, 5).sum(1) == kept).all()
+        mask = js.patterns.masks({"w": scores}, s, pattern=js.NM(2, 4))["w"]
+        assert (np.asarray(mask).reshape(3, 4, 5).sum(1) == kept).all()
 
 
 def test_nm_has_a_sparsity_of_its_own():
-    masks = js.patterns.masks({"w": tied_scores((8, 5))}, pattern=js.NM(1, 4))
-    assert (masks["w"].reshape(2, 4, 5).sum(1) == 1).all()
+    mask = js.patterns.masks({"w": tied_scores((12, 5))}, pattern=js.NM(1, 4))["w"]
+    assert (np.asarray(mask).reshape(3, 4, 5).sum(1) == 1).all()
 
 
 def test_a_traced_sparsity_above_the_pattern_is_cut():
     mask = jitted(tied_scores((12, 5)), jnp.float32(0.9), js.NM(2, 4), None)
-    assert (mask.reshape(3, 4, 5).sum(1) == 2).all()
+    assert (np.asarray(mask).reshape(3, 4, 5).sum(1) == 2).all()
 
 
 def test_one_compilation_serves_every_sparsity():
@@ -148,16 +167,16 @@ def test_one_compilation_serves_every_sparsity():
         return js.patterns.masks(scores, sparsity)
 
     scores = {"w": tied_scores((12, 9))}
-    kept = [int(masks(scores, s)["w"].sum()) for s in (0.0, 0.25, 0.5, 0.75)]
+    kept = [int(np.sum(masks(scores, s)["w"])) for s in (0.0, 0.25, 0.5, 0.75)]
     assert kept == [108, 81, 54, 27]
     assert len(traces) == 1
 
 
 def test_vmap_over_scores_and_over_sparsity():
     scores = np.stack([tied_scores((12, 9), seed) for seed in range(3)])
-    sparsities = jnp.array([0.2, 0.5, 0.9])
+    sparsities = np.array([0.2, 0.5, 0.9], np.float32)
     one = lambda x, s: js.patterns.masks({"w": x}, s)["w"]
-    got = jax.vmap(one)(scores, sparsities)
+    got = np.asarray(jax.jit(jax.vmap(one))(scores, sparsities))
     for mask, x, s in zip(got, scores, (0.2, 0.5, 0.9), strict=True):
         np.testing.assert_array_equal(mask, selection.mask(x, s, js.Unstructured()))
 
@@ -165,7 +184,7 @@ def test_vmap_over_scores_and_over_sparsity():
 def test_vmap_over_the_scores_of_nm():
     scores = np.stack([tied_scores((12, 5), seed) for seed in range(3)])
     got = jax.vmap(lambda x: js.patterns.masks({"w": x}, pattern=js.NM())["w"])(scores)
-    for mask, x in zip(got, scores, strict=True):
+    for mask, x in zip(np.asarray(got), scores, strict=True):
         np.testing.assert_array_equal(mask, selection.mask(x, 0.5, js.NM()))
 
 
@@ -178,9 +197,9 @@ def test_a_tree_of_sparsities_gives_each_parameter_its_own():
 
 
 def test_what_is_not_selected_gets_a_scalar_true():
-    scores = {"bias": jnp.ones(3), "steps": jnp.array(7), "w": jnp.ones((4, 4))}
+    scores = {"bias": np.ones(3), "steps": np.array(7), "w": tied_scores((12, 9))}
     masks = js.patterns.masks(scores, 0.5)
     assert masks["bias"].shape == masks["steps"].shape == ()
     assert bool(masks["bias"])
     assert bool(masks["steps"])
-    assert int(masks["w"].sum()) == 8
+    assert np.asarray(masks["w"]).sum() == 54

@@ -28,16 +28,21 @@ LEAVES = {
     "outputs_of_layers": ((8, 16, 64), P(None, None, "x"), stacked),
 }
 AXES = {name: axes for name, (_, _, axes) in LEAVES.items() if axes}
-PATTERNS = [
-    js.Unstructured(),
-    js.Unstructured("global"),
-    js.Unstructured("output"),
-    js.NM(2, 4),
-    js.Block((4, 2)),
+EVERYWHERE = [js.Unstructured("global"), js.Unstructured("output"), js.NM(2, 4)]
+IN_EACH = [js.Unstructured(), js.Block((4, 2)), js.Channel()]
+UNITS_IN_ALL = [
     js.Block((2, 2), reduce="max", scope="global"),
-    js.Channel(),
     js.Channel(axis=0, reduce="max", scope="global"),
 ]
+
+
+def patterns(*first, rest):
+    """Which units there are and who competes are two things: each pattern is on one of
+    the meshes."""
+    rest = [pytest.param(p, marks=pytest.mark.exhaustive) for p in rest]
+    return pytest.mark.parametrize("pattern", [*first, *rest], ids=repr)
+
+
 QUICKLY = {"xla_backend_optimization_level": 0}
 COLLECTIVES = r"all-gather|all-to-all|collective-permute|\bsort\("
 
@@ -90,12 +95,12 @@ def check(pattern, kind, names):
     assert ("all-reduce" in text) == (not isinstance(pattern, js.NM))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@patterns(*EVERYWHERE, *IN_EACH, rest=UNITS_IN_ALL)
 def test_masks_lie_where_the_parameter_does_and_are_those_of_a_sort(pattern):
     check(pattern, AxisType.Auto, ["inputs", "outputs", "query_heads", "layers"])
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@patterns(*EVERYWHERE, *UNITS_IN_ALL, rest=IN_EACH)
 def test_the_same_on_a_mesh_of_explicit_axes(pattern):
     check(pattern, AxisType.Explicit, ["inputs", "outputs_of_layers"])
 
@@ -144,7 +149,7 @@ def test_channels_that_nearly_agree_are_ranked_alike_on_one_device_and_on_many()
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", None))
     choose = jax.jit(lambda s: js.patterns.masks({"w": s}, 0.5, pattern=js.Channel()))
-    alone = choose(jnp.asarray(scores))["w"]
+    alone = np.asarray(choose(jnp.asarray(scores))["w"])
     np.testing.assert_array_equal(choose(jax.device_put(scores, spec))["w"], alone)
     # All are equal, so the lower ones stay.
     np.testing.assert_array_equal(alone[0], np.arange(32) < 16)

@@ -32,7 +32,7 @@ def assert_sorted(scores, sparsities=(0.0, 0.3, 0.5, 0.9)):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.5, np.inf, -np.inf])
 def test_among_equal_scores_the_lower_index_stays(value):
-    kept = mask(np.full(SHAPE, value, np.float32), 0.7)
+    kept = np.asarray(mask(np.full(SHAPE, value, np.float32), 0.7))
     assert kept.ravel().tolist() == [True] * 10 + [False] * 22
 
 
@@ -44,9 +44,11 @@ def test_the_lower_index_stays_in_a_group_of_four():
 def test_minus_zero_equals_zero():
     scores = np.zeros(SHAPE, np.float32)
     scores[:, ::2] = -0.0
-    assert mask(scores, 0.5).ravel().tolist() == [True] * 16 + [False] * 16
-    assert (mask_of(scores, 0.5, js.NM(2, 4)).sum(0) == 2).all()
-    assert mask_of(scores, 0.5, js.NM(2, 4))[:2].all()
+    kept = np.asarray(mask(scores, 0.5))
+    assert kept.ravel().tolist() == [True] * 16 + [False] * 16
+    kept = np.asarray(mask_of(scores, 0.5, js.NM(2, 4)))
+    assert (kept.sum(0) == 2).all()
+    assert kept[:2].all()
 
 
 def test_infinities_are_the_largest_and_the_smallest():
@@ -71,54 +73,58 @@ def test_negative_scores_are_in_order():
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_float_type_is_in_its_order(dtype):
     rng = np.random.default_rng(0)
-    scores = jnp.asarray(rng.standard_normal(SHAPE) * 3, jnp.float32).astype(dtype)
-    scores = scores.at[0, :3].set(jnp.array([jnp.inf, -jnp.inf, -0.0], dtype))
+    scores = (rng.standard_normal(SHAPE) * 3).astype(dtype)
+    scores[0, :3] = np.array([np.inf, -np.inf, -0.0]).astype(dtype)
     assert_sorted(scores, (0.3, 0.9))
 
 
 def test_float64_is_told_apart_beyond_float32(x64):
-    scores = jnp.asarray(1 + 1e-12 * np.random.default_rng(0).permutation(32))
-    scores = scores.reshape(SHAPE)
-    assert scores.dtype == jnp.float64
-    for pattern in (js.Unstructured(), js.Unstructured("output"), js.NM(2, 4)):
-        got = js.patterns.masks({"w": scores}, 0.5, pattern=pattern)["w"]
+    scores = 1 + 1e-12 * np.random.default_rng(0).permutation(32).reshape(SHAPE)
+    patterns = (js.Unstructured(), js.Unstructured("output"), js.NM(2, 4))
+    each = jax.jit(lambda x: [mask_of(x, 0.5, pattern) for pattern in patterns])
+    for got, pattern in zip(each(scores), patterns, strict=True):
         expected = selection.mask(scores, 0.5, pattern)
         np.testing.assert_array_equal(got, expected)
 
 
 def test_nan_raises_with_the_path_and_the_count():
-    scores = {"block": {"w": jnp.ones(SHAPE).at[0, :3].set(jnp.nan)}}
+    w = np.ones(SHAPE, np.float32)
+    w[0, :3] = np.nan
+    scores = {"block": {"w": jnp.asarray(w)}}
     with pytest.raises(ValueError, match=r"block/w: 3 of 32 scores are NaN"):
         js.patterns.masks(scores, 0.5)
 
 
 def test_nan_in_what_is_not_selected_does_not_matter():
-    scores = {"bias": jnp.full(3, jnp.nan), "w": jnp.ones(SHAPE)}
-    assert int(js.patterns.masks(scores, 0.5)["w"].sum()) == 16
+    ones = np.ones(SHAPE, np.float32)
+    scores = {"bias": jnp.asarray(np.nan * ones[0]), "w": jnp.asarray(ones)}
+    assert np.sum(np.asarray(js.patterns.masks(scores, 0.5)["w"])) == 16
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_under_jit_nan_is_removed_first(dtype):
-    scores = jnp.asarray(-np.arange(32).reshape(SHAPE), jnp.float32).astype(dtype)
-    scores = scores.at[0, 1].set(jnp.nan).at[0, 5].set(-jnp.nan).at[1, 0].set(-jnp.inf)
+    scores = (-np.arange(32.0).reshape(SHAPE)).astype(dtype)
+    scores[0, 1], scores[0, 5], scores[1, 0] = np.nan, -np.nan, -np.inf
     kept = np.asarray(mask(scores, 3 / 32))
     assert np.argwhere(~kept).tolist() == [[0, 1], [0, 5], [1, 0]]
 
 
 def test_under_jit_nan_is_removed_first_from_a_group_of_four():
-    scores = jnp.full(SHAPE, -jnp.inf).at[0].set(jnp.nan)
+    scores = np.full(SHAPE, -np.inf, np.float32)
+    scores[0] = np.nan
     kept = mask_of(scores, 0.25, js.NM(2, 4))
     assert kept.tolist() == [[False] * 8] + [[True] * 8] * 3
 
 
 def test_scores_of_nothing_but_nan_still_give_the_count():
-    kept = mask(jnp.full(SHAPE, jnp.nan), 0.75)
+    kept = np.asarray(mask(np.full(SHAPE, np.nan, np.float32), 0.75))
     assert kept.ravel().tolist() == [True] * 8 + [False] * 24
 
 
 def test_parameters_without_weights_are_no_trouble():
-    scores = {"empty": jnp.ones((0, 4)), "w": jnp.ones(SHAPE)}
+    ones = np.ones(SHAPE, np.float32)
+    scores = {"empty": jnp.asarray(ones[:0]), "w": jnp.asarray(ones)}
     for pattern in (js.Unstructured(), js.Unstructured("global"), js.NM(2, 4)):
         masks = js.patterns.masks(scores, 0.5, pattern=pattern)
-        assert masks["empty"].shape == (0, 4)
-        assert int(masks["w"].sum()) == 16
+        assert masks["empty"].shape == (0, 8)
+        assert np.asarray(masks["w"]).sum() == 16

@@ -14,10 +14,11 @@ import jaxsparse as js
 pytest.importorskip("matplotlib")
 PIL = pytest.importorskip("PIL.Image")
 
+COUNTED = jnp.asarray(np.arange(1, 9, dtype=np.float32).reshape(2, 4))
 PARAMS = {
-    "a/kernel": jnp.arange(1.0, 9.0).reshape(2, 4),
-    "b/kernel": jnp.arange(1.0, 9.0).reshape(4, 2),
-    "bias": jnp.ones(4),
+    "a/kernel": COUNTED,
+    "b/kernel": COUNTED,
+    "bias": jnp.asarray(np.ones(4, np.float32)),
 }
 HISTORY = {"step": [0, 10, 20], "sparsity": [0.0, 0.25, 0.5], "loss": [2.0, 1.5, 1.0]}
 
@@ -121,9 +122,7 @@ def test_failure_keeps_the_old_picture(tmp_path, monkeypatch):
 
 
 def test_sixty_layers_have_room_for_their_names():
-    params = {
-        f"block_{i:02d}/attention/$query/kernel": jnp.ones((2, 4)) for i in range(60)
-    }
+    params = {f"block_{i:02d}/attention/$query/kernel": COUNTED for i in range(60)}
     figure = js.report.plot(js.report.table(*js.prune(params, 0.5)), history=HISTORY)
     figure.canvas.draw()
     axes, loss, _ = figure.axes
@@ -140,7 +139,7 @@ def test_sixty_layers_have_room_for_their_names():
 
 def test_dollar_signs_are_not_mathematics(tmp_path):
     name = r"$\nope$"  # an error, if it were read as a formula
-    params = {f"{name}/kernel": jnp.ones((2, 4))}
+    params = {f"{name}/kernel": COUNTED}
     tables = {name: js.report.table(*js.prune(params, 0.5)), "b": make(0.5)}
     figure = js.report.plot(tables, history={name: HISTORY}, path=tmp_path / "a.png")
     assert labels(figure.axes[0])[0] == f"{name}/kernel"
@@ -149,7 +148,7 @@ def test_dollar_signs_are_not_mathematics(tmp_path):
 
 def test_long_names_keep_their_end():
     path = "a/" * 40 + "query/kernel"
-    params = {path: jnp.ones((2, 4))}
+    params = {path: COUNTED}
     (axes,) = js.report.plot(js.report.table(*js.prune(params, 0.5))).axes
     (label,) = labels(axes)
     assert len(label) == 42

@@ -39,10 +39,10 @@ def test_alps_leaves_a_third_of_the_error_of_the_sweep(pattern):
 
 @both
 def test_counts_and_dead_inputs(solve):
-    w, gram = single(*layer(dead=(3, 9)))
+    w, gram = single(*layer(d_in=64, dead=(3, 9)))
     got = solve(w, gram, 0.37)
     layers.assert_obeys(got.mask, 0.37, LAYER)
-    assert not got.mask[:, (3, 9)].any()
+    assert not np.asarray(got.mask)[:, (3, 9)].any()
     assert int(got.info.dead) == 2
     got = solve(w, gram, 0.01)  # fewer than the weights of dead inputs
     unused = np.asarray(got.mask)[:, (3, 9)]

@@ -1,6 +1,5 @@
 """Wanda and magnitude as solvers: they choose, and tell what it costs."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ def test_it_keeps_the_highest_scores_of_each_output_as_they_are(solver):
     kept = score > np.sort(score, axis=1)[:, 7:8]
     np.testing.assert_array_equal(solved.mask, kept)
     np.testing.assert_array_equal(solved.w, np.where(kept, w, 0))
-    lost = np.where(kept, 0, w).astype(np.float64)
+    lost, gram = np.where(kept, 0, w).astype(np.float64), np.asarray(gram)
     error = np.sum((lost @ gram) * lost)
     np.testing.assert_allclose(solved.info.error, error, rtol=1e-5)
     whole = np.sum((np.asarray(w) @ gram) * w)
@@ -34,18 +33,18 @@ def test_it_keeps_the_highest_scores_of_each_output_as_they_are(solver):
 def test_the_diagonal_alone_gives_the_same_mask():
     w, gram = layer()
     whole = js.solvers.wanda(w, gram, pattern=js.NM(2, 4))
-    diagonal = js.solvers.wanda(w, jnp.diagonal(gram), pattern=js.NM(2, 4))
+    diagonal = js.solvers.wanda(w, np.diag(gram), pattern=js.NM(2, 4))
     factor = js.curvature.factor_gram(gram, rel_damping=0.01)
     shared = js.solvers.wanda(w, factor, pattern=js.NM(2, 4))
     np.testing.assert_array_equal(whole.mask, diagonal.mask)
     np.testing.assert_array_equal(whole.mask, shared.mask)
-    assert np.all(whole.mask.reshape(6, 4, 4).sum(-1) == 2)
+    assert np.all(np.asarray(whole.mask).reshape(6, 4, 4).sum(-1) == 2)
     np.testing.assert_allclose(whole.info.error, shared.info.error, rtol=1e-6)
 
 
 def test_as_the_solver_of_a_pass_it_needs_no_gram():
     w, _ = layer()
-    x = jax.random.normal(jax.random.key(0), (20, 16))
+    x = np.random.default_rng(1).standard_normal((20, 16)).astype("float32")
     run = lambda **options: js.oneshot.layerwise(
         lambda p, x: x @ p["w"].T,
         {"w": w},
@@ -61,7 +60,7 @@ def test_as_the_solver_of_a_pass_it_needs_no_gram():
 def test_bad_input():
     w, gram = layer()
     with pytest.raises(ValueError, match="has 16 inputs"):
-        js.solvers.wanda(w, jnp.ones(15), 0.5)
+        js.solvers.wanda(w, np.ones(15, "float32"), 0.5)
     with pytest.raises(ValueError, match="needs a sparsity"):
         js.solvers.magnitude(w, gram)
     with pytest.raises(TypeError, match="refit"):

@@ -63,21 +63,38 @@ def test_the_joint_update_is_the_optimum_of_the_dense_problem(kind):
     )
 
 
+def only_a(tree):
+    return {"a": {"kernel": tree["a"]["kernel"], "bias": None}}
+
+
+@functools.partial(jax.jit, static_argnames=("size", "sparsity", "pattern", "greedy"))
+def of_blocks(params, grads, *, size=BLOCK, sparsity=0.5, pattern, greedy=False):
+    """The whole of it as one program."""
+    fisher = js.curvature.block_fisher(
+        grads, block_size=size, damping=DAMPING, pattern=pattern
+    )
+    return js.solvers.obs(params, fisher, sparsity, pattern=pattern, greedy=greedy)
+
+
 def test_in_float64_to_nine_digits(x64):
-    params, grads = problems.params(dtype="float64"), problems.grads(dtype="float64")
-    fisher = js.curvature.block_fisher(grads, block_size=BLOCK, damping=DAMPING)
-    pruned = js.solvers.obs(params, fisher, 0.5)
-    assert pruned.params["a"]["kernel"].dtype == jnp.float64
-    expected = oracle.obs_joint(vector(params), dense(grads), removed_of(pruned))
-    close(vector(pruned.params), expected, rtol=1e-9)
+    params = only_a(problems.params(dtype="float64"))
+    grads = only_a(problems.grads(dtype="float64"))
+    pruned, masks = of_blocks(params, grads, pattern=GLOBAL)
+    got, w = pruned["a"]["kernel"], rows(params["a"]["kernel"])
+    assert got.dtype == jnp.float64
+    removed = ~rows(masks["a"]["kernel"]).astype(bool)
+    assert removed.sum() == 48
+    fisher = oracle.fisher(rows(grads["a"]["kernel"]), DAMPING)
+    expected = oracle.obs_joint(w, problems.blocked(fisher), removed)
+    close(rows(got), expected, rtol=1e-9)
 
 
 def test_weights_in_float64_keep_their_digits_beside_a_matrix_in_float32():
     fisher = block_fisher()
     with jax.enable_x64(True):
         params = problems.params(dtype="float64")
-        pruned = js.solvers.obs(params, fisher, 1 / 192, pattern=GLOBAL).params
-        changed = vector(pruned) != vector(params)
+        prune = jax.jit(lambda p, f: js.solvers.obs(p, f, 1 / 192, pattern=GLOBAL))
+        changed = vector(prune(params, fisher).params) != vector(params)
     assert 1 <= changed.sum() <= BLOCK
 
 
@@ -127,7 +144,7 @@ def test_without_update_and_greed_it_is_pruning_by_the_score():
 def test_tiles_are_chosen_by_their_joint_loss_and_removed_together():
     pattern = js.Block((2, 2))
     params, grads = problems.params(), gradients()
-    pruned = js.solvers.obs(params, block_fisher(BLOCK, pattern), 0.5, pattern=pattern)
+    pruned = of_blocks(params, grads, pattern=pattern)
 
     def in_tiles(kernel):
         """Tiles of one pair of outputs are neighbours, and so are their weights."""
@@ -151,9 +168,9 @@ def test_tiles_are_chosen_by_their_joint_loss_and_removed_together():
 
 
 def test_greedy_in_one_block_is_exact_obs():
-    params = problems.params()
-    pruned = js.solvers.obs(
-        params, block_fisher(96), 0.5, where="a/kernel", greedy=True
+    params = only_a(problems.params())
+    pruned = of_blocks(
+        params, only_a(gradients()), size=96, pattern=GLOBAL, greedy=True
     )
     fisher = oracle.fisher(rows(gradients()["a"]["kernel"]), DAMPING)
     expected, _ = oracle.obs_greedy(rows(params["a"]["kernel"]), fisher, 48)
@@ -325,18 +342,18 @@ def test_the_flow_of_the_mfac_pruner_with_blocks_that_move():
         w, grads, SPARSITIES[:2], block_size=20, damping=DAMPING
     )
     kept, left = np.arange(192), w
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def prune(w, grads, sparsity):
+        fisher = js.curvature.mfac({"w": grads}, damping=DAMPING, block_size=20)
+        return js.solvers.obs(
+            {"w": w}, fisher, sparsity, where="w", update="independent"
+        )
+
     for g, sparsity, step in zip(grads, SPARSITIES, steps, strict=False):
-        fisher = js.curvature.mfac(
-            {"w": jnp.asarray(g[:, kept], jnp.float32)}, damping=DAMPING, block_size=20
-        )
         now = selection.removed_count(sparsity, 192) - (192 - kept.size)
-        pruned = js.solvers.obs(
-            {"w": jnp.asarray(left, jnp.float32)},
-            fisher,
-            now / kept.size,
-            where="w",
-            update="independent",
-        )
+        single = [jnp.asarray(x, jnp.float32) for x in (left, g[:, kept])]
+        pruned = prune(*single, now / kept.size)
         alive = np.asarray(pruned.masks["w"])
         kept, left = kept[alive], np.asarray(pruned.params["w"], np.float64)[alive]
         np.testing.assert_array_equal(np.isin(np.arange(192), kept), step.mask)

@@ -45,9 +45,9 @@ def test_damping_is_part_of_the_objective():
     np.testing.assert_allclose(by_factor.w, expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("iterations", [None, 44])
+@pytest.mark.parametrize("iterations", [None, 30])
 def test_kept_weights_of_dead_inputs_stay(iterations):
-    w, gram = single(*layer(dead=(3, 9)))
+    w, gram = single(*layer(d_in=64, dead=(3, 9)))
     mask = jnp.asarray(random_mask(w.shape))
     got = refit(w, mask, gram, iterations=iterations)
     dead = np.asarray(mask)[:, (3, 9)]
@@ -62,11 +62,18 @@ def test_fewer_rows_than_inputs():
     w, gram = single(w, gram)
     assert float(refit(w, mask, gram, iterations=30).info.relative_error) < 0.05
     with pytest.raises(ValueError, match="not positive definite"):
-        refit(w, jnp.ones(w.shape, bool), gram - 0.1 * jnp.eye(44))
+        refit(
+            w, np.ones(w.shape, bool), np.asarray(gram) - 0.1 * np.eye(40, dtype="f4")
+        )
     assert np.isfinite(refit(w, mask, gram, rel_damping=0.01).w).all()
 
 
-@pytest.mark.parametrize("pattern", [LAYER, TWO_OF_FOUR], ids=["layer", "nm"])
+@pytest.mark.parametrize(
+    "pattern",
+    # Any mask will do: the pattern is a matter of the sweep.
+    [LAYER, pytest.param(TWO_OF_FOUR, marks=pytest.mark.exhaustive)],
+    ids=["layer", "nm"],
+)
 def test_it_halves_the_error_of_the_sweep(pattern):
     w, gram = correlated()
     swept = js.solvers.sparsegpt(w, gram, 0.5, pattern=pattern)
@@ -80,14 +87,14 @@ def test_it_halves_the_error_of_the_sweep(pattern):
     ("options", "error", "match"),
     [
         ({"mask": None}, TypeError, "needs a mask"),
-        ({"mask": jnp.ones((16, 43), bool)}, ValueError, "mask must have the shape"),
+        ({"mask": np.ones((16, 39), bool)}, ValueError, "mask must have the shape"),
         ({"iterations": 0}, ValueError, "iterations must be at least 1"),
-        ({"start": jnp.ones((16, 44))}, ValueError, "be given with iterations"),
-        ({"gram": jnp.eye(4)}, ValueError, "gram must be"),
+        ({"start": np.ones((16, 40))}, ValueError, "be given with iterations"),
+        ({"gram": np.eye(4)}, ValueError, "gram must be"),
     ],
 )
 def test_what_does_not_fit(options, error, match):
     w, gram = single(*layer())
-    given = {"w": w, "mask": jnp.ones(w.shape, bool), "gram": gram}
+    given = {"w": w, "mask": np.ones(w.shape, bool), "gram": gram}
     with pytest.raises(error, match=match):
         refit(**(given | options))

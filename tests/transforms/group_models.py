@@ -1,5 +1,6 @@
 """Small models with groups of every kind, and what their slices are, told slowly."""
 
+import functools
 import itertools
 
 import jax
@@ -58,13 +59,27 @@ INPUTS = {"mlp": (16, 5), "attention": (4, 3, 5), "conv": (2, 4, 4, 3)}
 
 def make(name, *, dtype="float32", seed=0, scale=1.0):
     """Parameters, an example input and the prunable groups of a model."""
+    params, x, groups = made(name, dtype, seed, scale)
+    return dict(params), x, dict(groups)
+
+
+@functools.cache
+def made(name, dtype, seed, scale):
     rng = np.random.default_rng(seed)
-    draw = lambda shape, scale=1.0: jnp.asarray(
-        scale * rng.standard_normal(shape), dtype
+    draw = lambda shape, scale=1.0: jax.device_put(
+        (scale * rng.standard_normal(shape)).astype(jnp.dtype(dtype))
     )
     params = {path: draw(shape, scale) for path, shape in SHAPES[name].items()}
     x = draw(INPUTS[name])
     return params, x, js.structured.groups(js.trace(MODELS[name], params, x)).prunable
+
+
+def with_values(params, f):
+    """The same leaves with `f(path, values)` of their NumPy values, in their type."""
+    return {
+        p: jax.device_put(np.asarray(f(p, np.array(w))).astype(w.dtype))
+        for p, w in params.items()
+    }
 
 
 def indices(group):
@@ -132,7 +147,7 @@ def assert_sharded_alike(make, name):
     expected = jax.jit(step)(params)
     with jax.set_mesh(mesh):
         put = {
-            p: jax.device_put(w, NamedSharding(mesh, specs.get(p, P())))
+            p: jax.device_put(np.asarray(w), NamedSharding(mesh, specs.get(p, P())))
             for p, w in params.items()
         }
         got = jax.jit(step)(put)

@@ -18,15 +18,15 @@ tr = js.transforms
 def problem():
     """A small index that is used most, in a model at its minimum."""
     rng = np.random.default_rng(0)
-    params = {
-        "up": jnp.asarray(rng.standard_normal((3, 6)), jnp.float32),
-        "down": jnp.asarray(rng.standard_normal((6, 2)), jnp.float32),
-    }
-    params["up"] = params["up"].at[:, 0].multiply(0.1)
-    params["down"] = params["down"].at[0].set(50.0)
+    up, down = rng.standard_normal((3, 6)), rng.standard_normal((6, 2))
+    up[:, 0] *= 0.1
+    down[0] = 50.0
+    params = {"up": up.astype(np.float32), "down": down.astype(np.float32)}
+    params = jax.device_put(params)
     apply_fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
-    x = jnp.asarray(rng.standard_normal((2, 16, 3)), jnp.float32)
-    data = [(a, apply_fn(params, a)) for a in x]
+    x = rng.standard_normal((2, 16, 3)).astype(np.float32)
+    y = np.asarray(jax.jit(apply_fn)(params, x))
+    data = jax.device_put(list(zip(x, y, strict=True)))
     loss = lambda p, batch: 0.1 + jnp.mean((apply_fn(p, batch[0]) - batch[1]) ** 2)
     groups = js.structured.groups(js.trace(apply_fn, params, x[0])).prunable
     return params, groups, data, loss
@@ -37,21 +37,21 @@ def test_it_corrects_a_wrong_first_choice():
     options = {"sparsity": 0.3, "optimizer": optax.sgd(1e-5), "steps": 6}
     plain = tr.hesso(optax.sgd(1e-5), groups, sparsity=0.3, begin=0, periods=1,
                      duration=1)  # fmt: skip
-    state = plain.init(params)
-    grads = jax.grad(loss)(params, data[0])
-    _, state = plain.update(grads, state, params)
+    grads = jax.jit(jax.grad(loss))(params, data[0])
+    choose = lambda grads, params: plain.update(grads, plain.init(params), params)
+    _, state = jax.jit(choose)(grads, params)
     assert 0 in tr.dropped(state).indices["up[1]"]
     found = tr.cric(loss, params, groups, data, **options)
     assert 0 not in found.drop.indices["up[1]"]
     assert int(np.argmax(found.scores["up[1]"])) == 0
     pairs = list(itertools.combinations(range(6), 2))
-    without = jax.jit(
-        lambda pair: (
-            loss(params | {"up": params["up"].at[:, pair].set(0)}, data[0])
-            + loss(params | {"up": params["up"].at[:, pair].set(0)}, data[1])
-        )
-    )
-    losses = [float(without(jnp.array(pair))) for pair in pairs]
+
+    @jax.jit
+    def without(pair):
+        up = params["up"].at[:, pair].set(0)
+        return sum(loss(params | {"up": up}, batch) for batch in data)
+
+    losses = [float(without(np.array(pair))) for pair in pairs]
     reached = losses[pairs.index(tuple(found.drop.indices["up[1]"].tolist()))]
     assert reached in sorted(losses)[:3]
     assert reached < losses[pairs.index((0, 5))] / 10  # what it would have been
@@ -61,10 +61,10 @@ def test_it_corrects_a_wrong_first_choice():
     # The scores drive the training that follows.
     tx = tr.hesso(optax.sgd(1e-5), groups, sparsity=0.3, begin=0, periods=1, duration=2,
                   scores=found.scores)  # fmt: skip
-    state = tx.init(params)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     for _ in range(2):
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        updates, state = update(grads, state, params)
+        params = {p: w + np.asarray(updates[p]) for p, w in params.items()}
     np.testing.assert_array_equal(
         tr.dropped(state).indices["up[1]"], found.drop.indices["up[1]"]
     )
@@ -108,7 +108,7 @@ def test_scores_are_means_of_samples_and_the_charge():
 
 def test_batched_groups_lose_as_many_in_every_copy():
     params, x, groups = gm.make("attention")
-    y = gm.attention(params, x)
+    y = jax.jit(gm.attention)(params, x)
     loss = lambda p, batch: jnp.mean((gm.attention(p, batch) - y - 0.1) ** 2)
     found = tr.cric(loss, params, groups, [x], sparsity=0.4, optimizer=optax.sgd(1e-2),
                     steps=2, max_cycles=2)  # fmt: skip

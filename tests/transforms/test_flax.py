@@ -23,14 +23,14 @@ def prune(**options):
 
 
 def data():
-    x = jax.random.normal(jax.random.key(0), (64, 16))
-    return x, jnp.sum(x[:, :4], axis=-1, keepdims=True)
+    x = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
+    return x, np.sum(x[:, :4], axis=-1, keepdims=True)
 
 
 def test_train_state_trains_sparse():
     model = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(1)])
     x, y = data()
-    start = model.init(jax.random.key(1), x)
+    start = jax.jit(model.init)(jax.random.key(1), x)
     state = TrainState.create(
         apply_fn=model.apply,
         params=start,
@@ -98,4 +98,4 @@ def test_prune_takes_an_nnx_state():
     model = nnx.Linear(16, 32, rngs=nnx.Rngs(0))
     pruned = js.prune(nnx.state(model, nnx.Param), 0.5)
     nnx.update(model, pruned.params)
-    assert int(jnp.sum(model.kernel[...] == 0)) == 256
+    assert np.sum(np.asarray(model.kernel[...]) == 0) == 256

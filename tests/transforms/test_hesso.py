@@ -1,5 +1,7 @@
 """Shrinking in periods: a slow float64 replay of choices and factors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +55,8 @@ def replay_choice(groups, scored, count, gone):
 
 
 def train(tx, model, params, x, steps, *, seen=None):
-    y = gm.MODELS[model](params, x) * 0.5
+    half = np.asarray(0.5, x.dtype)
+    y = jax.jit(lambda params: gm.MODELS[model](params, x) * half)(params)
     loss = lambda p: jnp.mean((gm.MODELS[model](p, x) - y) ** 2)
     traces = []
 
@@ -64,7 +67,7 @@ def train(tx, model, params, x, steps, *, seen=None):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, grads
 
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     for t in range(steps):
         before = params
         params, state, grads = step(params, state)
@@ -74,14 +77,29 @@ def train(tx, model, params, x, steps, *, seen=None):
     return params, state
 
 
+RATE, BEGIN, PERIODS, DURATION = 2e-3, 2, 2, 3
+
+
+@functools.cache
+def trained(model):
+    """The last parameters and state, and what each step saw and did."""
+    params, x, groups = gm.make(model, scale=0.5)
+    tx = tr.hesso(
+        optax.sgd(RATE), groups, sparsity=0.5, begin=BEGIN, periods=PERIODS,
+        duration=DURATION,
+    )  # fmt: skip
+    steps = []
+    look = lambda *seen: steps.append(seen)
+    params, state = train(
+        tx, model, params, x, BEGIN + PERIODS * DURATION + 3, seen=look
+    )
+    return params, state, steps
+
+
 @pytest.mark.parametrize("model", gm.MODELS)
 def test_every_step_is_that_of_a_slow_replay(model):
-    params, x, groups = gm.make(model, scale=0.5)
-    rate, begin, periods, duration = 2e-3, 2, 2, 3
-    tx = tr.hesso(
-        optax.sgd(rate), groups, sparsity=0.5, begin=begin, periods=periods,
-        duration=duration,
-    )  # fmt: skip
+    groups = gm.make(model, scale=0.5)[2]
+    rate, begin, periods, duration = RATE, BEGIN, PERIODS, DURATION
     total = int(np.floor(0.5 * sum(g.size for g in groups.values()) + 0.5))
     gone, shrinking = set(), set()
 
@@ -108,12 +126,13 @@ def test_every_step_is_that_of_a_slow_replay(model):
             np.testing.assert_array_equal(np.asarray(after[p])[w == 0], 0.0)
         if active and i % duration == duration - 1:
             gone, shrinking = gone | shrinking, set()
-        marked = {k for k in keys if bool(state.zero[k[0]][(*k[1], k[2])])}
+        zero = {name: np.asarray(x) for name, x in state.zero.items()}
+        marked = {k for k in keys if zero[k[0]][(*k[1], k[2])]}
         assert marked == gone
 
-    params, state = train(
-        tx, model, params, x, begin + periods * duration + 3, seen=seen
-    )
+    _, state, steps = trained(model)
+    for step in steps:
+        seen(*step)
     drop = tr.dropped(state)
     assert sum(d.shape[-1] for d in drop.indices.values()) == total
     for name, indices in drop.indices.items():
@@ -152,17 +171,15 @@ def test_any_optimizer_inside_any_wrapper_outside_keeps_exact_zeros(dtype):
 
 @pytest.mark.parametrize("model", gm.MODELS)
 def test_the_narrowed_model_computes_what_the_trained_one_does(model):
-    params, x, groups = gm.make(model, scale=0.5)
-    tx = tr.hesso(optax.sgd(2e-3), groups, sparsity=0.5, begin=0, periods=2,
-                  duration=2)  # fmt: skip
-    params, state = train(tx, model, params, x, 5)
+    x = gm.make(model, scale=0.5)[1]
+    params, state, _ = trained(model)
     trace = js.trace(gm.MODELS[model], params, x)
     small = js.structured.narrow(trace, params, tr.dropped(state))
     sizes = lambda tree: sum(w.size for w in jax.tree.leaves(tree))
     assert sizes(small.params) < 0.6 * sizes(params)
     np.testing.assert_allclose(
-        np.asarray(small.apply_fn(small.params, x)),
-        np.asarray(gm.MODELS[model](params, x)),
+        np.asarray(jax.jit(small.apply_fn)(small.params, x)),
+        np.asarray(jax.jit(gm.MODELS[model])(params, x)),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -172,11 +189,16 @@ def test_gradients_of_zeroed_indices_are_hidden_from_the_optimizer():
     params, _, groups = gm.make("mlp")
     tx = tr.hesso(optax.sgd(0.0, momentum=0.9), groups, sparsity=0.5, begin=0,
                   periods=1, duration=1)  # fmt: skip
-    state = tx.init(params)
-    grads = jax.tree.map(jnp.ones_like, params)
+    grads = gm.with_values(params, lambda p, w: np.ones_like(w))
+
+    @jax.jit
+    def step(state, params):
+        updates, state = tx.update(grads, state, params)
+        return state, optax.apply_updates(params, updates)
+
+    state = jax.jit(tx.init)(params)
     for _ in range(2):
-        updates, state = jax.jit(tx.update)(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        state, params = step(state, params)
     gone = {
         (name, (), int(i)) for name, at in tr.dropped(state).indices.items() for i in at
     }
@@ -187,15 +209,16 @@ def test_gradients_of_zeroed_indices_are_hidden_from_the_optimizer():
 
 def test_a_step_towards_zero_makes_an_index_less_important():
     params, _, groups = gm.make("mlp")
-    params = jax.tree.map(jnp.ones_like, params)
-    grads = jax.tree.map(jnp.zeros_like, params)
-    grads["a"] = grads["a"].at[:, 0].set(1.0).at[:, 1].set(-1.0)
+    params = gm.with_values(params, lambda p, w: np.ones_like(w))
+    push = np.array([1.0, -1.0, 0, 0, 0, 0, 0, 0])
+    grads = gm.with_values(params, lambda p, w: push + 0 * w if p == "a" else 0 * w)
     slices = slices_of(groups)
     criteria = tr.Criteria(0.0, 0.0, 1.0, 0.0, 0.0)
     (name,) = [n for n, g in groups.items() if g.size == 8]
-    scored = _hesso.saliency(slices, params, grads, criteria=criteria)[name]
+    score = functools.partial(_hesso.saliency, slices, criteria=criteria)
+    scored = np.asarray(jax.jit(score)(params, grads)[name])
     assert scored[0] < scored[2] < scored[1]
-    np.testing.assert_array_equal(np.asarray(scored[3:]), np.asarray(scored[2]))
+    np.testing.assert_array_equal(scored[3:], scored[2])
 
 
 def test_stated_scores_choose():
@@ -215,17 +238,20 @@ def test_stated_scores_choose():
         for copy, i in gm.indices(g)
     }
     expected = replay_choice(groups, flat, total, set())
-    got = {k for k in flat if bool(state.zero[k[0]][(*k[1], k[2])])}
+    zero = {name: np.asarray(x) for name, x in state.zero.items()}
+    got = {k for k in flat if zero[k[0]][(*k[1], k[2])]}
     assert got == expected
 
 
 def test_ties_keep_the_lower_index_of_the_earlier_group_and_nan_goes_first():
-    scores = {"a": jnp.ones(3), "b": jnp.ones((2, 3)).at[1, 0].set(jnp.nan)}
-    none = {n: jnp.zeros(s.shape, bool) for n, s in scores.items()}
-    got = _hesso.lowest(scores, jnp.asarray(1), first=none)
+    scores = {"a": np.ones(3, np.float32), "b": np.ones((2, 3), np.float32)}
+    scores["b"][1, 0] = np.nan
+    none = {n: np.zeros(s.shape, bool) for n, s in scores.items()}
+    lowest = jax.jit(functools.partial(_hesso.lowest, first=none))
+    got = lowest(scores, np.int32(1))
     assert not np.any(np.asarray(got["a"]))
     assert np.asarray(got["b"]).tolist() == [[False, False, True], [True, False, False]]
-    got = _hesso.lowest(scores, jnp.asarray(4), first=none)
+    got = lowest(scores, np.int32(4))
     assert np.asarray(got["a"]).tolist() == [False, True, True]
     assert np.asarray(got["b"]).sum(-1).tolist() == [2, 2]
 

