@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -22,6 +23,9 @@ def when(predicate: Array, f: Callable[..., Carry], x: Carry, *reads: Any) -> Ca
     every step. The barrier ties what `f` reads to the turn. So `f` has to take all
     arrays it works on from its arguments.
 
+    A predicate that is known is a Python `if`: without jit the loop, whose body is a
+    new function each time, would be compiled in every step.
+
     Args:
       predicate: a scalar bool, possibly traced.
       f: keeps the structure, shapes and dtypes of its first argument.
@@ -31,6 +35,8 @@ def when(predicate: Array, f: Callable[..., Carry], x: Carry, *reads: Any) -> Ca
     Returns:
       A tree like `x`.
     """
+    if not isinstance(predicate, jax.core.Tracer):
+        return f(x, *reads) if predicate else x
 
     def turn(i: Array, carry: Carry) -> Carry:
         return f(carry, *after(i, reads))

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -148,6 +149,7 @@ def _checked_costs(
     return found
 
 
+@jax.jit  # without it eager steps would compile the loop anew
 def _shrinkage(norms: Array, shares: Array, keep: Array, lam: Array) -> Array:
     """`u / (lam + u)` for each index, with `shares` that sum to 1."""
     zero, one = jnp.zeros_like(norms), jnp.ones_like(norms)

@@ -249,18 +249,21 @@ def test_with_every_wrapper(name, column):
 
 
 @every_transform
-def test_eager_steps_are_jitted_steps(name):
+def test_eager_steps_are_jitted_steps_and_compile_once(name, compilations):
     row = TRANSFORMS[name]
     tx, params = row.make(optax.sgd(0.05)), parameters()
     step = step_of(tx, row)
-    eager = jitted = (params, tx.init(params))
+    eager, jitted = [(params, tx.init(params))], (params, tx.init(params))
     for t in range(2):
-        eager = step(*eager, batch(t))
+        eager.append(step(*eager[-1], batch(t)))
         jitted = jax.jit(step)(*jitted, batch(t))
     for got, expected in zip(
-        jax.tree.leaves(jitted), jax.tree.leaves(eager), strict=True
+        jax.tree.leaves(jitted), jax.tree.leaves(eager[-1]), strict=True
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    with compilations() as again:
+        step(*eager[1], batch(1))
+    assert again.names == []
 
 
 @every_transform
