@@ -4,6 +4,7 @@ XLA compiles as quickly as it can, because most tests compile much and compute l
 `make test-all` and whoever sets XLA_FLAGS have its own choice.
 """
 
+import ctypes
 import os
 
 import jaxlib.version
@@ -25,7 +26,7 @@ import hypothesis
 import jax
 import pytest
 
-MOST_PROGRAMS = 1500
+MOST_PROGRAMS = 1000
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci")
@@ -44,8 +45,8 @@ def pytest_configure(config):
 class SharedCache:
     """Keeps what is compiled, here and in the programs that tests start.
 
-    In memory not for ever: a program takes a megabyte, and some memory maps, of which a
-    process may have so many.
+    In memory not for ever: a program takes a megabyte, and ten memory maps, of which
+    Linux gives a process 65,530 and ends it beyond them.
     """
 
     def __init__(self, cache: compilation_cache.Cache):
@@ -71,6 +72,8 @@ class SharedCache:
             if self.programs > MOST_PROGRAMS:
                 jax.clear_caches()
                 self.programs = 0
+                # The C library keeps what is freed, unless it is told.
+                getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)
 
     def pytest_unconfigure(self):
         self.cache.close()

@@ -266,7 +266,21 @@ def test_eager_steps_are_jitted_steps_and_compile_once(name, compilations):
     assert again.names == []
 
 
-@every_transform
+# The others are parts of `enforce`, or add up slices as `prox_group_lasso` does.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if few else pytest.mark.exhaustive)
+        for name in TRANSFORMS
+        for few in [
+            name
+            in {
+                *("enforce", "windowed_obs", "scale_by_mfac", "keep_sparse", "hesso"),
+                *("growing_regularization", "prox_group_lasso"),
+            }
+        ]
+    ],
+)
 def test_shardings_are_kept_and_change_nothing(name):
     row = TRANSFORMS[name]
     tx, params = row.make(adam()), parameters()

@@ -146,7 +146,7 @@ MODELS = {
     "linen": lambda: (*linen(Net(), x := normal(5, 4, 8, 8, 3)), x),
     "scanned": lambda: (*linen(Stack(), TOKENS), TOKENS),
     "densenet": lambda: (
-        *linen(DenseNet((2, 1), 3), x := normal(5, 2, 32, 32, 3)),
+        *linen(DenseNet((1, 1), 3), x := normal(5, 2, 32, 32, 3)),
         x,
     ),
     "nnx": lambda: (*nnx_model(), ROWS),
