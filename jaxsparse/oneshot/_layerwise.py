@@ -18,7 +18,12 @@ from jaxsparse.oneshot._pass import Pass
 from jaxsparse.oneshot._resume import Progress, resumed, saved
 from jaxsparse.oneshot._stages import Bundle, Unit
 from jaxsparse.tracing import Kernel, Trace, trace
-from jaxsparse.tree import from_matrices, leaves_with_paths, to_matrices
+from jaxsparse.tree import (
+    MatrixView,
+    from_matrices,
+    leaves_with_paths,
+    to_matrices,
+)
 
 Solver = Callable[..., solvers.Solved]
 
@@ -263,16 +268,16 @@ def _solve_bundle(
     """Solves the kernels of a bundle."""
     found = []
     for unit in bundle.units:
-        matrices = _matrices(leaves[unit.path], unit, kernels[unit.path])
+        view = kernels[unit.path].view
+        matrices = _matrices(leaves[unit.path], unit.places, view)
         jax.block_until_ready((matrices, evidence))
         begin = time.perf_counter()
-        solved, masked = _solve_places(
+        solved, masked, kept = _solve_places(
             matrices, evidence, wanted[unit.path], stats.gram, solver, pattern
         )
         solved = jax.block_until_ready(solved)
         seconds = time.perf_counter() - begin
         _check(unit, solved, stats)
-        kept = jnp.mean(solved.mask.astype(jnp.float32), axis=(1, 2))
         info = LayerInfo(
             error=np.asarray(solved.info.error),
             relative_error=np.asarray(solved.info.relative_error),
@@ -280,7 +285,7 @@ def _solve_bundle(
             damping=np.asarray(solved.info.damping),
             dead=np.asarray(solved.info.dead),
             rows=np.asarray(stats.count),
-            sparsity=np.asarray(1 - kept),
+            sparsity=1 - np.asarray(kept),
             seconds=seconds,
         )
         entry = _Found(solved.w, solved.mask, unit.places, info)
@@ -292,17 +297,29 @@ def _solve_bundle(
 def _solve_places(matrices, evidence, sparsity, gram, solver, pattern):
     one = lambda w, e: solver(w, e, sparsity, pattern=pattern)
     solved = _over_places(one, matrices, evidence)
+    kept = jnp.mean(solved.mask.astype(jnp.float32), axis=(1, 2))
     if gram is None:
-        return solved, solved.info.relative_error
+        return solved, solved.info.relative_error, kept
     lost = jnp.where(solved.mask, 0, matrices.astype(gram.dtype))
     energy = lambda x: jnp.einsum("pij,pjk,pik->p", x, gram, x, optimize="optimal")
     whole = energy(matrices.astype(gram.dtype))
-    return solved, energy(lost) / jnp.where(whole > 0, whole, 1)
+    return solved, energy(lost) / jnp.where(whole > 0, whole, 1), kept
 
 
-def _matrices(w: Array, unit: Unit, kernel: Kernel) -> Array:
-    matrices = to_matrices(jnp.asarray(w), kernel.view)
-    return matrices.reshape(-1, *matrices.shape[-2:])[unit.places]
+@functools.partial(jax.jit, static_argnames="view")
+def _matrices(w: Array, places: np.ndarray, view: MatrixView) -> Array:
+    matrices = to_matrices(w, view)
+    return matrices.reshape(-1, *matrices.shape[-2:])[places]
+
+
+@functools.partial(jax.jit, static_argnames="view")
+def _replaced(w: Array, places: np.ndarray, new: Array, view: MatrixView) -> Array:
+    """The parameter with some of its matrices replaced."""
+    old = to_matrices(w, view)
+    flat = old.reshape(-1, *old.shape[-2:])
+    return from_matrices(
+        flat.at[places].set(new.astype(flat.dtype)).reshape(old.shape), view
+    )
 
 
 def _check(unit: Unit, solved: solvers.Solved, stats: InputStats) -> None:
@@ -324,11 +341,8 @@ def _put(state: Progress, walk: Pass, path: str, found: _Found, kernel: Kernel) 
     """Puts the solved matrices of a kernel in their places."""
     view, (w, mask, places, info) = kernel.view, found
     total = int(np.prod(view.batch)) if view.batch else 1
-    old = to_matrices(jnp.asarray(walk.leaves[path]), view)
-    flat = old.reshape(total, *old.shape[-2:])
-    new = flat.at[places].set(w.astype(flat.dtype)).reshape(old.shape)
     sharding = getattr(walk.leaves[path], "sharding", None)
-    leaf = from_matrices(new, view)
+    leaf = _replaced(walk.leaves[path], places, w, view)
     walk.leaves[path] = leaf if sharding is None else jax.device_put(leaf, sharding)
     if path not in state.masks:
         state.masks[path] = np.ones(view.shape, bool)

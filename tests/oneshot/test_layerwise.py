@@ -43,7 +43,7 @@ def cheap(w, gram, sparsity, *, pattern):
 
 def normal(seed, *shape):
     numbers = np.random.default_rng(seed).standard_normal(shape)
-    return jnp.asarray(numbers, jnp.float32)
+    return jax.device_put(numbers.astype(np.float32))
 
 
 class Net(nn.Module):
@@ -96,12 +96,12 @@ def linen(model, x):
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     leaves, treedef = jax.tree.flatten(shapes)
     draw = lambda i, s: (
-        normal(i, *s.shape) / np.sqrt(np.prod(s.shape[:-1]))
+        np.asarray(normal(i, *s.shape)) / np.sqrt(np.prod(s.shape[:-1]), dtype="f4")
         if len(s.shape) > 1
-        else abs(1 + normal(i, *s.shape) / 4)
+        else abs(1 + np.asarray(normal(i, *s.shape)) / 4)
     )
     return model.apply, jax.tree.unflatten(
-        treedef, [draw(i, s) for i, s in enumerate(leaves)]
+        treedef, [jax.device_put(draw(i, s)) for i, s in enumerate(leaves)]
     )
 
 
@@ -136,7 +136,8 @@ def experts():
 def small_llama():
     shapes = llama_params(layers=2, d=16, heads=4, kv=2, hidden=24, vocab=11)
     leaves, treedef = jax.tree.flatten(shapes)
-    new = [normal(i, *s.shape) * 0.3 + float(s.ndim == 1) for i, s in enumerate(leaves)]
+    draw = lambda i, s: np.asarray(normal(i, *s.shape))
+    new = [draw(i, s) * np.float32(0.3) + (s.ndim == 1) for i, s in enumerate(leaves)]
     return llama, jax.tree.unflatten(treedef, new)
 
 
