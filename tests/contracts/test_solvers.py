@@ -160,10 +160,11 @@ def test_counts_are_exact_and_another_sparsity_compiles_nothing(name, pattern):
     w, mask, _ = solve(layer(), sparsity)
     shape = SOLVERS[name][1][pattern]
     assert_pruned(w, mask, layer().w, float(sparsity), shape)
+    programs = solve._cache_size()  # of other tests too
     if pattern != "nm":
         w, mask, _ = solve(layer(1), jnp.float32(0.75))
         assert_pruned(w, mask, layer().w, 0.75, shape)
-    assert solve._cache_size() == 1
+    assert solve._cache_size() == programs
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if not n.startswith("obs")])
