@@ -377,10 +377,14 @@ def test_masks_and_the_sparsity_may_be_traced_too():
     jax.tree.map(np.testing.assert_array_equal, jitted.masks, eager.masks)
 
 
-def test_many_devices_give_the_masks_of_one():
+@pytest.mark.parametrize(("name", "greedy"), [("layer", True), ("tile", False)])
+def test_many_devices_give_the_masks_of_one(name, greedy):
     """Here the inputs are cut too, and tiles; `contracts` cuts the outputs alone."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    pattern = PATTERNS["tile"]
+    pattern = PATTERNS[name]
+    call = functools.partial(
+        js.solvers.obs, sparsity=0.5, pattern=pattern, greedy=greedy
+    )
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
     params, grads = problems.params(), problems.grads()
     spread = jax.tree.map(lambda w: put(w, *("x", "y")[-w.ndim :]), params)
@@ -390,13 +394,12 @@ def test_many_devices_give_the_masks_of_one():
         damping=problems.DAMPING,
         pattern=pattern,
     )
-    one = js.solvers.obs(params, fisher_of("tile"), 0.5, pattern=pattern)
-    many = js.solvers.obs(spread, fisher, 0.5, pattern=pattern)
+    one, many = call(params, fisher_of(name)), call(spread, fisher)
     jax.tree.map(np.testing.assert_array_equal, many.masks, one.masks)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, many.params, one.params)
-    scores = js.curvature.group_scores(fisher, spread)
-    jax.tree.map(close, scores, js.curvature.group_scores(fisher_of("tile"), params))
+    score = js.curvature.greedy_scores if greedy else js.curvature.group_scores
+    jax.tree.map(close, score(fisher, spread), score(fisher_of(name), params))
     for w, before in zip(
         jax.tree.leaves(many.params), jax.tree.leaves(spread), strict=True
     ):
