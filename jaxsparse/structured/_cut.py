@@ -189,7 +189,9 @@ def _taken(x: Any, positions: Sequence[Any]) -> Any:
     while left:
         at = next((at for at in left if not waits(at)), None)
         if at is None:  # each depends on another one
-            return x[tuple(positions)]
+            rank = len(shape)
+            now = [_along((i, np.arange(n)), rank) for i, n in enumerate(x.shape)]
+            return x[tuple(positions[i] if i in left else now[i] for i in range(rank))]
         left.remove(at)
         index = positions[at]
         if index.size == index.shape[at]:

@@ -11,14 +11,14 @@ from structured.narrowing import assert_narrowed_equals_masked, each_one, half_o
 from structured.random_models import random_model
 
 FIRST, COUNT = int(os.environ.get("FIRST", "0")), int(os.environ.get("SEEDS", "200"))
-FEW = 12
+FEW = {*range(12), 163}  # the last one: copies that lie in each other's axes
 
 
 @pytest.mark.usefixtures("relaxed_promotion", "x64")
 @pytest.mark.parametrize(
     "seed",
     [
-        pytest.param(seed, marks=[] if seed < FEW else pytest.mark.exhaustive)
+        pytest.param(seed, marks=[] if seed in FEW else pytest.mark.exhaustive)
         for seed in range(FIRST, FIRST + COUNT)
     ],
 )
