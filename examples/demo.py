@@ -36,7 +36,7 @@ args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 args.out.mkdir(parents=True, exist_ok=True)
 
 SEEDS = 1 if args.small else 3
-STEPS, BATCH = (150 if args.small else 800), 64
+STEPS, BATCH = (120 if args.small else 800), 64
 EVERY = STEPS // 50  # masks change this often, from BEGIN to END
 BEGIN, END = 10 * EVERY, 35 * EVERY  # then the network recovers
 data = digits()

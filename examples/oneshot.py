@@ -23,7 +23,7 @@ parser.add_argument("--out", type=Path, default=Path("out/oneshot"))
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 args.out.mkdir(parents=True, exist_ok=True)
 
-STEPS, BATCH = (300 if args.small else 1_500), 64
+STEPS, BATCH = (150 if args.small else 1_500), 64
 data = digits()
 x = jnp.asarray(data.x.reshape(len(data.x), -1))
 y = jnp.asarray(data.y)
