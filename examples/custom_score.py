@@ -26,7 +26,7 @@ parser.add_argument("--out", type=Path, default=Path("out/custom_score"))
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 args.out.mkdir(parents=True, exist_ok=True)
 
-STEPS, BATCH, SEEDS = (300 if args.small else 2_000), 64, 3
+STEPS, BATCH, SEEDS = (400 if args.small else 2_000), 64, 3
 EVERY = STEPS // 40
 SPARSITY = 0.95
 data = digits()

@@ -4,10 +4,10 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 import time
+from typing import Any, NamedTuple
 
+import preloaded
 import pytest
 
 import jaxsparse as js
@@ -17,32 +17,32 @@ STEPS = 12
 TEMPORARY = "*.orbax-checkpoint-tmp"
 
 
+class Started(NamedTuple):
+    """A process, and the file that it prints to."""
+
+    process: Any
+    said: pathlib.Path
+
+
 @pytest.fixture
 def start(tmp_path):
     """Starts a trainer in a process of its own."""
-    env = dict(os.environ)
-    env["XLA_FLAGS"] = one_device(os.environ["XLA_FLAGS"])
-    # Only the first process compiles; the others read what it compiled. A cache of
-    # their own, because one that is killed may leave half an entry.
-    env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
-    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment = {"XLA_FLAGS": one_device(os.environ["XLA_FLAGS"])}
     started = []
 
     def _start(directory):
-        process = subprocess.Popen(
-            [sys.executable, str(TRAINER), str(directory), str(STEPS)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        said = tmp_path / f"said_{len(started)}.txt"
+        arguments = str(directory), str(STEPS), str(tmp_path / "compiled")
+        process = preloaded.start(
+            TRAINER, *arguments, environment=environment, output=said
         )
-        started.append(process)
-        return process
+        started.append(Started(process, said))
+        return started[-1]
 
     yield _start
-    for process in started:
+    for process, _ in started:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 def one_device(flags):
@@ -51,10 +51,10 @@ def one_device(flags):
     return " ".join(keep)
 
 
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return dict(line.rsplit(maxsplit=1) for line in out.splitlines())
+def finish(started):
+    process, said = started
+    assert preloaded.finish(process) == 0, said.read_text()
+    return dict(line.rsplit(maxsplit=1) for line in said.read_text().splitlines())
 
 
 def temporaries(directory):
@@ -64,7 +64,7 @@ def temporaries(directory):
 def third_save_begins(process, directory):
     """Waits until the process writes its third checkpoint."""
     before, seen = temporaries(directory), set()
-    while len(seen) < 3 and process.poll() is None:
+    while len(seen) < 3 and process.is_alive():
         seen |= temporaries(directory) - before
         time.sleep(0.0002)
 
@@ -72,18 +72,19 @@ def third_save_begins(process, directory):
 def first_save_is_whole(process, directory):
     """Waits until the process has written a checkpoint."""
     before = js.checkpoint.latest_step(directory)
-    while js.checkpoint.latest_step(directory) == before and process.poll() is None:
+    while js.checkpoint.latest_step(directory) == before and process.is_alive():
         time.sleep(0.002)
 
 
-def killed(process, directory, wait, delay=0.0):
+def killed(started, directory, wait, delay=0.0):
     """Kills it at a moment; whether a half-written checkpoint is left."""
+    process, _ = started
     before = js.checkpoint.latest_step(directory) or 0
     wait(process, directory)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
     half_written = {int(name.split(".")[0]) for name in temporaries(directory)}
     assert half_written.isdisjoint(js.checkpoint.steps(directory))
     assert js.checkpoint.latest_step(directory) > before

@@ -1,7 +1,8 @@
 """Trains a small sparse network and saves after each step; run by `test_kill.py`.
 
-`python trainer.py DIRECTORY STEPS` goes on from the latest checkpoint in DIRECTORY and
-prints a hash of every bit of the final parameters, masks and optimizer state.
+`python trainer.py DIRECTORY STEPS CACHE` goes on from the latest checkpoint in
+DIRECTORY and prints a hash of every bit of the final parameters, masks and optimizer
+state.
 """
 
 import hashlib
@@ -93,4 +94,7 @@ def main(directory, total_steps):
 
 
 if __name__ == "__main__":
+    # Only the first process compiles; the others read what it compiled. A cache of
+    # their own, because one that is killed may leave half an entry.
+    jax.config.update("jax_compilation_cache_dir", sys.argv[3])
     main(sys.argv[1], int(sys.argv[2]))

