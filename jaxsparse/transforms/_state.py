@@ -8,7 +8,7 @@ import optax
 
 from jaxsparse import patterns
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.tree import path_str, unwrap_variables
+from jaxsparse.tree import leaves_with_paths, unwrap_variables
 
 
 class PruneScheduleState(NamedTuple):
@@ -201,10 +201,9 @@ def check(opt_state: PyTree, params: PyTree = None) -> None:
         params = unwrap_variables(params)
         patterns.check_masks(masks_like(params, opt_state), params)
         masks = jax.tree.leaves(masks_like(params, opt_state))
-        named = jax.tree_util.tree_leaves_with_path(params)
         counts = {
-            path_str(path): int(jnp.sum((w != 0) & ~mask))
-            for (path, w), mask in zip(named, masks, strict=True)
+            path: int(jnp.sum((w != 0) & ~mask))
+            for (path, w), mask in zip(leaves_with_paths(params), masks, strict=True)
         }
         found = {path: n for path, n in counts.items() if n}
         if found:

@@ -1,8 +1,10 @@
 """Key paths as text: `block_0/attn/kernel`.
 
-Rules, messages, tables and files all name a parameter by this text.
+Rules, messages, tables and files all name a parameter by this text, so no two leaves
+of a tree have the same.
 """
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,9 @@ def path_str(key_path: tuple[Any, ...]) -> str:
 
     Returns:
       The keys joined by `/`. The `.value` that an NNX variable adds is left out, so
-      that a Linen and an NNX model answer to the same regular expressions.
+      that a Linen and an NNX model answer to the same regular expressions. Two leaves
+      of one tree may share it, where a key has a `/` of its own; the paths of
+      `leaves_with_paths` and `map_with_path` tell them apart.
 
     Example:
       >>> import jax, jaxsparse as js
@@ -36,19 +40,29 @@ def path_str(key_path: tuple[Any, ...]) -> str:
 def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     """The leaves of a tree with their paths as text.
 
+    A path is what `path_str` makes of a leaf's keys. Keys may have a `/` of their own
+    (Haiku's module names do), and where two leaves would so get one path, each `/`
+    within a key of theirs is written as `%2F`.
+
     Args:
       tree: any pytree.
 
     Returns:
-      `(path, leaf)` pairs in the order of `jax.tree.leaves`.
+      `(path, leaf)` pairs in the order of `jax.tree.leaves`; no two paths are equal.
+
+    Raises:
+      ValueError: paths that are equal even so, because a key holds `%2F` itself.
 
     Example:
       >>> import jaxsparse as js
       >>> js.tree.leaves_with_paths({"b": 2, "a": {"c": 1}})
       [('a/c', 1), ('b', 2)]
+      >>> js.tree.leaves_with_paths({"a": {"b": 1}, "a/b": 2})
+      [('a/b', 1), ('a%2Fb', 2)]
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(path_str(path), leaf) for path, leaf in leaves]
+    paths = _distinct([path for path, _ in leaves])
+    return [(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
 
 
 def map_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
@@ -67,6 +81,27 @@ def map_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
       >>> js.tree.map_with_path(lambda path, x: f"{path}={x}", {"a": {"b": 1}})
       {'a': {'b': 'a/b=1'}}
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: f(path_str(path), *leaves), tree, *rest
-    )
+    named, treedef = leaves_with_paths(tree), jax.tree.structure(tree)
+    others = [treedef.flatten_up_to(other) for other in rest]
+    each = zip(named, *others, strict=True)
+    return treedef.unflatten([f(path, x, *leaves) for (path, x), *leaves in each])
+
+
+def _distinct(key_paths: list[tuple[Any, ...]]) -> list[str]:
+    """The texts of key paths, which are made to differ."""
+    paths = [path_str(keys) for keys in key_paths]
+    if len(set(paths)) == len(paths):
+        return paths
+    often = collections.Counter(paths)
+    for i, keys in enumerate(key_paths):
+        if often[paths[i]] > 1:
+            parts = (path_str((key,)).replace("/", "%2F") for key in keys)
+            paths[i] = "/".join(parts)
+    often = collections.Counter(paths)
+    same = [path for path, count in often.items() if count > 1]
+    if same:
+        raise ValueError(
+            f"{same[0]}: {often[same[0]]} leaves of the tree have this path. Rename a "
+            "key of theirs: what is said of one would be taken for the other."
+        )
+    return paths

@@ -3,6 +3,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 import jaxsparse as js
@@ -58,3 +59,22 @@ def test_map_with_path_passes_the_leaves_of_every_tree():
         lambda path, x, y: (path, x + y), {"a": [1, 2]}, {"a": [10, 20]}
     )
     assert got == {"a": [("a/0", 11), ("a/1", 22)]}
+
+
+def test_keys_with_a_slash_keep_it():
+    haiku = {"mlp/linear": {"w": 1}, "mlp": {"b": 2}}
+    assert paths(haiku) == ["mlp/b", "mlp/linear/w"]
+
+
+def test_no_two_leaves_have_one_path():
+    assert paths({"a": {"b": 1}, "a/b": 2}) == ["a/b", "a%2Fb"]
+    assert paths({"k": [1, 2], "k/0": 3}) == ["k/0", "k/1", "k%2F0"]
+    tree = {"a": {"b": 1}, "a/b": 2, "c": 3}
+    named = js.tree.map_with_path(lambda path, x: f"{path}={x}", tree)
+    assert named == {"a": {"b": "a/b=1"}, "a/b": "a%2Fb=2", "c": "c=3"}
+
+
+def test_paths_that_cannot_be_told_apart_are_an_error():
+    tree = {"a": {"b": 1}, "a/b": 2, "a%2Fb": 3}
+    with pytest.raises(ValueError, match=r"a%2Fb: 2 leaves .* Rename a key"):
+        js.tree.leaves_with_paths(tree)
