@@ -5,11 +5,12 @@ from jaxsparse.tree._axes import AxesRule as AxesRule
 from jaxsparse.tree._axes import default_axes as default_axes
 from jaxsparse.tree._axes import kernel_axes as kernel_axes
 from jaxsparse.tree._axes import resolve_axes as resolve_axes
+from jaxsparse.tree._defaults import default_where as default_where
+from jaxsparse.tree._defaults import why_dense as why_dense
 from jaxsparse.tree._paths import leaves_with_paths as leaves_with_paths
 from jaxsparse.tree._paths import map_with_path as map_with_path
 from jaxsparse.tree._paths import path_str as path_str
 from jaxsparse.tree._random import keys_like as keys_like
-from jaxsparse.tree._select import default_where as default_where
 from jaxsparse.tree._select import nearest as nearest
 from jaxsparse.tree._select import select as select
 from jaxsparse.tree._variables import unwrap_variables as unwrap_variables

@@ -5,42 +5,11 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxsparse import _checks
 from jaxsparse._typing import PyTree, Where
+from jaxsparse.tree._defaults import has_plain_name, why_dense
 from jaxsparse.tree._paths import leaves_with_paths, map_with_path
-
-# The last word of the path of parameters that pruning leaves alone by default.
-_DENSE_NAMES = re.compile(r"(^|_)(bias|scale|embedding|embed|norm|gamma|beta)s?$")
-
-
-def default_where(path: str, leaf: Any) -> bool:
-    """The default selection: kernels and other floating arrays of two or more axes.
-
-    Biases, norm scales and embeddings stay dense, as in the recipes of the papers
-    (Kurtic et al., 2022), also where they have two axes (an attention bias is
-    `(heads, head_dim)`, an embedding `(vocabulary, features)`).
-
-    Args:
-      path: the parameter's path as text.
-      leaf: the parameter; only its shape and dtype are looked at.
-
-    Returns:
-      Whether the parameter takes part.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> js.tree.default_where("dense/kernel", jnp.ones((3, 4)))
-      True
-      >>> js.tree.default_where("embed/embedding", jnp.ones((3, 4)))
-      False
-    """
-    if not hasattr(leaf, "ndim") or leaf.ndim < 2:
-        return False
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return False
-    return not _DENSE_NAMES.search(path.rsplit("/", 1)[-1].lower())
 
 
 def select(params: PyTree, where: Where = None) -> PyTree:
@@ -66,7 +35,7 @@ def select(params: PyTree, where: Where = None) -> PyTree:
       {'dense': {'bias': False, 'kernel': True}}
     """
     if where is None:
-        selected = map_with_path(default_where, params)
+        selected = _by_default(params)
     elif isinstance(where, str):
         pattern = re.compile(where)
         selected = map_with_path(lambda p, _: pattern.search(p) is not None, params)
@@ -78,6 +47,20 @@ def select(params: PyTree, where: Where = None) -> PyTree:
     if jax.tree.leaves(params) and not any(jax.tree.leaves(selected)):
         raise ValueError(_nothing_selected(params, where))
     return selected
+
+
+def _by_default(params: PyTree) -> PyTree:
+    """`default_where`, but a module that has a bias is no table of embeddings."""
+    paths = {path for path, _ in leaves_with_paths(params)}
+
+    def take(path: str, leaf: Any) -> bool:
+        why = why_dense(path, leaf)
+        if why == "an embedding" and has_plain_name(path):
+            module = path.rpartition("/")[0]
+            return not {f"{module}/bias", f"{module}/b"}.isdisjoint(paths)
+        return why is None
+
+    return map_with_path(take, params)
 
 
 def _from_bools(params: PyTree, where: PyTree) -> PyTree:
@@ -101,8 +84,8 @@ def _nothing_selected(params: PyTree, where: Where) -> str:
     if where is None:
         return (
             "The default selection (floating arrays of two or more axes that are no "
-            f"bias, scale or embedding) matches none of the parameters: {paths[:8]}. "
-            "Pass `where`."
+            "bias, norm, embedding, position, token or LoRA factor, by their names) "
+            f"matches none of the parameters: {paths[:8]}. Pass `where`."
         )
     if not isinstance(where, str):
         return f"`where` selects none of the {len(paths)} parameters: {paths[:8]}."
