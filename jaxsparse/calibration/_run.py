@@ -46,7 +46,8 @@ def run(
       params: the parameters.
       batches: for each step the model's inputs, a tuple where it takes several.
       gram: whether to keep the gram matrices.
-      where: which kernels take part; see `jaxsparse.tree.select`.
+      where: which kernels take part; see `jaxsparse.tree.select`. By default those
+        of `trace.where`: by use, without tied embeddings.
       weight: `weight(*inputs)` gives one number for each sample of a batch (its first
         axis), such as the importance of a diffusion timestep.
       host: keeps the running statistics in host memory between batches.
@@ -103,7 +104,7 @@ def selected_kernels(
     Args:
       trace: a trace.
       params: the parameters.
-      where: see `jaxsparse.tree.select`.
+      where: see `jaxsparse.tree.select`; by default `trace.where`.
 
     Returns:
       By path, in the order in which the model reads them.
@@ -111,8 +112,12 @@ def selected_kernels(
     Raises:
       ValueError: a selected parameter that could not be followed, or none is left.
     """
-    chosen = jax.tree.leaves(select(params, where))
-    wanted = {path for path, take in zip(trace.paths, chosen, strict=True) if take}
+    if where is None:
+        named = leaves_with_paths(params)
+        wanted = {path for path, leaf in named if _by_default(trace, path, leaf)}
+    else:
+        chosen = jax.tree.leaves(select(params, where))
+        wanted = {path for path, take in zip(trace.paths, chosen, strict=True) if take}
     for path, leaf in leaves_with_paths(params) if where is not None else ():
         # What is chosen in so many words, and looks like a kernel, shall be one.
         if path in wanted - set(trace.kernels) and default_where(path, leaf):
@@ -135,6 +140,13 @@ def selected_kernels(
             f"model's kernels are {list(trace.kernels)[:8]}."
         )
     return kernels
+
+
+def _by_default(trace: Trace, path: str, leaf: Any) -> bool:
+    """By use; what was not followed by its name, so that it is not passed over."""
+    if path in trace.kernels or path in trace.lookups:
+        return trace.where(path, leaf)
+    return default_where(path, leaf)
 
 
 def pass_over(

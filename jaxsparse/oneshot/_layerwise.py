@@ -127,7 +127,8 @@ def layerwise(
         `[d_out, d_in]`, such as those of `jaxsparse.solvers`, or a
         `functools.partial` of one.
       pattern: what is pruned together.
-      where: which parameters take part; by default all kernels but embeddings.
+      where: which parameters take part; by default those of `Trace.where`: what data is
+        contracted with, but not tied embeddings.
       share: makes of a gram matrix, once for all kernels that share it, the evidence
         that the solver takes. By default `js.curvature.factor_gram` for `sparsegpt` as
         it is, and nothing for others.

@@ -16,7 +16,13 @@ from jaxsparse.tracing._jaxprs import Address, abstract
 from jaxsparse.tracing._kernels import NotFollowed, Reading, view_of
 from jaxsparse.tracing._unify import Dims
 from jaxsparse.tracing._walk import Node, Origin, Site, Walk
-from jaxsparse.tree import Axes, MatrixView, leaves_with_paths
+from jaxsparse.tree import (
+    Axes,
+    MatrixView,
+    has_plain_name,
+    leaves_with_paths,
+    why_dense,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,6 +123,36 @@ class Trace:
             for path, kernel in self.kernels.items()
             if kernel.view.split == kernel.view.shape
         }
+
+    def where(self, path: str, leaf: Any) -> bool:
+        """The default selection, by use: what data is contracted with.
+
+        Takes the kernels of two axes and more. What is looked up by index stays dense,
+        also where it is contracted at another place (tied embeddings), and so does what
+        its own name calls an embedding, a token, a position or a LoRA factor. Names of
+        modules, and the names of plain weights, do not count. It is what `where=None`
+        means wherever there is a trace; elsewhere pass `where=trace.where`.
+
+        Args:
+          path: the parameter's path.
+          leaf: the parameter; only its shape and dtype are looked at.
+
+        Returns:
+          Whether it takes part.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxsparse as js
+          >>> params = {"words": jnp.ones((9, 4)), "up": jnp.ones((4, 4))}
+          >>> apply_fn = lambda p, ids: p["words"][ids] @ p["up"] @ p["words"].T
+          >>> t = js.trace(apply_fn, params, jnp.arange(3))
+          >>> js.prune(params, 0.5, where=t.where).masks["words"]
+          Array(True, dtype=bool)
+        """
+        if path not in self.kernels or path in self.lookups:
+            return False
+        why = why_dense(path, leaf)
+        by_module = why in ("an embedding", "a scale", "a position")
+        return why is None or (by_module and has_plain_name(path))
 
     @property
     def flops(self) -> int:

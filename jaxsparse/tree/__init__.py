@@ -6,6 +6,7 @@ from jaxsparse.tree._axes import default_axes as default_axes
 from jaxsparse.tree._axes import kernel_axes as kernel_axes
 from jaxsparse.tree._axes import resolve_axes as resolve_axes
 from jaxsparse.tree._defaults import default_where as default_where
+from jaxsparse.tree._defaults import has_plain_name as has_plain_name
 from jaxsparse.tree._defaults import why_dense as why_dense
 from jaxsparse.tree._paths import leaves_with_paths as leaves_with_paths
 from jaxsparse.tree._paths import map_with_path as map_with_path
