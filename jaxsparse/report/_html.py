@@ -126,6 +126,7 @@ def table_html(
     totals: Sequence[Sequence[str]],
     bars: Sequence[float],
     bar_column: int,
+    note: str = "",
     warning: str = "",
 ) -> str:
     """A `<table>` with its style inside, all text escaped.
@@ -138,6 +139,7 @@ def table_html(
       bars: for each row and then each total, the fraction of `bar_column`'s cell that
         is shaded.
       bar_column: which column that is.
+      note: a line below the totals, where it is not empty.
       warning: a last line in red, where it is not empty.
 
     Returns:
@@ -165,11 +167,12 @@ def table_html(
         line("td", r, bar=b, style=bold)
         for r, b in zip(totals, bars[len(rows) :], strict=True)
     ]
-    if warning:
-        foot.append(
-            f'<tr><td colspan="{len(header)}" style="{_WARNING}">'
-            f"{html.escape(warning)}</td></tr>"
-        )
+    for text, style in ((note, f"{_CELL};text-align:left"), (warning, _WARNING)):
+        if text:
+            foot.append(
+                f'<tr><td colspan="{len(header)}" style="{style}">'
+                f"{html.escape(text)}</td></tr>"
+            )
     caption = "text-align:left;font-weight:600;padding:4px 10px"
     return "\n".join([
         f'<table style="{_TABLE}">',

@@ -16,6 +16,7 @@ from jaxsparse.tree import (
     map_with_path,
     select,
     unwrap_variables,
+    why_dense,
 )
 
 
@@ -181,7 +182,13 @@ def _row(
         packed_bytes=kept * item + -(-size // 8) if pruned else size * item,
         leaked=leaked,
         pruned=pruned,
+        why=_why(path, w, pruned),
     )
+
+
+def _why(path: str, w: Any, pruned: bool) -> str:
+    """Of arrays with two axes or more: what has fewer is what nobody misses."""
+    return "" if pruned or len(w.shape) < 2 else why_dense(path, w) or ""
 
 
 def _sum(path: str, rows: Sequence[Row]) -> Row:

@@ -32,6 +32,8 @@ class Row(NamedTuple):
       leaked: how many weights under a False mask are not zero; 0 too where there are no
         values to look at (`jax.ShapeDtypeStruct`).
       pruned: whether it takes part: its mask is not a mere scalar True.
+      why: for a dense array of two axes or more, why the default selection leaves it
+        so, as `jaxsparse.tree.why_dense` says; else empty.
     """
 
     path: str
@@ -45,6 +47,7 @@ class Row(NamedTuple):
     packed_bytes: int
     leaked: int
     pruned: bool
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -129,6 +132,7 @@ class Table:
             totals=[_cells(row, columns) for row in totals],
             bars=[row.reached for row in (*self.rows, *totals)],
             bar_column=columns.index("reached"),
+            note=self.left_dense,
             warning=self.warning,
         )
 
@@ -136,7 +140,7 @@ class Table:
         table = RichTable(
             title=Text(self.title, style="bold"),
             title_justify="left",
-            caption=Text(self.warning, style="bold red") if self.warning else None,
+            caption=self._caption(),
             caption_justify="left",
             box=SIMPLE_HEAD,
         )
@@ -152,6 +156,18 @@ class Table:
         for row in self._totals():
             table.add_row(*map(Text, _cells(row, columns)), style="bold")
         return table
+
+    @property
+    def left_dense(self) -> str:
+        """What the default selection leaves though it has two axes, and why."""
+        left = [f"{row.path} ({row.why})" for row in self.rows if row.why]
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        return f"Left dense: {', '.join(left[:_NAMED])}{more}." if left else ""
+
+    def _caption(self) -> Text | None:
+        said = (self.left_dense, ""), (self.warning, "bold red")
+        lines = [Text(text, style=style) for text, style in said if text]
+        return Text("\n").join(lines) if lines else None
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -169,6 +185,8 @@ class Table:
             left_out.add("leaked")
         return [name for name in _COLUMNS if name not in left_out]
 
+
+_NAMED = 6  # as many parameters are named below a table
 
 _COLUMNS = {
     "parameter": lambda r: r.path,

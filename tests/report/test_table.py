@@ -70,8 +70,20 @@ def test_every_field_by_hand():
 def test_fields_are_python_numbers():
     row = js.report.table(PARAMS, MASKS, asked=np.float32(0.5)).rows[1]
     assert [type(x) for x in row] == [
-        str, tuple, str, float, float, int, int, int, int, int, bool
+        str, tuple, str, float, float, int, int, int, int, int, bool, str
     ]  # fmt: skip
+
+
+def test_it_says_what_the_default_leaves_dense_and_why():
+    shapes = {"wte/weight": (64, 8), "cls": (1, 1, 8), "up/kernel": (8, 8), "b": (8,)}
+    params = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
+    table = js.report.table(*js.prune(params, 0.5))
+    said = "Left dense: cls (a token), wte/weight (an embedding)."
+    assert table.left_dense == said
+    assert said in str(table)
+    assert said in table.to_html()
+    chosen = js.prune(params, 0.5, where="cls|wte|up")
+    assert js.report.table(*chosen).left_dense == ""
 
 
 def test_a_number_is_asked_of_pruned_parameters_only():
