@@ -10,6 +10,7 @@ from jaxsparse import patterns
 from jaxsparse._checks import check_positive_int
 from jaxsparse._typing import PyTree, Sparsity, Where
 from jaxsparse.scores import magnitude
+from jaxsparse.tracing import Trace
 from jaxsparse.tree import AxesRule
 
 
@@ -21,6 +22,7 @@ def prune(
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: Where = None,
     axes: AxesRule = None,
+    trace: Trace | None = None,
     steps: int = 1,
 ) -> patterns.Pruned:
     """Removes the weights with the lowest scores.
@@ -38,6 +40,9 @@ def prune(
       pattern: what lives or dies together, and who competes with whom.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
+      trace: what `jaxsparse.trace` found in the model. It states the kernels' axes,
+        which N:M groups and tiles follow, and which parameters are kernels, by use and
+        not by name. `where` and `axes` come before it.
       steps: in how many cuts.
 
     Returns:
@@ -55,6 +60,9 @@ def prune(
       ([[3.0, 0.0], [0.0, -4.0]], [1.0, 1.0])
     """
     check_positive_int(steps, name="steps")
+    if trace is not None:
+        where = trace.where if where is None else where
+        axes = trace.axes if axes is None else axes
     masks = None
     for cut in range(1, steps + 1):
         scores = score(params)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from jaxsparse._typing import PyTree
+from jaxsparse.tree._classes import by_class
 from jaxsparse.tree._paths import leaves_with_paths
 from jaxsparse.tree._select import nearest
 
@@ -106,7 +108,8 @@ def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
       axes: see `AxesRule`; in a mapping the first expression that matches wins.
 
     Returns:
-      A dictionary from path to axes with an entry where the caller stated something.
+      A dictionary from path to axes with an entry where the caller stated something, or
+      where the class of a layer does (Equinox's modules).
 
     Raises:
       ValueError: an expression matches no path, or axes do not fit their parameter.
@@ -118,28 +121,42 @@ def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
       {'query': Axes(input=(0,), output=(1, 2), batch=())}
     """
     leaves = [(p, x) for p, x in leaves_with_paths(params) if hasattr(x, "ndim")]
-    if axes is None or not leaves:
+    if not leaves:
         return {}
     if isinstance(axes, Axes):
         # One statement for all speaks of the kernels; vectors have no two sides.
         return {p: axes.normalised(p, x.ndim) for p, x in leaves if x.ndim >= 2}
-    stated = {}
-    for rule in axes:
+    stated = {
+        found.path: _outputs_first(found.leaf.ndim, found.ndim)
+        for found in by_class(params)
+        if found.ndim and 2 <= found.ndim <= found.leaf.ndim
+    }
+    rules = {} if axes is None else axes
+    for rule in rules:
         if not any(re.search(rule, path) for path, _ in leaves):
             raise ValueError(
                 f"axes: the rule {rule!r} matches no parameter. The nearest paths: "
                 f"{nearest(rule, [p for p, _ in leaves])}."
             )
     for path, leaf in leaves:
-        for rule, value in axes.items():
+        for rule, value in rules.items():
             if re.search(rule, path):
                 stated[path] = value.normalised(path, leaf.ndim)
                 break
     return stated
 
 
+def _outputs_first(ndim: int, own: int) -> Axes:
+    """Of `[*stacked, out, in, *window]`."""
+    lead = ndim - own
+    return Axes(tuple(range(lead + 1, ndim)), (lead,), tuple(range(lead)))
+
+
 def kernel_axes(path: str, leaf: Any, stated: Mapping[str, Axes]) -> Axes:
-    """What the caller stated for a parameter, or the default.
+    """What the caller stated for a parameter, or the default, with a warning.
+
+    Nothing in an array says which of its axes are inputs. Where nobody else does
+    either, it is taken for flax's, and that is said once.
 
     Args:
       path: the parameter's path.
@@ -154,4 +171,18 @@ def kernel_axes(path: str, leaf: Any, stated: Mapping[str, Axes]) -> Axes:
       >>> js.tree.kernel_axes("dense", jnp.ones((2, 3)), {})
       Axes(input=(0,), output=(1,), batch=())
     """
-    return stated.get(path) or default_axes(path, leaf)
+    if path in stated:
+        return stated[path]
+    found = default_axes(path, leaf)
+    warnings.warn(_GUESSED, stacklevel=2)
+    return found
+
+
+_GUESSED = (
+    "No axes are stated for some kernels, so flax's layout is assumed: inputs first, "
+    "outputs last, (in, out) or (*window, in, out). Others store (out, in): torch, "
+    "Equinox, some of Hugging Face's Flax models; and transposed convolutions. Groups "
+    "along the wrong axis are of no use to hardware. State them: axes=trace.axes with "
+    "trace = js.trace(apply_fn, params, inputs), js.prune(..., trace=trace), or "
+    "axes=js.Axes(input=(0,), output=(1,))."
+)

@@ -94,6 +94,11 @@ def has_plain_name(path: str) -> bool:
 
     Returns:
       Whether only its module's name says what it is.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.tree.has_plain_name("wte/weight"), js.tree.has_plain_name("cls_token")
+      (True, False)
     """
     own = _words(path.rsplit("/", 1)[-1])
     return len(own) == 1 and own[0] in _PLAIN

@@ -8,6 +8,7 @@ import jax
 
 from jaxsparse import _checks
 from jaxsparse._typing import PyTree, Where
+from jaxsparse.tree._classes import by_class
 from jaxsparse.tree._defaults import has_plain_name, why_dense
 from jaxsparse.tree._paths import leaves_with_paths, map_with_path
 
@@ -50,11 +51,17 @@ def select(params: PyTree, where: Where = None) -> PyTree:
 
 
 def _by_default(params: PyTree) -> PyTree:
-    """`default_where`, but a module that has a bias is no table of embeddings."""
+    """By names, but for layers of a known class.
+
+    And a module that has a bias is no table of embeddings.
+    """
     paths = {path for path, _ in leaves_with_paths(params)}
+    classes = {found.path: found.dense for found in by_class(params)}
 
     def take(path: str, leaf: Any) -> bool:
         why = why_dense(path, leaf)
+        if path in classes and why not in ("fewer than two axes", "a LoRA factor"):
+            return classes[path] is None
         if why == "an embedding" and has_plain_name(path):
             module = path.rpartition("/")[0]
             return not {f"{module}/bias", f"{module}/b"}.isdisjoint(paths)
