@@ -17,6 +17,12 @@ from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
 from jaxsparse.transforms._enforce import enforce
 from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._mfac import forget_pruned
+from jaxsparse.transforms._sparse_start import (
+    Zeros,
+    masks_of_zeros,
+    warn_of_regrowth,
+    warn_of_zeros,
+)
 from jaxsparse.transforms._state import PruneScheduleState
 from jaxsparse.tree import AxesRule, leaves_with_paths
 
@@ -25,6 +31,14 @@ _LOOK_FOR_LEAKS_EVERY = 100
 
 class PruneSchedule(optax.GradientTransformationExtraArgs):
     """What `prune_schedule` returns: a transformation with two more ways to use it."""
+
+    _start: Callable[..., PruneScheduleState]
+
+    def __new__(cls, init, update, start):
+        """A transformation that can start at any step, with any masks."""
+        self = super().__new__(cls, init, update)
+        self._start = start
+        return self
 
     def wrap(
         self, tx: optax.GradientTransformation
@@ -66,6 +80,8 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
 
         Returns:
           The state of `self.wrap(tx)`, which is that of `optax.chain(self, tx)`.
+          Exact zeros of a model that is sparse already are held, as `zeros` of
+          `prune_schedule` says; a schedule that begins below its sparsity is warned of.
 
         Raises:
           ValueError: masks that do not fit `params`, or params that are not masked.
@@ -79,15 +95,12 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
           >>> state = prune_schedule.adopt(dense_state, params, step=1_000)
           >>> updates, state = prune_schedule.wrap(adam).update(params, state, params)
         """
-        state: Any = self.init(params)
         if masks is not None:
             _check_masked(params, masks)
-            fit = lambda mask, like: jnp.array(
-                jnp.broadcast_to(mask, like.shape), copy=True
-            )
-            state = state._replace(masks=jax.tree.map(fit, masks, state.masks))
+        state: Any = self._start(params, step, masks)
+        if masks is not None:
             opt_state = forget_pruned(opt_state, state.masks, jnp.ones((), bool))
-        return (state._replace(step=jnp.asarray(step, jnp.int32)), opt_state)
+        return (state, opt_state)
 
 
 def prune_schedule(
@@ -99,6 +112,7 @@ def prune_schedule(
     where: Where = None,
     axes: AxesRule = None,
     total_steps: int | None = None,
+    zeros: Zeros = "hold",
 ) -> PruneSchedule:
     """Chooses masks on a schedule and hides pruned coordinates from the optimizer.
 
@@ -133,6 +147,10 @@ def prune_schedule(
       axes: as for `jaxsparse.patterns.masks`.
       total_steps: the length of the training, if known; then a schedule that would not
         end within it is an error too.
+      zeros: what becomes of exact zeros in kernels that take part, in a model that is
+        sparse already when `init` or `adopt` sees it: "hold" keeps them at zero until
+        masks are first chosen, and says so in a warning; "train" lets them grow, for
+        kernels that begin as an identity. Kernels of zeros alone are always trained.
 
     Returns:
       A gradient transformation with the methods `wrap` and `adopt`. Its state is a
@@ -162,11 +180,11 @@ def prune_schedule(
             scored, evaluate(sparsity, step), pattern=pattern, where=where, axes=axes
         )
 
-    def init_fn(params: PyTree) -> Any:
+    def start(params: PyTree, step: int, masks: PyTree) -> PruneScheduleState:
         score_state = scorer.init(params)
         return PruneScheduleState(
-            step=jnp.zeros((), jnp.int32),
-            masks=_initial_masks(params, score_state),
+            step=jnp.asarray(step, jnp.int32),
+            masks=_initial_masks(params, score_state, step, masks),
             score_state=score_state,
             updated=jnp.zeros((), bool),
             regrew=jnp.zeros((), bool),
@@ -187,13 +205,29 @@ def prune_schedule(
             lambda path, s: jnp.zeros_like(owners[path], dtype=s.dtype), shapes
         )
 
-    def _initial_masks(params: PyTree, score_state: Any) -> PyTree:
+    def _initial_masks(
+        params: PyTree, score_state: Any, step: int, adopted: PyTree
+    ) -> PyTree:
         # Shapes do not depend on values, so this works for abstract parameters, and
         # says here what is wrong with the model.
         shapes = jax.eval_shape(lambda p: select(p, 0), params)
-        if _starts_sparse(params):
+        masks = jax.tree.map(_all_kept, shapes, params)
+        leaves = jax.tree.leaves(params)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+            return masks
+        if adopted is not None:
+            fit = lambda mask, like: jnp.array(
+                jnp.broadcast_to(mask, like.shape), copy=True
+            )
+            masks = jax.tree.map(fit, adopted, masks)
+        elif zeros == "hold":
+            masks = masks_of_zeros(masks, params)
+        warn_of_regrowth(masks, params, sparsity, cadence, step)
+        if adopted is None and _starts_sparse(params):
             return select(scorer.score(params, None, score_state), 0)
-        return jax.tree.map(_all_kept, shapes, params)
+        if adopted is None and zeros == "hold":
+            warn_of_zeros(masks)
+        return masks
 
     def _starts_sparse(params: PyTree) -> bool:
         leaves = jax.tree.leaves(params)
@@ -255,7 +289,7 @@ def prune_schedule(
         )
         return _hide(updates, masks), state
 
-    return PruneSchedule(init_fn, update_fn)
+    return PruneSchedule(lambda params: start(params, 0, None), update_fn, start)
 
 
 def _check_masked(params: PyTree, masks: PyTree) -> None:

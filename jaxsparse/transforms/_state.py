@@ -1,5 +1,6 @@
 """What a pruning transformation remembers, and how it is found in any optax state."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -155,6 +156,11 @@ def masks_of(opt_state: PyTree) -> PyTree:
     return jax.tree.map(lay_over, *(s.masks for s in states), is_leaf=hidden)
 
 
+def _prunes(state: PruneScheduleState) -> bool:
+    """Whether any mask removes anything."""
+    return any(not bool(jnp.all(mask)) for mask in jax.tree.leaves(state.masks))
+
+
 NO_STATE = (
     "No pruning transformation in this optimizer state. Put js.prune_schedule(...) "
     "into the chain, for instance js.enforce(optax.chain(js.prune_schedule(...), "
@@ -170,6 +176,9 @@ def check(opt_state: PyTree, params: PyTree = None) -> None:
     anything, when a wrapper outside `enforce` changes the parameters again (averages:
     `optax.ema`, `optax.lookahead`, `optax.contrib.schedule_free`). Both are found
     here. It reads values: call it now and then, outside jit.
+
+    It warns when nothing is pruned yet, which before a schedule begins is as it should
+    be, and after a training means that the schedule lies outside of it.
 
     Args:
       opt_state: the state of any chain with a pruning transformation.
@@ -209,6 +218,14 @@ def check(opt_state: PyTree, params: PyTree = None) -> None:
         if found:
             leaked = sum(found.values())
             where = " (" + ", ".join(f"{p}: {n}" for p, n in found.items()) + ")"
+    steps = max(int(jnp.max(s.step)) for s in states)
+    if not leaked and steps and not any(map(_prunes, states)):
+        warnings.warn(
+            f"Nothing is pruned after {steps} steps: all masks keep everything. Does "
+            "the schedule begin later, or only after the training ends? "
+            "prune_schedule(..., total_steps=n) finds that out beforehand.",
+            stacklevel=2,
+        )
     if leaked:
         raise ValueError(
             f"{leaked} pruned weights are not zero{where}. After a literal "
