@@ -44,9 +44,11 @@ params = {
 }
 
 # %% [markdown]
-# N:M groups and tiles lie along the axes that a layer contracts with its input. A
-# kernel of two or four axes has flax's usual ones. One of three may be attention, a
-# one-dimensional convolution or a stack of layers: nothing is guessed.
+# N:M groups and tiles lie along the axes that a layer contracts with its input.
+# Where there is a model, its trace knows them: `axes=js.trace(...).axes`. Here are only
+# kernels. Those of two or four axes are taken for flax's usual ones, with a
+# warning. One of three may be attention, a one-dimensional convolution or a stack of
+# layers: that is not guessed.
 
 # %%
 try:
@@ -55,6 +57,8 @@ except ValueError as error:
     print("Without axes:", error, sep="\n  ")
 
 axes = {
+    r"conv/kernel$": js.Axes(input=(0, 1, 2), output=(3,)),  # (height, width, in, out)
+    r"dense/kernel$": js.Axes(input=(0,), output=(1,)),  # (in, out)
     r"query/kernel$": js.Axes(input=(0,), output=(1, 2)),  # (in, heads, head_dim)
     r"out/kernel$": js.Axes(input=(0, 1), output=(2,)),  # (heads, head_dim, out)
 }

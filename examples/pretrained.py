@@ -97,18 +97,22 @@ rich.print(results)
 # %% [markdown]
 # ## 2 of every 4
 #
-# The groups run along the inputs, height x width x channels, channels fastest. The
-# first convolution has 27 inputs, which 4 does not divide; all others have 144, 288,
-# 576 or 64.
+# The groups run along the inputs, which the trace of the model finds: height x width x
+# channels, channels fastest. The first convolution has 27 inputs, which 4 does not
+# divide; all others have 144, 288, 576 or 64.
 
 # %%
+trace = js.trace(lambda params, x: forward(params, stats, x)[0], params, x[:1])
+pattern = js.NM(keep=2, of=4)
 try:
-    js.prune(params, pattern=js.NM(keep=2, of=4))
+    js.prune(params, pattern=pattern, trace=trace)
 except ValueError as error:
     print("All kernels:", error, sep="\n  ")
 others = r"^(layer.*conv.|linear)\.weight$"
-two_four = js.prune(params, pattern=js.NM(keep=2, of=4), where=others)
-js.patterns.verify(two_four.masks, params, pattern=js.NM(keep=2, of=4), where=others)
+two_four = js.prune(params, pattern=pattern, where=others, trace=trace)
+js.patterns.verify(
+    two_four.masks, params, pattern=pattern, where=others, axes=trace.axes
+)
 
 # %% [markdown]
 # ## Trained a little more

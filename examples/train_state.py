@@ -74,16 +74,22 @@ def accuracy(state: TrainState) -> float:
 
 
 # %% [markdown]
-# The first convolution has 9 inputs, which 4 does not divide. jaxsparse says so, with
-# the path, and does not skip it silently:
+# Groups of four lie along the inputs of a kernel. The trace of the model says which of
+# its axes these are. The first convolution has 9 inputs, which 4 does not divide.
+# jaxsparse says so, with the path, and does not skip it silently:
 
 # %%
+net = Net()
+images = data.x[:1]
+params = net.init(jax.random.key(0), images)["params"]
+trace = js.trace(lambda params, x: net.apply({"params": params}, x), params, images)
 half = js.schedules.polynomial(final=0.5, begin=10 * EVERY, end=35 * EVERY)
 when = js.schedules.every(EVERY, begin=10 * EVERY, end=35 * EVERY)
 pattern = js.NM(keep=2, of=4)
 adam = optax.adam(optax.cosine_decay_schedule(2e-3, STEPS))
 try:
-    train(js.prune_schedule(half, every=when, pattern=pattern).wrap(adam), "all")
+    everywhere = js.prune_schedule(half, every=when, pattern=pattern, axes=trace.axes)
+    train(everywhere.wrap(adam), "all")
 except ValueError as error:
     print("All kernels:", error, sep="\n  ")
 
@@ -93,14 +99,19 @@ except ValueError as error:
 # %%
 where = r"^(down|hidden|out)/kernel$"
 prune_schedule = js.prune_schedule(
-    half, every=when, pattern=pattern, where=where, total_steps=STEPS
+    half,
+    every=when,
+    pattern=pattern,
+    where=where,
+    axes=trace.axes,
+    total_steps=STEPS,
 )
 dense, dense_history = train(adam, "dense")
 state, history = train(js.enforce(optax.chain(prune_schedule, adam)), "2:4")
 
 masks = js.masks_of(state.opt_state)
 js.check(state.opt_state, state.params)
-js.patterns.verify(masks, state.params, pattern=pattern, where=where)
+js.patterns.verify(masks, state.params, pattern=pattern, where=where, axes=trace.axes)
 
 # %%
 table = js.report.table(state.params, masks, asked=0.5, title="2:4 along the inputs")
