@@ -105,8 +105,8 @@ def contribution(
       eqn: the equation.
       operands: the values of its operands.
       gram: whether to take second moments of all pairs.
-      sample: for each row which sample of the batch it belongs to.
-      weight: one number for each sample, or None.
+      sample: for each row which entry of the flat weight is its own.
+      weight: one number for each sample or token, or None.
 
     Returns:
       Statistics with one batch axis: the equation's own batch indices.
@@ -115,7 +115,7 @@ def contribution(
     by_row = None
     if weight is not None:
         by_row = jnp.broadcast_to(
-            jnp.take(weight, jnp.asarray(sample))[None], rows.shape[:-1]
+            jnp.take(weight.reshape(-1), jnp.asarray(sample))[None], rows.shape[:-1]
         )
     if reading.site.primitive.startswith("ragged_dot"):
         own = _ragged_weights(operands[2], rows.shape[1])
@@ -129,24 +129,6 @@ def contribution(
     dtype = jnp.float64 if rows.dtype == jnp.float64 else jnp.float32
     state = init((rows.shape[0],), rows.shape[-1], gram=gram, dtype=dtype)
     return update(state, rows, by_row)
-
-
-def check_samples(sample: np.ndarray, source: str) -> None:
-    """Raises where rows cannot be weighted by sample.
-
-    Args:
-      sample: for each row which sample it belongs to, -1 for none.
-      source: the line of the model that contracts them.
-
-    Raises:
-      ValueError: some row belongs to none.
-    """
-    if np.any(sample < 0):
-        raise ValueError(
-            f"The rows of inputs at {source} do not each belong to one sample (the "
-            "first axis of the first input), so they cannot be weighted. Leave their "
-            "kernel out with `where`, or give no `weight`."
-        )
 
 
 def zeros_like(shapes: Any) -> Any:

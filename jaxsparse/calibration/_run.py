@@ -9,11 +9,11 @@ import numpy as np
 
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration._capture import capture
-from jaxsparse.calibration._rows import check_samples, contribution
+from jaxsparse.calibration._rows import contribution
 from jaxsparse.calibration._statistics import Statistics
 from jaxsparse.calibration._stats import RunningStats, finalize, init, merge
+from jaxsparse.calibration._weights import batch_weight, weight_of_rows
 from jaxsparse.tracing import Kernel, Trace, retrace
-from jaxsparse.tracing._kernels import Reading
 from jaxsparse.tree import default_where, leaves_with_paths, select
 
 
@@ -48,8 +48,11 @@ def run(
       gram: whether to keep the gram matrices.
       where: which kernels take part; see `jaxsparse.tree.select`. By default those
         of `trace.where`: by use, without tied embeddings.
-      weight: `weight(*inputs)` gives one number for each sample of a batch (its first
-        axis), such as the importance of a diffusion timestep.
+      weight: `weight(*inputs)` gives one number of at least 0 for each sample of a
+        batch (the first axis of its first input), such as the importance of a diffusion
+        timestep; or for each index of more leading axes. For batches of padded
+        sequences that is `weight=lambda ids, mask: mask`, `[batch, tokens]`: rows of
+        weight 0 are not counted.
       host: keeps the running statistics in host memory between batches.
 
     Returns:
@@ -57,7 +60,8 @@ def run(
 
     Raises:
       ValueError: no batches, other parameters than those traced, a selected parameter
-        that the trace could not follow.
+        that the trace could not follow; a weight of another shape, negative or NaN, or
+        one that has rows of some kernel which belong to none of its entries.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -75,15 +79,14 @@ def run(
     leaves = jax.tree.leaves(params)
     compiled: dict[Any, Any] = {}
     states: dict[str, RunningStats] | None = None
-    for batch in batches:
+    for number, batch in enumerate(batches):
         inputs = batch if isinstance(batch, tuple) else (batch,)
         key = str(jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), inputs))
         if key not in compiled:
             here = retrace(trace, params, jax.tree.map(jnp.asarray, inputs))
             again = {name: here.kernels[k.path] for name, k in by_input.items()}
             compiled[key] = jax.jit(pass_over(here, again, gram=gram))
-        by_sample = None if weight is None else jnp.asarray(weight(*inputs))
-        found = compiled[key](leaves, inputs, by_sample)
+        found = compiled[key](leaves, inputs, batch_weight(weight, inputs, number))
         if states is not None:
             before = jax.tree.map(jnp.asarray, states)
             found = {name: merge(before[name], found[name]) for name in before}
@@ -175,6 +178,9 @@ def pass_over(
     ]
     scans = {address: reading.scans for address, (_, reading) in readings.items()}
 
+    def rows_of(reading: Any, weight: Array | None) -> Any:
+        return None if weight is None else weight_of_rows(trace, reading, weight)
+
     def statistics(
         leaves: list[Array], inputs: Any, weight: Array | None
     ) -> dict[str, RunningStats]:
@@ -185,7 +191,7 @@ def pass_over(
                     eqn,
                     operands,
                     gram=gram,
-                    sample=None if weight is None else _samples(trace, reading),
+                    sample=rows_of(reading, weight),
                     weight=weight,
                 )
                 for i, (name, reading) in enumerate(several)
@@ -201,12 +207,6 @@ def pass_over(
         return states
 
     return statistics
-
-
-def _samples(trace: Trace, reading: Reading) -> np.ndarray:
-    sample = reading.samples(trace.samples)
-    check_samples(sample, reading.site.source)
-    return sample
 
 
 def _placed(

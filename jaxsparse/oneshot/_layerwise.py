@@ -134,8 +134,10 @@ def layerwise(
         it is, and nothing for others.
       gram: False for solvers that only need the second moment of each input, `[d_in]`.
       sequential: False takes all statistics from the model as it was.
-      weight: `weight(*inputs)` gives one number for each sample of a batch (its first
-        axis): the share of a diffusion timestep, 0 for a sample that does not count.
+      weight: `weight(*inputs)` gives one number of at least 0 for each sample of a
+        batch (the first axis of its first input): the share of a diffusion timestep, 0
+        for a sample that does not count. Or for each index of more leading axes: for
+        batches of padded sequences `weight=lambda ids, mask: mask`, `[batch, tokens]`.
       host: keeps activations in host memory.
       rules: for foreign primitives, as for `jaxsparse.trace`.
       directory: where to write checkpoints.

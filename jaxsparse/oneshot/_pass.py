@@ -10,7 +10,8 @@ import numpy as np
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.calibration import InputStats, RunningStats, finalize, init, merge
 from jaxsparse.calibration._capture import capture_at
-from jaxsparse.calibration._rows import check_samples, contribution
+from jaxsparse.calibration._rows import contribution
+from jaxsparse.calibration._weights import batch_weight, weight_of_rows
 from jaxsparse.oneshot._segments import Pieces
 from jaxsparse.oneshot._stages import Bundle, Look, Stage, flat_program, stages_of
 from jaxsparse.tracing import Kernel, Trace, retrace
@@ -41,11 +42,10 @@ class Pass:
         self._programs: dict[str, tuple[Pieces, tuple[Stage, ...], set[int]]] = {}
         self._batches: list[tuple[str, dict[int, Any]]] = []
         self._weights: list[Array | None] = []
-        self._samples: dict[str, Any] = {}
-        for inputs in batches:
+        self._traces: dict[str, Trace] = {}
+        for number, inputs in enumerate(batches):
             inputs = jax.tree.map(jnp.asarray, inputs)
-            by_sample = None if weight is None else jnp.asarray(weight(*inputs))
-            self._weights.append(by_sample)
+            self._weights.append(batch_weight(weight, inputs, number))
             key = str(jax.tree.map(jax.typeof, inputs))
             if key not in self._programs:
                 here = retrace(trace, params, inputs)
@@ -55,7 +55,7 @@ class Pass:
                 pieces = Pieces(flat, self._compiled)
                 looks = [k.at for s in stages for b in s.bundles for k in b.looks]
                 self._programs[key] = pieces, stages, pieces.leading_to(looks)
-                self._samples[key] = here.samples
+                self._traces[key] = here
             flat = self._programs[key][0].flat
             numbers = flat.arguments[len(self._paths) :]
             values = jax.tree.leaves(inputs)
@@ -168,8 +168,8 @@ class Pass:
         step, reading = pieces.flat.steps[look.at], look.reading
         weight, sample = self._weights[number], None
         if weight is not None:
-            sample = reading.samples(self._samples[self._batches[number][0]])
-            check_samples(sample, reading.site.source)
+            here = self._traces[self._batches[number][0]]
+            sample = weight_of_rows(here, reading, weight)
         rest = [
             v.aval if isinstance(x, int) else x.val
             for x, v in zip(step.ins, step.eqn.invars, strict=True)

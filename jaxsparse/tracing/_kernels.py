@@ -37,14 +37,15 @@ class Reading:
     batch: np.ndarray
     scans: tuple[Address, ...]
 
-    def samples(self, axis: Axis) -> np.ndarray:
-        """For each row of inputs its place along an axis of the model's inputs.
+    def samples(self, axes: Sequence[Axis]) -> np.ndarray:
+        """For each row of inputs its place along some axes of the model's inputs.
 
         Args:
-          axis: the axis that counts the samples of a batch.
+          axes: the axes that are counted together, such as those of samples and tokens;
+            a place is an index into them flattened.
 
         Returns:
-          `[n]`, -1 for a row that does not belong to one of them.
+          `[n]`, -1 for a row that does not belong to one place.
         """
         site = self.site
         contracted, batch = site.of_input
@@ -53,7 +54,8 @@ class Reading:
         if site.conv is not None:
             first, positions = site.conv
             free, repeat = [dims[first]], positions
-        return np.repeat(_match(free, [axis], distinct=True), repeat)
+        found = np.where(_crossed(free, axes), -1, _match(free, axes, distinct=True))
+        return np.repeat(found, repeat)
 
     @property
     def key(self) -> Any:
@@ -215,6 +217,20 @@ def _match(
     many = np.searchsorted(b[order], a, side="right") - at
     found = order[np.minimum(at, m - 1)]
     return np.where((many == 1) | ((many > 1) & (not distinct)), found, -1)
+
+
+def _crossed(wanted: Sequence[Axis], given: Sequence[Axis]) -> np.ndarray:
+    """Where the wanted axes have one of the given leaves twice, as pairs of tokens."""
+    total = inner = math.prod(a.size for a in wanted)
+    mine = {id(x) for axis in given for x in _axes.leaves(axis) if x.size > 1}
+    times = {leaf: np.zeros(total, int) for leaf in mine}
+    for axis in wanted:
+        inner //= axis.size
+        at = np.arange(total) // inner % axis.size
+        for x, index in _axes.coordinates(axis):
+            if id(x) in mine:
+                times[id(x)] += index[at] >= 0
+    return np.any([t > 1 for t in times.values()] or [np.zeros(total, bool)], axis=0)
 
 
 def _labels(axes: Sequence[Axis]) -> dict[int, np.ndarray]:

@@ -82,7 +82,7 @@ class Trace:
       treedef: the structure of the parameters.
       out_shape: the abstract result.
       inputs: the abstract example inputs.
-      samples: the first axis of the first input, which counts samples.
+      leading: the axes of the first input, of which the first counts samples.
       rules: what was given for foreign primitives.
       dims: each parameter's axes as expressions: axes that must have the same indices,
         in any parameters, share their leaves.
@@ -102,7 +102,7 @@ class Trace:
     treedef: Any
     out_shape: Any
     inputs: Any
-    samples: Any
+    leading: Dims
     rules: Mapping[str, str]
     dims: Mapping[str, Dims]
     input_dims: tuple[Dims, ...]
@@ -264,7 +264,7 @@ def trace(
         treedef,
         out_shape,
         inputs,
-        next((v.dims[0] for v in args[len(paths) :] if v.dims), None),
+        next((v.dims for v in args[len(paths) :] if v.dims), ()),
         rules or {},
         {path: value.dims for path, value in zip(paths, args, strict=False)},
         tuple(value.dims for value in args[len(paths) :]),
