@@ -7,8 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration._capture import capture
+from jaxsparse.calibration._finite import (
+    check_batch,
+    check_params,
+    finite,
+    input_flags,
+    not_finite,
+)
 from jaxsparse.calibration._rows import contribution
 from jaxsparse.calibration._statistics import Statistics
 from jaxsparse.calibration._stats import RunningStats, finalize, init, merge
@@ -59,9 +67,11 @@ def run(
       A `Statistics`.
 
     Raises:
-      ValueError: no batches, other parameters than those traced, a selected parameter
-        that the trace could not follow; a weight of another shape, negative or NaN, or
-        one that has rows of some kernel which belong to none of its entries.
+      ValueError: no batches or an empty one; other parameters than those traced; a
+        selected parameter that the trace could not follow; NaN or Inf in a parameter, a
+        batch or what the model makes of it, with the first place; a weight of another
+        shape, negative or NaN, or one that has rows of some kernel which belong to none
+        of its entries.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -76,17 +86,23 @@ def run(
     """
     kernels = selected_kernels(trace, params, where)
     by_input = {kernel.input: kernel for kernel in reversed(kernels.values())}
+    names = [path for path in kernels if path in by_input]  # as the model reads them
     leaves = jax.tree.leaves(params)
+    check_params(trace.paths, leaves, kernels)
+    flags: list[tuple[Array, Array]] = []
     compiled: dict[Any, Any] = {}
     states: dict[str, RunningStats] | None = None
     for number, batch in enumerate(batches):
         inputs = batch if isinstance(batch, tuple) else (batch,)
+        check_batch(inputs, number)
         key = str(jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), inputs))
         if key not in compiled:
             here = retrace(trace, params, jax.tree.map(jnp.asarray, inputs))
             again = {name: here.kernels[k.path] for name, k in by_input.items()}
-            compiled[key] = jax.jit(pass_over(here, again, gram=gram))
-        found = compiled[key](leaves, inputs, batch_weight(weight, inputs, number))
+            compiled[key] = jax.jit(_flagged(pass_over(here, again, gram=gram), names))
+        by_row = batch_weight(weight, inputs, number)
+        found, flag = compiled[key](leaves, inputs, by_row)
+        flags.append(flag)
         if states is not None:
             before = jax.tree.map(jnp.asarray, states)
             found = {name: merge(before[name], found[name]) for name in before}
@@ -95,6 +111,8 @@ def run(
             states = jax.tree.map(np.asarray, states)
     if states is None:
         raise ValueError("batches: there are none. Was the iterator used up before?")
+    # At the end, so that nothing waits for a batch.
+    _check_flags(flags, names, trace.paths, leaves)
     entries = tuple((path, k.input, k.view) for path, k in kernels.items())
     return Statistics({name: finalize(s) for name, s in states.items()}, entries)
 
@@ -207,6 +225,30 @@ def pass_over(
         return states
 
     return statistics
+
+
+def _flagged(
+    statistics: Callable[..., dict[str, RunningStats]], names: list[str]
+) -> Callable[..., Any]:
+    """With what tells where NaN is: which statistics are finite, which inputs not."""
+
+    def run(leaves: list[Array], inputs: Any, weight: Array | None) -> Any:
+        found = statistics(leaves, inputs, weight)
+        return found, (finite([found[name] for name in names]), input_flags(inputs))
+
+    return run
+
+
+def _check_flags(
+    flags: list[tuple[Array, Array]],
+    names: list[str],
+    paths: tuple[str, ...],
+    leaves: list[Any],
+) -> None:
+    for number, (whole, bad_inputs) in enumerate(flags):
+        if _checks.is_concrete(whole) and not np.all(whole):
+            first = names[int(np.argmin(whole))]
+            raise not_finite(first, number, bad_inputs, paths, leaves)
 
 
 def _placed(

@@ -14,6 +14,7 @@ import numpy as np
 from jaxsparse import solvers
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import Statistics
+from jaxsparse.calibration._finite import check_params
 from jaxsparse.curvature import factor_gram
 from jaxsparse.structured import Drop, Group
 from jaxsparse.structured._score import slices_that_count
@@ -287,9 +288,11 @@ def _readers(
     groups: Mapping[str, Group], params: PyTree, stats: Statistics, where: Where
 ) -> dict[str, list[_Reader]]:
     known = set(stats.paths)
+    named = leaves_with_paths(params)
+    check_params([path for path, _ in named], [leaf for _, leaf in named], known)
     counts = (lambda path, _: path in known) if where is None else where
     slices = slices_that_count(groups, params, counts, roles=("input",))
-    leaves = dict(leaves_with_paths(params))
+    leaves = dict(named)
     found: dict[str, list[_Reader]] = collections.defaultdict(list)
     for name, own in slices.items():
         # An index may lie in several places of one kernel's inputs.

@@ -12,6 +12,7 @@ import numpy as np
 from jaxsparse import _checks, patterns, solvers
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats
+from jaxsparse.calibration._finite import check_params
 from jaxsparse.calibration._run import selected_kernels
 from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._pass import Pass
@@ -147,8 +148,10 @@ def layerwise(
       The parameters, masks and infos.
 
     Raises:
-      ValueError: no batches; a selected parameter that the trace could not follow; a
-        factorisation that fails, with the parameter's path; a sparsity out of range.
+      ValueError: no batches or an empty one; a selected parameter that the trace could
+        not follow; NaN or Inf in a parameter, a batch or what the model makes of it,
+        with the first place; a factorisation that fails, with the parameter's path; a
+        sparsity out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -170,6 +173,7 @@ def layerwise(
     kernels = selected_kernels(traced, params, where)
     wanted = _sparsities(sparsity, params, kernels, pattern)
     _check_groups(kernels, pattern)
+    check_params(traced.paths, jax.tree.leaves(params), kernels)
     if share is None and solver is solvers.sparsegpt and gram:
         share = _factored
     solve = functools.partial(

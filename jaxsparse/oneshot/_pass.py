@@ -10,6 +10,12 @@ import numpy as np
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.calibration import InputStats, RunningStats, finalize, init, merge
 from jaxsparse.calibration._capture import capture_at
+from jaxsparse.calibration._finite import (
+    check_batch,
+    finite,
+    input_flags,
+    not_finite,
+)
 from jaxsparse.calibration._rows import contribution
 from jaxsparse.calibration._weights import batch_weight, weight_of_rows
 from jaxsparse.oneshot._segments import Pieces
@@ -43,7 +49,9 @@ class Pass:
         self._batches: list[tuple[str, dict[int, Any]]] = []
         self._weights: list[Array | None] = []
         self._traces: dict[str, Trace] = {}
+        self._inputs = batches
         for number, inputs in enumerate(batches):
+            check_batch(inputs, number)
             inputs = jax.tree.map(jnp.asarray, inputs)
             self._weights.append(batch_weight(weight, inputs, number))
             key = str(jax.tree.map(jax.typeof, inputs))
@@ -73,6 +81,9 @@ class Pass:
 
         Returns:
           The statistics of each of its bundles, `[places, ...]`.
+
+        Raises:
+          ValueError: NaN or Inf among the inputs, with the batch.
         """
         index = next(i for i, s in enumerate(self.stages) if s is stage)
         total: list[RunningStats] | None = None
@@ -83,7 +94,19 @@ class Pass:
             else:
                 total = [merge(a, b) for a, b in zip(total, found, strict=True)]
         assert total is not None, "there is at least one batch"
+        if not np.all(finite(total)):
+            raise self._first_not_finite(index)
         return [finalize(state) for state in total]
+
+    def _first_not_finite(self, index: int) -> ValueError:
+        """Which batch it was: each is seen once more."""
+        each = (
+            np.asarray(finite(self._see(n, index))) for n in range(len(self._batches))
+        )
+        number, whole = next((n, w) for n, w in enumerate(each) if not np.all(w))
+        name = self.stages[index].bundles[int(np.argmin(whole))].name
+        flags = input_flags(self._inputs[number])
+        return not_finite(name, number, flags, self._paths, list(self.leaves.values()))
 
     def go_on(self, index: int) -> None:
         """Runs the program, with the parameters as they are, to the next stage.
