@@ -1,5 +1,6 @@
 """Statistics of all inputs of a model, in one pass over calibration data."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxsparse.calibration._finite import (
 )
 from jaxsparse.calibration._rows import contribution
 from jaxsparse.calibration._statistics import Statistics
-from jaxsparse.calibration._stats import RunningStats, finalize, init, merge
+from jaxsparse.calibration._stats import RunningStats, finalize, init, merge, unseen
 from jaxsparse.calibration._weights import batch_weight, weight_of_rows
 from jaxsparse.tracing import Kernel, Trace, retrace
 from jaxsparse.tree import default_where, leaves_with_paths, select
@@ -114,7 +115,23 @@ def run(
     # At the end, so that nothing waits for a batch.
     _check_flags(flags, names, trace.paths, leaves)
     entries = tuple((path, k.input, k.view) for path, k in kernels.items())
-    return Statistics({name: finalize(s) for name, s in states.items()}, entries)
+    stats = Statistics({name: finalize(s) for name, s in states.items()}, entries)
+    if all(_checks.is_concrete(known.count) for known in stats.inputs.values()):
+        _warn_unseen(stats)
+    return stats
+
+
+def _warn_unseen(stats: Statistics) -> None:
+    for path in unseen(stats):
+        count = np.asarray(stats.of(path).count)
+        at = [",".join(map(str, place)) for place in np.argwhere(count == 0)]
+        where = f" (batch index {'; '.join(at)})" if count.ndim else ""
+        warnings.warn(
+            f"{path}{where}: no row reached it, so nothing is known of its inputs, and "
+            "scores and solvers fall back to magnitude there. More calibration data "
+            "may reach it.",
+            stacklevel=3,
+        )
 
 
 def selected_kernels(

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,13 @@ from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._pass import Pass
 from jaxsparse.oneshot._resume import Progress, resumed, saved
 from jaxsparse.oneshot._stages import Bundle, Unit
+from jaxsparse.oneshot._unseen import (
+    nan_at,
+    never_seen,
+    over_places,
+    warn_unseen,
+    without_data,
+)
 from jaxsparse.tracing import Kernel, Trace, trace
 from jaxsparse.tree import (
     MatrixView,
@@ -37,7 +44,8 @@ class LayerInfo(NamedTuple):
     """How well one kernel was solved: an entry for each of its matrices, `[*batch]`.
 
     Attributes:
-      error: `tr((W' - W) G (W' - W)^T)`, `G` the second moment of its inputs.
+      error: `tr((W' - W) G (W' - W)^T)`, `G` the second moment of its inputs; NaN, as
+        the next two, where all inputs that were seen are 0, or none was seen.
       relative_error: `error / tr(W G W^T)`.
       masked_error: what the error would be with the same mask and without a change of
         the weights that are left, relative too.
@@ -95,6 +103,7 @@ def layerwise(
     sequential: bool = True,
     weight: Callable[..., Array] | None = None,
     host: bool = False,
+    unseen: Literal["magnitude", "dense"] = "magnitude",
     rules: Mapping[str, str] | None = None,
     directory: Any = None,
     show: bool | None = None,
@@ -140,6 +149,10 @@ def layerwise(
         for a sample that does not count. Or for each index of more leading axes: for
         batches of padded sequences `weight=lambda ids, mask: mask`, `[batch, tokens]`.
       host: keeps activations in host memory.
+      unseen: what becomes of a matrix (an expert) that no rows reached, or only zeros,
+        so that no solver knows anything of it: "magnitude" prunes it by the size of its
+        weights, "dense" leaves it as it is. Either way a warning names it, and its
+        errors are NaN.
       rules: for foreign primitives, as for `jaxsparse.trace`.
       directory: where to write checkpoints.
       show: a progress bar and a table at the end. By default in a terminal.
@@ -166,6 +179,8 @@ def layerwise(
     """
     from jaxsparse import report  # rich: not every program needs it
 
+    if unseen not in ("magnitude", "dense"):
+        raise ValueError(f"unseen must be 'magnitude' or 'dense', got {unseen!r}.")
     data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not data:
         raise ValueError("batches: there are none. Was the iterator used up before?")
@@ -176,9 +191,8 @@ def layerwise(
     check_params(traced.paths, jax.tree.leaves(params), kernels)
     if share is None and solver is solvers.sparsegpt and gram:
         share = _factored
-    solve = functools.partial(
-        _solve_bundle, kernels=kernels, wanted=wanted, solver=solver, pattern=pattern
-    )
+    options = {"solver": solver, "pattern": pattern, "dense": unseen == "dense"}
+    solve = functools.partial(_solve_bundle, kernels=kernels, wanted=wanted, **options)
     walk = Pass(traced, kernels, params, data, gram=gram, host=host, weight=weight)
     state = Progress(0, dict(walk.leaves), {}, {})
     if directory is not None:
@@ -193,7 +207,7 @@ def layerwise(
                 new = solve(bundle, walk.leaves, stats, _evidence(stats, share, gram))
                 for path, part in new:
                     _put(state, walk, path, part, kernels[path])
-                    error = float(np.mean(part.info.relative_error))
+                    error = report.mean_of_known(part.info.relative_error)
                     bar.say(f"{path}: relative error {error:.2e}")
             state = state._replace(stage=index + 1, leaves=dict(walk.leaves))
             if directory is not None:
@@ -250,15 +264,7 @@ def _evidence(stats: InputStats, share: Any, gram: bool) -> Any:
 
 @functools.partial(jax.jit, static_argnames="share")
 def _shared(gram: Array, share: Callable[[Array], Any]) -> Any:
-    return _over_places(share, gram)
-
-
-def _over_places(f: Callable[..., Any], *arrays: Any) -> Any:
-    """`jax.vmap`, but for a single matrix, for which it compiles more slowly."""
-    if jax.tree.leaves(arrays)[0].shape[0] > 1:
-        return jax.vmap(f)(*arrays)
-    found = f(*jax.tree.map(lambda x: x[0], arrays))
-    return jax.tree.map(lambda x: x[None], found)
+    return over_places(share, gram)
 
 
 def _solve_bundle(
@@ -271,9 +277,11 @@ def _solve_bundle(
     wanted: Mapping[str, float | None],
     solver: Solver,
     pattern: patterns.Pattern,
+    dense: bool,
 ) -> list[tuple[str, _Found]]:
     """Solves the kernels of a bundle."""
     found = []
+    blind = np.asarray(never_seen(stats.square))
     for unit in bundle.units:
         view = kernels[unit.path].view
         matrices = _matrices(leaves[unit.path], unit.places, view)
@@ -285,10 +293,14 @@ def _solve_bundle(
         solved = jax.block_until_ready(solved)
         seconds = time.perf_counter() - begin
         _check(unit, solved, stats)
+        if blind.any():
+            warn_unseen(unit, blind, stats, dense)
+            given = None if dense else wanted[unit.path]
+            solved, kept = without_data(matrices, blind, solved, given, pattern, dense)
         info = LayerInfo(
-            error=np.asarray(solved.info.error),
-            relative_error=np.asarray(solved.info.relative_error),
-            masked_error=np.asarray(masked),
+            error=nan_at(blind, solved.info.error),
+            relative_error=nan_at(blind, solved.info.relative_error),
+            masked_error=nan_at(blind, masked),
             damping=np.asarray(solved.info.damping),
             dead=np.asarray(solved.info.dead),
             rows=np.asarray(stats.count),
@@ -303,7 +315,7 @@ def _solve_bundle(
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _solve_places(matrices, evidence, sparsity, gram, solver, pattern):
     one = lambda w, e: solver(w, e, sparsity, pattern=pattern)
-    solved = _over_places(one, matrices, evidence)
+    solved = over_places(one, matrices, evidence)
     kept = jnp.mean(solved.mask.astype(jnp.float32), axis=(1, 2))
     if gram is None:
         return solved, solved.info.relative_error, kept

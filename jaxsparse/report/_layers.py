@@ -14,7 +14,8 @@ def layer_table(info: Mapping[str, Any]) -> str:
     The relative error is that of a kernel's outputs on the calibration data, 1 for no
     kernel at all; "masked only" is what it would be with the same mask and without a
     change of the weights that are left. Of several matrices (experts, stacked layers)
-    the mean is shown.
+    the mean is shown; of errors that of those that are known, which they are not for an
+    expert that no row reached.
 
     Args:
       info: the infos by path.
@@ -37,8 +38,8 @@ def layer_table(info: Mapping[str, Any]) -> str:
         rows.append((
             path,
             f"{mean(layer.sparsity):.3f}",
-            f"{mean(layer.relative_error):.2e}",
-            f"{mean(layer.masked_error):.2e}",
+            f"{mean_of_known(layer.relative_error):.2e}",
+            f"{mean_of_known(layer.masked_error):.2e}",
             f"{mean(layer.dead):.4g}",
             f"{mean(layer.rows):.4g}",
             f"{layer.seconds:.2f}",
@@ -49,3 +50,22 @@ def layer_table(info: Mapping[str, Any]) -> str:
         + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
     )
     return "\n".join(map(line, rows))
+
+
+def mean_of_known(errors: np.ndarray) -> float:
+    """The mean of the errors that are not NaN.
+
+    Args:
+      errors: of a kernel's matrices.
+
+    Returns:
+      A number, NaN if none is known.
+
+    Example:
+      >>> import numpy as np, jaxsparse as js
+      >>> js.report.mean_of_known(np.array([0.25, np.nan]))
+      0.25
+    """
+    known = np.asarray(errors)
+    known = known[~np.isnan(known)]
+    return float(np.mean(known)) if known.size else float("nan")

@@ -21,8 +21,10 @@ def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
     axes=stats.axes)`, or with `js.NM`, whose groups lie within one as well.
 
     Differs from the reference implementation, whose norm is of a sequence and not of a
-    row: a factor `sqrt(sequence length)` that all weights share. Scores of inputs that
-    an expert never saw are 0; see `js.calibration.unseen`.
+    row: a factor `sqrt(sequence length)` that all weights share. Weights of inputs that
+    were always 0 come last, in the order of their magnitudes (their score there is 0,
+    and the order that of the index). An expert that saw no row at all
+    (`js.calibration.unseen`) is scored by magnitudes, in the unit of the others.
 
     Args:
       params: a tree of arrays.
@@ -48,7 +50,7 @@ def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
     """
 
     def score(path: str, w: Array) -> Array:
-        return _times_inputs(jnp.abs(w), jnp.sqrt(stats.of(path).square), stats, path)
+        return _times_inputs(jnp.abs(w), _norms(stats.of(path)), stats, path)
 
     return _each(score, params, stats.paths, where, stats)
 
@@ -69,7 +71,8 @@ def gblm(
 
     Differs from the reference implementation, where the norm of the activations is of a
     sequence of T tokens and grows with `sqrt(T)`: its scores are in the order of
-    `alpha / sqrt(T)` here. The gradients are those of the dense model in both.
+    `alpha / sqrt(T)` here. The gradients are those of the dense model in both. Dead
+    inputs and experts without rows are scored as by `wanda`.
 
     Args:
       params: a tree of arrays.
@@ -103,9 +106,10 @@ def gblm(
     sizes = dict(leaves_with_paths(gradients))
 
     def score(path: str, w: Array) -> Array:
-        norm, size = jnp.sqrt(stats.of(path).square), _checked(path, w, sizes[path])
+        norm, size = _norms(stats.of(path)), _checked(path, w, sizes[path])
         by_inputs = _times_inputs(jnp.abs(w), norm, stats, path)
-        return by_inputs + alpha * jnp.abs(w) * size.astype(w.dtype)
+        size = _usual_where_unseen(size.astype(w.dtype), stats, path)
+        return by_inputs + alpha * jnp.abs(w) * size
 
     both = [path for path in stats.paths if path in sizes]
     return _each(score, params, both, where, stats, sizes)
@@ -115,7 +119,8 @@ def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> 
     """`|W| * G`: the gradients' half of GBLM.
 
     Of single examples' gradients, so that it is not 0 at a minimum as `taylor` is. Das
-    et al. (2023, arXiv:2311.04902).
+    et al. (2023, arXiv:2311.04902). Weights of which all gradients are 0 come last, in
+    the order of their magnitudes.
 
     Args:
       params: a tree of arrays.
@@ -139,7 +144,8 @@ def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> 
     sizes = dict(leaves_with_paths(gradients))
 
     def score(path: str, w: Array) -> Array:
-        return jnp.abs(w) * _checked(path, w, sizes[path]).astype(w.dtype)
+        size = _checked(path, w, sizes[path]).astype(w.dtype)
+        return jnp.abs(w) * _least(size, tuple(range(w.ndim)))
 
     return _each(score, params, list(sizes), where, None, sizes)
 
@@ -161,7 +167,9 @@ def flap(
 
     Differs from the reference implementation, whose variance is not one (its recursion
     changes the mean it should compare with, and leaves the first sequence out); whose
-    attention scores are squared and its other scores are not.
+    attention scores are squared and its other scores are not. Channels that never
+    changed come last, in the order of their weights; the channels of an expert that saw
+    no row are scored by their weights, in the unit of the others.
 
     Args:
       params: a tree of arrays.
@@ -186,20 +194,27 @@ def flap(
       >>> view = js.tree.matrix_view((2, 2), js.Axes(input=(0,), output=(1,)))
       >>> stats = js.calibration.Statistics(
       ...     {"x": js.calibration.finalize(state)}, (("kernel", "x", view),))
-      >>> js.scores.flap({"kernel": jnp.array([[1.0, 2.0], [9.0, 9.0]])}, stats)
-      {'kernel': Array([[5., 5.], [0., 0.]], dtype=float32)}
+      >>> params = {"kernel": jnp.array([[1.0, 2.0], [9.0, 9.0]])}
+      >>> js.scores.flap(params, stats)["kernel"].round(3)
+      Array([[5., 5.], [0., 0.]], dtype=float32)
     """
 
     def score(path: str, w: Array) -> Array:
         view, known = stats.view(path), stats.of(path)
         squares = jnp.square(w).reshape(view.split)
         squares = jnp.sum(squares, axis=view.axes.output, keepdims=True)
-        channels = squares * _along_inputs(known.variance.astype(w.dtype), view)
+        variance = _moments(known.variance, known.count).astype(w.dtype)
+        channels = squares * _along_inputs(variance, view)
         if standardise:
+            still = _along_inputs(known.variance == 0, view)
             over = view.axes.input
             channels = channels - jnp.mean(channels, axis=over, keepdims=True)
             spread = jnp.std(channels, axis=over, keepdims=True)
             channels = channels / jnp.where(spread > 0, spread, 1)
+            # Next to nothing is lost next to a mean.
+            most = jnp.max(squares, axis=over, keepdims=True)
+            share = squares / jnp.where(most > 0, most, 1)
+            channels = channels - jnp.where(still, 1e-3 * (1 - share), 0)
         return jnp.broadcast_to(channels, view.split).reshape(w.shape)
 
     return _each(score, params, stats.paths, where, stats)
@@ -323,3 +338,38 @@ def _along_inputs(values: Array, view: MatrixView) -> Array:
     values = values.reshape([view.split[a] for a in held])
     values = values.transpose(sorted(range(len(held)), key=held.__getitem__))
     return jnp.expand_dims(values, view.axes.output)
+
+
+def _norms(known: InputStats) -> Array:
+    return _moments(jnp.sqrt(known.square), known.count)
+
+
+def _moments(moments: Array, count: Array) -> Array:
+    """Moments `[*batch, d_in]` of which none is 0: so that weights decide there.
+
+    For a dead input next to nothing, for a matrix that saw no row the mean of those
+    that did.
+    """
+    seen = jnp.broadcast_to((count > 0)[..., None], moments.shape)
+    total = jnp.sum(jnp.where(seen, moments, 0))
+    number = jnp.sum(seen, dtype=moments.dtype)
+    usual = jnp.where(total > 0, total / jnp.maximum(number, 1), 1)
+    return jnp.where(seen, _least(moments, (-1,), usual), usual)
+
+
+def _least(values: Array, axes: tuple[int, ...], usual: Array | float = 1.0) -> Array:
+    """Next to nothing in place of 0."""
+    most = jnp.max(values, axis=axes, keepdims=True)
+    least = 1e-20 * jnp.where(most > 0, most, usual)
+    return jnp.where(values > 0, values, least)
+
+
+def _usual_where_unseen(sizes: Array, stats: Statistics, path: str) -> Array:
+    """Gradients' sizes, their mean where they are 0 because no row was seen."""
+    view, known = stats.view(path), stats.of(path)
+    unseen = jnp.broadcast_to((known.count == 0)[..., None], known.square.shape)
+    unseen = jnp.broadcast_to(_along_inputs(unseen, view), view.split)
+    unseen = unseen.reshape(sizes.shape)
+    number = jnp.maximum(jnp.sum(~unseen, dtype=sizes.dtype), 1)
+    usual = jnp.sum(jnp.where(unseen, 0, sizes)) / number
+    return jnp.where(unseen, usual, sizes)

@@ -23,6 +23,8 @@ from jax import lax
 from jaxsparse import _checks
 from jaxsparse._typing import Array
 from jaxsparse.curvature._factor import inverse_lower, inverse_root, matmul
+from jaxsparse.curvature._gram import GramFactor
+from jaxsparse.solvers._solved import least_moments
 
 _PUT_OFF = 64  # columns that are taken from the matrices in one product
 _FLOPS = 5e5  # of the factorisations of one batch
@@ -113,7 +115,14 @@ def check_blocks(
 
 
 def greedy(
-    inverse: Array, moment: Array, count: Array, *, number: int, size: int, at_once: int
+    inverse: Array,
+    moment: Array,
+    count: Array,
+    unseen: Array,
+    *,
+    number: int,
+    size: int,
+    at_once: int,
 ) -> Taken:
     """Removes the cheapest blocks, `at_once` in a step, each step knowing the last.
 
@@ -121,6 +130,7 @@ def greedy(
       inverse: `C`, `[d_in, d_in]`. The first `number * size` columns are the blocks.
       moment: `M`, likewise.
       count: how many blocks to remove, possibly traced; the last step has the rest.
+      unseen: added to each block's error for the choice: what tells dead ones apart.
       number: of blocks.
       size: columns of a block.
       at_once: blocks of a step.
@@ -140,7 +150,7 @@ def greedy(
             rows, own, taken = state
             turn = i * turns + j
             errors = _errors(own, taken.kept)
-            chosen = cheapest(jnp.where(taken.kept, errors, jnp.inf), at_once)
+            chosen = cheapest(jnp.where(taken.kept, errors + unseen, jnp.inf), at_once)
             valid = jnp.arange(at_once, dtype=jnp.int32) < count - turn * at_once
             new = _eliminate(late, rows, chosen, valid, size)
             own = _without(own, new)
@@ -164,6 +174,29 @@ def greedy(
     return lax.fori_loop(jnp.zeros_like(panels), panels, panel, start)[2]
 
 
+def unseen_errors(
+    w: Array, factor: GramFactor, order: Any, number: int, size: int
+) -> Array:
+    """Next to nothing for each block, by its weights of dead inputs.
+
+    Args:
+      w: `[d_out, d_in]`.
+      factor: of the gram matrix.
+      order: the columns, those of blocks first; None: as they are.
+      number: of blocks.
+      size: columns of a block.
+
+    Returns:
+      `[number]`, 0 where no input is dead.
+    """
+    wide = w.astype(factor.root.dtype)
+    moments = least_moments(jnp.diagonal(factor.gram).astype(wide.dtype))
+    own = jnp.sum(wide * wide, axis=0) * moments
+    own = jnp.where(factor.dead, own, jnp.zeros_like(own))
+    own = own if order is None else own[order]
+    return jnp.sum(own[: number * size].reshape(number, size), axis=1)
+
+
 def untouched(number: int, dtype) -> Taken:
     """Before the first step.
 
@@ -181,19 +214,20 @@ def untouched(number: int, dtype) -> Taken:
     )
 
 
-def take(errors: Array, count: Array) -> Taken:
+def take(errors: Array, count: Array, unseen: Array) -> Taken:
     """Removes the cheapest blocks in one step.
 
     Args:
       errors: of each block.
       count: how many.
+      unseen: as for `greedy`.
 
     Returns:
       What goes.
     """
     number = errors.shape[0]
     valid = jnp.arange(number, dtype=jnp.int32) < count
-    chosen = cheapest(errors, number)
+    chosen = cheapest(errors + unseen, number)
     first = jnp.zeros((), jnp.int32)
     return _mark(untouched(number, errors.dtype), chosen, valid, errors, first)
 

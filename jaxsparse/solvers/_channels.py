@@ -13,11 +13,7 @@ from jaxsparse import _checks, patterns
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array
 from jaxsparse.curvature._factor import matmul
-from jaxsparse.curvature._gram import (
-    GramFactor,
-    factor_gram,
-    inverse_upper,
-)
+from jaxsparse.curvature._gram import GramFactor, factor_gram, inverse_upper
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._channel_steps import (
     Taken,
@@ -25,6 +21,7 @@ from jaxsparse.solvers._channel_steps import (
     greedy,
     layer_errors,
     take,
+    unseen_errors,
 )
 from jaxsparse.solvers._solved import Solved, SolveInfo
 
@@ -89,8 +86,10 @@ def channel_errors(
       damping: an absolute one in its place.
 
     Returns:
-      `[n_blocks]`, larger = keep. Dead inputs (all-zero rows of the gram) add nothing.
-      NaN where the factorisation failed (under jit).
+      `[n_blocks]`, larger = keep. Dead inputs (all-zero rows of the gram) add next to
+      nothing: the squares of their weights times 1e-20 of the largest second moment
+      (times 1 if all are dead), so that the smallest of them go first. NaN where the
+      factorisation failed (under jit).
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, a size that does not divide,
@@ -134,7 +133,7 @@ def remove_channels(
 
     The count rule holds for blocks. Between equal errors the block of the lower number
     is kept. Dead inputs (all-zero rows of the gram) cost nothing and are the first to
-    go; those that are kept stay what they are.
+    go, those with the smallest weights first; what is kept of them stays what it is.
 
     Which blocks go depends on `w` by `M = W^T W` alone, which is kept up to date like
     `C`; so no step looks at rows. Shard `w` over its outputs, with the gram matrix on
@@ -191,8 +190,7 @@ def remove_channels(
         _checks.check_positive_int(at_once, name="at_once")
     _arguments.check_dampings(damping, rel_damping)
     factor = _solved.factor_of(w, gram, damping, rel_damping)
-    single = at_once is None or at_once >= number
-    steps = None if single else at_once
+    steps = None if at_once is None or at_once >= number else at_once
     removed = jnp.asarray(removed, jnp.int32)
     found = _jitted_removal(w, factor, removed, order, number, size, steps)
     _solved.done(Solved(found.w, found.mask, found.info))
@@ -306,7 +304,10 @@ def _check_keep(keep: Any, d_in: int) -> None:
 
 @functools.partial(jax.jit, static_argnames=("number", "size"))
 def _jitted_errors(w, factor, order, number, size) -> Array:
-    errors = lambda *a: layer_errors(*_ordered(*a), number, size)
+    def errors(w: Array, factor: GramFactor, order: Any) -> Array:
+        found = layer_errors(*_ordered(w, factor, order), number, size)
+        return found + unseen_errors(w, factor, order, number, size)
+
     return _on_mesh(errors, lambda lies, whole: whole, w, factor, order)
 
 
@@ -356,12 +357,13 @@ def _remove(
     at_once: int | None,
 ) -> RemovedChannels:
     live, upper = _ordered(w, factor, order)
+    unseen = unseen_errors(w, factor, order, number, size)
     if at_once is None:
-        taken = take(layer_errors(live, upper, number, size), removed)
+        taken = take(layer_errors(live, upper, number, size), removed, unseen)
     else:
         inverse, moment = matmul(upper.T, upper), matmul(live.T, live)
         taken = greedy(
-            inverse, moment, removed, number=number, size=size, at_once=at_once
+            inverse, moment, removed, unseen, number=number, size=size, at_once=at_once
         )
     keep = _columns(taken, size, w.shape[1], order)
     solved = _refit(w, factor.gram, factor.damping, keep)
@@ -377,8 +379,7 @@ def _columns(taken: Taken, size: int, d_in: int, order: Array | None) -> Array:
     keep = jnp.repeat(taken.kept, size)
     if order is None:
         return keep
-    all_kept = jnp.ones(d_in, bool)
-    return all_kept.at[order[: keep.shape[0]]].set(keep)
+    return jnp.ones(d_in, bool).at[order[: keep.shape[0]]].set(keep)
 
 
 def _refit(w: Array, gram: Array, added: Array, keep: Array) -> Solved:
@@ -395,6 +396,5 @@ def _refit(w: Array, gram: Array, added: Array, keep: Array) -> Solved:
     missing = jnp.where(used[None, :], matmul(lost, gram), zero)
     moved = target + matmul(matmul(missing, upper.T), upper)
     # False for every number: so the compiler lays the mask where the weights are.
-    never = jnp.isnan(w) & ~jnp.isnan(w)
-    mask = keep[None, :] | never
+    mask = keep[None, :] | (jnp.isnan(w) & ~jnp.isnan(w))
     return _solved.finish(w, moved, mask, gram, damping=added, failed=factor.failed)

@@ -46,9 +46,10 @@ def sparsegpt(
     far should have lost. Among equal scores of a block the weight of the lower column
     is kept, then that of the lower row: the order of a flax kernel `[d_in, d_out]`.
 
-    Weights of dead inputs are the first to go and count towards the sparsity; those
-    that are kept (when there are more of them than are to be removed, or in N:M groups)
-    stay what they are. Weights that `mask` has removed stay removed, and count.
+    Weights of dead inputs are the first to go, the smallest of the whole layer (or
+    group) first, and count towards the sparsity; those that are kept (when there are
+    more of them than are to be removed, or in N:M groups) stay what they are. Weights
+    that `mask` has removed stay removed, and count.
 
     Rows do not depend on each other but for the scope of a layer: shard `w` over its
     outputs, with the gram matrix on every device. Then one integer a pass is exchanged.
@@ -132,7 +133,7 @@ class _Problem(NamedTuple):
 class _Swept(NamedTuple):
     """What the columns so far have become."""
 
-    change: Array  # w - q, [d_in, d_out]
+    change: Array  # w - q, [d_in, d_out], 0 for dead inputs
     kept: Array  # [d_in, d_out]
     error: Array  # of the damped gram matrix, [d_out]
 
@@ -147,22 +148,22 @@ def _solve(
     block_size: int,
 ) -> Solved:
     dtype = factor.root.dtype
+    # A dead input's row and column of the root are 0 but for the diagonal: what happens
+    # to its weights changes no others.
     x, dead = w.astype(dtype).T, factor.dead
     zero = jnp.zeros((), dtype)
-    live = jnp.where(dead[:, None], zero, x)
     before = None if mask is None else mask.T
     if isinstance(pattern, patterns.Unstructured):
         by_row = pattern.scope == "output"
-        removed = _counts(removed, before, dead, x.shape, block_size, by_row)
+        removed = _counts(removed, before, dead, x, block_size, by_row)
     inverses = _inverses(factor.root, block_size)
-    problem = _Problem(live, factor.root, inverses, dead, before, removed)
+    problem = _Problem(x, factor.root, inverses, dead, before, removed)
     body = functools.partial(_block, problem, pattern=pattern, step=block_size)
     start = _Swept(
         jnp.zeros_like(x), jnp.zeros(x.shape, bool), jnp.zeros(x.shape[1:], dtype)
     )
     change, kept, error = in_parts(x.shape[0], block_size, body, start)
-    moved = jnp.where(dead[:, None], x, live - change)
-    moved = jnp.where(factor.failed, jnp.full((), jnp.nan, dtype), moved)
+    moved = jnp.where(factor.failed, jnp.full((), jnp.nan, dtype), x - change)
     moved = jnp.where(kept, moved, zero)
     # Each row's error is that of the damped matrix, which the sweep adds up.
     added = factor.damping * jnp.sum(change * change, axis=0)
@@ -206,16 +207,17 @@ def _counts(
     removed: Array,
     before: Array | None,
     dead: Array,
-    shape: tuple[int, ...],
+    x: Array,
     size: int,
     by_row: bool,
 ) -> Array:
     """`[blocks]`, or `[blocks, d_out]` where rows compete alone.
 
     What is gone stays gone, then weights of dead inputs go, then others. Each of these
-    kinds is taken from the blocks in proportion to how many are there.
+    kinds is taken from the blocks in proportion to how many are there; but of dead
+    inputs, if not all go, the smallest weights, wherever they are.
     """
-    kept = jnp.ones(shape, bool) if before is None else before
+    kept = jnp.ones(x.shape, bool) if before is None else before
     unused = kept & dead[:, None]
     kinds = [
         _per_block(flags, size, by_row) for flags in (~kept, unused, kept & ~unused)
@@ -224,7 +226,17 @@ def _counts(
     every = lambda counts: jnp.sum(counts, axis=0, dtype=counts.dtype)
     left = jnp.maximum(removed - every(gone), 0)
     first = jnp.minimum(left, every(of_dead))
-    return gone + _share(first, of_dead) + _share(left - first, of_live)
+
+    def smallest(_: None) -> Array:
+        score = jnp.where(unused, jnp.abs(x), -jnp.ones_like(x))
+        stays = every(of_dead) - first
+        stay = {"axes": (0,)} if by_row else {}
+        (largest,) = top_k_masks([score], stays[None] if by_row else stays[0], **stay)
+        return of_dead - _per_block(largest & unused, size, by_row)
+
+    some = jnp.any(first < every(of_dead))
+    dead_gone = lax.cond(some, smallest, lambda _: of_dead, None)
+    return gone + dead_gone + _share(left - first, of_live)
 
 
 def _per_block(flags: Array, size: int, by_row: bool) -> Array:
@@ -310,15 +322,18 @@ def _block(
         none = jnp.zeros(now.shape, bool)
         fixed = _sweep(block, none, max(1, _COLUMNS // of) * of, choose, of)
     put = lambda a, part: lax.dynamic_update_slice_in_dim(a, part, start, 0)
-    error = swept.error + jnp.sum(fixed.error * fixed.error, axis=0)
-    change = put(swept.change, own - fixed.new)
+    live = lambda a: jnp.where(block.dead[:, None], jnp.zeros_like(a), a)
+    lost = live(fixed.error)
+    error = swept.error + jnp.sum(lost * lost, axis=0)
+    change = put(swept.change, live(own - fixed.new))
     return _Swept(change, put(swept.kept, fixed.kept), error)
 
 
 def _scores(columns: _Columns) -> Array:
     """`(w_ij / U_jj)^2`; less for dead inputs, and least for what is gone."""
     ratio = columns.now / jnp.diagonal(columns.upper)[:, None]
-    score = jnp.where(columns.dead[:, None], -jnp.ones_like(ratio), ratio * ratio)
+    unused = _solved.below_zero(columns.now)
+    score = jnp.where(columns.dead[:, None], unused, ratio * ratio)
     if columns.before is None:
         return score
     return jnp.where(columns.before, score, jnp.full((), -jnp.inf, score.dtype))

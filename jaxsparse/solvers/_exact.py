@@ -62,8 +62,8 @@ def exact_obs(
       chunk: how many rows at once; by default what fits in a cache.
 
     Returns:
-      The weights, mask and info. Weights of dead inputs are the first to go; those that
-      are kept stay what they are.
+      The weights, mask and info. Weights of dead inputs are the first to go, the
+      smallest of them first; those that are kept stay what they are.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, a sparsity or a group size out of
@@ -113,8 +113,8 @@ def _solve(
     gram = factor.gram
     target = w.astype(factor.root.dtype)
     live = jnp.where(factor.dead[None, :], jnp.zeros_like(target), target)
-    whole = (damped_inverse(factor), removed)
-    mask = _masks(live, whole, pattern, chunk)
+    whole = (damped_inverse(factor), removed, factor.dead)
+    mask = _masks(target, whole, pattern, chunk)
     extra = jnp.where(factor.dead, jnp.ones_like(factor.damping), 0) + factor.damping
     moved = least_squares(live, mask, gram + jnp.diag(extra))
     return _solved.finish(
@@ -123,18 +123,21 @@ def _solve(
 
 
 def _masks(
-    w: Array, whole: tuple[Array, Array], pattern: patterns.Pattern, chunk: int | None
+    w: Array,
+    whole: tuple[Array, Array, Array],
+    pattern: patterns.Pattern,
+    chunk: int | None,
 ) -> Array:
     d_out, d_in = w.shape
     size = d_in**2 if chunk is None else max(1, SCRATCH_BYTES // (8 * chunk))
     by_layer = pattern == patterns.Unstructured("layer")
     group = pattern.of if isinstance(pattern, patterns.NM) else d_in
     most = pattern.of - pattern.keep if isinstance(pattern, patterns.NM) else d_in
-    removal = jax.vmap(functools.partial(_take_apart, group=group), (0, None, None))
+    removal = jax.vmap(functools.partial(_take_apart, group=group), (0, *[None] * 3))
 
-    def rows(w: Array, inverse: Array, removed: Array) -> Any:
+    def rows(w: Array, inverse: Array, removed: Array, dead: Array) -> Any:
         count = jnp.asarray(d_in, removed.dtype) if by_layer else removed
-        return removal(w, inverse, jnp.minimum(count, most))
+        return removal(w, inverse, jnp.minimum(count, most), dead)
 
     taken = over_blocks(rows, (d_out,), size, w, whole=whole)
     if not by_layer:
@@ -160,10 +163,13 @@ class _State(NamedTuple):
     taken: _Taken
 
 
-def _take_apart(w: Array, inverse: Array, count: Array, *, group: int) -> _Taken:
+def _take_apart(
+    w: Array, inverse: Array, count: Array, dead: Array, *, group: int
+) -> _Taken:
     """Removes `count` weights of each group of a row, one after another.
 
     An input that is taken out leaves zeros in the inverse, which no later step changes.
+    A dead one has zeros there from the start, and costs less than any other.
     """
     d_in = w.shape[0]
     far = jnp.full((), jnp.inf, w.dtype)
@@ -173,7 +179,9 @@ def _take_apart(w: Array, inverse: Array, count: Array, *, group: int) -> _Taken
         diagonal = jnp.diagonal(inverse)
         lost = jnp.sum(~kept.reshape(-1, group), axis=1, dtype=count.dtype)
         free = kept & jnp.repeat(lost < count, group)
-        cost = jnp.where(free, w * w / jnp.where(kept, diagonal, 1), far)
+        cost = w * w / jnp.where(kept, diagonal, 1)
+        cost = jnp.where(dead, _solved.below_zero(w), cost)
+        cost = jnp.where(free, cost, far)
         j = jnp.argmin(cost)
         here = (jnp.arange(d_in) == j) & free
         column, pivot = inverse[j], diagonal[j]

@@ -22,7 +22,8 @@ def wanda(
     """Keeps the weights with the largest `|w_ij| sqrt(E[x_j^2])`, as they are.
 
     Sun et al. (2023, Wanda, arXiv:2306.11695). The solver for a layer whose score is
-    `js.scores.wanda`; within each output by default, as in the paper.
+    `js.scores.wanda`; within each output by default, as in the paper. Weights of dead
+    inputs are the first to go, the smallest of them first.
 
     Args:
       w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.
@@ -104,7 +105,9 @@ def _choose(w, gram, sparsity, *, pattern, inputs) -> Solved:
     diagonal = gram if gram.ndim == 1 else jnp.diagonal(gram)
     score = jnp.abs(w)
     if inputs:
-        score = score.astype(diagonal.dtype) * jnp.sqrt(diagonal)[None, :]
+        wide = _solved.compute_type(w, diagonal)
+        norm = _solved.least_moments(jnp.sqrt(diagonal.astype(wide)))
+        score = score.astype(wide) * norm[None, :]
     options = {"pattern": pattern, "axes": {"w": _solved.AXES}, "where": "w"}
     mask = patterns.masks({"w": score}, sparsity, **options)["w"]
     kept = jnp.where(mask, w, jnp.zeros((), w.dtype))

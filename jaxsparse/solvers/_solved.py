@@ -27,9 +27,10 @@ class SolveInfo(NamedTuple):
 
     Attributes:
       error: `tr((W' - W) G (W' - W)^T)`, the mean square error of the layer's outputs,
-        summed over them; `G` is the gram matrix without damping.
+        summed over them; `G` is the gram matrix without damping. NaN where all of it is
+        0: nothing is known of a layer that never saw an input.
       relative_error: `error / tr(W G W^T)`: 1 is as bad as no layer at all. 0 where
-        there is no output.
+        there is no output, NaN where the error is.
       damping: what was added to the gram's diagonal (`admm`, `alps`: to that of the
         gram scaled to a diagonal of ones).
       dead: how many inputs are always 0.
@@ -141,6 +142,38 @@ def given_damping(
     return jnp.asarray(rel_damping).astype(diagonal.dtype) * jnp.mean(live)
 
 
+# Inputs that were never seen.
+
+
+def least_moments(moments: Array) -> Array:
+    """Moments of inputs, with next to nothing in place of 0, or 1 if all are 0.
+
+    A score that is a product with them removes weights of dead inputs first, as 0
+    would, and among these the smallest.
+
+    Args:
+      moments: `[d_in]`, at least 0.
+
+    Returns:
+      `[d_in]`, above 0.
+    """
+    most = jnp.max(moments)
+    least = jnp.where(most > 0, most * 1e-20, jnp.ones_like(most))
+    return jnp.where(moments > 0, moments, least)
+
+
+def below_zero(w: Array) -> Array:
+    """Scores below 0 in the order of `|w|`: for weights that go before all others.
+
+    Args:
+      w: weights.
+
+    Returns:
+      Finite numbers below 0, likewise.
+    """
+    return -1 / jnp.maximum(jnp.abs(w), jnp.asarray(1e-37, w.dtype))
+
+
 # The error.
 
 
@@ -223,7 +256,8 @@ def solve_info(
     share = error / jnp.where(none, jnp.ones_like(total), total)
     relative = jnp.where(none, jnp.zeros_like(share), share)
     dead = jnp.sum(jnp.diagonal(gram) == 0, dtype=jnp.int32)
-    return SolveInfo(error, relative, damping, dead, failed)
+    known = lambda x: jnp.where(dead < gram.shape[0], x, jnp.full_like(x, jnp.nan))
+    return SolveInfo(known(error), known(relative), damping, dead, failed)
 
 
 def finish(
