@@ -53,8 +53,8 @@ def admm(
       rel_damping: added to the diagonal of ones.
 
     Returns:
-      The weights, mask and info. Weights of dead inputs are the first to go; those that
-      are kept stay what they are.
+      The weights, mask and info. Weights of dead inputs are the first to go, the
+      smallest of them first; those that are kept stay what they are.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, options out of range.
@@ -111,8 +111,8 @@ def alps(
       rel_damping: added to the diagonal of ones.
 
     Returns:
-      The weights, mask and info. Weights of dead inputs are the first to go; those that
-      are kept stay what they are.
+      The weights, mask and info. Weights of dead inputs are the first to go, the
+      smallest of them first; those that are kept stay what they are.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, options out of range.
@@ -176,7 +176,10 @@ def _rescale(w: Array, gram: Array, added: Array) -> _Scaled:
 def _admm(w, gram, sparsity, rho, rel_damping, *, pattern, steps) -> Solved:
     rho, added = (jnp.asarray(x).astype(gram.dtype) for x in (rho, rel_damping))
     target, scaled, scale = _rescale(w, gram, added)
-    choose = functools.partial(_choose, sparsity=sparsity, pattern=pattern)
+    unused = (jnp.diagonal(gram) == 0, _solved.below_zero(w.astype(gram.dtype)))
+    choose = functools.partial(
+        _choose, unused=unused, sparsity=sparsity, pattern=pattern
+    )
     factor = factor_gram(scaled, damping=rho)
     inverse = damped_inverse(factor)
     wanted = matmul(target, scaled)
@@ -212,7 +215,10 @@ class _Alternating(NamedTuple):
 def _alps(w, gram, sparsity, rho, rel_damping, *, pattern, steps) -> Solved:
     rho, added = (jnp.asarray(x).astype(gram.dtype) for x in (rho, rel_damping))
     target, scaled, scale = _rescale(w, gram, added)
-    choose = functools.partial(_choose, sparsity=sparsity, pattern=pattern)
+    unused = (jnp.diagonal(gram) == 0, _solved.below_zero(w.astype(gram.dtype)))
+    choose = functools.partial(
+        _choose, unused=unused, sparsity=sparsity, pattern=pattern
+    )
     values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
     wanted = matmul(target, scaled)
     iterations, refits = steps
@@ -256,6 +262,10 @@ def _alps(w, gram, sparsity, rho, rel_damping, *, pattern, steps) -> Solved:
     )
 
 
-def _choose(w: Array, *, sparsity: Any, pattern: patterns.Pattern) -> Array:
-    """The mask of what is largest."""
-    return patterns.masks(jnp.abs(w), sparsity, pattern=pattern, axes=_solved.AXES)
+def _choose(
+    w: Array, *, unused: tuple[Array, Array], sparsity: Any, pattern: patterns.Pattern
+) -> Array:
+    """The mask of what is largest; of dead inputs the smallest weights go first."""
+    dead, below = unused
+    score = jnp.where(dead[None, :], below, jnp.abs(w))
+    return patterns.masks(score, sparsity, pattern=pattern, axes=_solved.AXES)
