@@ -4,25 +4,26 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import ml_dtypes
+import jax
 import numpy as np
 
+from jaxsparse import _checks
+from jaxsparse._checksums import checksum
 from jaxsparse._typing import PyTree
+from jaxsparse.checkpoint import _plain
 from jaxsparse.checkpoint._leaves import named_leaves
 from jaxsparse.structured import Drop
-
-_NOTE = "jaxsparse"
 
 
 class Exported(NamedTuple):
     """What is read back.
 
     Attributes:
-      params: arrays by path.
+      params: NumPy arrays by path.
       drop: what had been dropped to make them; None where nothing was said.
     """
 
@@ -37,18 +38,25 @@ def export(
 
     The file holds plain arrays under names such as `"block_0/conv/kernel"`, and as text
     what was dropped: that, the original model's code and this file are all that a
-    narrowed model needs. The file is written aside and then put in place. bfloat16 and
-    float8 are kept: in `.npz`, which has no such types, as their bits, with their type
-    in the file's text.
+    narrowed model needs. The file is written aside and then put in place.
+
+    Every value and type comes back as it was, whether JAX knows it or not: nothing
+    passes through JAX, which would cut int64 and float64 to 32 bits. A type that the
+    format lacks (bfloat16, float8 and int4 in `.npz`; int4, float4 and the rarer float8
+    in `.safetensors`) is written as unsigned integers of its size, with its name in the
+    file's text. A type that cannot be kept is an error.
+
+    With the arrays goes the CRC-32 of each, which `load_export` checks.
 
     Args:
-      path: ends with `.npz` or `.safetensors` (which needs the package safetensors,
-        `pip install jaxsparse[safetensors]`).
-      params: any pytree of arrays.
+      path: ends with `.npz` or `.safetensors`.
+      params: any pytree of arrays or Python numbers; numbers become arrays.
       drop: what was dropped, of `js.structured.select`.
 
     Raises:
-      ValueError: another ending.
+      ValueError: another ending; an array that lies on several processes.
+      TypeError: what is not an array of numbers or bools, or of a type that the format
+        cannot keep (complex128 and longdouble in `.safetensors`), with its path.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jaxsparse as js
@@ -60,13 +68,22 @@ def export(
       (2, 3)
     """
     path = _checked(path)
-    arrays = {name: np.asarray(x) for name, x in named_leaves(params).items()}
-    note: dict[str, Any] = {"types": {n: x.dtype.name for n, x in arrays.items()}}
+    npz = path.suffix == ".npz"
+    leaves = named_leaves(params)
+    arrays = {name: _on_host(name, x) for name, x in leaves.items()}
+    stored = {name: _plain.stored(name, x, npz=npz) for name, x in arrays.items()}
+    note: dict[str, Any] = {
+        "types": {name: _plain.type_name(x.dtype) for name, x in arrays.items()},
+        "shapes": {name: x.shape for name, x in arrays.items()},
+        "crc32": {name: checksum(x) for name, x in stored.items()},
+    }
     if drop is not None:
         indices = {n: np.asarray(i).tolist() for n, i in drop.indices.items()}
-        note["drop"] = {"indices": indices, "sizes": dict(drop.sizes)}
-    write = _write_npz if path.suffix == ".npz" else _write_safetensors
-    _aside(path, lambda aside: write(aside, arrays, json.dumps(note)))
+        sizes = {n: int(size) for n, size in drop.sizes.items()}
+        note["drop"] = {"indices": indices, "sizes": sizes}
+    write = _plain.write_npz if npz else _plain.write_safetensors
+    text = json.dumps(note)
+    _aside(path, lambda aside: write(aside, stored, text, zlib.crc32(text.encode())))
 
 
 def load_export(path: str | os.PathLike[str]) -> Exported:
@@ -76,13 +93,17 @@ def load_export(path: str | os.PathLike[str]) -> Exported:
       path: of the file.
 
     Returns:
-      The arrays by path, and what was dropped. `js.tree` helps to put them into the
-      structure of a model: `jax.tree.unflatten(treedef, read.params.values())` keeps
-      the order of the leaves.
+      NumPy arrays by path, from both formats and with any setting of `jax_enable_x64`,
+      and what was dropped. `js.tree` helps to put them into the structure of a model:
+      `jax.tree.unflatten(treedef, read.params.values())` keeps the order of the
+      leaves. `jax.tree.map(jnp.asarray, ...)` makes JAX's arrays of them, of which
+      those of 64 bits are cut unless `jax_enable_x64` is set.
 
     Raises:
-      ValueError: another ending than `.npz` or `.safetensors`, or a file that `export`
-        did not write.
+      ValueError: another ending than `.npz` or `.safetensors`, a file that `export`
+        did not write, or one that is damaged: each array is checked against the
+        CRC-32 that was written with it. (Files written before there were any are read
+        unchecked.)
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, jaxsparse as js
@@ -97,13 +118,17 @@ def load_export(path: str | os.PathLike[str]) -> Exported:
       (2, 3)
     """
     path = _checked(path)
-    read = _read_npz if path.suffix == ".npz" else _read_safetensors
-    arrays, text = read(path)
-    if text is None:
-        raise ValueError(f"{path}: not a file of js.checkpoint.export.")
-    note = json.loads(text)
-    # In the order of the leaves, which files do not keep.
-    params = {name: arrays[name] for name in note["types"]}
+    reader = _plain.Npz if path.suffix == ".npz" else _plain.Safetensors
+    with open(path, "rb") as file:
+        opened = _read(path, "the file", lambda: reader(file))
+        if opened.note is None:
+            raise ValueError(f"{path}: not a file of js.checkpoint.export.")
+        note = _read(path, "its text", lambda: _parsed(opened))
+        # In the order of the leaves, which files do not keep.
+        params = {
+            name: _read(path, name, lambda n=name: _parameter(opened, note, n))
+            for name in note["types"]
+        }
     dropped = note.get("drop")
     if dropped is None:
         return Exported(params, None)
@@ -118,6 +143,77 @@ def _checked(path: str | os.PathLike[str]) -> pathlib.Path:
     return path
 
 
+def _on_host(name: str, x: Any) -> np.ndarray:
+    if not _checks.is_concrete(x):
+        raise TypeError(
+            f"{name}: got {x!r}, which has no value to write. Call export outside of "
+            "jit, with arrays."
+        )
+    if isinstance(x, jax.Array):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                f"{name}: a typed random key, which other programs do not know. Leave "
+                "it out, or export jax.random.key_data of it."
+            )
+        if not x.is_fully_addressable:
+            raise ValueError(
+                f"{name}: its parts are on several processes, and a plain file is "
+                "written by one. Gather it with "
+                "jax.experimental.multihost_utils.process_allgather(x, tiled=True)."
+            )
+    array = np.asarray(x)
+    if not _plain.is_number(array.dtype):
+        raise TypeError(
+            f"{name}: only numbers and bools are exported, got {array.dtype} "
+            f"({type(x).__name__}). Leave it out, or turn it into an array of numbers."
+        )
+    return array
+
+
+def _parsed(opened: Any) -> dict[str, Any]:
+    note = json.loads(opened.note)
+    found = zlib.crc32(opened.note.encode())
+    # A file from before there were checksums has neither.
+    if ("crc32" in note or opened.crc is not None) and found != opened.crc:
+        raise ValueError(f"its CRC-32 is {found}, that written with it {opened.crc}")
+    return note
+
+
+def _parameter(opened: Any, note: dict[str, Any], name: str) -> np.ndarray:
+    dtype = _plain.type_of(note["types"][name])
+    stored = opened.read(name)
+    if "crc32" in note:
+        shape = tuple(note["shapes"][name])
+        expected = _plain.stored(name, np.empty(0, dtype), npz=opened.npz).dtype
+        if stored.shape != shape or stored.dtype != expected:
+            raise ValueError(
+                f"it is {stored.dtype}{list(stored.shape)}, what was written is "
+                f"{expected}{list(shape)}"
+            )
+        found = checksum(stored)
+        if found != note["crc32"][name]:
+            raise ValueError(
+                f"its CRC-32 is {found}, that written with it {note['crc32'][name]}"
+            )
+    elif not _plain.is_foreign(dtype):
+        # JAX had cut it to 32 bits before it was written.
+        return stored
+    return stored if stored.dtype == dtype else _plain.retyped(stored, dtype)
+
+
+def _read(path: pathlib.Path, what: str, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    # Of what is damaged, readers make errors of every kind.
+    except Exception as error:
+        said = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path}: {what} cannot be read as it was written: {said}. The file is "
+            "damaged, or was changed by another program. Take a copy of it, or export "
+            "the parameters again."
+        ) from error
+
+
 def _aside(path: pathlib.Path, write: Callable[[str], None]) -> None:
     """Writes beside a file, then takes its place: it is whole or as it was."""
     handle, aside = tempfile.mkstemp(path.suffix, f".{path.stem}-", path.parent)
@@ -128,42 +224,3 @@ def _aside(path: pathlib.Path, write: Callable[[str], None]) -> None:
     except BaseException:
         pathlib.Path(aside).unlink(missing_ok=True)
         raise
-
-
-def _write_npz(path: str, arrays: Mapping[str, np.ndarray], note: str) -> None:
-    named: Any = {f"params/{name}": _bits(x) for name, x in arrays.items()}
-    np.savez(path, note=np.array(note), **named)
-
-
-def _read_npz(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:
-    with np.load(path) as file:
-        if "note" not in file:
-            return {}, None
-        text = str(file["note"])
-        types = json.loads(text)["types"]
-        return {n: _typed(file[f"params/{n}"], t) for n, t in types.items()}, text
-
-
-def _bits(x: np.ndarray) -> np.ndarray:
-    """Numpy's own types as they are, others as unsigned integers of their size."""
-    return x if x.dtype.kind != "V" else x.view(f"u{x.dtype.itemsize}")
-
-
-def _typed(x: np.ndarray, name: str) -> np.ndarray:
-    if x.dtype.name == name:
-        return x
-    return x.view(np.dtype(getattr(ml_dtypes, name)))
-
-
-def _write_safetensors(path: str, arrays: Mapping[str, np.ndarray], note: str) -> None:
-    from safetensors.flax import save_file
-
-    save_file({n: jnp.asarray(x) for n, x in arrays.items()}, path, {_NOTE: note})
-
-
-def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="flax") as file:
-        note = (file.metadata() or {}).get(_NOTE)
-        return {name: file.get_tensor(name) for name in file.keys()}, note  # noqa: SIM118
