@@ -3,15 +3,15 @@
 import errno
 import os
 import pathlib
+import warnings
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxsparse import _checks, patterns
 from jaxsparse._typing import PyTree
-from jaxsparse.checkpoint import _leaves, _stamp, _steps
+from jaxsparse.checkpoint import _files, _leaves, _reading, _stamp, _steps
 from jaxsparse.transforms import masks_of
 
 
@@ -55,6 +55,9 @@ def save(
     Arrays of bools, so all masks, take one bit a weight. Sharded arrays are written
     shard by shard. Typed random keys, weak types and Python numbers in a state come
     back as they were, so that a training that is resumed ends with the same bits.
+
+    The stamp holds the CRC-32 of each leaf, which costs one pass over the arrays where
+    they are, some percent of the time to write them, and no copy on the host.
 
     The directory belongs to one training; two that save into it at once would clear
     away each other's work. With many processes each of them calls `save`, and all see
@@ -113,8 +116,14 @@ def save(
         item: {name: _leaves.encode(f"{item} {name}", x) for name, x in named.items()}
         for item, named in leaves.items()
     }
+    _stamp.check_extra(extra)
+    arrays = {
+        item: {name: x for name, (_, x) in named.items() if x is not None}
+        for item, named in encoded.items()
+    }
     stamp = _stamp.make(
         step=step,
+        checksums=_reading.checksums_of(arrays),
         records={
             item: {name: record for name, (record, _) in named.items()}
             for item, named in encoded.items()
@@ -122,20 +131,16 @@ def save(
         opt_state=opt_state,
         extra=extra,
     )
-    arrays = {
-        item: {name: x for name, (_, x) in named.items() if x is not None}
-        for item, named in encoded.items()
-    }
 
     if jax.process_index() == 0:
         _steps.open_for_writing(directory)
     _wait_for_all("jaxsparse.checkpoint.save:opened")
     path = _steps.path_to_write(directory, step)
-    with _checkpointer() as checkpointer:
+    with _reading.checkpointer() as checkpointer:
         checkpointer.save(
             path,
             args=ocp.args.Composite(
-                **{_steps.STAMP: ocp.args.JsonSave(stamp)},
+                **{_files.STAMP: ocp.args.JsonSave(stamp)},
                 **{
                     item: ocp.args.PyTreeSave(named)
                     for item, named in arrays.items()
@@ -144,6 +149,7 @@ def save(
             ),
         )
     if jax.process_index() == 0:
+        _files.list_files(path)
         _steps.put_in_place(path)
         if keep is not None:
             _steps.remove_older(directory, step, keep)
@@ -170,7 +176,8 @@ def restore(
         `jax.ShapeDtypeStruct`s, for instance from `jax.eval_shape`.
       opt_state: a template of the optimizer state, for instance `tx.init(params)` or
         `jax.eval_shape(tx.init, params)`. None leaves it on disk.
-      step: which step. None is the newest whole one.
+      step: which step. None is the newest one. It is not passed over where it is
+        damaged, for that would lose work without a word: the error names an older one.
 
     Returns:
       The step, the parameters, the optimizer state, the masks and `extra`.
@@ -179,7 +186,11 @@ def restore(
       FileNotFoundError: no whole checkpoint there, or none of this step.
       ValueError: a checkpoint of another model (the message names the paths), one of a
         dense run for a sparse template or the reverse, one written by a later version
-        of jaxsparse; a template whose sharding names no devices.
+        of jaxsparse; a template whose sharding names no devices; a checkpoint that is
+        damaged (the message names the file, the parameter, and the newest older step
+        that is whole): all that is read is checked against the CRC-32 in the stamp, on
+        whatever devices it was saved from. (A checkpoint of a version that wrote none
+        is read unchecked.)
       TypeError: a template with a leaf that cannot have been saved.
 
     Example:
@@ -192,24 +203,35 @@ def restore(
       Restored(step=7, params={'w': Array([[3., 0.]], dtype=float32)}, opt_state=None,
                masks={'w': Array([[ True, False]], dtype=bool)}, extra={'epoch': 2})
     """
-    step, path = _find(_steps.as_directory(directory), step)
-    with _checkpointer() as checkpointer:
-        only_stamp = ocp.args.Composite(**{_steps.STAMP: ocp.args.JsonRestore()})
-        stamp = checkpointer.restore(path, args=only_stamp)[_steps.STAMP]
-    _stamp.check_version(stamp, path=path)
+    directory = _steps.as_directory(directory)
+    step, path = _find(directory, step)
+    fault: Exception | None = None
+    try:
+        stamp = _files.read_stamp(path)
+        _stamp.check_version(stamp, path=path)
+        _files.check_stamp(stamp)
+        templates = _templates(stamp, params, opt_state, path=path)
+        fault = _fault(path, stamp)
+        alone = fault is not None and jax.process_count() == 1
+        read = _reading.read(path, stamp, templates, alone=alone)
+    # Of damaged files orbax makes errors of every kind.
+    except Exception as error:
+        if fault is None and not isinstance(error, _files.Damaged):
+            raise
+        said = str(error) if fault is None else f"{fault}; {error}"
+        raise ValueError(
+            f"{path} is damaged: {said}. {_what_is_left(directory, step)}"
+        ) from error
+    if fault is not None:
+        warnings.warn(
+            f"{path}: {fault}. All that was asked for is as it was saved; the rest of "
+            "this checkpoint may not be. Save it again.",
+            stacklevel=2,
+        )
 
-    templates = {"params": _leaves.named_leaves(params)}
-    _stamp.check_leaves(stamp, "params", templates["params"], path=path)
-    if opt_state is not None:
-        templates["opt_state"] = _leaves.named_leaves(opt_state)
-        if "opt_state" in stamp["leaves"]:
-            _stamp.check_sparse(stamp, opt_state, path=path)
-        _stamp.check_leaves(stamp, "opt_state", templates["opt_state"], path=path)
-    if "masks" in stamp["leaves"]:
-        templates["masks"] = _mask_templates(stamp, templates["params"])
-
-    read = _read(path, stamp["leaves"], templates)
-    fill = lambda tree, item: jax.tree.unflatten(jax.tree.structure(tree), read[item])
+    fill = lambda tree, item: jax.tree.unflatten(
+        jax.tree.structure(tree), list(read[item].values())
+    )
     if opt_state is not None:
         opt_state = fill(opt_state, "opt_state")
     return Restored(
@@ -222,7 +244,7 @@ def restore(
 
 
 def _find(directory: pathlib.Path, step: Any) -> tuple[int, pathlib.Path]:
-    found = _steps.whole(directory)
+    found = _steps.present(directory)
     if not found:
         raise FileNotFoundError(
             errno.ENOENT,
@@ -241,51 +263,48 @@ def _find(directory: pathlib.Path, step: Any) -> tuple[int, pathlib.Path]:
     return step, found[step]
 
 
-def _read(
-    path: pathlib.Path, records: dict[str, Any], templates: dict[str, Any]
-) -> dict[str, list[Any]]:
-    # The leaves of each item, in the order of its template and where that lies.
-    places = {
-        item: {name: _leaves.place_of(f"{item} {name}", x) for name, x in named.items()}
-        for item, named in templates.items()
-    }
-    args = {
-        item: {
-            name: _restore_args(_leaves.written_place(records[item][name], place))
-            for name, place in named.items()
-            if _leaves.is_written(records[item][name])
-        }
-        for item, named in places.items()
-    }
-    wanted = {
-        item: ocp.args.PyTreeRestore(restore_args=named)
-        for item, named in args.items()
-        if named
-    }
-    written: Any = {}
-    if wanted:  # orbax takes nothing for everything
-        with _checkpointer() as checkpointer:
-            written = checkpointer.restore(path, args=ocp.args.Composite(**wanted))
-    return {
-        item: [
-            _leaves.decode(
-                f"{item} {name}",
-                written[item].get(name) if item in wanted else None,
-                records[item][name],
-                template,
-                places[item][name],
-            )
-            for name, template in named.items()
-        ]
-        for item, named in templates.items()
-    }
+def _templates(
+    stamp: dict[str, Any], params: PyTree, opt_state: PyTree, *, path: pathlib.Path
+) -> dict[str, dict[str, Any]]:
+    """The leaves to read, by item and name; an error where the stamp has others."""
+    templates = {"params": _leaves.named_leaves(params)}
+    _stamp.check_leaves(stamp, "params", templates["params"], path=path)
+    if opt_state is not None:
+        templates["opt_state"] = _leaves.named_leaves(opt_state)
+        if "opt_state" in stamp["leaves"]:
+            _stamp.check_sparse(stamp, opt_state, path=path)
+        _stamp.check_leaves(stamp, "opt_state", templates["opt_state"], path=path)
+    if "masks" in stamp["leaves"]:
+        _stamp.check_masks(stamp, path=path)
+        templates["masks"] = _mask_templates(stamp, templates["params"])
+    return templates
 
 
-def _restore_args(place: jax.sharding.Sharding | None) -> ocp.RestoreArgs:
-    # Without a sharding orbax would look for the devices it was saved from.
-    if place is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=place)
+def _fault(path: pathlib.Path, stamp: dict[str, Any]) -> Exception | None:
+    """What is wrong with the files. It matters where what is read is concerned."""
+    try:
+        _files.check(path, stamp, up_to=None)
+    except _files.Damaged as error:
+        return error
+    return None
+
+
+def _what_is_left(directory: pathlib.Path, step: int) -> str:
+    """The newest older step of which every array can be read, as advice."""
+    found = _steps.whole(directory)
+    for older in sorted((s for s in found if s < step), reverse=True):
+        # Of many processes none may read alone.
+        if jax.process_count() == 1:
+            try:
+                stamp = _files.read_stamp(found[older])
+                _reading.check_arrays(found[older], stamp)
+            except _files.Damaged:
+                continue
+        return (
+            f"The newest older step that is whole is {older}: restore it with "
+            f"step={older}, or put a copy of this one in its place."
+        )
+    return "There is no older step that is whole: put a copy of it in its place."
 
 
 def _mask_templates(stamp: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
@@ -310,10 +329,6 @@ def _masks_in(opt_state: PyTree) -> PyTree:
         return masks_of(opt_state)
     except ValueError:  # none, or in a state of one's own that hides their structure
         return None
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
 def _wait_for_all(name: str) -> None:

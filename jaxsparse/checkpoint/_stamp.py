@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxsparse._typing import PyTree
 from jaxsparse._version import __version__
+from jaxsparse.checkpoint._files import sealed
 from jaxsparse.checkpoint._leaves import Record, describe
 from jaxsparse.transforms import find_states
 
@@ -22,6 +23,7 @@ def make(
     *,
     step: int,
     records: dict[str, dict[str, Record]],
+    checksums: dict[str, dict[str, int]],
     opt_state: PyTree,
     extra: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -31,19 +33,14 @@ def make(
       step: the step.
       records: for each of `params`, `opt_state` and `masks` that is saved, a record of
         each leaf.
+      checksums: likewise the CRC-32 of what is written of each leaf.
       opt_state: the optimizer state.
       extra: what the caller adds.
 
     Returns:
       What is written as JSON.
-
-    Raises:
-      TypeError: `extra` holds what JSON would not give back.
     """
-    if not isinstance(extra, dict | None):
-        raise TypeError(f"extra: expected a dictionary, got {type(extra).__name__}.")
-    _check_json("extra", extra)
-    return {
+    content = {
         "format": FORMAT,
         "jaxsparse": __version__,
         "jax": jax.__version__,
@@ -51,7 +48,23 @@ def make(
         "extra": extra or {},
         "opt_state_has_masks": bool(find_states(opt_state)),
         "leaves": records,
+        "checksums": checksums,
     }
+    return sealed(content)
+
+
+def check_extra(extra: Any) -> None:
+    """Raises for what JSON would not give back as it was.
+
+    Args:
+      extra: what the caller adds to the stamp.
+
+    Raises:
+      TypeError: not a dictionary of what JSON holds.
+    """
+    if not isinstance(extra, dict | None):
+        raise TypeError(f"extra: expected a dictionary, got {type(extra).__name__}.")
+    _check_json("extra", extra)
 
 
 def _check_json(path: str, x: Any) -> None:
@@ -143,6 +156,41 @@ def check_leaves(
         f"template. {_few(said, sep='; ')}. Restore into the {item} of the model that "
         f"was saved, or give another directory or step.{hint}"
     )
+
+
+def check_masks(stamp: dict[str, Any], *, path: Any) -> None:
+    """Raises unless the masks of a stamp are masks of its parameters.
+
+    Args:
+      stamp: the JSON that was read.
+      path: the checkpoint, for the message.
+
+    Raises:
+      ValueError: masks of other parameters, of another shape, or not of bools.
+    """
+    params, masks = stamp["leaves"]["params"], stamp["leaves"]["masks"]
+    said = []
+    if set(params) != set(masks):
+        differ = sorted(set(params) ^ set(masks))
+        said.append(f"only params or only masks have {_few(differ)}")
+    for name in params:
+        if name not in masks:
+            continue
+        shape, full = masks[name]["shape"], params[name]["shape"]
+        fits = len(shape) == len(full) and all(
+            m in (1, n) for m, n in zip(shape, full, strict=True)
+        )
+        if masks[name]["dtype"] != "bool" or (shape and not fits):
+            said.append(
+                f"{name}: got a mask {_text(masks[name])}, expected a bool mask that "
+                f"broadcasts to {_text(params[name])}"
+            )
+    if said:
+        raise ValueError(
+            f"{path}: its masks do not fit its params. {_few(said, sep='; ')}. The "
+            "stamp was changed after it was written, or not by js.checkpoint.save: "
+            "restore another step."
+        )
 
 
 def check_sparse(stamp: dict[str, Any], opt_state: PyTree, *, path: Any) -> None:

@@ -8,7 +8,9 @@ In a directory of checkpoints there are
   counts before `7`, which may be gone already;
 - `7.removed`: being deleted. It is renamed first, so that no half-deleted `7` is seen.
 
-Anything else belongs to others and is neither read nor touched.
+Anything else belongs to others and is neither read nor touched. A checkpoint of which
+files are missing, cut off or changed (see `_files`) is not listed; it is still ours, to
+be named by `restore`, replaced by `save`, and deleted when it is old.
 """
 
 import contextlib
@@ -21,8 +23,9 @@ import shutil
 from typing import Any
 
 from jaxsparse import _checks
+from jaxsparse.checkpoint import _files
+from jaxsparse.checkpoint._stamp import FORMAT
 
-STAMP = "stamp"
 _REPLACEMENT = ".replacement"
 _REMOVED = ".removed"
 _LEFTOVER = re.compile(r"\d+(\.replacement)?(\.removed|\.orbax-checkpoint-tmp.*)")
@@ -38,8 +41,12 @@ def steps(directory: Directory) -> list[int]:
       directory: where `save` puts them. It need not exist.
 
     Returns:
-      The steps, ascending. What a killed process left half-written and what is not a
-      checkpoint is left out.
+      The steps, ascending. What a killed process left half-written, what is not a
+      checkpoint, and a checkpoint of which a file is missing, of another size than it
+      was written with, or (up to 64 KiB, and the stamp) changed, is left out. For each
+      step that costs the small files read, and one look at the size of the others.
+      Flipped bits within large files are found by `restore`, which checks the CRC-32 of
+      every array.
 
     Raises:
       ValueError: an address such as `gs://...`, which is not a directory.
@@ -65,6 +72,7 @@ def latest_step(directory: Directory) -> int | None:
 
     Returns:
       The step, or None where there is none: the training begins at its beginning.
+      "Whole" is what `steps` says.
 
     Raises:
       ValueError: an address such as `gs://...`, which is not a directory.
@@ -75,7 +83,9 @@ def latest_step(directory: Directory) -> int | None:
       >>> js.checkpoint.latest_step("not/yet/there") is None
       True
     """
-    return max(steps(directory), default=None)
+    found = present(as_directory(directory))
+    newest_first = sorted(found, reverse=True)
+    return next((s for s in newest_first if _files.is_whole(found[s], FORMAT)), None)
 
 
 def as_directory(directory: Directory) -> pathlib.Path:
@@ -120,8 +130,8 @@ def as_step(step: Any) -> int:
     return step
 
 
-def whole(directory: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The whole checkpoints in a directory.
+def present(directory: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The checkpoints in a directory, also those that are damaged.
 
     Args:
       directory: where they are.
@@ -140,9 +150,27 @@ def whole(directory: pathlib.Path) -> dict[int, pathlib.Path]:
     for path in entries:
         match = _WHOLE.fullmatch(path.name)
         # A directory of that name that others made has no stamp.
-        if match and (path / STAMP).is_dir():
-            found[int(match[1])] = path
+        if match and (path / _files.STAMP).is_dir():
+            step = int(match[1])
+            if step not in found or _files.is_whole(path, FORMAT):
+                found[step] = path
     return found
+
+
+def whole(directory: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The whole checkpoints in a directory.
+
+    Args:
+      directory: where they are.
+
+    Returns:
+      Their paths by step; none for a directory that does not exist.
+
+    Raises:
+      NotADirectoryError: a file.
+    """
+    found = present(directory)
+    return {s: path for s, path in found.items() if _files.is_whole(path, FORMAT)}
 
 
 def open_for_writing(directory: pathlib.Path) -> None:
@@ -173,7 +201,10 @@ def open_for_writing(directory: pathlib.Path) -> None:
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path)
         elif path.name.endswith(_REPLACEMENT) and _WHOLE.fullmatch(path.name):
-            put_in_place(path)
+            if path in present(directory).values():
+                put_in_place(path)
+            else:  # damaged, and what it was to replace is there
+                remove(path)
 
 
 def path_to_write(directory: pathlib.Path, step: int) -> pathlib.Path:
@@ -192,7 +223,7 @@ def path_to_write(directory: pathlib.Path, step: int) -> pathlib.Path:
     path = directory / str(step)
     if not path.exists():
         return path
-    if step not in whole(directory):
+    if step not in present(directory):
         raise FileExistsError(
             errno.EEXIST,
             "this is in the way and is not a checkpoint of jaxsparse, so it is not "
@@ -225,11 +256,12 @@ def remove_older(directory: pathlib.Path, step: int, keep: int) -> None:
     Args:
       directory: where they are.
       step: the new one.
-      keep: how many to leave, with the new one; newer ones are left and not counted.
+      keep: how many whole ones to leave, with the new one; newer ones are left and not
+        counted. Damaged ones go.
     """
-    found = whole(directory)
-    older = sorted(s for s in found if s < step)
-    for old in older[: max(0, len(older) - (keep - 1))]:
+    found = {s: path for s, path in present(directory).items() if s < step}
+    kept = sorted(s for s in found if _files.is_whole(found[s], FORMAT))
+    for old in set(found) - set(kept[max(0, len(kept) - (keep - 1)) :]):
         remove(found[old])
 
 
