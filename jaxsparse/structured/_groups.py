@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsparse.structured._copies import batches
 from jaxsparse.structured._once import once
-from jaxsparse.structured._zeros import masked_in
+from jaxsparse.structured._zeros import Masked, masked_in
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._jaxprs import inner
@@ -74,8 +74,9 @@ class Group:
         positions are used as numbers. "layer": a scan runs along it. "frozen": a
         primitive could not be followed, or fixes it. "fixed": a foreign kernel (see
         `js.trace(..., rules=)`) has its size: masks can be had, not narrowing. "zeros":
-        masked indices still act (a softmax, a maximum). "unread": the traced function
-        reads none of its parameters. None of them for most.
+        masked indices still act (a softmax, a maximum). "nonfinite": masked indices
+        make NaN or Inf (0 / 0, log 0), in the result or in gradients. "unread": the
+        traced function reads none of its parameters. None of them for most.
       reasons: for each flag what set it, and at which line of the model.
       allowed: flags that the caller takes the responsibility for.
       key: equal for isomorphic groups: as many axes of the same kinds of parameters.
@@ -94,7 +95,7 @@ class Group:
     @property
     def zero_invariant(self) -> bool:
         """Whether masked indices leave no trace in the result."""
-        return "zeros" not in self.flags
+        return not self.flags & {"zeros", "nonfinite"}
 
     @property
     def prunable(self) -> bool:
@@ -113,6 +114,7 @@ FLAGS = frozenset({
     "fixed",
     "unread",
     "zeros",
+    "nonfinite",
 })
 NEVER = frozenset({"frozen", "gathered"})  # no one can take the responsibility
 
@@ -170,7 +172,8 @@ def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
       trace: of `js.trace`.
       allow: flags of `Group` that shall not forbid: `{"position"}` for the width of
         heads with rotary embeddings, `{"layer"}` for the layers of a scan, `{"zeros"}`
-        for groups whose masked indices still act. "frozen" and "gathered" axes can
+        for groups whose masked indices still act, `{"nonfinite"}` for those that make
+        NaN where they are masked but can be narrowed. "frozen" and "gathered" axes can
         never be narrowed.
 
     Returns:
@@ -224,7 +227,7 @@ def found_in(trace: Trace) -> Found:
                     continue
                 leaves[id(x)] = x
                 places.setdefault(id(x), []).append((path, axis, k, index))
-    covering, acting, read = batches(trace), masked_in(trace).acting, _read(trace)
+    covering, masked, read = batches(trace), masked_in(trace), _read(trace)
     roles = _Roles(trace)
     several = {
         (path, axis): len(algebra.coordinates(expression)) > 1
@@ -249,7 +252,7 @@ def found_in(trace: Trace) -> Found:
                 places[key], named[key], strict=True
             )
         )
-        reasons = _reasons(x, acting.get(key), key in read)
+        reasons = _reasons(x, key, masked, key in read)
         kinds = collections.Counter(
             (len(trace.dims[m.path]), m.axis, m.role) for m in members
         )
@@ -314,7 +317,9 @@ _DETAIL = {
 }
 
 
-def _reasons(x: algebra.Axis, acting: Any, read: bool) -> tuple[Reason, ...]:
+def _reasons(
+    x: algebra.Axis, key: int, masked: Masked, read: bool
+) -> tuple[Reason, ...]:
     found = [] if read else [Reason("unread", _DETAIL["unread"], "")]
     for note, visit in x.notes.items():
         head, _, detail = note.partition(": ")
@@ -322,10 +327,28 @@ def _reasons(x: algebra.Axis, acting: Any, read: bool) -> tuple[Reason, ...]:
         if flag in FLAGS:
             source = visit.source if visit is not None else ""
             found.append(Reason(flag, detail or _DETAIL[flag], source))
+    acting, lost, steep = (
+        which.get(key) for which in (masked.acting, masked.lost, masked.steep)
+    )
     if acting is not None:
         detail = f"masked indices still act in {acting.primitive.name}"
         found.append(Reason("zeros", detail, acting.source))
+    if lost is not None:
+        detail = f"masked indices make NaN or Inf in {_primitive(lost)}"
+        found.append(Reason("nonfinite", detail, lost.source))
+    elif steep is not None:
+        name = _primitive(steep)
+        detail = f"masked indices make NaN in gradients, in that of {name}"
+        found.append(Reason("nonfinite", detail, steep.source))
     return tuple(found)
+
+
+def _primitive(visit: Any) -> str:
+    """The name of an equation's primitive, or of its function with its own rule."""
+    program = visit.params.get("call_jaxpr")
+    info = getattr(getattr(program, "jaxpr", program), "debug_info", None)
+    own = visit.primitive.name.startswith("custom_") and info is not None
+    return info.func_src_info.split(" ")[0] if own else visit.primitive.name
 
 
 class _Roles:

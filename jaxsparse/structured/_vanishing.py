@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxsparse.structured._finite import Finite
 from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._unify import Dims
 
@@ -18,6 +19,7 @@ class Effect(NamedTuple):
       same: for a scan's own axis, the value that this one equals in a masked turn.
       constant: the one number of which all entries are; None where they differ.
       uniform: the axes along which masked entries are not zero but all the same.
+      finite: where they are other numbers, are not finite or have no finite derivative.
     """
 
     zero: frozenset[Leaf]
@@ -25,6 +27,7 @@ class Effect(NamedTuple):
     same: Mapping[Leaf, object]
     constant: float | None = None
     uniform: frozenset[int] = frozenset()
+    finite: Finite = Finite()
 
     def vanishes(self, leaf: Leaf) -> bool:
         """Whether its entries are zero where the leaf's index is masked."""

@@ -7,13 +7,23 @@ which they are at least all the same, so that a sum can be told what it lacks. S
 and maxima are where it fails.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax.numpy as jnp
 from jax.extend import core
 
+from jaxsparse.structured._finite import (
+    Around,
+    Finite,
+    Point,
+    after_rule,
+    either,
+    finite,
+    same,
+)
 from jaxsparse.structured._once import once
+from jaxsparse.structured._points import number, value_at
 from jaxsparse.structured._uniform import (
     INLINED,
     SUPPORTED,
@@ -25,7 +35,7 @@ from jaxsparse.structured._uniform import (
 from jaxsparse.structured._vanishing import Effect, Leaf, Leaves, vanishing
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing._jaxprs import Address, called, closed, inner, scan_counts
-from jaxsparse.tracing._rules import REDUCTIONS
+from jaxsparse.tracing._rules import ELEMENTWISE, REDUCTIONS
 from jaxsparse.tracing._unify import Dims
 
 _SAME = frozenset(
@@ -45,10 +55,15 @@ class Masked(NamedTuple):
       acting: by the identity of an axis, where masked indices of it still act: the
         first visit.
       uniform: the equations whose results are uniform where they are masked.
+      lost: by the identity of an axis, where masked indices of it make a number that is
+        not finite and that reaches a result.
+      steep: likewise where they make a derivative that is not.
     """
 
     acting: dict[Leaf, Any]
     uniform: dict[Address, Uniform]
+    lost: Mapping[Leaf, Any] = {}
+    steep: Mapping[Leaf, Any] = {}
 
 
 @once
@@ -58,11 +73,13 @@ def masked_in(trace: Trace) -> Masked:
     args = []
     for var, path in zip(trace.program.jaxpr.invars, trace.paths, strict=False):
         zero = walk.leaves.of_all(trace.dims[path])
-        args.append(Effect(zero, var, {}))
+        args.append(Effect(zero, var, {}, finite=Finite({}, _is_inexact(var), zero)))
     for var in trace.program.jaxpr.invars[len(trace.paths) :]:
-        args.append(Effect(frozenset(), var, {}))
-    walk.run(trace.program, args, ())
-    return Masked(walk.found, walk.uniform)
+        args.append(Effect(frozenset(), var, {}, finite=Finite({}, _is_inexact(var))))
+    outs = walk.run(trace.program, args, ())
+    lost = {x: visit for e in outs for x, visit in e.finite.lost().items()}
+    steep = {x: visit for e in outs for x, visit in e.finite.steep.items()}
+    return Masked(walk.found, walk.uniform, lost, steep)
 
 
 class _Zeros:
@@ -90,7 +107,7 @@ class _Zeros:
 
         def read(atom: Any) -> Effect:
             if isinstance(atom, core.Literal):
-                return Effect(frozenset(), object(), {}, _number(atom.val))
+                return Effect(frozenset(), object(), {}, number(atom.val))
             return env[atom]
 
         for index, eqn in enumerate(program.jaxpr.eqns):
@@ -111,18 +128,38 @@ class _Zeros:
             for dims in node.outs
         ]
         same = self.same(eqn, ins, address, zeros[0]) if zeros else frozenset()
+        known = [
+            self.finite(eqn, ins, node, dims, zero)
+            for dims, zero in zip(node.outs, zeros, strict=True)
+        ]
         return [
             Effect(
                 zero,
                 object(),
                 self.unchanged(name, ins),
-                ins[0].constant
-                if name in {"broadcast_in_dim", "convert_element_type", "reshape"}
-                else None,
+                _constant(eqn, ins),
                 same,
+                finite_,
             )
-            for zero in zeros
+            for zero, finite_ in zip(zeros, known, strict=True)
         ]
+
+    def finite(
+        self, eqn: Any, ins: list[Effect], node: Any, after: Dims, zero: frozenset[Leaf]
+    ) -> Finite:
+        """What a result's masked entries are, if not zero, and their derivatives."""
+        special = frozenset().union(*(e.zero | e.finite.points.keys() for e in ins))
+        every = [e.finite for e in ins]
+        if not special and not any(x.moves for x in every):
+            return Finite()
+        of = [
+            self.layers | self.leaves.of_all(_left(eqn, at, dims))
+            for at, dims in enumerate(node.ins)
+        ]
+        here = self.layers | self.leaves.of_all(after)
+        twice, ruled = self.leaves.twice(after), self.ruled > 0
+        around = Around(node.visit, here, of, twice, ruled)
+        return finite(eqn, every, _reader(ins), special, zero, around)
 
     def entered(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
         """An equation with programs of its own."""
@@ -145,7 +182,19 @@ class _Zeros:
             self.ruled += name.startswith("custom_")
             outs = self.run(called(eqn), ins, (*address, 0))
             self.ruled -= name.startswith("custom_")
+            if name.startswith("custom_") and not self.ruled:
+                outs = self.ruled_by(eqn, outs, ins, address)
         return [_lone(e) for e in outs]
+
+    def ruled_by(
+        self, eqn: Any, outs: list[Effect], ins: list[Effect], address: Address
+    ) -> list[Effect]:
+        """What a rule says of derivatives, in the place of the function's program."""
+        special = frozenset().union(*(e.zero | e.finite.points.keys() for e in ins))
+        before, after = ([e.finite for e in some] for some in (ins, outs))
+        visit = self.trace.nodes[address].visit
+        found = after_rule(eqn, after, before, _reader(ins), special, visit)
+        return [e._replace(finite=x) for e, x in zip(outs, found, strict=True)]
 
     def same(
         self, eqn: Any, ins: list[Effect], address: Address, zero: frozenset[Leaf]
@@ -221,6 +270,9 @@ class _Zeros:
                 if after.same.get(leaf, after.token) is not before.token:
                     self.blame(frozenset([leaf]), address)
         self.layers = outer
+        gone = lambda e: e.finite._replace(closed=e.finite.closed - layer)
+        carried_out = [e._replace(finite=gone(e)) for e in outs[:carried]]
+        outs = [*carried_out, *outs[carried:]]
         return [e._replace(token=object(), same={}, constant=None) for e in outs]
 
     def loop(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
@@ -237,7 +289,7 @@ class _Zeros:
         self, turn: Callable[[list[Effect]], list[Effect]], start: Sequence[Effect]
     ) -> tuple[list[Effect], list[Effect]]:
         """Runs a body until what is known of its carries no longer shrinks."""
-        fresh = lambda e: Effect(e.zero, object(), {}, e.constant)
+        fresh = lambda e: Effect(e.zero, object(), {}, e.constant, finite=e.finite)
         carry = [fresh(e) for e in start]
         while True:
             self.silent += 1
@@ -245,7 +297,8 @@ class _Zeros:
             self.silent -= 1
             both = [_either(pair) for pair in zip(carry, outs, strict=True)]
             if all(
-                a.zero == b.zero and a.constant == b.constant
+                (a.zero, str(a.constant)) == (b.zero, str(b.constant))  # NaN != NaN
+                and same(a.finite, b.finite)
                 for a, b in zip(both, carry, strict=True)
             ):
                 return carry, turn(carry)
@@ -259,15 +312,56 @@ def _lone(effect: Effect) -> Effect:
 
 def _either(effects: Sequence[Effect]) -> Effect:
     """What holds whichever of some values it is."""
-    constants = {e.constant for e in effects}
-    constant = constants.pop() if len(constants) == 1 else None
+    constants = {str(e.constant): e.constant for e in effects}
+    constant = effects[0].constant if len(constants) == 1 else None
     every = frozenset().union(*(e.zero for e in effects))
     zero = frozenset(x for x in every if all(e.vanishes(x) for e in effects))
-    return Effect(zero, object(), {}, constant)
+    known = either([e.finite for e in effects], _reader(effects))
+    return Effect(zero, object(), {}, constant, finite=known)
 
 
-def _number(value: Any) -> float | None:
-    try:
-        return float(np.asarray(value))
-    except (TypeError, ValueError):
+def _reader(effects: Sequence[Effect]) -> Callable[[int, Leaf], Point | None]:
+    """What masked entries of some values are, if they are numbers."""
+
+    def read(at: int, leaf: Leaf) -> Point | None:
+        e = effects[at]
+        if leaf in e.finite.points:
+            return e.finite.points[leaf]
+        if e.vanishes(leaf):
+            return _ZERO
+        return None if e.constant is None else Point(e.constant)
+
+    return read
+
+
+_ZERO = Point(0.0)
+
+
+def _constant(eqn: Any, ins: Sequence[Effect]) -> float | None:
+    """The one number of which all entries of a result are."""
+    if eqn.primitive.name in {"broadcast_in_dim", "reshape"}:
+        return ins[0].constant
+    if not ins or eqn.primitive.name not in ELEMENTWISE:
         return None
+    if any(e.constant is None for e in ins):
+        return None
+    return value_at(eqn, [e.constant for e in ins])
+
+
+def _left(eqn: Any, at: int, dims: Dims) -> list[Any]:
+    """The axes of an operand that are not added up in a product."""
+    p, name = eqn.params, eqn.primitive.name
+    if name == "dot_general" and at < 2:
+        gone = {*p["dimension_numbers"][0][at]}
+        return [d for a, d in enumerate(dims) if a not in gone]
+    if name == "conv_general_dilated":
+        numbers = p["dimension_numbers"]
+        if at:
+            return [dims[numbers.rhs_spec[0]]]
+        grouped = [dims[numbers.lhs_spec[1]]] * (p["feature_group_count"] > 1)
+        return [dims[numbers.lhs_spec[0]], *grouped]
+    return list(dims)
+
+
+def _is_inexact(var: Any) -> bool:
+    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
