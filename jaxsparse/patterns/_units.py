@@ -78,9 +78,12 @@ def block_scores(path: str, scores: Array, pattern: Block, axes: Axes) -> Array:
         if sides[axis] > 1:
             tiles = _split(tiles, axis, sides[axis])
             inner = [axis + 1, *(a + 1 for a in inner)]
+    if pattern.reduce == "max":
+        return jnp.max(tiles, axis=tuple(inner))
+    if jnp.finfo(tiles.dtype).bits < 32:
+        tiles = tiles.astype(jnp.float32)  # rounded to 16 bits, means would tie
     # A tile lies on one device, or is brought there: its sum has one order.
-    reduce = jnp.mean if pattern.reduce == "mean" else jnp.max
-    return reduce(tiles, axis=tuple(inner))
+    return jnp.mean(tiles, axis=tuple(inner))
 
 
 def expand_blocks(units: Array, shape: tuple[int, ...]) -> Array:

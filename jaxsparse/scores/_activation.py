@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats, Statistics
+from jaxsparse.scores._range import fourth_root, lifted, product, widened
 from jaxsparse.tree import MatrixView, leaves_with_paths, map_with_path, select
 
 
@@ -32,8 +33,8 @@ def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
       where: which parameters have to have statistics; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what has
-      no statistics.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
+      what has no statistics.
 
     Raises:
       ValueError: a selected parameter has no statistics, or those of another shape.
@@ -50,7 +51,7 @@ def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
     """
 
     def score(path: str, w: Array) -> Array:
-        return _times_inputs(jnp.abs(w), _norms(stats.of(path)), stats, path)
+        return product(w, _sizes_of_inputs(w, stats, path))
 
     return _each(score, params, stats.paths, where, stats)
 
@@ -82,8 +83,8 @@ def gblm(
       where: which parameters have to have both; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what has
-      no statistics or no gradients.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
+      what has no statistics or no gradients.
 
     Raises:
       ValueError: a selected parameter has no statistics or no gradients, or those of
@@ -106,10 +107,11 @@ def gblm(
     sizes = dict(leaves_with_paths(gradients))
 
     def score(path: str, w: Array) -> Array:
-        norm, size = _norms(stats.of(path)), _checked(path, w, sizes[path])
-        by_inputs = _times_inputs(jnp.abs(w), norm, stats, path)
-        size = _usual_where_unseen(size.astype(w.dtype), stats, path)
-        return by_inputs + alpha * jnp.abs(w) * size
+        norm = _sizes_of_inputs(w, stats, path)
+        size = _checked(path, w, sizes[path]).astype(w.dtype)
+        size = _usual_where_unseen(size, stats, path)
+        scores = jnp.abs(w) * norm + alpha * jnp.abs(w) * size
+        return lifted(scores, fourth_root(w) * fourth_root(norm + alpha * size))
 
     both = [path for path in stats.paths if path in sizes]
     return _each(score, params, both, where, stats, sizes)
@@ -128,8 +130,8 @@ def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> 
       where: which parameters have to have gradients; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what has
-      no gradients.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
+      what has no gradients.
 
     Raises:
       ValueError: a selected parameter has no gradients, or of another shape.
@@ -145,7 +147,7 @@ def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> 
 
     def score(path: str, w: Array) -> Array:
         size = _checked(path, w, sizes[path]).astype(w.dtype)
-        return jnp.abs(w) * _least(size, tuple(range(w.ndim)))
+        return product(w, _least(size, tuple(range(w.ndim))))
 
     return _each(score, params, list(sizes), where, None, sizes)
 
@@ -180,8 +182,8 @@ def flap(
       where: which parameters have to have statistics; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what has
-      no statistics.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
+      what has no statistics.
 
     Raises:
       ValueError: a selected parameter has no statistics, or those of another shape.
@@ -201,13 +203,18 @@ def flap(
 
     def score(path: str, w: Array) -> Array:
         view, known = stats.view(path), stats.of(path)
-        squares = jnp.square(w).reshape(view.split)
+        # Powers of two change no bit, and the squares of tiny weights are not 0.
+        power = _power_of_two(w.reshape(view.split), view.axes.output)
+        squares = jnp.square(w.reshape(view.split) / power)
         squares = jnp.sum(squares, axis=view.axes.output, keepdims=True)
         variance = _moments(known.variance, known.count).astype(w.dtype)
         channels = squares * _along_inputs(variance, view)
+        root = fourth_root(channels) * jnp.square(fourth_root(power))
+        channels = lifted(channels * power * power, root)
         if standardise:
             still = _along_inputs(known.variance == 0, view)
             over = view.axes.input
+            channels = channels / _power_of_two(channels, over)
             channels = channels - jnp.mean(channels, axis=over, keepdims=True)
             spread = jnp.std(channels, axis=over, keepdims=True)
             channels = channels / jnp.where(spread > 0, spread, 1)
@@ -273,18 +280,17 @@ def _each(
     stats: Statistics | None,
     sizes: dict[str, Array] | None = None,
 ) -> PyTree:
-    """`score` where there is what it needs, else zeros, in float32 and rounded once."""
+    """`score` where there is what it needs, else zeros, in float32 at least."""
 
     def one(path: str, w: Array, taken: bool) -> Array:
         if path not in known:
             if taken:
                 raise ValueError(_missing(path, stats, sizes))
-            return jnp.zeros_like(w)
+            return jnp.zeros_like(widened(w))
         if stats is not None:
             _check_fits(path, w, stats.of(path), stats.view(path))
         _checks.check_floating(path, w)
-        wide = w.dtype if w.dtype.itemsize > 4 else jnp.float32
-        return score(path, w.astype(wide)).astype(w.dtype)
+        return score(path, widened(w))
 
     return map_with_path(one, params, select(params, where))
 
@@ -326,10 +332,19 @@ def _checked(path: str, w: Array, size: Array) -> Array:
     return size
 
 
-def _times_inputs(w: Array, values: Array, stats: Statistics, path: str) -> Array:
+def _sizes_of_inputs(w: Array, stats: Statistics, path: str) -> Array:
+    """`sqrt(E[x_j^2])` of the input of every weight."""
     view = stats.view(path)
-    values = _along_inputs(values.astype(w.dtype), view)
-    return (w.reshape(view.split) * values).reshape(w.shape)
+    values = _along_inputs(_norms(stats.of(path)).astype(w.dtype), view)
+    return jnp.broadcast_to(values, view.split).reshape(w.shape)
+
+
+def _power_of_two(x: Array, axes: tuple[int, ...]) -> Array:
+    """One near the largest magnitude along axes; 1 for 0, infinities and NaN."""
+    most = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(most), most, jnp.ones_like(most)))
+    limit = jnp.finfo(x.dtype).maxexp - 3  # beyond it the reciprocal would be 0
+    return jnp.ldexp(jnp.ones_like(most), jnp.clip(exponent, -limit, limit))
 
 
 def _along_inputs(values: Array, view: MatrixView) -> Array:

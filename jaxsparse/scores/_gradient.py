@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.scores._range import fourth_root, lifted, product, wide_type, widened
 from jaxsparse.tree import select
 
 
@@ -18,12 +19,14 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
     arXiv:1611.06440) for filters; called saliency in JaxPruner. The gradient of one
     mini-batch is noisy: average over several, or see `moving_average`.
 
+    Scores below 1e-24 are raised, in their order, so that none ties with 0.
+
     Args:
       params: a tree of arrays.
       grads: the loss's gradient, of the same structure and shapes.
 
     Returns:
-      A tree of arrays of the same shapes, larger = keep.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep.
 
     Raises:
       ValueError: gradients of another structure.
@@ -35,7 +38,8 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
       {'w': Array([1., 3.], dtype=float32)}
     """
     _checks.same_structure(grads, params, name="grads")
-    return jax.tree.map(lambda w, g: jnp.abs(w * g.astype(w.dtype)), params, grads)
+    one = lambda w, g: product(widened(w), g.astype(wide_type(w)))
+    return jax.tree.map(one, params, grads)
 
 
 def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
@@ -52,8 +56,8 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
       where: the parameters that the sum runs over; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes, larger = keep; those of the selected
-      parameters add up to 1.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; those of
+      the selected parameters add up to 1.
 
     Raises:
       ValueError: gradients of another structure.
@@ -76,7 +80,13 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
     total = sum(counted, start=jnp.zeros((), wide))
     # All gradients zero: no weight is better than another, and 0/0 is no score.
     total = jnp.where(total > 0, total, jnp.ones_like(total))
-    return jax.tree.map(lambda s: (s.astype(wide) / total).astype(s.dtype), sensitivity)
+    root = fourth_root(total)
+
+    def share(s: Array) -> Array:
+        s = s.astype(wide)
+        return lifted(s / total, fourth_root(s) / root)
+
+    return jax.tree.map(lambda s: share(s).astype(s.dtype), sensitivity)
 
 
 def grasp(
@@ -95,12 +105,15 @@ def grasp(
     into `loss_fn`, and average over batches.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`.
+      loss_fn: `loss_fn(params, batch) -> scalar`. It gets parameters and a batch whose
+        numbers of less than 32 bits are cast to float32: products of three derivatives
+        would leave their range.
       params: a tree of arrays.
       batch: what `loss_fn` takes.
 
     Returns:
-      A tree of arrays of the same shapes, of either sign, larger = keep.
+      A tree of arrays of the same shapes, in float32 at least, of either sign, larger =
+      keep.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -108,7 +121,13 @@ def grasp(
       >>> js.scores.grasp(loss, {"w": jnp.array([1.0, 2.0])}, jnp.array([1.0, 2.0]))
       {'w': Array([ 1., 64.], dtype=float32)}
     """
+    params, batch = jax.tree.map(_widened_array, (params, batch))
     gradient = lambda p: jax.grad(loss_fn)(p, batch)
     g = gradient(params)
     _, hessian_gradient = jax.jvp(gradient, (params,), (g,))
-    return jax.tree.map(lambda w, hg: w * hg, params, hessian_gradient)
+    signed = lambda w, hg: jnp.sign(w) * jnp.sign(hg) * product(w, hg)
+    return jax.tree.map(signed, params, hessian_gradient)
+
+
+def _widened_array(x: Any) -> Any:
+    return widened(x) if hasattr(x, "dtype") else x

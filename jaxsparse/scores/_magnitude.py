@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse._typing import Array, PyTree
+from jaxsparse.scores._range import wide_type, widened
 from jaxsparse.tree import keys_like
 
 
@@ -20,15 +21,20 @@ def magnitude(params: PyTree) -> PyTree:
       params: a tree of arrays.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes, larger = keep; random keys stay
-      as they are.
+      A tree of arrays of the same shapes and dtypes (float32 for those of 8 bits, which
+      know no infinity), larger = keep; random keys stay as they are.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> js.scores.magnitude({"w": jnp.array([-2.0, 1.0])})
       {'w': Array([2., 1.], dtype=float32)}
     """
-    return jax.tree.map(lambda w: w if _is_key(w) else jnp.abs(w), params)
+    return jax.tree.map(lambda w: w if _is_key(w) else _size(w), params)
+
+
+def _size(w: Array) -> Array:
+    eight_bits = jnp.issubdtype(w.dtype, jnp.floating) and w.dtype.itemsize < 2
+    return jnp.abs(widened(w) if eight_bits else w)
 
 
 def _is_key(w) -> bool:
@@ -48,8 +54,8 @@ def random(params: PyTree, *, key: Array) -> PyTree:
       key: a typed key, `jax.random.key(seed)`.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes, larger = keep; integer parameters
-      get float32 scores.
+      A tree of arrays of the same shapes, larger = keep; in float32, or float64 for
+      float64 parameters. (In 16 bits a few hundred numbers would be drawn, with ties.)
 
     Example:
       >>> import functools, jax, jaxsparse as js
@@ -62,7 +68,7 @@ def random(params: PyTree, *, key: Array) -> PyTree:
         floating = jnp.issubdtype(w.dtype, jnp.floating)
         if _is_key(w):
             return w
-        u = jax.random.uniform(key, w.shape, w.dtype if floating else jnp.float32)
+        u = jax.random.uniform(key, w.shape, wide_type(w) if floating else jnp.float32)
         return u + jnp.zeros_like(w, dtype=u.dtype)  # takes the parameter's sharding
 
     return jax.tree.map(draw, keys_like(key, params), params)

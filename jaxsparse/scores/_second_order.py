@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.scores._range import fourth_root, lifted, wide_type, widened
 from jaxsparse.tree import leaves_with_paths, map_with_path, select
 
 
@@ -23,8 +24,8 @@ def obd(params: PyTree, diagonal: PyTree, *, where: Where = None) -> PyTree:
       where: which parameters have to have one; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what
-      takes no part.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
+      what takes no part.
 
     Raises:
       ValueError: a selected parameter has no curvature, or of another shape.
@@ -35,7 +36,13 @@ def obd(params: PyTree, diagonal: PyTree, *, where: Where = None) -> PyTree:
       >>> js.scores.obd(params, {"kernel": jnp.array([[1.0, 8.0]])})
       {'kernel': Array([[2., 4.]], dtype=float32)}
     """
-    return _each(lambda w, h: jnp.square(w) * h / 2, params, diagonal, where)
+
+    def score(w: Array, h: Array) -> Array:
+        one_by_one = jnp.abs(w) * (jnp.abs(w) * h / 2)
+        scores = jnp.where(_square_is_lost(w), one_by_one, jnp.square(w) * h / 2)
+        return _lifted(scores, jnp.square(fourth_root(w)) * fourth_root(h / 2), h)
+
+    return _each(score, params, diagonal, where)
 
 
 def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyTree:
@@ -57,8 +64,8 @@ def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyT
       where: which parameters have to have one; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes, larger = keep; zeros for what
-      takes no part.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
+      what takes no part.
 
     Raises:
       ValueError: a selected parameter has no curvature, or of another shape.
@@ -69,8 +76,23 @@ def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyT
       >>> js.scores.obs(params, {"kernel": jnp.array([[1.0, 0.125]])})
       {'kernel': Array([[2., 4.]], dtype=float32)}
     """
-    score = lambda w, d: jnp.square(w) / (2 * d)
+
+    def score(w: Array, d: Array) -> Array:
+        one_by_one = jnp.abs(w) * (jnp.abs(w) / (2 * d))
+        scores = jnp.where(_square_is_lost(w), one_by_one, jnp.square(w) / (2 * d))
+        return _lifted(scores, jnp.square(fourth_root(w)) / fourth_root(2 * d), d)
+
     return _each(score, params, inverse_diagonal, where)
+
+
+def _square_is_lost(w: Array) -> Array:
+    # Whether it is 0, or near; the loss is not where the curvature is large.
+    return jnp.square(w) < float(jnp.finfo(w.dtype).tiny) * 2.0**24
+
+
+def _lifted(scores: Array, root: Array, curvature: Array) -> Array:
+    # A negative curvature (of a Hessian) is no score that underflowed.
+    return jnp.where(curvature >= 0, lifted(scores, root), scores)
 
 
 def _each(
@@ -89,15 +111,15 @@ def _each(
                     f"only for {list(found)[:4]}. Take the gradients with the same "
                     "`where`."
                 )
-            return jnp.zeros_like(w)
+            return jnp.zeros_like(widened(w))
         c = found[path]
         if jnp.shape(c) != jnp.shape(w):
             raise ValueError(
                 f"{path}: curvature of shape {jnp.shape(c)} for a parameter of shape "
                 f"{jnp.shape(w)}. Was it made for another model?"
             )
-        # For bf16 weights in float32, and rounded once.
-        wide = max(w.dtype, c.dtype, key=lambda dtype: dtype.itemsize)
-        return score(w.astype(wide), c.astype(wide)).astype(w.dtype)
+        result = wide_type(w)
+        wide = max(result, c.dtype, key=lambda dtype: dtype.itemsize)
+        return score(w.astype(wide), c.astype(wide)).astype(result)
 
     return map_with_path(one, params, select(params, where))

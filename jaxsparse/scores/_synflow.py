@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse._typing import Array, PyTree
+from jaxsparse.scores._range import product, widened
 
 
 def synflow(
@@ -30,12 +31,14 @@ def synflow(
 
     Args:
       apply_fn: `apply_fn(params, inputs) -> outputs`, linear in its inputs but for
-        activations that pass positive numbers on (ReLU).
+        activations that pass positive numbers on (ReLU). It gets parameters and inputs
+        of less than 32 bits in float32.
       params: a tree of arrays.
       inputs: an example input, of any values: its shape, dtype and structure count.
 
     Returns:
-      A tree of arrays of the same shapes, not negative, larger = keep.
+      A tree of arrays of the same shapes, in float32 at least, not negative, larger =
+      keep.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -45,7 +48,7 @@ def synflow(
       >>> scores["a"].tolist(), scores["b"].tolist()
       ([[3.0, 2.0]], [[3.0], [2.0]])
     """
-    positive = jax.tree.map(jnp.abs, params)
-    ones = jax.tree.map(jnp.ones_like, inputs)
+    positive = jax.tree.map(lambda w: jnp.abs(widened(w)), params)
+    ones = jax.tree.map(lambda x: widened(jnp.ones_like(x)), inputs)
     flow = lambda p: jnp.sum(apply_fn(p, ones))
-    return jax.tree.map(lambda w, g: w * g, positive, jax.grad(flow)(positive))
+    return jax.tree.map(product, positive, jax.grad(flow)(positive))

@@ -77,19 +77,16 @@ def test_snip_sums_many_small_numbers_in_float32(dtype):
     # A bfloat16 sum of ones stands still at 256; a float16 one overflows at 65504.
     ones = {"w": jnp.asarray(np.ones((300, 300)), dtype)}
     score = jax.jit(js.scores.snip)(ones, ones)["w"]
-    assert score.dtype == dtype
-    np.testing.assert_allclose(np.asarray(score, np.float64), 1 / 90_000, rtol=2.0**-7)
+    assert score.dtype == jnp.float32
+    np.testing.assert_allclose(score, 1 / 90_000, rtol=1e-5)
 
 
 def test_snip_adds_up_parameters_of_different_types():
     ones = np.ones((2, 2))
     params = {"a": jnp.asarray(ones, jnp.bfloat16), "b": jnp.asarray(ones, jnp.float32)}
     scores = jax.jit(js.scores.snip)(params, params)
-    assert {k: s.dtype.name for k, s in scores.items()} == {
-        "a": "bfloat16",
-        "b": "float32",
-    }
-    assert all((np.asarray(s, np.float32) == 0.125).all() for s in scores.values())
+    assert {s.dtype.name for s in scores.values()} == {"float32"}
+    assert all((np.asarray(s) == 0.125).all() for s in scores.values())
 
 
 def test_grasp_is_the_dense_hessian_times_the_gradient(x64):

@@ -1,0 +1,84 @@
+"""The range of numbers that scores are formed in: nothing ties because it is tiny.
+
+A product of two small numbers leaves float16 at 6e-8 and float32 at 1e-38, where XLA on
+CPUs takes everything for 0; weights whose scores are all 0 would be removed by index.
+So scores are formed in float32 at least, and what is far below any score that is used
+is put on a scale of its own, which has the order of the scores and does not end.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._typing import Array
+
+
+def wide_type(w: Array) -> Any:
+    """The type in which scores of a parameter are formed and returned.
+
+    Args:
+      w: a parameter.
+
+    Returns:
+      float32 for floating point of less than 32 bits, else the parameter's own type.
+    """
+    narrow = jnp.issubdtype(w.dtype, jnp.floating) and w.dtype.itemsize < 4
+    return np.dtype(np.float32) if narrow else w.dtype
+
+
+def widened(w: Array) -> Array:
+    """The same numbers, in `wide_type`; what is no such number stays as it is."""
+    wide = wide_type(w)
+    return w if wide == w.dtype else w.astype(wide)
+
+
+def fourth_root(x: Array) -> Array:
+    """`|x| ** (1/4)`: a product of three of these leaves no type's range."""
+    return jnp.sqrt(jnp.sqrt(jnp.abs(x)))
+
+
+def lifted(scores: Array, root: Array) -> Array:
+    """Scores that keep their order where they are too small for their type.
+
+    Those of at least `t = 2 ** -80` (`2 ** -320` in float64) stay as they are, bit for
+    bit. Below, a score becomes `t * (score / t) ** (1/4)`: below `t` as well, in the
+    same order, and not 0 down to `2 ** -264`, which three factors of 1e-25 are above.
+
+    Args:
+      scores: floating point, at least float32, not negative; what was formed of
+        factors and may have become 0 on the way.
+      root: their fourth root, formed of the factors' fourth roots.
+
+    Returns:
+      An array like `scores`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsparse.scores._range import fourth_root, lifted
+      >>> w = jnp.array([1e-25, 3e-25, 0.0, 0.5])
+      >>> found = lifted(w * w, fourth_root(w) ** 2)
+      >>> (found[1:] > found[:-1]).tolist(), found[2:].tolist()
+      ([True, False, True], [0.0, 0.25])
+    """
+    quarter = -80 if jnp.finfo(scores.dtype).bits > 32 else -20  # of t's exponent
+    least = jnp.asarray(2.0 ** (4 * quarter), scores.dtype)
+    tiny = jnp.minimum(root * 2.0 ** (3 * quarter), least)
+    return jnp.where(scores < least, tiny, scores)
+
+
+def product(a: Array, b: Array) -> Array:
+    """`|a * b|`, of which `lifted` keeps the order where it is tiny.
+
+    Args:
+      a: floating point, at least float32.
+      b: the same type.
+
+    Returns:
+      An array, not negative.
+    """
+    half = -jnp.finfo(a.dtype).minexp // 2
+    # As they are larger, tiny products are not 0: two roots for four.
+    high = jnp.minimum(jnp.abs(a), 2.0**half) * 2.0**half
+    scaled = high * (jnp.abs(b) * 2.0**half)
+    return lifted(jnp.abs(a * b), fourth_root(scaled) * 2.0 ** (-half / 2))
