@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,3 +60,36 @@ def explicit_mesh(arrays: Sequence[Array]):
         if AxisType.Explicit in mesh.axis_types:
             return mesh
     return None
+
+
+# Within `shard_map` an array is a shard, and its type says along which axes of the mesh
+# it differs.
+
+
+def manual_axes() -> tuple[str, ...]:
+    """The mesh axes over which `shard_map` runs this; none outside of it."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varying_axes(x: Array) -> frozenset[str]:
+    """The mesh axes along which an array differs, as far as its type says.
+
+    Args:
+      x: an array.
+
+    Returns:
+      Names; none outside `shard_map`, and none with `check_vma=False`.
+    """
+    aval: Any = jax.typeof(x)
+    if hasattr(aval, "vma"):  # its name in some versions of JAX
+        return frozenset(aval.vma or ())
+    return frozenset(getattr(aval.manual_axis_type, "varying", ()))
+
+
+def varying_is_known(name: str) -> bool:
+    """Whether types say along which axes arrays differ: not with `check_vma=False`.
+
+    Args:
+      name: one of `manual_axes()`.
+    """
+    return bool(varying_axes(lax.axis_index(name)))

@@ -25,12 +25,16 @@ _EXACT = 46  # bits of an integer; what emulates float64 in two float32 has 48
 Add = Callable[[Array], Array]
 
 
-def ordered_mean(x: Array, axes: tuple[int, ...]) -> Array:
+def ordered_mean(
+    x: Array, axes: tuple[int, ...], over: tuple[str, ...] = (), shards: int = 1
+) -> Array:
     """The mean along axes, bit for bit the same however the sum is split.
 
     Args:
       x: floating point.
       axes: the axes to average over, which stay with size 1.
+      over: the mesh axes that these are split over, under `shard_map`.
+      shards: into how many parts.
 
     Returns:
       The means, at least in float32.
@@ -43,11 +47,13 @@ def ordered_mean(x: Array, axes: tuple[int, ...]) -> Array:
     """
     if jnp.finfo(x.dtype).bits < 32:
         x = x.astype(jnp.float32)
-    n = math.prod(x.shape[a] for a in axes)
+    n = math.prod(x.shape[a] for a in axes) * shards
     if n < 2 or not x.size:
         return jnp.mean(x, axis=axes, keepdims=True)
     most = largest(x, axes)
-    add = lambda totals: totals
+    if over:
+        most = lax.pmax(most, over)
+    add = lambda totals: lax.psum(totals, over) if over else totals
     return ordered_sum(x, axes, add, most, most, n) / n
 
 

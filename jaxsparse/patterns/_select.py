@@ -10,7 +10,15 @@ from jaxsparse import _checks
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
 from jaxsparse.patterns._counts import count_dtype, removed_count
+from jaxsparse.patterns._floor import top_k_with_floor
 from jaxsparse.patterns._nm import group_inputs, nm_mask
+from jaxsparse.patterns._shards import (
+    AxisName,
+    Split,
+    names_along,
+    pieces,
+    splits_of,
+)
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
 from jaxsparse.patterns._threshold import top_k_masks
 from jaxsparse.patterns._units import (
@@ -36,12 +44,19 @@ def masks(
     pattern: Pattern = Unstructured(),
     where: Where = None,
     axes: AxesRule = None,
+    min_keep: int = 1,
+    axis_name: AxisName | None = None,
 ) -> PyTree:
     """Masks that keep the highest scores.
 
     In every competing group of `n` units exactly `floor(s * n + 1/2)` are removed, the
     lowest scores first; among equal scores the one with the lower flat index is kept.
     The result is the same eager and jitted, on one device and on many.
+
+    No layer vanishes: `min_keep` of its units stay. In a group of one layer, or of one
+    output, fewer are removed where `floor(s * n + 1/2)` would leave less. Where all
+    layers compete, the best `min_keep` of each come first and the best of all others
+    after them, so that the total stays exact unless that many are more than it keeps.
 
     Args:
       scores: a tree of floating-point arrays, one score a weight, larger = keep.
@@ -52,6 +67,17 @@ def masks(
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: the input, output and batch axes of kernels whose layout is not flax's;
         one `jaxsparse.tree.Axes` for all or a mapping from regular expressions.
+      min_keep: how many units (weights, tiles or channels) each group and each layer
+        keeps at least, or all of a smaller one. A layer is a parameter, or one index of
+        its batch axes where these are stated. 0: a layer may lose everything. `NM`
+        keeps `keep` of every group whatever this is.
+      axis_name: under `jax.shard_map`, where `scores` are shards: the mesh axes over
+        which counts are added up, so that the masks are the shards of those that one
+        device would choose. A name or a tuple of names says that what differs along
+        them is split along its first axis (with `check_vma=False`, everything that
+        takes part); for other splits give the tree of `PartitionSpec` that `shard_map`
+        has as its `in_specs`. `()`: each device has a model of its own. Outside of
+        `shard_map`, where arrays are whole, it has no effect.
 
     Returns:
       A tree of bools with the structure of `scores`, True = kept. Each leaf broadcasts
@@ -61,7 +87,8 @@ def masks(
     Raises:
       ValueError: a sparsity outside [0, 1), a group size that does not divide its
         axis, a `where` or an axes rule that matches nothing, NaN scores (in eager use;
-        under jit NaN counts as the lowest score).
+        under jit NaN counts as the lowest score), a negative `min_keep`; shards under
+        `shard_map` of which no `axis_name` says what they are shards of.
       TypeError: scores that are not floating point.
 
     Example:
@@ -84,27 +111,32 @@ def masks(
     for _, path, x in chosen:
         _checks.check_floating(path, x)
         _checks.check_no_nan(path, x)
+    _checks.check_positive_int(min_keep, name="min_keep", least=0)
     sparsities = _sparsities(scores, sparsity, pattern)
     stated = resolve_axes(scores, axes)
     result: list[Array] = [jnp.ones((), bool) for _ in named]
+    named_chosen = [(path, x) for _, path, x in chosen]
+    splits = splits_of(scores, named_chosen, axis_name, pattern)
     if isinstance(pattern, NM) or pattern.scope != "global":
         previous = jnp.ones((), bool)
-        for i, path, x in chosen:
+        for (i, path, x), split in zip(chosen, splits, strict=True):
             keep_axes = _axes_for(path, x, pattern, stated)
-            keep = _keep(path, x, sparsities[i], pattern, keep_axes)
+            n = _group_size(path, x, pattern, keep_axes, split)
+            keep = _keep(path, n, sparsities[i], pattern, min_keep)
             if isinstance(pattern, Unstructured):
                 keep = keep + _after(previous, keep.dtype)
-            result[i] = previous = _mask_one(x, keep, pattern, keep_axes)
+            result[i] = previous = _mask_one(x, keep, pattern, keep_axes, split)
     elif chosen:
         leaf_axes = tuple(_axes_for(p, x, pattern, stated) for _, p, x in chosen)
         arrays = [x for _, _, x in chosen]
         n = sum(
-            _group_size(p, x, pattern, a)
-            for (_, p, x), a in zip(chosen, leaf_axes, strict=True)
+            _group_size(p, x, pattern, a, split)
+            for (_, p, x), a, split in zip(chosen, leaf_axes, splits, strict=True)
         )
         keep = n - removed_count(sparsities[chosen[0][0]], n)
         keep = jnp.asarray(keep, count_dtype(n))
-        together = _mask_all(arrays, keep, pattern, leaf_axes)
+        static = pattern, leaf_axes, tuple(splits), min_keep
+        together = _mask_all(arrays, keep, *static)
         for (i, _, _), mask in zip(chosen, together, strict=True):
             result[i] = mask
     return jax.tree.unflatten(jax.tree.structure(scores), result)
@@ -154,8 +186,7 @@ def _axes_for(path: str, x: Array, pattern: Pattern, stated) -> Axes | None:
     return kernel_axes(path, x, stated) if needed else stated.get(path)
 
 
-def _keep(path: str, x: Array, sparsity, pattern: Pattern, axes: Axes | None) -> Array:
-    n = _group_size(path, x, pattern, axes)
+def _keep(path: str, n: int, sparsity, pattern: Pattern, min_keep: int) -> Array:
     removed = removed_count(sparsity, n)
     if isinstance(pattern, NM):
         most = pattern.of - pattern.keep
@@ -166,10 +197,16 @@ def _keep(path: str, x: Array, sparsity, pattern: Pattern, axes: Axes | None) ->
                 "out, or choose another pattern."
             )
         removed = jnp.minimum(removed, most)
+    elif isinstance(removed, int):
+        removed = min(removed, max(0, n - min_keep))
+    else:
+        removed = jnp.minimum(removed, max(0, n - min_keep))
     return jnp.asarray(n - removed, count_dtype(n))
 
 
-def _group_size(path: str, x: Array, pattern: Pattern, axes: Axes | None) -> int:
+def _group_size(
+    path: str, x: Array, pattern: Pattern, axes: Axes | None, split: Split
+) -> int:
     """How many units compete in one group of this parameter.
 
     Says which parameter it is that a pattern does not fit; the jitted functions below
@@ -180,15 +217,40 @@ def _group_size(path: str, x: Array, pattern: Pattern, axes: Axes | None) -> int
         case NM(of=of):
             assert axes is not None
             jax.eval_shape(lambda x: group_inputs(path, x, pattern, axes)[0], shape)
+            _check_groups_lie_on_one_device(path, x, pattern, axes, split)
             return of
-        case Unstructured(scope="global"):
-            return x.size
         case Unstructured():
-            return math.prod(x.shape[a] for a in _competing(x.ndim, pattern, axes))
-    units = jax.eval_shape(lambda x: _units(path, x, pattern, axes), shape)
+            units, split_units = shape, split
+        case _:
+            units = jax.eval_shape(lambda x: _units(path, x, pattern, axes), shape)
+            split_units = _split_of_units(split, pattern, axes)
     if pattern.scope == "global":
-        return units.size
-    return math.prod(units.shape[a] for a in _competing(x.ndim, pattern, axes))
+        competing = tuple(range(x.ndim))
+    else:
+        competing = _competing(x.ndim, pattern, axes)
+    here = math.prod(units.shape[a] for a in competing)
+    return here * pieces(names_along(split_units, competing))
+
+
+def _check_groups_lie_on_one_device(
+    path: str, x: Array, pattern: NM, axes: Axes, split: Split
+) -> None:
+    cut = x.shape[axes.input[-1]] % pattern.of
+    if names_along(split, axes.input) and cut:
+        raise ValueError(
+            f"{path}: a shard of shape {tuple(x.shape)} ends within a group of "
+            f"{pattern} along axis {axes.input[-1]}. Split it at multiples of "
+            f"{pattern.of}."
+        )
+
+
+def _split_of_units(split: Split, pattern: Pattern, axes: Axes | None) -> Split:
+    """How the units' scores are split: what a `Channel` adds up is so no more."""
+    if not isinstance(pattern, Channel):
+        return split
+    ndim = len(split)
+    apart = (pattern.axis % ndim, *batch_axes(pattern, ndim, axes))
+    return tuple(names if a in apart else () for a, names in enumerate(split))
 
 
 def _competing(ndim: int, pattern: Pattern, axes: Axes | None) -> tuple[int, ...]:
@@ -200,10 +262,16 @@ def _competing(ndim: int, pattern: Pattern, axes: Axes | None) -> tuple[int, ...
     return tuple(a for a in range(ndim) if a not in batch)
 
 
-def _units(path: str, x: Array, pattern: Pattern, axes: Axes | None) -> Array:
+def _units(
+    path: str,
+    x: Array,
+    pattern: Pattern,
+    axes: Axes | None,
+    split: Split | None = None,
+) -> Array:
     match pattern:
         case Channel():
-            return channel_scores(path, x, pattern, axes)
+            return channel_scores(path, x, pattern, axes, split)
         case Block():
             assert axes is not None
             return block_scores(path, x, pattern, axes)
@@ -217,30 +285,48 @@ def _expand(mask: Array, shape: tuple[int, ...], pattern: Pattern) -> Array:
 
 # Jitted, so that an eager caller compiles once for each shape: a loop whose body is a
 # fresh closure would compile at every call. Inside the caller's jit this is inlined.
-@functools.partial(jax.jit, static_argnames=("pattern", "axes"))
-def _mask_one(x: Array, keep: Array, pattern: Pattern, axes: Axes | None) -> Array:
+@functools.partial(jax.jit, static_argnames=("pattern", "axes", "split"))
+def _mask_one(
+    x: Array, keep: Array, pattern: Pattern, axes: Axes | None, split: Split
+) -> Array:
     def one(xs: list[Array], keep: Array) -> list[Array]:
         (x,) = xs
         if isinstance(pattern, NM):
             assert axes is not None
             return [nm_mask("", x, keep, pattern, axes)]
-        units = _units("", x, pattern, axes)
-        (mask,) = top_k_masks([units], keep, axes=_competing(x.ndim, pattern, axes))
+        units = _units("", x, pattern, axes, split)
+        competing = _competing(x.ndim, pattern, axes)
+        splits = [_split_of_units(split, pattern, axes)]
+        (mask,) = top_k_masks([units], keep, axes=competing, splits=splits)
         return [_expand(mask, x.shape, pattern)]
 
     return sharded_like(one, [x], keep)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "axes"))
+@functools.partial(jax.jit, static_argnames=("pattern", "axes", "splits", "min_keep"))
 def _mask_all(
-    xs: list[Array], keep: Array, pattern: Pattern, axes: tuple[Axes | None, ...]
+    xs: list[Array],
+    keep: Array,
+    pattern: Pattern,
+    axes: tuple[Axes | None, ...],
+    splits: tuple[Split, ...],
+    min_keep: int,
 ) -> list[Array]:
     def together(xs: list[Array], keep: Array) -> list[Array]:
-        units = [_units("", x, pattern, a) for x, a in zip(xs, axes, strict=True)]
+        units = [
+            _units("", x, pattern, a, split)
+            for x, a, split in zip(xs, axes, splits, strict=True)
+        ]
         # Parameters of different types compete in the type that holds them all.
         with jax.numpy_dtype_promotion("standard"):
             dtype = jnp.result_type(*units)
-        kept = top_k_masks([u.astype(dtype) for u in units], keep)
+        units = [u.astype(dtype) for u in units]
+        layers = [_competing(x.ndim, pattern, a) for x, a in zip(xs, axes, strict=True)]
+        apart = [
+            _split_of_units(split, pattern, a)
+            for split, a in zip(splits, axes, strict=True)
+        ]
+        kept = top_k_with_floor(units, keep, layers, apart, min_keep)
         return [_expand(m, x.shape, pattern) for m, x in zip(kept, xs, strict=True)]
 
     return sharded_like(together, xs, keep)

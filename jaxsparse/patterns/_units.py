@@ -1,9 +1,11 @@
 """From weights to the units of a pattern and back."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from jaxsparse._typing import Array
 from jaxsparse.patterns._exact import ordered_mean
+from jaxsparse.patterns._shards import Split, names_along, pieces
 from jaxsparse.patterns._spec import Block, Channel, Pattern
 from jaxsparse.tree import Axes
 
@@ -26,7 +28,11 @@ def batch_axes(pattern: Pattern, ndim: int, axes: Axes | None) -> tuple[int, ...
 
 
 def channel_scores(
-    path: str, scores: Array, pattern: Channel, axes: Axes | None = None
+    path: str,
+    scores: Array,
+    pattern: Channel,
+    axes: Axes | None = None,
+    split: Split | None = None,
 ) -> Array:
     """Scores of the slices along `pattern.axis`.
 
@@ -35,6 +41,7 @@ def channel_scores(
       scores: one score a weight.
       pattern: which axis, and how to reduce.
       axes: the kernel's axes, counted from the front, if they are known.
+      split: of a shard, over which mesh axes the parameter is split.
 
     Returns:
       An array with size 1 on every axis but the pattern's and the batch axes; it
@@ -50,9 +57,11 @@ def channel_scores(
         )
     whole = (pattern.axis % scores.ndim, *batch_axes(pattern, scores.ndim, axes))
     others = tuple(a for a in range(scores.ndim) if a not in whole)
+    over = names_along(split, others) if split else ()
     if pattern.reduce == "mean":
-        return ordered_mean(scores, others)
-    return jnp.max(scores, axis=others, keepdims=True)
+        return ordered_mean(scores, others, over, pieces(over))
+    most = jnp.max(scores, axis=others, keepdims=True)
+    return lax.pmax(most, over) if over else most
 
 
 def block_scores(path: str, scores: Array, pattern: Block, axes: Axes) -> Array:

@@ -45,9 +45,11 @@ def test_all_units_compete_in_the_order_of_the_leaves(pattern):
 
 def test_the_total_is_exact_and_shared_out_by_score():
     scores = {"low": jnp.zeros((10, 10)), "high": jnp.ones((10, 10))}
-    masks = js.patterns.masks(scores, 0.5, pattern=js.Unstructured("global"))
-    assert int(masks["low"].sum()) == 0
-    assert int(masks["high"].sum()) == 100
+    pattern = js.Unstructured("global")
+    for min_keep in (0, 1, 7):
+        masks = js.patterns.masks(scores, 0.5, pattern=pattern, min_keep=min_keep)
+        assert int(masks["low"].sum()) == min_keep
+        assert int(masks["high"].sum()) == 100 - min_keep
 
 
 def test_unselected_parameters_do_not_compete():

@@ -20,13 +20,22 @@ def best(values: np.ndarray, keep: int) -> np.ndarray:
     return order[:keep]
 
 
-def keep_in_groups(scores: np.ndarray, groups, sparsity: float) -> np.ndarray:
-    """Selects in each group, a list of flat indices, on its own."""
+def keep_in_groups(
+    scores: np.ndarray, groups, sparsity: float, layers=None, min_keep: int = 1
+) -> np.ndarray:
+    """Selects in each group, a list of flat indices, on its own.
+
+    The best `min_keep` of each layer (a list of flat indices too; None: of each group)
+    come first, even if they are too many.
+    """
     flat = np.asarray(scores, np.float64).ravel()
     mask = np.zeros(flat.size, bool)
-    for group in groups:
-        keep = len(group) - removed_count(sparsity, len(group))
-        mask[np.asarray(group)[best(flat[group], keep)]] = True
+    for layer in groups if layers is None else layers:
+        mask[np.asarray(layer)[best(flat[layer], min_keep)]] = True
+    for group in map(np.asarray, groups):
+        keep = len(group) - removed_count(sparsity, len(group)) - mask[group].sum()
+        rest = group[~mask[group]]
+        mask[rest[best(flat[rest], max(0, keep))]] = True
     return mask.reshape(scores.shape)
 
 
@@ -93,12 +102,22 @@ def mask(scores, sparsity: float, pattern, axes: js.Axes | None = None) -> np.nd
     return full
 
 
-def global_masks(scores: list, sparsity: float, pattern, axes=None) -> list[np.ndarray]:
+def global_masks(
+    scores: list, sparsity: float, pattern, axes=None, min_keep: int = 1
+) -> list[np.ndarray]:
     """The full masks of parameters whose units all compete."""
     axes = axes or [js.Axes(tuple(range(x.ndim - 1)), (x.ndim - 1,)) for x in scores]
     found = [units(x, pattern, a) for x, a in zip(scores, axes, strict=True)]
     together = np.concatenate([values.ravel() for values, _ in found])
-    kept = keep_in_groups(together, [np.arange(together.size)], sparsity)
+    layers, start = [], 0
+    for (values, _), a in zip(found, axes, strict=True):
+        batch = a.batch
+        if isinstance(pattern, js.Channel):
+            batch = tuple(b for b in batch if b != pattern.axis % values.ndim)
+        layers += [start + g for g in layer_groups(values.shape, batch)]
+        start += values.size
+    everyone = [np.arange(together.size)]
+    kept = keep_in_groups(together, everyone, sparsity, layers, min_keep)
     full, start = [], 0
     for x, (values, places) in zip(scores, found, strict=True):
         own = kept[start : start + values.size].reshape(values.shape)

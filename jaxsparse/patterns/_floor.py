@@ -1,0 +1,105 @@
+"""What each layer keeps at least, when all compete for one budget.
+
+The best units of each layer come first, before the best of all. Where a layer has as
+many among the best of all, as it mostly has, nothing is changed by that. So the masks
+are looked at, in one pass, and the selection is repeated only if a layer has too few.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse._loops import when
+from jaxsparse._typing import Array
+from jaxsparse.patterns._counting import count
+from jaxsparse.patterns._counts import count_dtype
+from jaxsparse.patterns._shards import Split, names_along, pieces, total
+from jaxsparse.patterns._threshold import ordered_keys, positions, top_k_masks
+
+
+def top_k_with_floor(
+    scores: Sequence[Array],
+    keep: Array,
+    layers: Sequence[tuple[int, ...]],
+    splits: Sequence[Split],
+    min_keep: int,
+) -> list[Array]:
+    """Masks of the `keep` largest scores of all arrays, and of some of each layer.
+
+    Args:
+      scores: floating-point arrays of one dtype.
+      keep: how many stay in all.
+      layers: for each array the axes along which the entries of one layer lie; the
+        indices of the others number its layers.
+      splits: of shards, over which mesh axes each array is split.
+      min_keep: how many of each layer stay at least, or all of a smaller one. Where
+        that is more than `keep` in all, it is what stays.
+
+    Returns:
+      Bool arrays of the shapes of `scores`.
+    """
+    masks = top_k_masks(scores, keep, splits=splits)
+    sizes = [
+        math.prod(x.shape[a] for a in axes) * pieces(names_along(split, axes))
+        for x, axes, split in zip(scores, layers, splits, strict=True)
+    ]
+    least = [min(min_keep, n) for n in sizes]
+    if not any(least):
+        return masks
+    whole = [
+        x.size * pieces(names_along(split, None))
+        for x, split in zip(scores, splits, strict=True)
+    ]
+    each = zip(least, whole, sizes, strict=True)
+    in_all = sum(n * (size // layer) for n, size, layer in each if n)
+
+    def again(masks: list[Array], scores: list[Array], keep: Array) -> list[Array]:
+        first = [
+            _best(x, axes, split, n)
+            for x, axes, split, n in zip(scores, layers, splits, least, strict=True)
+        ]
+        keep = jnp.maximum(keep, jnp.asarray(in_all, keep.dtype))
+        return top_k_masks(scores, keep, first=first, splits=splits)
+
+    short = [
+        _is_short(mask, axes, split, n)
+        for mask, axes, split, n in zip(masks, layers, splits, least, strict=True)
+        if n
+    ]
+    return when(sum(short) > 0, again, masks, list(scores), keep)
+
+
+def _is_short(mask: Array, axes: tuple[int, ...], split: Split, least: int) -> Array:
+    """1 if a layer keeps fewer than `least`, else 0."""
+    over = names_along(split, axes)
+    if least == 1:  # a maximum of bytes is quicker than a sum
+        some = jnp.max(mask.astype(jnp.uint8), axis=axes, keepdims=True)
+        kept = total([some.astype(jnp.int32)], [over])
+    else:
+        kept = total([count(mask, axes, count_dtype(mask.size))], [over])
+    short = jnp.max((kept < least).astype(jnp.int32))
+    apart = tuple(n for n in names_along(split, None) if n not in over)
+    return lax.pmax(short, apart) if apart else short
+
+
+def _best(x: Array, axes: tuple[int, ...], split: Split, least: int) -> Array:
+    """The `least` largest of each layer; of equal ones those with lower positions."""
+    keys, over = ordered_keys(x), names_along(split, axes)
+    position = positions(x, axes, split)
+    none = jnp.iinfo(position.dtype).max
+
+    def add(_, taken: Array) -> Array:
+        rest = jnp.where(taken, jnp.zeros_like(keys), keys)
+        top = jnp.max(rest, axis=axes, keepdims=True)
+        top = lax.pmax(top, over) if over else top
+        found = jnp.where((keys == top) & ~taken, position, none)
+        first = jnp.min(found, axis=axes, keepdims=True)
+        first = lax.pmin(first, over) if over else first
+        return taken | (position == first)
+
+    taken = jnp.zeros_like(x, bool)
+    if least < 2:
+        return add(0, taken) if least else taken
+    return lax.fori_loop(0, least, add, taken)
