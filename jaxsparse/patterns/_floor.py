@@ -68,7 +68,7 @@ def top_k_with_floor(
         for mask, axes, split, n in zip(masks, layers, splits, least, strict=True)
         if n
     ]
-    return when(sum(short) > 0, again, masks, list(scores), keep)
+    return when(jnp.asarray(sum(short) > 0), again, masks, list(scores), keep)
 
 
 def _is_short(mask: Array, axes: tuple[int, ...], split: Split, least: int) -> Array:

@@ -219,8 +219,11 @@ def flap(
             spread = jnp.std(channels, axis=over, keepdims=True)
             channels = channels / jnp.where(spread > 0, spread, 1)
             # Next to nothing is lost next to a mean.
-            most = jnp.max(squares, axis=over, keepdims=True)
-            share = squares / jnp.where(most > 0, most, 1)
+            near = squares * jnp.square(
+                power / jnp.max(power, axis=over, keepdims=True)
+            )
+            most = jnp.max(near, axis=over, keepdims=True)
+            share = near / jnp.where(most > 0, most, 1)
             channels = channels - jnp.where(still, 1e-3 * (1 - share), 0)
         return jnp.broadcast_to(channels, view.split).reshape(w.shape)
 

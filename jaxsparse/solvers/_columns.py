@@ -230,8 +230,8 @@ def _counts(
     def smallest(_: None) -> Array:
         score = jnp.where(unused, jnp.abs(x), -jnp.ones_like(x))
         stays = every(of_dead) - first
-        stay = {"axes": (0,)} if by_row else {}
-        (largest,) = top_k_masks([score], stays[None] if by_row else stays[0], **stay)
+        stays, axes = (stays[None], (0,)) if by_row else (stays[0], None)
+        (largest,) = top_k_masks([score], stays, axes=axes)
         return of_dead - _per_block(largest & unused, size, by_row)
 
     some = jnp.any(first < every(of_dead))
