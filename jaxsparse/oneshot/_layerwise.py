@@ -15,6 +15,7 @@ from jaxsparse.calibration import InputStats
 from jaxsparse.calibration._finite import check_params
 from jaxsparse.calibration._run import selected_kernels
 from jaxsparse.curvature import factor_gram
+from jaxsparse.oneshot._fingerprint import fingerprint
 from jaxsparse.oneshot._pass import Pass
 from jaxsparse.oneshot._resume import Progress, resumed, saved
 from jaxsparse.oneshot._stages import Bundle, Unit
@@ -124,7 +125,8 @@ def layerwise(
     batch; those of the other batches too, unless `host`.
 
     With `directory` a checkpoint is written after each stop. The same call goes on from
-    the last one, and ends with the same bits.
+    the last one, in another process too, and ends with the same bits. A call with other
+    weights, data or settings is refused: the checkpoint holds a fingerprint of them.
 
     Args:
       apply_fn: `apply_fn(params, *inputs)`; see `jaxsparse.trace`.
@@ -164,7 +166,8 @@ def layerwise(
       ValueError: no batches or an empty one; a selected parameter that the trace could
         not follow; NaN or Inf in a parameter, a batch or what the model makes of it,
         with the first place; a factorisation that fails, with the parameter's path; a
-        sparsity out of range.
+        sparsity out of range; a `directory` with a checkpoint of another run, with what
+        differs.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -196,7 +199,20 @@ def layerwise(
     walk = Pass(traced, kernels, params, data, gram=gram, host=host, weight=weight)
     state = Progress(0, dict(walk.leaves), {}, {})
     if directory is not None:
-        state = resumed(directory, state, traced, walk.stages)
+        run = fingerprint(
+            traced,
+            walk.leaves,
+            data,
+            wanted,
+            weight=weight,
+            pattern=pattern,
+            solver=solver,
+            share=share,
+            gram=gram,
+            sequential=sequential,
+            rules=rules,
+        )
+        state = resumed(directory, state._replace(run=run), traced, walk.stages)
         walk.leaves.update(state.leaves)
     dense = None if sequential else walk.all_statistics()
     bar = report.progress(walk.stages, description="layerwise", show=show)

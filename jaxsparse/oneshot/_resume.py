@@ -1,11 +1,15 @@
 """Checkpoints of a layer-wise run: killed, it goes on after its last layer."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxsparse.oneshot._fingerprint import differences
 from jaxsparse.tracing import Trace
+
+_SHOWN = 4
 
 
 class Progress(NamedTuple):
@@ -16,12 +20,14 @@ class Progress(NamedTuple):
       leaves: the parameters by path.
       masks: by path, of the kernels that were solved.
       info: by path, flat over each kernel's matrices.
+      run: what decides the result, of `fingerprint`.
     """
 
     stage: int
     leaves: dict[str, Any]
     masks: dict[str, Any]
     info: dict[str, Any]
+    run: dict[str, str] | None = None
 
 
 def saved(directory: Any, state: Progress, trace: Trace) -> None:
@@ -45,7 +51,11 @@ def saved(directory: Any, state: Progress, trace: Trace) -> None:
         step=state.stage,
         params=unflatten([state.leaves[path] for path in trace.paths]),
         masks=unflatten(masks),
-        extra={"layerwise": info, "solved": sorted(state.masks)},
+        extra={
+            "layerwise": info,
+            "solved": sorted(state.masks),
+            "run": state.run,
+        },
         keep=1,
     )
 
@@ -63,18 +73,21 @@ def resumed(directory: Any, state: Progress, trace: Trace, stages: Any) -> Progr
       The state to go on from.
 
     Raises:
-      ValueError: a checkpoint of another run.
+      ValueError: a checkpoint of another run, with what differs; one that is damaged.
     """
     from jaxsparse import checkpoint
     from jaxsparse.oneshot._layerwise import LayerInfo
 
-    if checkpoint.latest_step(directory) is None:
-        return state
     template = jax.tree.unflatten(
         trace.treedef, [state.leaves[path] for path in trace.paths]
     )
-    restored = checkpoint.restore(directory, params=template)
+    try:
+        restored = checkpoint.restore(directory, params=template)
+    except FileNotFoundError:
+        return state
     info = restored.extra.get("layerwise")
+    if info is not None:
+        _check_run(directory, restored.extra.get("run"), state.run)
     done = {u.path for s in stages[: restored.step] for b in s.bundles for u in b.units}
     if info is None or done != set(restored.extra["solved"]):
         raise ValueError(
@@ -89,4 +102,26 @@ def resumed(directory: Any, state: Progress, trace: Trace, stages: Any) -> Progr
     for path, (*arrays, seconds) in info.items():
         found = [np.array(x, dtype) for x, dtype in arrays]
         layers[path] = LayerInfo._make([*found, seconds])
-    return Progress(restored.step, leaves, masks, layers)
+    return Progress(restored.step, leaves, masks, layers, state.run)
+
+
+def _check_run(
+    directory: Any, there: dict[str, str] | None, here: dict[str, str] | None
+) -> None:
+    if there is None or here is None:
+        warnings.warn(
+            f"{directory}: its checkpoint is of a version that did not write which "
+            "weights, data and settings it is of, so it is not checked whether they "
+            "are those of this call. Give another directory if they may differ.",
+            stacklevel=4,
+        )
+        return
+    differ = differences(there, here)
+    if differ:
+        shown = "; ".join(differ[:_SHOWN])
+        more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
+        raise ValueError(
+            f"{directory}: a checkpoint of another run, whose result this call would "
+            f"return. What differs: {shown}{more}. Give another directory, or delete "
+            "this one to begin anew."
+        )
