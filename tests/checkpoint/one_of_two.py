@@ -3,11 +3,17 @@
 `python one_of_two.py DIRECTORY PORT RANK`
 """
 
+import json
+import pathlib
+import shutil
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,7 +54,23 @@ def main(directory, port, rank):
     got = js.checkpoint.restore(directory, params={"w": shape})
     check(got.params["w"], w)
     check(got.masks["w"], w > 0)
+    damaged(pathlib.Path(directory), w, params)
     print("as saved")
+
+
+def damaged(directory, w, params):
+    """What each process has seen a part of is refused by both."""
+    stamp = json.loads((directory / "3" / "stamp" / "metadata").read_text())
+    assert stamp["checksums"]["params"]["w"] == zlib.crc32(w.tobytes())
+    js.checkpoint.save(directory, step=4, params={"w": params["w"] + 1})
+    if jax.process_index() == 0:
+        shutil.rmtree(directory / "4" / "params")
+        shutil.copytree(directory / "3" / "params", directory / "4" / "params")
+        (directory / "4" / "stamp" / "files.json").unlink()
+    multihost_utils.sync_global_devices("changed")
+    message = r"params w is not what was saved.*whole is 3"
+    with pytest.raises(ValueError, match=message):
+        js.checkpoint.restore(directory, params=params)
 
 
 if __name__ == "__main__":
