@@ -34,15 +34,19 @@ def shares(total: int, room: np.ndarray) -> np.ndarray:
     return np.diff([0, *ends])
 
 
-def block_counts(removed, gone, dead, size):
-    """How many of each block of columns go: gone already, of dead inputs, others."""
+def block_counts(removed, gone, dead, size, w):
+    """How many of each block of columns go: gone already, of dead inputs, others.
+
+    Of dead inputs the smallest weights, in whatever block they are.
+    """
     starts = range(0, len(dead), size)
     per_block = lambda flags: np.array([flags[:, a : a + size].sum() for a in starts])
     unused = ~gone & dead
     kinds = [per_block(gone), per_block(unused), per_block(~gone & ~unused)]
     left = max(removed - kinds[0].sum(), 0)
     first = min(left, kinds[1].sum())
-    return kinds[0] + shares(first, kinds[1]) + shares(left - first, kinds[2])
+    of_dead = per_block(~lowest(np.where(unused, np.abs(w), np.inf), first))
+    return kinds[0] + of_dead + shares(left - first, kinds[2])
 
 
 def lowest(scores: np.ndarray, count: int) -> np.ndarray:
@@ -68,17 +72,21 @@ def column_sweep(
         counts = [[removed_count(sparsity, pattern.of)] * d_out] * d_in
     elif pattern.scope == "output":
         each = removed_count(sparsity, d_in)
-        rows = [block_counts(each, row[None], dead, block_size) for row in gone]
+        pairs = zip(gone, dense, strict=True)
+        rows = [
+            block_counts(each, g[None], dead, block_size, w[None]) for g, w in pairs
+        ]
         counts = np.transpose(rows)
     else:
         each = removed_count(sparsity, dense.size)
-        counts = block_counts(each, gone, dead, block_size)
+        counts = block_counts(each, gone, dead, block_size, dense)
     size = pattern.of if nm else block_size
     for j in range(d_in):
         if j % size == 0:
             tile = slice(j, min(j + size, d_in))
             scores = (now[:, tile] / pivots[tile]) ** 2
-            scores = np.where(dead[tile], -1.0, scores)
+            unused = -1 / np.maximum(np.abs(dense[:, tile]), 1e-37)
+            scores = np.where(dead[tile], unused, scores)
             scores = np.where(gone[:, tile], -np.inf, scores)
             count = counts[j // size]
             if np.ndim(count):
@@ -100,8 +108,8 @@ def refit(w, mask, matrix) -> np.ndarray:
     return new
 
 
-def greedy_row(row, inverse, count, group):
-    """The order in which a row's weights go, and what each step costs."""
+def greedy_row(row, inverse, count, group, dead):
+    """The order in which a row's weights go, and what each step costs; dead first."""
     row, inverse = row.copy(), inverse.copy()
     gone, lost, order, costs = set(), {}, [], []
     while True:
@@ -112,7 +120,9 @@ def greedy_row(row, inverse, count, group):
         ]
         if not free:
             return order, costs
-        each = [row[j] ** 2 / inverse[j, j] for j in free]
+        each = [
+            -1 / abs(row[j]) if dead[j] else row[j] ** 2 / inverse[j, j] for j in free
+        ]
         j = free[int(np.argmin(each))]
         order.append(j)
         costs.append(min(each))
@@ -132,7 +142,7 @@ def exact_obs(w, gram, sparsity, pattern, *, rel_damping=0.01):
     group = pattern.of if isinstance(pattern, js.NM) else d_in
     by_layer = pattern == js.Unstructured()
     count = d_in if by_layer else removed_count(sparsity, group)
-    taken = [greedy_row(row, inverse, count, group) for row in live]
+    taken = [greedy_row(row, inverse, count, group, dead) for row in dense]
     kept = np.ones(dense.shape, bool)
     if by_layer:
         steps = [
