@@ -24,6 +24,7 @@ def prune(
     axes: AxesRule = None,
     trace: Trace | None = None,
     steps: int = 1,
+    min_keep: int = 1,
 ) -> patterns.Pruned:
     """Removes the weights with the lowest scores.
 
@@ -44,6 +45,8 @@ def prune(
         which N:M groups and tiles follow, and which parameters are kernels, by use and
         not by name. `where` and `axes` come before it.
       steps: in how many cuts.
+      min_keep: how many units (weights, tiles or channels) each group and each layer
+        keeps at least; see `jaxsparse.patterns.masks`.
 
     Returns:
       The pruned parameters and their masks.
@@ -74,6 +77,7 @@ def prune(
             pattern=pattern,
             where=where,
             axes=axes,
+            min_keep=min_keep,
         )
         params = patterns.apply(params, masks)
     return patterns.Pruned(params, masks)

@@ -9,6 +9,7 @@ from jaxsparse.patterns._masks import kept_count as kept_count
 from jaxsparse.patterns._masks import pack as pack
 from jaxsparse.patterns._masks import unpack as unpack
 from jaxsparse.patterns._select import masks as masks
+from jaxsparse.patterns._shards import AxisName as AxisName
 from jaxsparse.patterns._spec import NM as NM
 from jaxsparse.patterns._spec import Block as Block
 from jaxsparse.patterns._spec import Channel as Channel

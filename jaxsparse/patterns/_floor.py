@@ -5,6 +5,7 @@ many among the best of all, as it mostly has, nothing is changed by that. So the
 are looked at, in one pass, and the selection is repeated only if a layer has too few.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -68,7 +69,8 @@ def top_k_with_floor(
         for mask, axes, split, n in zip(masks, layers, splits, least, strict=True)
         if n
     ]
-    return when(jnp.asarray(sum(short) > 0), again, masks, list(scores), keep)
+    short = functools.reduce(jnp.maximum, short)
+    return when(short > 0, again, masks, list(scores), keep)
 
 
 def _is_short(mask: Array, axes: tuple[int, ...], split: Split, least: int) -> Array:

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse import patterns, scores
 from jaxsparse._checks import is_concrete
 from jaxsparse._loops import when
+from jaxsparse._sharded import manual_axes, varying_axes, varying_is_known
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
 from jaxsparse.transforms._enforce import enforce
 from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
@@ -111,6 +113,8 @@ def prune_schedule(
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: Where = None,
     axes: AxesRule = None,
+    min_keep: int = 1,
+    axis_name: patterns.AxisName | None = None,
     total_steps: int | None = None,
     zeros: Zeros = "hold",
 ) -> PruneSchedule:
@@ -145,6 +149,11 @@ def prune_schedule(
       pattern: what lives or dies together, and who competes with whom.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
+      min_keep: how many units (weights, tiles or channels) each group and each layer
+        keeps at least, as there.
+      axis_name: where `update` runs under `jax.shard_map` on shards of the parameters:
+        the mesh axes or the tree of `PartitionSpec`, as there. `init` may run outside.
+        In the state `regrew` and `leaked` are then of all shards.
       total_steps: the length of the training, if known; then a schedule that would not
         end within it is an error too.
       zeros: what becomes of exact zeros in kernels that take part, in a model that is
@@ -177,7 +186,13 @@ def prune_schedule(
 
     def select(scored: PyTree, step: Any) -> PyTree:
         return patterns.masks(
-            scored, evaluate(sparsity, step), pattern=pattern, where=where, axes=axes
+            scored,
+            evaluate(sparsity, step),
+            pattern=pattern,
+            where=where,
+            axes=axes,
+            min_keep=min_keep,
+            axis_name=axis_name,
         )
 
     def start(params: PyTree, step: int, masks: PyTree) -> PruneScheduleState:
@@ -264,8 +279,9 @@ def prune_schedule(
                 new, change = scorer.prune(params, grads, score_state, select_now)
             new = jax.tree.map(lambda n, o: n.reshape(o.shape), new, old)
             # Before the first step nothing has been projected yet.
-            now = jnp.where(step > 0, _most_leaked(leaked, params, old), leaked)
-            return new, _regrew(new, old), now, change
+            found = _most_leaked(leaked, params, old, axis_name)
+            now = jnp.where(step > 0, found, leaked)
+            return new, _regrew(new, old, axis_name), now, change
 
         updated = jnp.asarray(cadence(state.step), bool)
         masks, regrew, leaked, change = when(
@@ -277,7 +293,8 @@ def prune_schedule(
         # The masks of the step before are gone by now (another reader would make XLA
         # copy them in every step); where none were chosen, the new ones are the same.
         look = ~updated & (state.updated | (state.step % _LOOK_FOR_LEAKS_EVERY == 0))
-        leaked = when(look & (state.step > 0), _most_leaked, leaked, frozen, masks)
+        most = functools.partial(_most_leaked, axis_name=axis_name)
+        leaked = when(look & (state.step > 0), most, leaked, frozen, masks)
         state = PruneScheduleState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             masks=masks,
@@ -322,11 +339,11 @@ def _hide(grads: PyTree, masks: PyTree) -> PyTree:
     return None if grads is None else jax.tree.map(one, grads, masks)
 
 
-def _regrew(new: PyTree, old: PyTree) -> Array:
-    return _any(jax.tree.map(lambda n, o: n & ~o, new, old))
+def _regrew(new: PyTree, old: PyTree, axis_name: Any) -> Array:
+    return _any(jax.tree.map(lambda n, o: n & ~o, new, old), axis_name)
 
 
-def _most_leaked(most: Array, params: PyTree, masks: PyTree) -> Array:
+def _most_leaked(most: Array, params: PyTree, masks: PyTree, axis_name: Any) -> Array:
     leaks = jax.tree.map(
         lambda w, mask: (w != 0) & ~mask if jnp.ndim(mask) else jnp.zeros((), bool),
         params,
@@ -334,15 +351,35 @@ def _most_leaked(most: Array, params: PyTree, masks: PyTree) -> Array:
     )
 
     def count(most: Array, leaks: PyTree) -> Array:
-        counts = [jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(leaks)]
+        counts = [
+            _over_shards(lax.psum, jnp.sum(x, dtype=jnp.float32), axis_name)
+            for x in jax.tree.leaves(leaks)
+        ]
         total = sum(counts, start=jnp.zeros((), jnp.float32))
         return jnp.maximum(most, jnp.minimum(total, 2.0**30).astype(most.dtype))
 
-    return when(_any(leaks), count, most, leaks)
+    return when(_any(leaks, axis_name), count, most, leaks)
 
 
-def _any(flags: PyTree) -> Array:
+def _any(flags: PyTree, axis_name: Any) -> Array:
     # On CPU a maximum of bytes takes a quarter of the time of `any`, and a sixteenth of
     # that of a sum.
     found = [jnp.max(x.astype(jnp.uint8), initial=0) for x in jax.tree.leaves(flags)]
-    return functools.reduce(jnp.maximum, found, jnp.zeros((), jnp.uint8)) > 0
+    some = functools.reduce(jnp.maximum, found, jnp.zeros((), jnp.uint8))
+    return _over_shards(lax.pmax, some.astype(jnp.int32), axis_name) > 0
+
+
+def _over_shards(collect: Callable[..., Array], x: Array, axis_name: Any) -> Array:
+    """Of all devices that hold other shards; the state is the same on all of them."""
+    manual = manual_axes()
+    if not manual:
+        return x
+    if varying_is_known(manual[0]):
+        names = tuple(sorted(varying_axes(x)))
+    else:
+        is_spec = lambda s: isinstance(s, PartitionSpec)
+        leaves = jax.tree.leaves(axis_name, is_leaf=is_spec)
+        parts = [p for leaf in leaves for p in (leaf if is_spec(leaf) else (leaf,))]
+        named = {n for p in parts for n in (p if isinstance(p, tuple) else (p,))}
+        names = tuple(n for n in manual if n in named)
+    return collect(x, names) if names else x

@@ -20,6 +20,8 @@ def straight_through(
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: Where = None,
     axes: AxesRule = None,
+    min_keep: int = 1,
+    axis_name: patterns.AxisName | None = None,
 ) -> Tree:
     """The pruned parameters, with the derivative of the identity.
 
@@ -40,6 +42,8 @@ def straight_through(
       pattern: what lives or dies together, and who competes with whom.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
+      min_keep: how many units each group and each layer keeps at least, as there.
+      axis_name: of shards under `shard_map`, as there.
 
     Returns:
       Parameters of the same structure, exactly 0 where pruned.
@@ -55,7 +59,13 @@ def straight_through(
     """
     frozen = lax.stop_gradient(params)
     masks = patterns.masks(
-        score(frozen), sparsity, pattern=pattern, where=where, axes=axes
+        score(frozen),
+        sparsity,
+        pattern=pattern,
+        where=where,
+        axes=axes,
+        min_keep=min_keep,
+        axis_name=axis_name,
     )
     return jax.tree.map(_mask_forward, params, masks)
 
