@@ -210,6 +210,7 @@ def layerwise(
             share=share,
             gram=gram,
             sequential=sequential,
+            unseen=unseen,
             rules=rules,
         )
         state = resumed(directory, state._replace(run=run), traced, walk.stages)
