@@ -220,13 +220,15 @@ def _alps(w, gram, sparsity, rho, rel_damping, *, pattern, steps) -> Solved:
         _choose, unused=unused, sparsity=sparsity, pattern=pattern
     )
     values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
-    wanted = matmul(target, scaled)
     iterations, refits = steps
 
     def step(_, state: _Alternating) -> _Alternating:
         _, sparse, dual, _, rho, turn, settled = state
-        pull = matmul(wanted - dual + rho * sparse, vectors) / (values + rho)[None, :]
-        w = matmul(pull, vectors.T)
+        # What W differs from W_0 by: (H + rho I)^-1 of H W_0 + rho Z - U would round the
+        # whole of W each time, and near a tie that decides which weight is kept.
+        pull = rho * (sparse - target) - dual
+        pull = matmul(pull, vectors) / (values + rho)[None, :]
+        w = target + matmul(pull, vectors.T)
         free = w + dual / rho
         mask = choose(free)
         sparse = jnp.where(mask, free, jnp.zeros_like(free))
