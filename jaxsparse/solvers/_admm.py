@@ -224,8 +224,8 @@ def _alps(w, gram, sparsity, rho, rel_damping, *, pattern, steps) -> Solved:
 
     def step(_, state: _Alternating) -> _Alternating:
         _, sparse, dual, _, rho, turn, settled = state
-        # What W differs from W_0 by: (H + rho I)^-1 of H W_0 + rho Z - U would round the
-        # whole of W each time, and near a tie that decides which weight is kept.
+        # What W differs from W_0 by: (H W_0 + rho Z - U) (H + rho I)^-1 would round
+        # the whole of W each time, and near a tie that decides which weight is kept.
         pull = rho * (sparse - target) - dual
         pull = matmul(pull, vectors) / (values + rho)[None, :]
         w = target + matmul(pull, vectors.T)
