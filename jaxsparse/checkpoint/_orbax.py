@@ -56,8 +56,8 @@ def save(
     shard by shard. Typed random keys, weak types and Python numbers in a state come
     back as they were, so that a training that is resumed ends with the same bits.
 
-    The stamp holds the CRC-32 of each leaf: one pass over the arrays where they are,
-    for 5 to 10 % of the time that writing takes, and no copy of what is on the host.
+    The stamp holds the CRC-32 of each leaf: one more pass over the arrays where they
+    are, and no copy of what is on the host.
 
     The directory belongs to one training; two that save into it at once would clear
     away each other's work. With many processes each of them calls `save`, and all see
