@@ -165,6 +165,7 @@ def _row(
     path: str, w: Any, mask: Any, asked: float | None, kept: int, leaked: int
 ) -> Row:
     size = math.prod(w.shape)
+    few = kept <= max(1.0, math.sqrt(mask.size) / 10) and mask.size > 1
     kept *= size // max(1, mask.size)
     pruned = mask.ndim > 0 or kept < size
     if isinstance(asked, _ForPruned):
@@ -182,6 +183,7 @@ def _row(
         packed_bytes=kept * item + -(-size // 8) if pruned else size * item,
         leaked=leaked,
         pruned=pruned,
+        nearly_empty=few and pruned,
         why=_why(path, w, pruned),
     )
 

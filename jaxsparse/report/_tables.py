@@ -32,6 +32,9 @@ class Row(NamedTuple):
       leaked: how many weights under a False mask are not zero; 0 too where there are no
         values to look at (`jax.ShapeDtypeStruct`).
       pruned: whether it takes part: its mask is not a mere scalar True.
+      nearly_empty: whether the mask keeps next to nothing: of n units (weights, or
+        channels where the mask has one number for each) 1, or `sqrt(n) / 10` at most.
+        It is what `min_keep` of `jaxsparse.patterns.masks` alone may have kept.
       why: for a dense array of two axes or more, why the default selection leaves it
         so, as `jaxsparse.tree.why_dense` says; else empty.
     """
@@ -47,6 +50,7 @@ class Row(NamedTuple):
     packed_bytes: int
     leaked: int
     pruned: bool
+    nearly_empty: bool = False
     why: str = ""
 
 
@@ -93,6 +97,18 @@ class Table:
             )
         return " ".join(said)
 
+    @property
+    def note(self) -> str:
+        """Which layers keep next to nothing; empty when there are none."""
+        few = [row for row in self.rows if row.nearly_empty]
+        if not few:
+            return ""
+        shown = ", ".join(f"{row.path} ({row.kept:,} of {row.size:,})" for row in few)
+        return (
+            f"Nearly empty, marked by !: {shown}. Raise min_keep, give these parameters "
+            "a lower sparsity, or leave them out with `where`."
+        )
+
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> RenderResult:
@@ -132,7 +148,7 @@ class Table:
             totals=[_cells(row, columns) for row in totals],
             bars=[row.reached for row in (*self.rows, *totals)],
             bar_column=columns.index("reached"),
-            note=self.left_dense,
+            note=" ".join(said for said in (self.left_dense, self.note) if said),
             warning=self.warning,
         )
 
@@ -165,8 +181,8 @@ class Table:
         return f"Left dense: {', '.join(left[:_NAMED])}{more}." if left else ""
 
     def _caption(self) -> Text | None:
-        said = (self.left_dense, ""), (self.warning, "bold red")
-        lines = [Text(text, style=style) for text, style in said if text]
+        said = {self.left_dense: "", self.note: "yellow", self.warning: "bold red"}
+        lines = [Text(text, style=style) for text, style in said.items() if text]
         return Text("\n").join(lines) if lines else None
 
     def _repr_html_(self) -> str:
@@ -194,7 +210,7 @@ _COLUMNS = {
     "dtype": lambda r: r.dtype,
     "asked": lambda r: percent(r.asked) if r.pruned else "-",
     "reached": lambda r: percent(r.reached) if r.pruned else "-",
-    "kept": lambda r: f"{r.kept:,}",
+    "kept": lambda r: f"{r.kept:,}" + (" !" if r.nearly_empty else ""),
     "weights": lambda r: f"{r.size:,}",
     "dense": lambda r: _bytes(r.dense_bytes),
     "packed": lambda r: _bytes(r.packed_bytes),
