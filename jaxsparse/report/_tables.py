@@ -105,8 +105,8 @@ class Table:
             return ""
         shown = ", ".join(f"{row.path} ({row.kept:,} of {row.size:,})" for row in few)
         return (
-            f"Nearly empty, marked by !: {shown}. Raise min_keep, give these parameters "
-            "a lower sparsity, or leave them out with `where`."
+            f"Nearly empty, marked by !: {shown}. Raise min_keep, give these "
+            "parameters a lower sparsity, or leave them out with `where`."
         )
 
     def __rich_console__(

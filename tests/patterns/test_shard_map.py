@@ -45,10 +45,12 @@ def in_shards(pattern, axis_name, *, specs=SPECS, check_vma=True):
     """The jitted function of the whole scores; masks are split as their scores are."""
     whole = functools.partial(select, pattern=pattern)
     shapes = jax.eval_shape(whole, scores(), np.float32(0.5))
-    split = lambda spec, m: P(*(
-        part if n > 1 else None
-        for part, n in zip((*spec, *[None] * m.ndim), m.shape, strict=False)
-    ))
+    split = lambda spec, m: P(
+        *(
+            part if n > 1 else None
+            for part, n in zip((*spec, *[None] * m.ndim), m.shape, strict=False)
+        )
+    )
     outs = {k: split(specs[k], shapes[k]) for k in specs}
     shard = functools.partial(select, pattern=pattern, axis_name=axis_name)
     options = {"in_specs": (specs, P()), "out_specs": outs, "check_vma": check_vma}
