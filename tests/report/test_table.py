@@ -70,7 +70,7 @@ def test_every_field_by_hand():
 def test_fields_are_python_numbers():
     row = js.report.table(PARAMS, MASKS, asked=np.float32(0.5)).rows[1]
     assert [type(x) for x in row] == [
-        str, tuple, str, float, float, int, int, int, int, int, bool, str
+        str, tuple, str, float, float, int, int, int, int, int, bool, bool, str
     ]  # fmt: skip
 
 
