@@ -115,7 +115,9 @@ def run(
     # At the end, so that nothing waits for a batch.
     _check_flags(flags, names, trace.paths, leaves)
     entries = tuple((path, k.input, k.view) for path, k in kernels.items())
-    stats = Statistics({name: finalize(s) for name, s in states.items()}, entries)
+    changes = tuple((path, k.changes) for path, k in kernels.items() if k.changes)
+    known = {name: finalize(s) for name, s in states.items()}
+    stats = Statistics(known, entries, changes)
     if all(_checks.is_concrete(known.count) for known in stats.inputs.values()):
         _warn_unseen(stats)
     return stats

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 
 from jaxsparse._typing import Array
+from jaxsparse.tracing._changes import Change, check_plain
 from jaxsparse.tree import Axes, MatrixView
 
 
@@ -44,7 +45,7 @@ class InputStats(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["inputs"],
-    meta_fields=["kernels"],
+    meta_fields=["kernels", "changes"],
 )
 @dataclasses.dataclass(frozen=True)
 class Statistics:
@@ -53,6 +54,8 @@ class Statistics:
     Attributes:
       inputs: by the name of an input.
       kernels: for each kernel its path, the name of its input, and how it is read.
+      changes: for each kernel that the model changes before it is contracted its path,
+        and what happens to it, as `js.tracing.Kernel.changes` has it.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -72,6 +75,7 @@ class Statistics:
 
     inputs: dict[str, InputStats]
     kernels: tuple[tuple[str, str, MatrixView], ...]
+    changes: tuple[tuple[str, tuple[Change, ...]], ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -116,6 +120,19 @@ class Statistics:
           KeyError: there are no statistics of it.
         """
         return self._entry(path)[2]
+
+    def check_plain(self, path: str) -> None:
+        """Raises where the model does not contract a kernel as it is stored.
+
+        A score of what is stored would be that of another weight. Masks are fine.
+
+        Args:
+          path: the kernel's path.
+
+        Raises:
+          ValueError: it is scaled, standardised or changed otherwise, with the line.
+        """
+        check_plain(path, dict(self.changes).get(path, ()))
 
     def _entry(self, path: str) -> tuple[str, str, MatrixView]:
         for entry in self.kernels:

@@ -59,8 +59,9 @@ def channel_errors(
       `[*copies, size]` by the groups' names, larger = keep, for `js.structured.select`.
 
     Raises:
-      ValueError: a kernel without statistics or without a gram, an index whose columns
-        are not as many as another's.
+      ValueError: a kernel without statistics or without a gram, or that the model
+        scales or changes before it is contracted; NaN or Inf in it; an index whose
+        columns are not as many as another's.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -303,6 +304,7 @@ def _readers(
                     f"{part.path}: reads {name} but has no statistics; there are some "
                     f"of {list(stats.paths)[:8]}."
                 )
+            stats.check_plain(part.path)
             here = _columns(part, stats.view(part.path))
             labels[part.path] = np.maximum(labels.get(part.path, -1), here)
         for path, here in labels.items():

@@ -15,6 +15,7 @@ from jaxsparse.calibration import InputStats
 from jaxsparse.calibration._finite import check_params
 from jaxsparse.calibration._run import selected_kernels
 from jaxsparse.curvature import factor_gram
+from jaxsparse.oneshot._effective import matrices_at, scaled, unscaled
 from jaxsparse.oneshot._fingerprint import fingerprint
 from jaxsparse.oneshot._pass import Pass
 from jaxsparse.oneshot._resume import Progress, resumed, saved
@@ -27,12 +28,8 @@ from jaxsparse.oneshot._unseen import (
     without_data,
 )
 from jaxsparse.tracing import Kernel, Trace, trace
-from jaxsparse.tree import (
-    MatrixView,
-    from_matrices,
-    leaves_with_paths,
-    to_matrices,
-)
+from jaxsparse.tracing._changes import check_solvable
+from jaxsparse.tree import MatrixView, from_matrices, leaves_with_paths, to_matrices
 
 Solver = Callable[..., solvers.Solved]
 
@@ -119,6 +116,9 @@ def layerwise(
     numbers (query, key and value) share statistics and factor. Layers that are stacked
     for a scan are pruned turn by turn, experts side by side. A kernel that is read more
     than once (tied weights, a recurrent cell) is solved with the inputs of all places.
+    One that the model multiplies by something that does not depend on it (a mask, a
+    scale of each output) is solved as that product; one that it standardises, divides
+    by its norm or quantises is refused.
 
     Pieces of the program between stops are compiled once for equal blocks. On the
     device there are the parameters, one input's statistics and the activations of one
@@ -165,9 +165,9 @@ def layerwise(
     Raises:
       ValueError: no batches or an empty one; a selected parameter that the trace could
         not follow; NaN or Inf in a parameter, a batch or what the model makes of it,
-        with the first place; a factorisation that fails, with the parameter's path; a
-        sparsity out of range; a `directory` with a checkpoint of another run, with what
-        differs.
+        with the first place; a kernel that the model changes other than by a product;
+        a factorisation that fails, with the parameter's path; a sparsity out of range;
+        a `directory` with a checkpoint of another run, with what differs.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -192,6 +192,8 @@ def layerwise(
     wanted = _sparsities(sparsity, params, kernels, pattern)
     _check_groups(kernels, pattern)
     check_params(traced.paths, jax.tree.leaves(params), kernels)
+    for path, kernel in kernels.items():
+        check_solvable(path, kernel.changes, kernels)
     if share is None and solver is solvers.sparsegpt and gram:
         share = _factored
     options = {"solver": solver, "pattern": pattern, "dense": unseen == "dense"}
@@ -221,7 +223,7 @@ def layerwise(
         if index >= state.stage:
             found = walk.statistics(stage) if dense is None else dense[index]
             for bundle, stats in zip(stage.bundles, found, strict=True):
-                new = solve(bundle, walk.leaves, stats, _evidence(stats, share, gram))
+                new = solve(bundle, walk, stats, _evidence(stats, share, gram))
                 for path, part in new:
                     _put(state, walk, path, part, kernels[path])
                     error = report.mean_of_known(part.info.relative_error)
@@ -286,7 +288,7 @@ def _shared(gram: Array, share: Callable[[Array], Any]) -> Any:
 
 def _solve_bundle(
     bundle: Bundle,
-    leaves: dict[str, Array],
+    walk: Pass,
     stats: InputStats,
     evidence: Any,
     *,
@@ -301,7 +303,11 @@ def _solve_bundle(
     blind = np.asarray(never_seen(stats.square))
     for unit in bundle.units:
         view = kernels[unit.path].view
-        matrices = _matrices(leaves[unit.path], unit.places, view)
+        stored = matrices = matrices_at(walk.leaves[unit.path], unit.places, view)
+        scale = walk.scales.get(unit.path)
+        if scale is not None:
+            scale = matrices_at(scale, unit.places, view)
+            matrices = scaled(stored, scale)
         jax.block_until_ready((matrices, evidence))
         begin = time.perf_counter()
         solved, masked, kept = _solve_places(
@@ -314,6 +320,8 @@ def _solve_bundle(
             warn_unseen(unit, blind, stats, dense)
             given = None if dense else wanted[unit.path]
             solved, kept = without_data(matrices, blind, solved, given, pattern, dense)
+        if scale is not None:
+            solved = unscaled(stored, scale, solved, stats.gram)
         info = LayerInfo(
             error=nan_at(blind, solved.info.error),
             relative_error=nan_at(blind, solved.info.relative_error),
@@ -340,12 +348,6 @@ def _solve_places(matrices, evidence, sparsity, gram, solver, pattern):
     energy = lambda x: jnp.einsum("pij,pjk,pik->p", x, gram, x, optimize="optimal")
     whole = energy(matrices.astype(gram.dtype))
     return solved, energy(lost) / jnp.where(whole > 0, whole, 1), kept
-
-
-@functools.partial(jax.jit, static_argnames="view")
-def _matrices(w: Array, places: np.ndarray, view: MatrixView) -> Array:
-    matrices = to_matrices(w, view)
-    return matrices.reshape(-1, *matrices.shape[-2:])[places]
 
 
 @functools.partial(jax.jit, static_argnames="view")

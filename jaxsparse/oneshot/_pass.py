@@ -18,6 +18,7 @@ from jaxsparse.calibration._finite import (
 )
 from jaxsparse.calibration._rows import contribution
 from jaxsparse.calibration._weights import batch_weight, weight_of_rows
+from jaxsparse.oneshot._effective import scales_of
 from jaxsparse.oneshot._segments import Pieces
 from jaxsparse.oneshot._stages import Bundle, Look, Stage, flat_program, stages_of
 from jaxsparse.tracing import Kernel, Trace, retrace
@@ -29,6 +30,7 @@ class Pass:
     Attributes:
       leaves: the parameters by path, as they are by now.
       stages: what is solved, in order.
+      scales: by path what a kernel is multiplied by before it is contracted.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Pass:
             values = jax.tree.leaves(inputs)
             values = list(map(np.asarray, values)) if host else values
             self._batches.append((key, dict(zip(numbers, values, strict=True))))
-        self.stages = next(iter(self._programs.values()))[1]
+        pieces, self.stages, _ = next(iter(self._programs.values()))
+        value = lambda x: self._value(pieces, x, {})
+        self.scales = scales_of(pieces, kernels, trace.paths, self.leaves, value)
         self._at = -1
         self._advance(0)
 

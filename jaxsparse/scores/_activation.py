@@ -37,7 +37,8 @@ def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
       what has no statistics.
 
     Raises:
-      ValueError: a selected parameter has no statistics, or those of another shape.
+      ValueError: a selected parameter has no statistics, or those of another shape; or
+        the model scales or changes it before it is contracted.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -88,7 +89,8 @@ def gblm(
 
     Raises:
       ValueError: a selected parameter has no statistics or no gradients, or those of
-        another shape; an `alpha` that is negative.
+        another shape; an `alpha` that is negative; or the model scales or changes it
+        before it is contracted.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -186,7 +188,8 @@ def flap(
       what has no statistics.
 
     Raises:
-      ValueError: a selected parameter has no statistics, or those of another shape.
+      ValueError: a selected parameter has no statistics, or those of another shape; or
+        the model scales or changes it before it is contracted.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -292,6 +295,8 @@ def _each(
             return jnp.zeros_like(widened(w))
         if stats is not None:
             _check_fits(path, w, stats.of(path), stats.view(path))
+            if taken:
+                stats.check_plain(path)
         _checks.check_floating(path, w)
         return score(path, widened(w))
 

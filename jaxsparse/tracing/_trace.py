@@ -12,6 +12,7 @@ import jax
 from jaxsparse._typing import PyTree
 from jaxsparse.tracing import _axes
 from jaxsparse.tracing._axes import Axis
+from jaxsparse.tracing._changes import Change, Past
 from jaxsparse.tracing._jaxprs import Address, abstract
 from jaxsparse.tracing._kernels import NotFollowed, Reading, view_of
 from jaxsparse.tracing._unify import Dims
@@ -37,6 +38,8 @@ class Kernel:
       flops: of all its contractions for the example inputs, two for a multiply-add.
       via: the primitives that changed its entries before it was contracted: masks,
         scales, quantisation. Empty for a plain kernel.
+      changes: the equations that did so, with their lines, and whether each is a
+        product with something that does not depend on the kernel.
     """
 
     path: str
@@ -45,6 +48,7 @@ class Kernel:
     input: str
     flops: int
     via: tuple[str, ...]
+    changes: tuple[Change, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -246,7 +250,8 @@ def trace(
     for i, var in enumerate(program.jaxpr.invars):
         value = walk.new(var.aval.shape, data=i >= len(paths))
         if i < len(paths):
-            value = value._replace(origin=_own(paths[i], walk, var.aval.shape))
+            own = _own(paths[i], walk, var.aval.shape)
+            value = value._replace(origin=own, past=Past(frozenset({paths[i]})))
         args.append(value)
     results = walk.run(program, args, (), 1)
     for name, values in (("input", args[len(paths) :]), ("output", results)):
@@ -350,6 +355,7 @@ def _kernels(
             names.setdefault(key, path),
             sum(_share(site, path) for site in sites),
             tuple(sorted(frozenset().union(*(s.origin.via for s in sites)))),
+            tuple(dict.fromkeys(x for s in sites for x in s.origin.changes)),
         )
     for stop in walk.stops:
         lost = tuple(p for p in stop.paths if p not in kernels)

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.extend import core
 
 from jaxsparse.tracing import _axes, _rules
 from jaxsparse.tracing._axes import Axis, leaf
+from jaxsparse.tracing._changes import Change, Past, change_of, past_of, together
 from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts, source_of
 from jaxsparse.tracing._sides import foreign_sides, positions_of, sides_of
 from jaxsparse.tracing._unify import Dims, Rule, unify
@@ -25,6 +27,7 @@ class Origin(NamedTuple):
     dropped: Dims = ()  # axes of size 1 that were squeezed away
     via: frozenset[str] = frozenset()  # what changed entries on the way
     loops: tuple[tuple[Address, Axis], ...] = ()  # scans that hand out its slices
+    changes: tuple[Change, ...] = ()  # the equations that did so
 
 
 class Value(NamedTuple):
@@ -34,6 +37,7 @@ class Value(NamedTuple):
     data: bool  # whether it depends on the inputs
     token: Any  # equal tokens, equal values
     origin: Origin | None = None
+    past: Past = Past()  # where it does not depend on the inputs
 
 
 class Site(NamedTuple):
@@ -148,7 +152,8 @@ class Walk:
             if isinstance(atom, core.Literal):
                 aval: Any = atom.aval
                 token = ("literal", str(atom.val), str(aval))
-                return self.new(aval.shape, data=False, token=token)
+                value = self.new(aval.shape, data=False, token=token)
+                return value._replace(past=Past(zero=not np.any(atom.val)))
             return env[atom]
 
         for index, eqn in enumerate(jaxpr.jaxpr.eqns):
@@ -166,6 +171,9 @@ class Walk:
         """A value of which nothing is known."""
         token = self._token(token) if token is not None else next(self._count)
         return Value(tuple(leaf(n) for n in shape), data, token)
+
+    def _made(self, like: Value, data: bool, past: Past) -> Value:
+        return Value(like.dims, data, next(self._count), None, past)
 
     def _token(self, key: Any) -> int:
         return self._known.setdefault(key, next(self._count))
@@ -191,8 +199,9 @@ class Walk:
         elif any(v.origin for v in ins):
             self._meet(eqn, ins, address, times, foreign, known)
         token = self._value_number(eqn, ins)
+        past = Past() if data else past_of(eqn, [v.past for v in ins])
         return [
-            Value(d, data, self._token((token, i)), origin)
+            Value(d, data, self._token((token, i)), origin, past)
             for i, (d, origin) in enumerate(zip(dims, origins, strict=True))
         ]
 
@@ -254,6 +263,9 @@ class Walk:
         )
         if name not in _rules.STRUCTURAL or partial:
             via |= {name}
+        changes = tuple(x for o in found for x in o.changes)
+        if name not in _rules.STRUCTURAL:
+            changes += change_of(eqn, [(v.past, v.origin is not None) for v in ins])
         ones = [d for dims in before for d in dims if d.size == 1]
         loops = tuple(dict.fromkeys(x for o in found for x in o.loops))
         results: list[Origin | None] = []
@@ -263,8 +275,9 @@ class Walk:
             if name == "unstack":
                 dropped += (_axes.leaves(before[0][eqn.params["axis"]])[i],)
             dropped = tuple(d for d in dropped if id(_axes.find(d)) not in left)
-            sources = {path: dims for o in found for path, dims in o.sources}
-            results.append(Origin(tuple(sources.items()), dims, dropped, via, loops))
+            found_in = {path: dims for o in found for path, dims in o.sources}
+            sources = tuple(found_in.items())
+            results.append(Origin(sources, dims, dropped, via, loops, changes))
         return results
 
     def _look_up(self, origin: Origin, eqn: Any) -> None:
@@ -329,42 +342,41 @@ class Walk:
     def _scan(
         self, eqn: Any, ins: list[Value], address: Address, times: int | None
     ) -> list[Value]:
-        length = eqn.params["length"]
         first, carried = scan_counts(eqn)
         last = first + carried
-        layer = self.layers[address] = leaf(length, "layer")
+        layer = self.layers[address] = leaf(eqn.params["length"], "layer")
         data = any(v.data for v in ins)
         inside = list(ins[:first])
-        for v in ins[first:last]:
-            inside.append(Value(v.dims, data, next(self._count)))
+        past = together(v.past for v in ins)
+        inside += [self._made(v, data, past) for v in ins[first:last]]
         for v in ins[last:]:
             unify(v.dims[0], layer, eqn)
             origin = v.origin
             if origin is not None:
                 loops = (*origin.loops, (address, origin.dims[0]))
                 origin = origin._replace(dims=origin.dims[1:], loops=loops)
-            inside.append(Value(v.dims[1:], v.data, next(self._count), origin))
-        many = None if times is None else times * length
+            inside.append(Value(v.dims[1:], v.data, next(self._count), origin, v.past))
+        many = None if times is None else times * layer.size
         outs = self.run(inner(eqn)[0], inside, (*address, 0), many)
         for a, b in zip(ins[first:last], outs[:carried], strict=True):
             _same(a.dims, b.dims, eqn)
-        results = [Value(v.dims, data, next(self._count)) for v in outs[:carried]]
-        for v in outs[carried:]:
-            results.append(Value((layer, *v.dims), v.data, next(self._count)))
-        return results
+        stacks = [v._replace(dims=(layer, *v.dims)) for v in outs[carried:]]
+        results = [self._made(v, data, past) for v in outs[:carried]]
+        return results + [self._made(v, v.data, past) for v in stacks]
 
     def _while(self, eqn: Any, ins: list[Value], address: Address) -> list[Value]:
         p = eqn.params
         tests, bodies = p["cond_nconsts"], p["body_nconsts"]
         data = any(v.data for v in ins)
-        carry = [Value(v.dims, data, next(self._count)) for v in ins[tests + bodies :]]
+        past = together(v.past for v in ins)
+        carry = [self._made(v, data, past) for v in ins[tests + bodies :]]
         test, body = inner(eqn)
         self.run(test, [*ins[:tests], *carry], (*address, 0), None)
         arguments = [*ins[tests : tests + bodies], *carry]
         outs = self.run(body, arguments, (*address, 1), None)
         for a, b in zip(carry, outs, strict=True):
             _same(a.dims, b.dims, eqn)
-        return [Value(v.dims, data, next(self._count)) for v in outs]
+        return [self._made(v, data, past) for v in outs]
 
     def _cond(
         self, eqn: Any, ins: list[Value], address: Address, times: int | None
@@ -376,7 +388,8 @@ class Walk:
                 _same(a.dims, b.dims, eqn)
             results = results or outs
         data = any(v.data for v in ins)
-        return [Value(v.dims, data or v.data, next(self._count)) for v in results]
+        past = together(v.past for v in ins)
+        return [self._made(v, data or v.data, past) for v in results]
 
 
 _NOT_SETTINGS = {"preferred_element_type", "out_sharding", "precision"}

@@ -1,0 +1,167 @@
+"""Kernels that are scaled or masked before they act: solved as what acts.
+
+With `E = S * W` entry by entry, and `S` not dependent on `W`, a zero of `E` is one of
+`W`. What the solver makes of `E` is divided by `S` again.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import solvers
+from jaxsparse._typing import Array
+from jaxsparse.oneshot._segments import Pieces
+from jaxsparse.tracing import Kernel
+from jaxsparse.tree import MatrixView, to_matrices
+
+
+def scales_of(
+    pieces: Pieces,
+    kernels: Mapping[str, Kernel],
+    paths: tuple[str, ...],
+    leaves: Mapping[str, Array],
+    value: Callable[[int], Any],
+) -> dict[str, Array]:
+    """`S` of each kernel that is changed before it is contracted.
+
+    It is the derivative of the operands that are contracted: they are products.
+
+    Args:
+      pieces: of the flat program.
+      kernels: those that are to be solved, by path; checked with `check_solvable`.
+      paths: of all parameters, in the order of the program's arguments.
+      leaves: the parameters.
+      value: of a parameter or a constant, by its number.
+
+    Returns:
+      By path, of the parameters' shapes; only of those that are changed.
+
+    Raises:
+      ValueError: it is changed within a loop, or differently at different places.
+    """
+    found = {}
+    for path, kernel in kernels.items():
+        if not kernel.changes:
+            continue
+        number, raw = pieces.flat.arguments[paths.index(path)], leaves[path]
+        total = None
+        for reading in kernel.readings:
+            site = reading.site
+            steps = [s for s in pieces.flat.steps if s.address == site.address]
+            if not steps:
+                raise ValueError(
+                    f"{_said(kernel)}, within a loop at {site.source}, where the scale "
+                    "could not be found. Leave it out with `where`, or fold the scale "
+                    "into the kernel."
+                )
+            for step in steps:
+                part = _scale(pieces, step.ins[site.operand], number, raw, value)
+                total = part if total is None else _joined(total, part)
+                if total is None or not jnp.any(part != 0):
+                    raise ValueError(
+                        f"{_said(kernel)}, and is not the same product at all places "
+                        "that read it, or one whose derivative is not the scale. Leave "
+                        "it out with `where`, or fold the scale into the kernel."
+                    )
+        assert total is not None, "a kernel has a reading"
+        found[path] = total
+    return found
+
+
+def _said(kernel: Kernel) -> str:
+    first = kernel.changes[0]
+    return f"{kernel.path}: it is changed by `{first.primitive}` at {first.source}"
+
+
+def _scale(
+    pieces: Pieces, wanted: Any, number: int, raw: Array, value: Callable[[int], Any]
+) -> Array:
+    segment = pieces.segment([wanted], ())
+
+    def operand(raw: Array) -> Array:
+        (acts,) = segment.call([raw if x == number else value(x) for x in segment.ins])
+        return acts
+
+    acts, back = jax.vjp(operand, jnp.asarray(raw))
+    (scale,) = back(jnp.ones_like(acts))
+    (squared,) = back(acts)
+    wide = scale.dtype if scale.dtype.itemsize > 4 else jnp.float32
+    scale, raw = scale.astype(wide), jnp.asarray(raw).astype(wide)
+    # Otherwise an entry is there twice, or its derivative is made up.
+    off = jnp.abs(squared.astype(wide) - raw * scale * scale)
+    near = off <= 0.05 * jnp.abs(raw * scale * scale) + 1e-30
+    return jnp.where(jnp.all(near), scale, jnp.zeros_like(scale))
+
+
+def _joined(a: Array, b: Array) -> Array | None:
+    """Of two places that read a kernel; None where they scale an entry differently."""
+    both = (a != 0) & (b != 0)
+    if jnp.any(both & (jnp.abs(a - b) > 1e-5 * jnp.abs(a))):
+        return None
+    return jnp.where(a != 0, a, b)
+
+
+@functools.partial(jax.jit, static_argnames="view")
+def matrices_at(w: Array, places: np.ndarray, view: MatrixView) -> Array:
+    """Some of a kernel's matrices.
+
+    Args:
+      w: the kernel.
+      places: which of its flat batch indices.
+      view: how it is read as matrices.
+
+    Returns:
+      `[places, d_out, d_in]`.
+    """
+    matrices = to_matrices(w, view)
+    return matrices.reshape(-1, *matrices.shape[-2:])[places]
+
+
+@jax.jit
+def scaled(matrices: Array, scale: Array) -> Array:
+    """The weights that act.
+
+    Args:
+      matrices: as they are stored.
+      scale: of the same shape.
+
+    Returns:
+      Their product, in float32 at least.
+    """
+    return matrices.astype(scale.dtype) * scale
+
+
+@jax.jit
+def unscaled(
+    matrices: Array, scale: Array, solved: solvers.Solved, gram: Array | None
+) -> solvers.Solved:
+    """The weights to store, so that those that were solved act.
+
+    Args:
+      matrices: as they were stored, `[places, d_out, d_in]`.
+      scale: of the same shape. Where it is 0 nothing acts, whatever is stored.
+      solved: of the weights that act.
+      gram: the inputs' second moments, or None.
+
+    Returns:
+      The solution in terms of what is stored, and with `gram` the error of what acts.
+    """
+    before = matrices.astype(scale.dtype) * scale
+    acts = jnp.where(scale == 0, 0, solved.w.astype(scale.dtype))
+    moved = (acts / jnp.where(scale == 0, 1, scale)).astype(matrices.dtype)
+    stays = (acts == before) | (scale == 0)
+    new = jnp.where(solved.mask, jnp.where(stays, matrices, moved), 0)
+    info = solved.info
+    if gram is not None:
+        square = lambda x: jnp.einsum("pij,pjk,pik->p", x, gram.astype(x.dtype), x)
+        error, whole = square(acts - before), square(before)
+        kind = info.error.dtype
+        relative = jnp.where(whole > 0, error / jnp.where(whole > 0, whole, 1), 0)
+        info = info._replace(
+            error=error.astype(kind), relative_error=relative.astype(kind)
+        )
+    return solved._replace(w=new.astype(matrices.dtype), info=info)
