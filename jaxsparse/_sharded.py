@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -60,6 +61,28 @@ def explicit_mesh(arrays: Sequence[Array]):
         if AxisType.Explicit in mesh.axis_types:
             return mesh
     return None
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
+    """Zeros that lie as a sharding says.
+
+    JAX 0.12 makes them without a mesh where it traces outside of `jax.set_mesh`, and
+    does not let them meet arrays that have one with explicit axes.
+
+    Args:
+      shape: of the array.
+      dtype: of the array.
+      sharding: of the array, or None.
+
+    Returns:
+      The zeros.
+    """
+    x = jnp.zeros(shape, dtype, device=sharding)
+    mesh = getattr(sharding, "mesh", None)
+    explicit = mesh is not None and AxisType.Explicit in mesh.axis_types
+    if explicit and jax.typeof(x).sharding.mesh.empty:
+        return jax.sharding.reshard(x, sharding)
+    return x
 
 
 # Within `shard_map` an array is a shard, and its type says along which axes of the mesh

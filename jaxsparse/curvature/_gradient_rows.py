@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxsparse import _sharded
 from jaxsparse._loops import after
 from jaxsparse._typing import Array, PyTree
 
@@ -148,7 +149,7 @@ def gram_of(G: Array, wide: Any) -> Array:
         dots = _dot(G, right, (axes, axes), wide)
         return lax.dynamic_update_slice_in_dim(total, dots, start, 1)
 
-    start = jnp.zeros((m, m), wide, device=everywhere(jax.typeof(G).sharding))
+    start = _sharded.zeros((m, m), wide, everywhere(jax.typeof(G).sharding))
     return lax.fori_loop(0, steps, columns, start)
 
 

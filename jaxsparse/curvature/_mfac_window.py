@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxsparse import _checks
+from jaxsparse import _checks, _sharded
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature import _sliding_factor as sliding
@@ -101,7 +101,7 @@ def window_init(
     damping = jnp.full((), damping, wide, device=device)
     return MFacWindow(
         grads=rows,
-        gram=jnp.zeros((window, window), wide, device=device),
+        gram=_sharded.zeros((window, window), wide, device),
         factor=sliding.empty_factor(window, _shift(window, damping)),
         damping=damping,
         oldest=jnp.zeros((), jnp.int32, device=device),
@@ -370,5 +370,5 @@ def _empty_rows(w: Any, m: int, dtype: Any) -> Array:
     sharding = getattr(w, "sharding", None)  # that of a tracer is known if explicit
     if isinstance(sharding, NamedSharding) and not sharding.mesh.empty:
         sharding = NamedSharding(sharding.mesh, P(None, *sharding.spec))
-        return jnp.zeros(shape, dtype, device=sharding)
+        return _sharded.zeros(shape, dtype, sharding)
     return jnp.zeros(shape, dtype)

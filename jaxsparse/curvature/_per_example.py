@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxsparse import _checks
+from jaxsparse import _checks, _sharded
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature._chunks import in_parts, is_spread
 from jaxsparse.curvature._trees import check_finite, check_real, largest_number
@@ -187,7 +187,7 @@ def _in_chunks(loss_fn, taken, rest, masks, groups, chunk: int, dtype) -> PyTree
         if sharding is not None:  # on a mesh with explicit axes it has to be the same
             spec = P(sharding.spec[0], None, *sharding.spec[1:])
             sharding = NamedSharding(sharding.mesh, spec)
-        return jnp.zeros(shape, like.dtype, device=sharding)
+        return _sharded.zeros(shape, like.dtype, sharding)
 
     def turn(i: Any, out: PyTree) -> PyTree:
         write = lambda o, g: lax.dynamic_update_index_in_dim(o, g, i, 1)

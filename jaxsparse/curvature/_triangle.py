@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from jaxsparse import _sharded
 from jaxsparse._typing import Array
 
 _DOWN = 2.0**-24  # of the low parts beside the diagonal; a power of 2 loses no bit
@@ -46,8 +47,8 @@ def zeros(shape: tuple[int, ...], size: int, dtype, *, device=None) -> Triangle:
       A `Triangle`.
     """
     return Triangle(
-        jnp.zeros((*shape, size, size), dtype, device=device),
-        jnp.zeros((*shape, size), dtype, device=device),
+        _sharded.zeros((*shape, size, size), dtype, device),
+        _sharded.zeros((*shape, size), dtype, device),
     )
 
 
