@@ -16,6 +16,7 @@ def global_(
     pattern: patterns.Pattern = patterns.Unstructured(scope="global"),
     where: Where = None,
     axes: AxesRule = None,
+    min_keep: int = 1,
 ) -> PyTree:
     """What each parameter loses when all weights compete for one budget.
 
@@ -29,11 +30,12 @@ def global_(
       pattern: a pattern of the global scope.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
+      min_keep: how many units each layer keeps at least, as there.
 
     Returns:
       A tree of Python floats in [0, 1) with the structure of `scores`, 0.0 where not
-      selected; one that loses everything gets the float64 just below 1. (It reads
-      values, so it cannot run under jit.)
+      selected; one that loses everything (`min_keep=0`) gets the float64 just below 1.
+      (It reads values, so it cannot run under jit.)
 
     Raises:
       ValueError: a pattern of another scope, or what `jaxsparse.patterns.masks` raises.
@@ -46,7 +48,8 @@ def global_(
     """
     if getattr(pattern, "scope", None) != "global":
         raise ValueError(f"{pattern} does not compete globally: give scope='global'.")
-    masks = patterns.masks(scores, sparsity, pattern=pattern, where=where, axes=axes)
+    options = {"pattern": pattern, "where": where, "axes": axes}
+    masks = patterns.masks(scores, sparsity, **options, min_keep=min_keep)
     reached = patterns.sparsity_of(masks, scores)
     return jax.tree.map(_below_one, reached)
 

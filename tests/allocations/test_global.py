@@ -41,7 +41,7 @@ def test_layer_by_layer_it_gives_the_masks_of_the_global_scope(
 def test_a_parameter_that_loses_everything_gets_a_number_below_one():
     ones = jnp.asarray(np.ones((8, 4), np.float32))
     nothing = jnp.asarray(np.zeros((8, 4), np.float32))
-    found = js.allocations.global_({"a": ones, "b": nothing}, 0.5)
+    found = js.allocations.global_({"a": ones, "b": nothing}, 0.5, min_keep=0)
     assert found == {"a": 0.0, "b": math.nextafter(1.0, 0.0)}
     assert js.patterns.removed_count(found["b"], 10**6) == 10**6
 
@@ -89,7 +89,8 @@ def test_rounding_leaves_what_is_not_selected():
 def test_a_layer_that_rounds_to_nothing_left_can_be_selected():
     params = {"w": jnp.asarray(np.ones((8, 4), np.float32))}
     rounded = js.allocations.round_to_weights(params, {"w": 0.99})
-    assert not np.any(js.patterns.masks(params, rounded)["w"])
+    assert not np.any(js.patterns.masks(params, rounded, min_keep=0)["w"])
+    assert js.patterns.masks(params, rounded)["w"].sum() == 1
 
 
 def test_sparsities_of_another_structure_are_refused():
