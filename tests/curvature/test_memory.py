@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import pytest
 
 import jaxsparse as js
@@ -37,6 +38,11 @@ def test_gradients_are_added_in_place_and_are_not_copied(dtype):
     assert temporary < SCRATCH
 
 
+@pytest.mark.xfail(
+    jaxlib.version.__version_info__ >= (0, 12),
+    reason="XLA of jaxlib 0.12 copies the blocks once",
+    strict=True,
+)
 def test_blocks_are_inverted_in_place():
     sums = jax.eval_shape(estimator.init, tree())
     finalize = functools.partial(estimator.finalize, damping=1e-3)
