@@ -157,6 +157,7 @@ def test_a_schedule_in_shards_trains_what_one_device_trains():
             score=js.scores.taylor,
             pattern=GLOBAL,
             axis_name=axis_name,
+            zeros="train",
         )
         tx = schedule.wrap(optax.sgd(0.125, momentum=0.5))
 
