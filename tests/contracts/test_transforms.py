@@ -266,7 +266,9 @@ def test_eager_steps_are_jitted_steps_and_compile_once(name, compilations):
     assert again.names == []
 
 
-# The others are parts of `enforce`, or add up slices as `prox_group_lasso` does.
+# The others are parts of `enforce`, or add up slices as `prox_group_lasso` does; or
+# `windowed_obs`, whose program, read from the compilation cache and not compiled, waits
+# for ever on simulated devices (jaxlib 0.10 runs its collectives in different orders).
 @pytest.mark.parametrize(
     "name",
     [
@@ -275,7 +277,7 @@ def test_eager_steps_are_jitted_steps_and_compile_once(name, compilations):
         for few in [
             name
             in {
-                *("enforce", "windowed_obs", "scale_by_mfac", "keep_sparse", "hesso"),
+                *("enforce", "scale_by_mfac", "keep_sparse", "hesso"),
                 *("growing_regularization", "prox_group_lasso"),
             }
         ]
