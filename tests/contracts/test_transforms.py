@@ -266,9 +266,7 @@ def test_eager_steps_are_jitted_steps_and_compile_once(name, compilations):
     assert again.names == []
 
 
-# The others are parts of `enforce`, or add up slices as `prox_group_lasso` does; or
-# `windowed_obs`, whose program, read from the compilation cache and not compiled, waits
-# for ever on simulated devices (jaxlib 0.10 runs its collectives in different orders).
+# The others are parts of `enforce`, or add up slices as `prox_group_lasso` does.
 @pytest.mark.parametrize(
     "name",
     [
@@ -284,6 +282,10 @@ def test_eager_steps_are_jitted_steps_and_compile_once(name, compilations):
     ],
 )
 def test_shardings_are_kept_and_change_nothing(name):
+    if name == "windowed_obs":
+        # Simulated devices of jaxlib 0.10 run its collectives in different orders when
+        # the program comes from the compilation cache, and wait for each other.
+        pytest.skip("it can wait for ever on simulated devices")
     row = TRANSFORMS[name]
     tx, params = row.make(adam()), parameters()
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
