@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,15 @@ from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._effective import matrices_at, scaled, unscaled
 from jaxsparse.oneshot._fingerprint import fingerprint
 from jaxsparse.oneshot._pass import Pass
-from jaxsparse.oneshot._resume import Progress, resumed, saved
+from jaxsparse.oneshot._results import (
+    Found,
+    LayerInfo,
+    Layerwise,
+    Progress,
+    put,
+    result_of,
+)
+from jaxsparse.oneshot._resume import resumed, saved
 from jaxsparse.oneshot._stages import Bundle, Unit
 from jaxsparse.oneshot._unseen import (
     nan_at,
@@ -27,64 +35,15 @@ from jaxsparse.oneshot._unseen import (
     warn_unseen,
     without_data,
 )
-from jaxsparse.tracing import Kernel, Trace, trace
+from jaxsparse.tracing import Kernel, trace
 from jaxsparse.tracing._changes import check_solvable
-from jaxsparse.tree import MatrixView, from_matrices, leaves_with_paths, to_matrices
+from jaxsparse.tree import leaves_with_paths
 
 Solver = Callable[..., solvers.Solved]
 
 
 # `sparsegpt`'s own default, once for all kernels that share a gram matrix.
 _factored = functools.partial(factor_gram, rel_damping=0.01)
-
-
-class LayerInfo(NamedTuple):
-    """How well one kernel was solved: an entry for each of its matrices, `[*batch]`.
-
-    Attributes:
-      error: `tr((W' - W) G (W' - W)^T)`, `G` the second moment of its inputs; NaN, as
-        the next two, where all inputs that were seen are 0, or none was seen.
-      relative_error: `error / tr(W G W^T)`.
-      masked_error: what the error would be with the same mask and without a change of
-        the weights that are left, relative too.
-      damping: what was added to the diagonal of `G`.
-      dead: how many of its inputs are always 0.
-      rows: how many rows of inputs were seen.
-      sparsity: the fraction removed.
-      seconds: what the solver took, for all matrices of the kernel.
-    """
-
-    error: np.ndarray
-    relative_error: np.ndarray
-    masked_error: np.ndarray
-    damping: np.ndarray
-    dead: np.ndarray
-    rows: np.ndarray
-    sparsity: np.ndarray
-    seconds: float
-
-
-class _Found(NamedTuple):
-    """What a solver made of some matrices of one kernel: `[places, d_out, d_in]`."""
-
-    w: Array
-    mask: Array
-    places: np.ndarray  # which of the kernel's flat batch indices they are
-    info: LayerInfo
-
-
-class Layerwise(NamedTuple):
-    """The result of `layerwise`.
-
-    Attributes:
-      params: the pruned parameters.
-      masks: True = kept; a scalar True where nothing was pruned.
-      info: a `LayerInfo` for each kernel, by path, in the order of solving.
-    """
-
-    params: Any
-    masks: Any
-    info: dict[str, LayerInfo]
 
 
 def layerwise(
@@ -225,7 +184,7 @@ def layerwise(
             for bundle, stats in zip(stage.bundles, found, strict=True):
                 new = solve(bundle, walk, stats, _evidence(stats, share, gram))
                 for path, part in new:
-                    _put(state, walk, path, part, kernels[path])
+                    put(state, walk.leaves, path, part, kernels[path])
                     error = report.mean_of_known(part.info.relative_error)
                     bar.say(f"{path}: relative error {error:.2e}")
             state = state._replace(stage=index + 1, leaves=dict(walk.leaves))
@@ -233,7 +192,7 @@ def layerwise(
                 saved(directory, state, traced)
         if dense is None:
             walk.go_on(index)
-    result = _result(state, params, traced, kernels)
+    result = result_of(state, params, traced, kernels)
     if bar.shown:
         print(report.layer_table(result.info))
     return result
@@ -297,7 +256,7 @@ def _solve_bundle(
     solver: Solver,
     pattern: patterns.Pattern,
     dense: bool,
-) -> list[tuple[str, _Found]]:
+) -> list[tuple[str, Found]]:
     """Solves the kernels of a bundle."""
     found = []
     blind = np.asarray(never_seen(stats.square))
@@ -332,7 +291,7 @@ def _solve_bundle(
             sparsity=1 - np.asarray(kept),
             seconds=seconds,
         )
-        entry = _Found(solved.w, solved.mask, unit.places, info)
+        entry = Found(solved.w, solved.mask, unit.places, info)
         found.append((unit.path, entry))
     return found
 
@@ -350,16 +309,6 @@ def _solve_places(matrices, evidence, sparsity, gram, solver, pattern):
     return solved, energy(lost) / jnp.where(whole > 0, whole, 1), kept
 
 
-@functools.partial(jax.jit, static_argnames="view")
-def _replaced(w: Array, places: np.ndarray, new: Array, view: MatrixView) -> Array:
-    """The parameter with some of its matrices replaced."""
-    old = to_matrices(w, view)
-    flat = old.reshape(-1, *old.shape[-2:])
-    return from_matrices(
-        flat.at[places].set(new.astype(flat.dtype)).reshape(old.shape), view
-    )
-
-
 def _check(unit: Unit, solved: solvers.Solved, stats: InputStats) -> None:
     failed = np.flatnonzero(np.asarray(solved.info.failed))
     if len(failed):
@@ -373,46 +322,3 @@ def _check(unit: Unit, solved: solvers.Solved, stats: InputStats) -> None:
             "rel_damping: solver=functools.partial(js.solvers.sparsegpt, "
             "rel_damping=0.1)."
         )
-
-
-def _put(state: Progress, walk: Pass, path: str, found: _Found, kernel: Kernel) -> None:
-    """Puts the solved matrices of a kernel in their places."""
-    view, (w, mask, places, info) = kernel.view, found
-    total = int(np.prod(view.batch)) if view.batch else 1
-    sharding = getattr(walk.leaves[path], "sharding", None)
-    leaf = _replaced(walk.leaves[path], places, w, view)
-    walk.leaves[path] = leaf if sharding is None else jax.device_put(leaf, sharding)
-    if path not in state.masks:
-        state.masks[path] = np.ones(view.shape, bool)
-        empty = lambda x: np.full(total, np.nan if x.dtype.kind == "f" else 0, x.dtype)
-        state.info[path] = _of_arrays(empty, info)._replace(seconds=0.0)
-    known = to_matrices(state.masks[path], view)
-    flat_mask = np.array(known.reshape(total, *known.shape[-2:]))
-    flat_mask[places] = np.asarray(mask)
-    state.masks[path] = np.asarray(from_matrices(flat_mask.reshape(known.shape), view))
-    for whole, part in zip(state.info[path][:-1], info[:-1], strict=True):
-        whole[places] = part
-    state.info[path] = state.info[path]._replace(
-        seconds=state.info[path].seconds + info.seconds
-    )
-
-
-def _of_arrays(f: Callable[[np.ndarray], np.ndarray], info: LayerInfo) -> LayerInfo:
-    arrays = {k: f(x) for k, x in info._asdict().items() if k != "seconds"}
-    return LayerInfo(**arrays, seconds=info.seconds)
-
-
-def _result(
-    state: Progress, params: PyTree, traced: Trace, kernels: Mapping[str, Kernel]
-) -> Layerwise:
-    leaves, masks = [], []
-    for path, leaf in zip(traced.paths, jax.tree.leaves(params), strict=True):
-        leaves.append(state.leaves.get(path, leaf))
-        mask = state.masks.get(path)
-        masks.append(jnp.asarray(True) if mask is None else jnp.asarray(mask))
-    shaped = {
-        path: _of_arrays(lambda x, k=kernels[path]: x.reshape(k.view.batch), info)
-        for path, info in state.info.items()
-    }
-    unflatten = functools.partial(jax.tree.unflatten, traced.treedef)
-    return Layerwise(unflatten(leaves), unflatten(masks), shaped)

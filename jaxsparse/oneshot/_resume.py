@@ -1,33 +1,16 @@
 """Checkpoints of a layer-wise run: killed, it goes on after its last layer."""
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxsparse.oneshot._fingerprint import differences
+from jaxsparse.oneshot._results import LayerInfo, Progress
 from jaxsparse.tracing import Trace
 
 _SHOWN = 4
-
-
-class Progress(NamedTuple):
-    """How far a run has come.
-
-    Attributes:
-      stage: how many stages are done.
-      leaves: the parameters by path.
-      masks: by path, of the kernels that were solved.
-      info: by path, flat over each kernel's matrices.
-      run: what decides the result, of `fingerprint`.
-    """
-
-    stage: int
-    leaves: dict[str, Any]
-    masks: dict[str, Any]
-    info: dict[str, Any]
-    run: dict[str, str] | None = None
 
 
 def saved(directory: Any, state: Progress, trace: Trace) -> None:
@@ -76,7 +59,6 @@ def resumed(directory: Any, state: Progress, trace: Trace, stages: Any) -> Progr
       ValueError: a checkpoint of another run, with what differs; one that is damaged.
     """
     from jaxsparse import checkpoint
-    from jaxsparse.oneshot._layerwise import LayerInfo
 
     template = jax.tree.unflatten(
         trace.treedef, [state.leaves[path] for path in trace.paths]
