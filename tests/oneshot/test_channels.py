@@ -108,7 +108,15 @@ def test_greedy_is_the_best_of_each_step():
         assert drop.indices["up[1]"].tolist() == sorted(gone)
 
 
-@pytest.mark.parametrize("name", ["attention_flax", "grouped", "moe", "scan"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "moe",
+        "scan",
+        pytest.param("attention_flax", marks=pytest.mark.exhaustive),
+        pytest.param("grouped", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_on_whole_models_refitting_helps(name):
     with jax.enable_x64(True):
         apply_fn, params, inputs = ZOO[name]()

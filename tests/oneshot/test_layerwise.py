@@ -163,7 +163,17 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+# A quarter of the time; the others have kernels of each kind.
+LARGE = ("densenet",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] * (name in LARGE))
+        for name in MODELS
+    ],
+)
 def test_each_kernel_was_solved_with_what_the_pruned_model_gives_it(name):
     apply_fn, params, x = MODELS[name]()
     pruned = js.oneshot.layerwise(

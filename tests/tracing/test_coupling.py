@@ -54,8 +54,8 @@ CASES = {
 }
 
 
-# The two large ones are looked at by way of `js.structured` in test_groups.py.
-LARGE = ("resnet50", "densenet")
+# By default these are looked at by way of `js.structured`, in test_groups.py.
+LARGE = ("resnet50", "mobilenet", "densenet")
 
 
 @pytest.mark.parametrize(
