@@ -6,7 +6,7 @@ import jax
 
 from jaxsparse import _checks, patterns
 from jaxsparse._typing import PyTree, Where
-from jaxsparse.tree import AxesRule, by_rules, leaves_with_paths, select
+from jaxsparse.tree import AxesRule, by_rules, leaves_with_paths, like, select
 
 
 def global_(
@@ -88,7 +88,7 @@ def round_to_weights(
       5.0
     """
     sparsities, where = by_rules(params, sparsities, where, name="sparsities")
-    _checks.same_structure(sparsities, params, name="sparsities")
+    sparsities = like(sparsities, params, name="sparsities")
     named = leaves_with_paths(params)
     values = jax.tree.leaves(sparsities)
     selected = jax.tree.leaves(select(params, where))

@@ -38,7 +38,7 @@ from jaxsparse.oneshot._unseen import (
 )
 from jaxsparse.tracing import Kernel, trace
 from jaxsparse.tracing._changes import check_solvable
-from jaxsparse.tree import is_rules, leaves_with_paths, matching
+from jaxsparse.tree import is_rules, leaves_with_paths, like, matching
 
 Solver = Callable[..., solvers.Solved]
 
@@ -154,6 +154,7 @@ def layerwise(
     if not data:
         raise ValueError("batches: there are none. Was the iterator used up before?")
     if masks is not None:
+        masks = like(masks, params, name="masks")
         patterns.check_masks(masks, params)
         check_takes_mask(solver)
         params = patterns.apply(params, masks)
@@ -233,7 +234,7 @@ def _sparsities(
         none = "none of the kernels that take part"
         wanted = matching(sparsity, kernels, name="sparsity", none=none)
     else:
-        _checks.same_structure(sparsity, params, name="sparsity")
+        sparsity = like(sparsity, params, name="sparsity")
         by_path = dict(leaves_with_paths(sparsity))
         wanted = {path: by_path[path] for path in kernels}
     for path, s in wanted.items():

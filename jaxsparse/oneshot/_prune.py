@@ -11,7 +11,7 @@ from jaxsparse._typing import PyTree, Sparsity, Where
 from jaxsparse.patterns._before import gone_before, score_shapes, targets
 from jaxsparse.patterns._select import check_further, choose
 from jaxsparse.tracing import Trace
-from jaxsparse.tree import AxesRule, by_rules, select
+from jaxsparse.tree import AxesRule, by_rules, like, select
 
 
 def prune(
@@ -93,6 +93,7 @@ def prune(
     selected = select(shapes, where)
     gone = None
     if masks is not None:
+        masks = like(masks, params, name="masks")
         check_further(params, masks, sparsity, **options)
         params = patterns.apply(params, masks)
         gone = gone_before(masks, params, pattern, selected, axes)

@@ -9,7 +9,7 @@ from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Sparsity
 from jaxsparse.patterns._counts import count_dtype, removed_count
 from jaxsparse.patterns._spec import NM, Pattern
-from jaxsparse.tree import leaves_with_paths
+from jaxsparse.tree import leaves_with_paths, like
 
 
 def sparsities_of(scores: PyTree, sparsity: Sparsity, pattern: Pattern) -> list[Any]:
@@ -43,7 +43,7 @@ def sparsities_of(scores: PyTree, sparsity: Sparsity, pattern: Pattern) -> list[
             "sparsity and finds each parameter's; got a tree or rules. Pass a number, "
             "or scope='layer'."
         )
-    _checks.same_structure(sparsity, scores, name="sparsity", of="scores")
+    sparsity = like(sparsity, scores, name="sparsity", of="scores")
     for path, value in leaves_with_paths(sparsity):
         _checks.check_sparsity(value, name=f"{path}: sparsity")
     return jax.tree.leaves(sparsity)

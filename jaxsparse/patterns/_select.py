@@ -37,6 +37,7 @@ from jaxsparse.tree import (
     by_rules,
     kernel_axes,
     leaves_with_paths,
+    like,
     resolve_axes,
     select,
 )
@@ -181,6 +182,7 @@ def choose(
     named = leaves_with_paths(scores)
     before = None
     if masks is not None:
+        masks = like(masks, scores, name="masks")
         check_masks(masks, scores)
         before = jax.tree.leaves(masks)
     chosen = [

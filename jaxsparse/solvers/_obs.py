@@ -16,6 +16,7 @@ from jaxsparse.tree import (
     AxesRule,
     by_rules,
     leaves_with_paths,
+    like,
     map_with_path,
     resolve_axes,
     select,
@@ -116,6 +117,7 @@ def obs(
     if masks is None:
         masks = jax.tree.map(lambda w: jnp.ones((), bool), params)
     else:
+        masks = like(masks, params, name="masks")
         patterns.check_masks(masks, params)
         gone = gone_before(masks, params, pattern, rules.selected, axes)
         options = {"where": rules.selected, "axes": axes, "pattern": pattern}

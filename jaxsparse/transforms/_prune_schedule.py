@@ -26,7 +26,7 @@ from jaxsparse.transforms._sparse_start import (
     warn_of_zeros,
 )
 from jaxsparse.transforms._state import PruneScheduleState
-from jaxsparse.tree import AxesRule, by_rules, leaves_with_paths
+from jaxsparse.tree import AxesRule, by_rules, leaves_with_paths, like
 
 _LOOK_FOR_LEAKS_EVERY = 100
 
@@ -98,6 +98,7 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
           >>> updates, state = prune_schedule.wrap(adam).update(params, state, params)
         """
         if masks is not None:
+            masks = like(masks, params, name="masks")
             _check_masked(params, masks)
         state: Any = self._start(params, step, masks)
         if masks is not None:

@@ -17,6 +17,7 @@ from jaxsparse.tree._rules import is_rules as is_rules
 from jaxsparse.tree._rules import matching as matching
 from jaxsparse.tree._select import nearest as nearest
 from jaxsparse.tree._select import select as select
+from jaxsparse.tree._variables import like as like
 from jaxsparse.tree._variables import unwrap_variables as unwrap_variables
 from jaxsparse.tree._views import MatrixView as MatrixView
 from jaxsparse.tree._views import from_matrices as from_matrices
