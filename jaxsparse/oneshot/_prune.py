@@ -40,9 +40,8 @@ def prune(
         more = js.prune(params, 0.8, score=score, masks=half.masks)
 
     The parameters stay dense arrays with zeros in them: a masked dense layer is neither
-    faster nor smaller than before. What is faster: a model without whole channels,
-    heads or experts (`js.structured.narrow`). What is smaller: its files, with one bit
-    a weight for masks (`js.checkpoint.save`).
+    faster nor smaller than before. What is faster and smaller is a model out of which
+    whole channels, heads, experts or blocks are cut: `js.structured.narrow`.
 
     Args:
       params: a tree of arrays.
