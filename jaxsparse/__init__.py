@@ -53,4 +53,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "report", "checkpoint"})
+    plumbing = {"Any", "TYPE_CHECKING", "importlib"}
+    public = {name for name in globals() if not name.startswith("_")}
+    return sorted((public - plumbing) | {"report", "checkpoint"})

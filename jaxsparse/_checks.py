@@ -128,10 +128,12 @@ def same_structure(
         return
 
     def paths(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {
-            jax.tree_util.keystr(p, simple=True, separator="/"): None for p, _ in leaves
-        }
+        keys = [p for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        # What a variable or a box adds is none of a path, as in `tree.path_str`.
+        held = lambda p: p and getattr(p[-1], "name", None) == "value"
+        keys = [p[:-1] if held(p) else p for p in keys]
+        text = lambda p: jax.tree_util.keystr(p, simple=True, separator="/")
+        return dict.fromkeys(map(text, keys))
 
     got_paths, expected_paths = paths(got), paths(expected)
     missing = [p for p in expected_paths if p not in got_paths]

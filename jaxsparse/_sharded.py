@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -83,6 +84,23 @@ def zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
     if explicit and jax.typeof(x).sharding.mesh.empty:
         return jax.sharding.reshard(x, sharding)
     return x
+
+
+def sharded_as(x: Array, like: Array) -> Array:
+    """An array that lies as another one does, where it was made of what is replicated.
+
+    Args:
+      x: an array.
+      like: of the same shape, of any sharding.
+
+    Returns:
+      `x`. (Within `shard_map` it is a shard already.)
+    """
+    if manual_axes():
+        return x
+    if explicit_mesh([like]) is not None:
+        return jax.sharding.reshard(x, jax.typeof(like).sharding)
+    return shard_alike(x, like)[0]
 
 
 # Within `shard_map` an array is a shard, and its type says along which axes of the mesh

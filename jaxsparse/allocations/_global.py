@@ -6,7 +6,7 @@ import jax
 
 from jaxsparse import _checks, patterns
 from jaxsparse._typing import PyTree, Where
-from jaxsparse.tree import AxesRule, leaves_with_paths, select
+from jaxsparse.tree import AxesRule, by_rules, leaves_with_paths, like, select
 
 
 def global_(
@@ -66,7 +66,8 @@ def round_to_weights(
 
     Args:
       params: the parameters; only their shapes are looked at.
-      sparsities: a tree of numbers in [0, 1), as the other allocations return.
+      sparsities: a tree of numbers in [0, 1), as the other allocations return; or a
+        mapping from paths or regular expressions, see `jaxsparse.tree.by_rules`.
       where: which parameters take part; see `jaxsparse.tree.select`.
 
     Returns:
@@ -86,7 +87,8 @@ def round_to_weights(
       ...     js.allocations.round_to_weights(params, even).values(), (3, 3, 4)))
       5.0
     """
-    _checks.same_structure(sparsities, params, name="sparsities")
+    sparsities, where = by_rules(params, sparsities, where, name="sparsities")
+    sparsities = like(sparsities, params, name="sparsities")
     named = leaves_with_paths(params)
     values = jax.tree.leaves(sparsities)
     selected = jax.tree.leaves(select(params, where))

@@ -1,7 +1,6 @@
 """Allocations from shapes alone: uniform with exceptions, and Erdos-Renyi-Kernel."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -11,13 +10,13 @@ from jaxsparse._typing import PyTree, Where
 from jaxsparse.tree import (
     AxesRule,
     leaves_with_paths,
-    nearest,
+    matching,
     resolve_axes,
     select,
 )
 
 Exceptions = Mapping[str, float] | None
-"""Sparsities by regular expression on the path; the first that matches wins."""
+"""Sparsities by path or regular expression; the first that matches wins."""
 
 
 def uniform(
@@ -39,7 +38,7 @@ def uniform(
       params: the parameters; only their shapes are looked at.
       sparsity: the fraction to remove over all selected parameters, in [0, 1).
       where: which parameters take part; see `jaxsparse.tree.select`.
-      exceptions: sparsities by regular expression, as `{r"^conv_0/": 0.0}`.
+      exceptions: sparsities by path or regular expression, as `{r"^conv_0/": 0.0}`.
 
     Returns:
       A tree of Python floats with the structure of `params`, 0.0 where not selected.
@@ -81,7 +80,8 @@ def erk(
       params: the parameters; only their shapes are looked at.
       sparsity: the fraction to remove over all selected parameters, in [0, 1).
       where: which parameters take part; see `jaxsparse.tree.select`.
-      exceptions: sparsities by regular expression; the others still meet the total.
+      exceptions: sparsities by path or regular expression; the others still meet the
+        total.
       axes: states batch axes (stacked layers, experts), which are no dimension of a
         layer; see `jaxsparse.tree.Axes`.
       power: below 1 it comes closer to uniform.
@@ -167,15 +167,8 @@ def _densities(
 
 
 def _excepted(paths: list[str], exceptions: Exceptions) -> dict[str, float]:
-    fixed: dict[str, float] = {}
     for rule, value in (exceptions or {}).items():
         _checks.check_sparsity(value, name=f"exceptions[{rule!r}]")
-        matched = [p for p in paths if re.search(rule, p)]
-        if not matched:
-            raise ValueError(
-                f"exceptions: the rule {rule!r} matches none of the selected "
-                f"parameters. The nearest paths: {nearest(rule, paths)}."
-            )
-        for path in matched:
-            fixed.setdefault(path, float(value))
-    return fixed
+    none = "none of the parameters that take part"
+    found = matching(exceptions or {}, paths, name="exceptions", none=none)
+    return {path: float(value) for path, value in found.items()}

@@ -31,7 +31,7 @@ from jaxsparse.curvature._gradient_rows import (
     wide_type,
 )
 from jaxsparse.curvature._trees import check_damping
-from jaxsparse.tree import leaves_with_paths, map_with_path
+from jaxsparse.tree import leaves_with_paths, like, map_with_path
 
 
 class MFacWindow(NamedTuple):
@@ -242,9 +242,7 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
       >>> js.curvature.window_mask(state, masks).gram
       Array([[1.]], dtype=float32)
     """
-    _checks.same_structure(
-        masks, state.grads, name="masks", of="the window's parameters"
-    )
+    masks = like(masks, state.grads, name="masks", of="the window's parameters")
     return _mask(state, masks)
 
 

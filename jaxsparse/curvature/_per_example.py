@@ -15,7 +15,7 @@ from jaxsparse import _checks, _sharded
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature._chunks import in_parts, is_spread
 from jaxsparse.curvature._trees import check_finite, check_real, largest_number
-from jaxsparse.tree import leaves_with_paths, select
+from jaxsparse.tree import leaves_with_paths, like, select
 
 LossFn = Callable[[PyTree, Any], Array]
 """`loss_fn(params, batch) -> scalar`, the mean over a batch."""
@@ -88,7 +88,7 @@ def per_example_grads(
     for path, w in leaves_with_paths(taken):
         check_real(path, w)
     if masks is not None:
-        _checks.same_structure(masks, params, name="masks")
+        masks = like(masks, params, name="masks")
         masks = jax.tree.map(lambda k, take: k if take else None, masks, selected)
     m = n // average
     groups = jax.tree.map(lambda x: x.reshape(m, average, *x.shape[1:]), batch)

@@ -15,6 +15,7 @@ from jaxsparse.calibration import InputStats
 from jaxsparse.calibration._finite import check_params
 from jaxsparse.calibration._run import selected_kernels
 from jaxsparse.curvature import factor_gram
+from jaxsparse.oneshot._before import check_takes_mask, masks_before
 from jaxsparse.oneshot._effective import matrices_at, scaled, unscaled
 from jaxsparse.oneshot._fingerprint import fingerprint
 from jaxsparse.oneshot._pass import Pass
@@ -37,7 +38,7 @@ from jaxsparse.oneshot._unseen import (
 )
 from jaxsparse.tracing import Kernel, trace
 from jaxsparse.tracing._changes import check_solvable
-from jaxsparse.tree import leaves_with_paths
+from jaxsparse.tree import is_rules, leaves_with_paths, like, matching
 
 Solver = Callable[..., solvers.Solved]
 
@@ -55,6 +56,7 @@ def layerwise(
     solver: Solver = solvers.sparsegpt,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: Where = None,
+    masks: PyTree = None,
     share: Callable[[Array], Any] | None = None,
     gram: bool = True,
     sequential: bool = True,
@@ -92,14 +94,18 @@ def layerwise(
       params: the parameters.
       batches: the calibration data: for each batch the model's inputs, a tuple where it
         takes several. They are kept until the end. All of one shape compile once.
-      sparsity: one number; a mapping from paths to numbers, or a tree of numbers like
-        `params` (see `jaxsparse.allocations`). May be left out for `NM`.
+      sparsity: the fraction to remove, what `masks` have removed included: one number;
+        a tree of numbers like `params` (see `jaxsparse.allocations`); or a mapping from
+        paths or regular expressions to numbers, of which the first that matches counts:
+        a kernel that none matches stays as it is. May be left out for `NM`.
       solver: `solver(w, evidence, sparsity, pattern=pattern) -> Solved` for a matrix
         `[d_out, d_in]`, such as those of `jaxsparse.solvers`, or a
         `functools.partial` of one.
       pattern: what is pruned together.
       where: which parameters take part; by default those of `Trace.where`: what data is
         contracted with, but not tied embeddings.
+      masks: what was pruned before. It stays removed, whatever the solver, and counts;
+        the solver is called with `mask=` too. What takes no part keeps its mask.
       share: makes of a gram matrix, once for all kernels that share it, the evidence
         that the solver takes. By default `js.curvature.factor_gram` for `sparsegpt` as
         it is, and nothing for others.
@@ -125,7 +131,8 @@ def layerwise(
       ValueError: no batches or an empty one; a selected parameter that the trace could
         not follow; NaN or Inf in a parameter, a batch or what the model makes of it,
         with the first place; a kernel that the model changes other than by a product;
-        a factorisation that fails, with the parameter's path; a sparsity out of range;
+        a factorisation that fails, with the parameter's path; a sparsity out of range,
+        or less than `masks` have removed of a matrix (or of a group of it);
         a `directory` with a checkpoint of another run, with what differs.
 
     Example:
@@ -146,9 +153,15 @@ def layerwise(
     data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not data:
         raise ValueError("batches: there are none. Was the iterator used up before?")
+    if masks is not None:
+        masks = like(masks, params, name="masks")
+        patterns.check_masks(masks, params)
+        check_takes_mask(solver)
+        params = patterns.apply(params, masks)
     traced = trace(apply_fn, params, *data[0], rules=rules)
     kernels = selected_kernels(traced, params, where)
     wanted = _sparsities(sparsity, params, kernels, pattern)
+    kernels = {path: kernel for path, kernel in kernels.items() if path in wanted}
     _check_groups(kernels, pattern)
     check_params(traced.paths, jax.tree.leaves(params), kernels)
     for path, kernel in kernels.items():
@@ -156,7 +169,12 @@ def layerwise(
     if share is None and solver is solvers.sparsegpt and gram:
         share = _factored
     options = {"solver": solver, "pattern": pattern, "dense": unseen == "dense"}
-    solve = functools.partial(_solve_bundle, kernels=kernels, wanted=wanted, **options)
+    before = {}
+    if masks is not None:
+        before = masks_before(masks, params, kernels, wanted, pattern)
+    solve = functools.partial(
+        _solve_bundle, kernels=kernels, wanted=wanted, before=before, **options
+    )
     walk = Pass(traced, kernels, params, data, gram=gram, host=host, weight=weight)
     state = Progress(0, dict(walk.leaves), {}, {})
     if directory is not None:
@@ -173,6 +191,7 @@ def layerwise(
             sequential=sequential,
             unseen=unseen,
             rules=rules,
+            **({"masks": before} if before else {}),
         )
         state = resumed(directory, state._replace(run=run), traced, walk.stages)
         walk.leaves.update(state.leaves)
@@ -192,7 +211,7 @@ def layerwise(
                 saved(directory, state, traced)
         if dense is None:
             walk.go_on(index)
-    result = result_of(state, params, traced, kernels)
+    result = result_of(state, params, masks, traced, kernels)
     if bar.shown:
         print(report.layer_table(result.info))
     return result
@@ -201,7 +220,7 @@ def layerwise(
 def _sparsities(
     sparsity: Any, params: PyTree, kernels: Iterable[str], pattern: patterns.Pattern
 ) -> dict[str, float | None]:
-    """One number for each kernel."""
+    """One number for each kernel, but for those that no rule matches."""
     if sparsity is None:
         if not isinstance(pattern, patterns.NM):
             raise ValueError(f"{pattern} needs a sparsity.")
@@ -211,8 +230,11 @@ def _sparsities(
         wanted = {path: sparsity[path] for path in kernels}
     elif jax.tree_util.all_leaves([sparsity]):
         wanted = dict.fromkeys(kernels, sparsity)
+    elif is_rules(params, sparsity):
+        none = "none of the kernels that take part"
+        wanted = matching(sparsity, kernels, name="sparsity", none=none)
     else:
-        _checks.same_structure(sparsity, params, name="sparsity")
+        sparsity = like(sparsity, params, name="sparsity")
         by_path = dict(leaves_with_paths(sparsity))
         wanted = {path: by_path[path] for path in kernels}
     for path, s in wanted.items():
@@ -253,6 +275,7 @@ def _solve_bundle(
     *,
     kernels: Mapping[str, Kernel],
     wanted: Mapping[str, float | None],
+    before: Mapping[str, Array],
     solver: Solver,
     pattern: patterns.Pattern,
     dense: bool,
@@ -267,18 +290,21 @@ def _solve_bundle(
         if scale is not None:
             scale = matrices_at(scale, unit.places, view)
             matrices = scaled(stored, scale)
+        gone = before.get(unit.path)
+        if gone is not None:
+            gone = matrices_at(gone, unit.places, view)
         jax.block_until_ready((matrices, evidence))
         begin = time.perf_counter()
-        solved, masked, kept = _solve_places(
-            matrices, evidence, wanted[unit.path], stats.gram, solver, pattern
-        )
+        given = (matrices, gone, evidence, wanted[unit.path])
+        solved, masked, kept = _solve_places(*given, stats.gram, solver, pattern)
         solved = jax.block_until_ready(solved)
         seconds = time.perf_counter() - begin
         _check(unit, solved, stats)
         if blind.any():
             warn_unseen(unit, blind, stats, dense)
-            given = None if dense else wanted[unit.path]
-            solved, kept = without_data(matrices, blind, solved, given, pattern, dense)
+            asked = None if dense else wanted[unit.path]
+            found_so = (matrices, gone, blind, solved)
+            solved, kept = without_data(*found_so, asked, pattern, dense)
         if scale is not None:
             solved = unscaled(stored, scale, solved, stats.gram)
         info = LayerInfo(
@@ -296,10 +322,13 @@ def _solve_bundle(
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _solve_places(matrices, evidence, sparsity, gram, solver, pattern):
-    one = lambda w, e: solver(w, e, sparsity, pattern=pattern)
-    solved = over_places(one, matrices, evidence)
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _solve_places(matrices, before, evidence, sparsity, gram, solver, pattern):
+    def one(w, mask, evidence):
+        told = {} if mask is None else {"mask": mask}
+        return solver(w, evidence, sparsity, pattern=pattern, **told)
+
+    solved = over_places(one, matrices, before, evidence)
     kept = jnp.mean(solved.mask.astype(jnp.float32), axis=(1, 2))
     if gram is None:
         return solved, solved.info.relative_error, kept

@@ -1,43 +1,59 @@
 """Score, select, apply: a trained model pruned in one call."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import patterns
+from jaxsparse import patterns, scores
 from jaxsparse._checks import check_positive_int
 from jaxsparse._typing import PyTree, Sparsity, Where
-from jaxsparse.scores import magnitude
+from jaxsparse.patterns._before import gone_before, score_shapes, targets
+from jaxsparse.patterns._select import check_further, choose
 from jaxsparse.tracing import Trace
-from jaxsparse.tree import AxesRule
+from jaxsparse.tree import AxesRule, by_rules, like, select
 
 
 def prune(
     params: PyTree,
     sparsity: Sparsity = None,
     *,
-    score: Callable[[PyTree], PyTree] = magnitude,
+    score: Callable[..., PyTree] = scores.magnitude,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: Where = None,
     axes: AxesRule = None,
     trace: Trace | None = None,
     steps: int = 1,
     min_keep: int = 1,
+    masks: PyTree = None,
 ) -> patterns.Pruned:
     """Removes the weights with the lowest scores.
 
     With `steps > 1` it scores anew after each cut; after cut k of n the fraction
     `(1 - s) ** (k / n)` is left, as SynFlow prescribes. What is removed stays removed.
 
+    A model that is sparse already is pruned further with its `masks`; without them only
+    scores by magnitude know which weights are gone::
+
+        half = js.prune(params, 0.5)
+        ...                                                       # fine-tune
+        more = js.prune(params, 0.8, score=score, masks=half.masks)
+
+    The parameters stay dense arrays with zeros in them: a masked dense layer is neither
+    faster nor smaller than before. What is faster and smaller is a model out of which
+    whole channels, heads, experts or blocks are cut: `js.structured.narrow`.
+
     Args:
       params: a tree of arrays.
-      sparsity: the fraction to remove, in [0, 1); a number or a tree of numbers with
-        the structure of `params` (see `jaxsparse.allocations`). May be left out for
-        `NM`, which has its own.
+      sparsity: the fraction to remove, in [0, 1), what `masks` have removed included; a
+        number, a tree of numbers with the structure of `params` (see
+        `jaxsparse.allocations`), or a mapping from paths or regular expressions, as
+        `{"l0/kernel": 0.5, r"attn": 0.7}`: the first that matches counts, and what none
+        matches stays dense. May be left out for `NM`, which has its own.
       score: a function of `params`, larger = keep. For a score from gradients close
-        over them: `lambda p: js.scores.taylor(p, jax.grad(loss)(p, batch))`.
+        over them: `lambda p: js.scores.taylor(p, jax.grad(loss)(p, batch))`. It may ask
+        for `masks`, `step` (the number of the cut) and `sparsity` (after this cut) by
+        name; see `jaxsparse.scores.Score`.
       pattern: what lives or dies together, and who competes with whom.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
@@ -47,6 +63,8 @@ def prune(
       steps: in how many cuts.
       min_keep: how many units (weights, tiles or channels) each group and each layer
         keeps at least; see `jaxsparse.patterns.masks`.
+      masks: what was pruned before; see `jaxsparse.patterns.masks`. What takes no part
+        keeps its mask.
 
     Returns:
       The pruned parameters and their masks.
@@ -66,31 +84,22 @@ def prune(
     if trace is not None:
         where = trace.where if where is None else where
         axes = trace.axes if axes is None else axes
-    masks = None
-    for cut in range(1, steps + 1):
-        scores = score(params)
-        if masks is not None:
-            scores = jax.tree.map(_sink, scores, masks)
-        masks = patterns.masks(
-            scores,
-            _after(sparsity, cut / steps),
-            pattern=pattern,
-            where=where,
-            axes=axes,
-            min_keep=min_keep,
-        )
+    if sparsity is None and isinstance(pattern, patterns.NM):
+        sparsity = pattern.sparsity
+    shapes = score_shapes(params)
+    sparsity, where = by_rules(shapes, sparsity, where)
+    options = {"pattern": pattern, "where": where, "axes": axes, "min_keep": min_keep}
+    selected = select(shapes, where)
+    gone = None
+    if masks is not None:
+        masks = like(masks, params, name="masks")
+        check_further(params, masks, sparsity, **options)
+        params = patterns.apply(params, masks)
+        gone = gone_before(masks, params, pattern, selected, axes)
+    every = jnp.ones((), bool)
+    for cut, target in enumerate(targets(gone, sparsity, steps, pattern, selected)):
+        so_far = jax.tree.map(lambda _: every, params) if masks is None else masks
+        scored = scores.ask(score, params, masks=so_far, step=cut, sparsity=target)
+        masks, _ = choose(scored, target, masks=masks, **options)
         params = patterns.apply(params, masks)
     return patterns.Pruned(params, masks)
-
-
-def _after(sparsity: Sparsity, progress: float) -> Any:
-    if progress == 1 or sparsity is None:
-        return sparsity
-    return jax.tree.map(lambda s: 1 - (1 - s) ** progress, sparsity)
-
-
-def _sink(scores, mask):
-    """What is removed already comes last, whatever its new score."""
-    if not jnp.issubdtype(scores.dtype, jnp.floating):
-        return scores
-    return jnp.where(mask, scores, -jnp.inf)

@@ -128,13 +128,18 @@ def _of_arrays(f: Callable[[np.ndarray], np.ndarray], info: LayerInfo) -> LayerI
 
 
 def result_of(
-    state: Progress, params: PyTree, traced: Trace, kernels: Mapping[str, Kernel]
+    state: Progress,
+    params: PyTree,
+    before: PyTree,
+    traced: Trace,
+    kernels: Mapping[str, Kernel],
 ) -> Layerwise:
     """What a run that is done returns.
 
     Args:
       state: of the run.
       params: the parameters before it.
+      before: the masks before it, or None.
       traced: of the model.
       kernels: those that took part, by path.
 
@@ -142,10 +147,12 @@ def result_of(
       A `Layerwise`.
     """
     leaves, masks = [], []
-    for path, leaf in zip(traced.paths, jax.tree.leaves(params), strict=True):
+    given = jax.tree.leaves(params)
+    rest = jax.tree.leaves(before) or [jnp.asarray(True)] * len(given)
+    for path, leaf, other in zip(traced.paths, given, rest, strict=True):
         leaves.append(state.leaves.get(path, leaf))
-        mask = state.masks.get(path)
-        masks.append(jnp.asarray(True) if mask is None else jnp.asarray(mask))
+        mask, sharding = state.masks.get(path), getattr(leaf, "sharding", None)
+        masks.append(other if mask is None else jax.device_put(mask, sharding))
     shaped = {
         path: _of_arrays(lambda x, k=kernels[path]: x.reshape(k.view.batch), info)
         for path, info in state.info.items()

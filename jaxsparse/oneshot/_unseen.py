@@ -37,9 +37,10 @@ def never_seen(square: Array) -> Array:
     return jnp.all(square == 0, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def without_data(
     matrices: Array,
+    before: Array | None,
     blind: Array,
     solved: solvers.Solved,
     sparsity: Any,
@@ -50,6 +51,7 @@ def without_data(
 
     Args:
       matrices: `[places, d_out, d_in]`.
+      before: what was pruned of them before, or None.
       blind: `[places]`, where nothing is known.
       solved: what the solver made of all.
       sparsity: to reach.
@@ -60,14 +62,15 @@ def without_data(
       What is put in their place, and how much is kept, `[places]`.
     """
 
-    def one(w: Array) -> Array:
+    def one(w: Array, mask: Array | None) -> Array:
         if dense:
-            return jnp.ones(w.shape, bool)
-        options = {"axes": {"w": Axes(input=(1,), output=(0,))}, "where": "w"}
-        scores = {"w": jnp.abs(w)}
-        return patterns.masks(scores, sparsity, pattern=pattern, **options)["w"]
+            return jnp.ones(w.shape, bool) if mask is None else mask
+        axes = {"w": Axes(input=(1,), output=(0,))}
+        options = {"pattern": pattern, "axes": axes, "where": "w"}
+        gone = None if mask is None else {"w": mask}
+        return patterns.masks({"w": jnp.abs(w)}, sparsity, masks=gone, **options)["w"]
 
-    masks = over_places(one, matrices)
+    masks = over_places(one, matrices, before)
     here = blind[:, None, None]
     mask = jnp.where(here, masks, solved.mask)
     plain = jnp.where(masks, matrices, jnp.zeros((), matrices.dtype))

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import _checks
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Tree
 from jaxsparse.patterns._counts import count_dtype
-from jaxsparse.tree import leaves_with_paths, map_with_path
+from jaxsparse.tree import leaves_with_paths, like, map_with_path
 
 
 class Pruned(NamedTuple):
@@ -35,7 +34,8 @@ def apply(params: Tree, masks: PyTree) -> Tree:
 
     Args:
       params: a tree of arrays.
-      masks: a tree of bools with its structure; each leaf broadcasts to its parameter.
+      masks: a tree of bools with its structure, or with leaves at the same paths (as
+        `nnx.as_pure(state)` has for an NNX state); each broadcasts to its parameter.
 
     Returns:
       The pruned parameters, of the same dtypes and shardings.
@@ -50,6 +50,7 @@ def apply(params: Tree, masks: PyTree) -> Tree:
       >>> js.patterns.apply({"w": jnp.array([1.0, jnp.nan])}, masks)
       {'w': Array([1., 0.], dtype=float32)}
     """
+    masks = like(masks, params, name="masks")
     check_masks(masks, params)
     return jax.tree.map(_where_kept, params, masks)
 
@@ -81,7 +82,7 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
         ...
       ValueError: w: a mask of shape (2,) does not broadcast ...
     """
-    _checks.same_structure(masks, params, name="masks")
+    masks = like(masks, params, name="masks")
     for (path, mask), w in zip(
         leaves_with_paths(masks), jax.tree.leaves(params), strict=True
     ):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 from jaxsparse import _checks
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
+from jaxsparse.patterns._asked import keep_of, sparsities_of
+from jaxsparse.patterns._before import Revived, check_budget, sink, without_gone
 from jaxsparse.patterns._counts import count_dtype, removed_count
 from jaxsparse.patterns._floor import top_k_with_floor
+from jaxsparse.patterns._masks import check_masks
 from jaxsparse.patterns._nm import group_inputs, nm_mask
 from jaxsparse.patterns._shards import (
     AxisName,
@@ -30,8 +34,10 @@ from jaxsparse.patterns._units import (
 from jaxsparse.tree import (
     Axes,
     AxesRule,
+    by_rules,
     kernel_axes,
     leaves_with_paths,
+    like,
     resolve_axes,
     select,
 )
@@ -45,6 +51,7 @@ def masks(
     where: Where = None,
     axes: AxesRule = None,
     min_keep: int = 1,
+    masks: PyTree = None,
     axis_name: AxisName | None = None,
 ) -> PyTree:
     """Masks that keep the highest scores.
@@ -62,7 +69,10 @@ def masks(
       scores: a tree of floating-point arrays, one score a weight, larger = keep.
       sparsity: the fraction to remove, in [0, 1); a number, a traced scalar, or (not
         in the global scope) a tree of them with the structure of `scores`, as
-        `jaxsparse.allocations` makes. May be left out for `NM`, which has its own.
+        `jaxsparse.allocations` makes, or a mapping from paths or regular expressions,
+        as `{"l0/kernel": 0.5, r"attn": 0.7}`: the first that matches counts, and what
+        none matches stays dense (see `jaxsparse.tree.by_rules`). May be left out for
+        `NM`, which has its own.
       pattern: what lives or dies together, and who competes with whom.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: the input, output and batch axes of kernels whose layout is not flax's;
@@ -71,6 +81,11 @@ def masks(
         keeps at least, or all of a smaller one. A layer is a parameter, or one index of
         its batch axes where these are stated. 0: a layer may lose everything. `NM`
         keeps `keep` of every group whatever this is.
+      masks: what was pruned before. It stays removed whatever its score, and counts
+        towards the sparsity. A unit (tile, channel) counts as removed if all of it is;
+        one that has lost some of its weights competes with the rest, without them. A
+        group of `NM` that has lost more than the pattern asks for keeps fewer than
+        `keep`.
       axis_name: under `jax.shard_map`, where `scores` are shards: the mesh axes over
         which counts are added up, so that the masks are the shards of those that one
         device would choose. A name or a tuple of names says that what differs along
@@ -87,7 +102,9 @@ def masks(
     Raises:
       ValueError: a sparsity outside [0, 1), a group size that does not divide its
         axis, a `where` or an axes rule that matches nothing, NaN scores (in eager use;
-        under jit NaN counts as the lowest score), a negative `min_keep`; shards under
+        under jit NaN counts as the lowest score), a negative `min_keep`; `masks` that
+        remove more than the sparsity does, in all or in a competing group (in eager
+        use; under jit that stays removed); shards under
         `shard_map` of which no `axis_name` says what they are shards of.
       TypeError: scores that are not floating point.
 
@@ -101,28 +118,103 @@ def masks(
       >>> two_of_four["kernel"].sum(0).tolist()
       [2, 2]
     """
+    options = {"pattern": pattern, "where": where, "axes": axes, "min_keep": min_keep}
+    found, revived = choose(
+        scores, sparsity, masks=masks, axis_name=axis_name, **options
+    )
+    check_budget(revived, pattern)
+    return found
+
+
+def check_further(
+    params: PyTree, masks: PyTree, sparsity: Sparsity, **options: Any
+) -> None:
+    """Raises where masks remove more than a sparsity, before there are scores.
+
+    Args:
+      params: the parameters; only their shapes are looked at.
+      masks: what was pruned before.
+      sparsity: the fraction to remove in the end.
+      **options: as for `choose`.
+
+    Raises:
+      ValueError: they do; what `masks` raises.
+    """
+    equal = jax.tree.map(_equal_scores, params)
+    revived = choose(equal, sparsity, masks=masks, **options)[1]
+    check_budget(revived, options["pattern"])
+
+
+def _equal_scores(w: Array) -> Array:
+    if jnp.issubdtype(w.dtype, jax.dtypes.extended):
+        return w  # a random key, as an NNX state holds
+    return jnp.zeros_like(w, dtype=jnp.float32)
+
+
+def choose(
+    scores: PyTree,
+    sparsity: Sparsity,
+    *,
+    pattern: Pattern,
+    where: Where,
+    axes: AxesRule,
+    min_keep: int = 1,
+    masks: PyTree = None,
+    axis_name: AxisName | None = None,
+) -> tuple[PyTree, Revived]:
+    """`masks`, and what would have come back if `masks` had let it.
+
+    Args:
+      scores: as for `masks`, and so are the others.
+      sparsity: the fraction to remove.
+      pattern: what lives or dies together.
+      where: which parameters take part.
+      axes: of kernels.
+      min_keep: what stays at least.
+      masks: what was pruned before.
+      axis_name: of shards.
+
+    Returns:
+      Masks, and for `check_budget` what they have brought back.
+    """
+    sparsity, where = by_rules(scores, sparsity, where)
     selected = jax.tree.leaves(select(scores, where))
     named = leaves_with_paths(scores)
+    before = None
+    if masks is not None:
+        masks = like(masks, scores, name="masks")
+        check_masks(masks, scores)
+        before = jax.tree.leaves(masks)
     chosen = [
         (i, path, x)
         for i, ((path, x), take) in enumerate(zip(named, selected, strict=True))
         if take
     ]
-    for _, path, x in chosen:
+    for i, path, x in chosen:
         _checks.check_floating(path, x)
-        _checks.check_no_nan(path, x)
+        stays = x if before is None else jnp.where(before[i], x, 0)
+        _checks.check_no_nan(path, stays)
     _checks.check_positive_int(min_keep, name="min_keep", least=0)
-    sparsities = _sparsities(scores, sparsity, pattern)
+    sparsities = sparsities_of(scores, sparsity, pattern)
     stated = resolve_axes(scores, axes)
     result: list[Array] = [jnp.ones((), bool) for _ in named]
     named_chosen = [(path, x) for _, path, x in chosen]
     splits = splits_of(scores, named_chosen, axis_name, pattern)
+    gone: dict[int, Array] = {}
+    if before is not None:
+        sunk = []
+        for (i, path, x), split in zip(chosen, splits, strict=True):
+            own = _axes_for(path, x, pattern, stated)
+            _group_size(path, x, pattern, own, split)  # says what does not fit
+            x, gone[i] = sink(x, before[i], pattern, own, split)
+            sunk.append((i, path, x))
+        chosen = sunk
     if isinstance(pattern, NM) or pattern.scope != "global":
         previous = jnp.ones((), bool)
         for (i, path, x), split in zip(chosen, splits, strict=True):
             keep_axes = _axes_for(path, x, pattern, stated)
             n = _group_size(path, x, pattern, keep_axes, split)
-            keep = _keep(path, n, sparsities[i], pattern, min_keep)
+            keep = keep_of(path, n, sparsities[i], pattern, min_keep)
             if isinstance(pattern, Unstructured):
                 keep = keep + _after(previous, keep.dtype)
             result[i] = previous = _mask_one(x, keep, pattern, keep_axes, split)
@@ -139,7 +231,13 @@ def masks(
         together = _mask_all(arrays, keep, *static)
         for (i, _, _), mask in zip(chosen, together, strict=True):
             result[i] = mask
-    return jax.tree.unflatten(jax.tree.structure(scores), result)
+    revived: Revived = []
+    if before is not None:
+        for i, path, _ in chosen:
+            result[i], back = without_gone(result[i], before[i], gone[i])
+            revived.append((path, sparsities[i], back))
+        result = [kept if i in gone else before[i] for i, kept in enumerate(result)]
+    return jax.tree.unflatten(jax.tree.structure(scores), result), revived
 
 
 def _after(previous: Array, dtype) -> Array:
@@ -154,54 +252,12 @@ def _after(previous: Array, dtype) -> Array:
     return jnp.minimum(previous[(0,) * previous.ndim].astype(dtype), 0)
 
 
-def _sparsities(scores: PyTree, sparsity: Sparsity, pattern: Pattern) -> list:
-    """One sparsity a leaf."""
-    if sparsity is None:
-        if not isinstance(pattern, NM):
-            raise ValueError(
-                f"{pattern} needs a sparsity, the fraction of weights to remove."
-            )
-        sparsity = pattern.sparsity
-    count = len(jax.tree.leaves(scores))
-    if jax.tree_util.all_leaves([sparsity]):
-        _checks.check_sparsity(sparsity)
-        return [sparsity] * count
-    if not isinstance(pattern, NM) and pattern.scope == "global":
-        raise ValueError(
-            "In the global scope all weights compete for one budget, so it takes one "
-            "sparsity and finds each parameter's; got a tree. Pass a number, or "
-            "scope='layer'."
-        )
-    _checks.same_structure(sparsity, scores, name="sparsity", of="scores")
-    for path, value in leaves_with_paths(sparsity):
-        _checks.check_sparsity(value, name=f"{path}: sparsity")
-    return jax.tree.leaves(sparsity)
-
-
 def _axes_for(path: str, x: Array, pattern: Pattern, stated) -> Axes | None:
     """The axes that the pattern has to know; None where it needs none."""
     needed = isinstance(pattern, NM | Block) or (
         isinstance(pattern, Unstructured) and pattern.scope == "output"
     )
     return kernel_axes(path, x, stated) if needed else stated.get(path)
-
-
-def _keep(path: str, n: int, sparsity, pattern: Pattern, min_keep: int) -> Array:
-    removed = removed_count(sparsity, n)
-    if isinstance(pattern, NM):
-        most = pattern.of - pattern.keep
-        if isinstance(removed, int) and removed > most:
-            raise ValueError(
-                f"{path}: {pattern} removes at most {most} of {pattern.of}, a sparsity "
-                f"of {pattern.sparsity:g}; asked for {sparsity:g}. Leave the sparsity "
-                "out, or choose another pattern."
-            )
-        removed = jnp.minimum(removed, most)
-    elif isinstance(removed, int):
-        removed = min(removed, max(0, n - min_keep))
-    else:
-        removed = jnp.minimum(removed, max(0, n - min_keep))
-    return jnp.asarray(n - removed, count_dtype(n))
 
 
 def _group_size(

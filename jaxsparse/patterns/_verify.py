@@ -15,6 +15,7 @@ from jaxsparse.tree import (
     AxesRule,
     kernel_axes,
     leaves_with_paths,
+    like,
     resolve_axes,
     select,
 )
@@ -39,6 +40,7 @@ def sparsity_of(masks: PyTree, params: PyTree) -> PyTree:
       >>> js.patterns.sparsity_of(js.prune(params, 0.25).masks, params)
       {'b': 0.0, 'w': 0.25}
     """
+    masks = like(masks, params, name="masks")
     check_masks(masks, params)
 
     def one(mask, w):
@@ -79,6 +81,7 @@ def verify(
         ...
       ValueError: kernel: group 0 keeps 3 of 4, against NM(keep=2, of=4).
     """
+    masks = like(masks, params, name="masks")
     check_masks(masks, params)
     selected = jax.tree.leaves(select(params, where))
     stated = resolve_axes(params, axes)

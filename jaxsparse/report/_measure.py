@@ -12,7 +12,9 @@ from jaxsparse import _checks, patterns, transforms
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.report._tables import Row, Table
 from jaxsparse.tree import (
+    by_rules,
     leaves_with_paths,
+    like,
     map_with_path,
     select,
     unwrap_variables,
@@ -39,8 +41,8 @@ def table(
         kept in the parameters of `jaxsparse.tree.select(params)`, the others count as
         not pruned.
       asked: what sparsity was asked for: a number, shown against each pruned parameter,
-        or a tree of numbers with the structure of `params` (see
-        `jaxsparse.allocations`).
+        a tree of numbers with the structure of `params` (see `jaxsparse.allocations`),
+        or a mapping from paths or regular expressions.
       opt_state: the state of any chain with a pruning transformation: where masks come
         from if none are given, and the count of weights that leaked in training.
       title: the heading.
@@ -76,6 +78,7 @@ def table(
         masks = transforms.masks_of(opt_state)
     else:
         masks = map_with_path(_mask_of_zeros, params, select(params))
+    masks = like(masks, params, name="masks")
     patterns.check_masks(masks, params)
     states = transforms.find_states(unwrap_variables(opt_state))
     counts = [
@@ -127,7 +130,8 @@ def _asked(asked: Any, params: PyTree) -> list[Any]:
     if jax.tree_util.all_leaves([asked]):
         _checks.check_sparsity(asked, name="asked")
         return [_ForPruned(float(asked))] * len(named)
-    _checks.same_structure(asked, params, name="asked")
+    asked, _ = by_rules(params, asked, name="asked")
+    asked = like(asked, params, name="asked")
     values = jax.tree.leaves(asked)
     for (path, _), value in zip(named, values, strict=True):
         _checks.check_sparsity(value, name=f"{path}: asked")

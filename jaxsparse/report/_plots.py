@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxsparse.report._files import replace_file
 from jaxsparse.report._html import png
+from jaxsparse.report._order import natural_order
 from jaxsparse.report._tables import Row, Table, percent
 
 if TYPE_CHECKING:
@@ -155,10 +156,10 @@ def _draw(tables: dict[str, Table], runs: _Runs) -> "Figure":
 
 
 def _paths(tables: dict[str, Table]) -> list[str]:
-    # What any of the tables prunes, in the order of the first.
+    # What any of the tables prunes, in the order of the first but for numbers.
     every = [row.path for table in tables.values() for row in table.rows]
     pruned = {row.path for t in tables.values() for row in t.rows if row.pruned}
-    return [path for path in dict.fromkeys(every) if path in pruned]
+    return natural_order(path for path in dict.fromkeys(every) if path in pruned)
 
 
 def _bars(

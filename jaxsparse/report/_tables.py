@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from jaxsparse.report._html import table_html
+from jaxsparse.report._order import natural_order
 
 
 class Row(NamedTuple):
@@ -63,7 +64,8 @@ class Table:
     never cut.
 
     Attributes:
-      rows: one for each parameter, in the order of the tree.
+      rows: one for each parameter, in the order of the tree. (What is shown has block 2
+        before block 10.)
       pruned: the sum of those that take part.
       total: the sum of all.
       title: the heading.
@@ -140,15 +142,15 @@ class Table:
         Returns:
           HTML text.
         """
-        columns, totals = self._columns(), self._totals()
+        columns, totals, shown = self._columns(), self._totals(), self._shown()
         return table_html(
             title=self.title,
             header=columns,
-            rows=[_cells(row, columns) for row in self.rows],
+            rows=[_cells(row, columns) for row in shown],
             totals=[_cells(row, columns) for row in totals],
-            bars=[row.reached for row in (*self.rows, *totals)],
+            bars=[row.reached for row in (*shown, *totals)],
             bar_column=columns.index("reached"),
-            note=" ".join(said for said in (self.left_dense, self.note) if said),
+            note=" ".join(x for x in (self.legend, self.left_dense, self.note) if x),
             warning=self.warning,
         )
 
@@ -165,13 +167,27 @@ class Table:
             justify = "left" if left else "right"
             table.add_column(name, justify=justify, no_wrap=not first, overflow="fold")
         # As Text: a path may look like rich's markup, for instance "layers[0]".
-        for row in self.rows:
+        for row in self._shown():
             style = "" if row.pruned else "dim"
             table.add_row(*map(Text, _cells(row, columns)), style=style)
         table.add_section()
         for row in self._totals():
             table.add_row(*map(Text, _cells(row, columns)), style="bold")
         return table
+
+    def _shown(self) -> list[Row]:
+        rows = {row.path: row for row in self.rows}
+        return [rows[path] for path in natural_order(rows)]
+
+    @property
+    def legend(self) -> str:
+        """What the column "packed" means; empty where nothing is pruned."""
+        if not self.pruned.size:
+            return ""
+        return (
+            "packed: what the kept weights and one bit for each weight would take. "
+            "Arrays with masks take what dense ones do, and are as slow."
+        )
 
     @property
     def left_dense(self) -> str:
@@ -181,7 +197,12 @@ class Table:
         return f"Left dense: {', '.join(left[:_NAMED])}{more}." if left else ""
 
     def _caption(self) -> Text | None:
-        said = {self.left_dense: "", self.note: "yellow", self.warning: "bold red"}
+        said = {
+            self.legend: "dim",
+            self.left_dense: "",
+            self.note: "yellow",
+            self.warning: "bold red",
+        }
         lines = [Text(text, style=style) for text, style in said.items() if text]
         return Text("\n").join(lines) if lines else None
 

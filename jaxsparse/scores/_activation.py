@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._sharded import sharded_as
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats, Statistics
 from jaxsparse.scores._range import fourth_root, lifted, product, widened
@@ -228,7 +229,8 @@ def flap(
             most = jnp.max(near, axis=over, keepdims=True)
             share = near / jnp.where(most > 0, most, 1)
             channels = channels - jnp.where(still, 1e-3 * (1 - share), 0)
-        return jnp.broadcast_to(channels, view.split).reshape(w.shape)
+        channels = jnp.broadcast_to(channels, view.split).reshape(w.shape)
+        return sharded_as(channels, w)
 
     return _each(score, params, stats.paths, where, stats)
 

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.scores._range import fourth_root, lifted, product, wide_type, widened
-from jaxsparse.tree import select
+from jaxsparse.tree import like, select
 
 
 def taylor(params: PyTree, grads: PyTree) -> PyTree:
@@ -37,7 +36,7 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
       >>> js.scores.taylor(params, grads)
       {'w': Array([1., 3.], dtype=float32)}
     """
-    _checks.same_structure(grads, params, name="grads")
+    grads = like(grads, params, name="grads")
     one = lambda w, g: product(widened(w), g.astype(wide_type(w)))
     return jax.tree.map(one, params, grads)
 

@@ -1,5 +1,6 @@
 """Scores with a memory, and how a plain function becomes one without."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,9 +10,37 @@ import jax.numpy as jnp
 
 from jaxsparse._typing import PyTree
 
+_KNOWN = frozenset(("masks", "step", "sparsity"))
+
 
 class Score(NamedTuple):
     """A score as `jaxsparse.prune_schedule` uses it.
+
+    `update`, `score` and `prune` may ask for three more things, by the names of
+    parameters: `masks`, those before this choice (True = kept); `step`, the number of
+    updates so far; `sparsity`, the schedule's at this step (a number, or a tree like
+    the parameters). A plain score function may ask for them too. So RigL (Evci et al.,
+    2020, arXiv:1911.11134) is a function: of the weights that are there the largest
+    stay, and those with the largest gradients grow in place of the others:
+
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
+      >>> def rigl(params, grads, *, masks, step, sparsity):
+      ...     moved = 0.3 * (1 + jnp.cos(jnp.pi * step / 1_000)) / 2
+      ...     fewer = sparsity + moved * (1 - sparsity)
+      ...     sizes = js.scores.magnitude(params)
+      ...     stay = js.patterns.masks(sizes, fewer, masks=masks)
+      ...     grow = lambda s, g: jnp.where(s, jnp.inf, jnp.abs(g))
+      ...     return jax.tree.map(grow, stay, grads)
+      >>> prune_schedule = js.prune_schedule(0.9, every=100, score=rigl)
+
+    Movement (Sanh et al., 2020, arXiv:2005.07683) adds up `-w * g` in `update`:
+
+      >>> movement = js.scores.Score(
+      ...     init=lambda params: jax.tree.map(jnp.zeros_like, params),
+      ...     update=lambda grads, state, params: jax.tree.map(
+      ...         lambda s, w, g: s - w * g, state, params, grads),
+      ...     score=lambda params, grads, state: state,
+      ...     needs_grads=False)
 
     Attributes:
       init: `init(params) -> state`, a tree of arrays.
@@ -26,12 +55,10 @@ class Score(NamedTuple):
     """
 
     init: Callable[[PyTree], Any]
-    update: Callable[[PyTree, Any, PyTree], Any]
-    score: Callable[[PyTree, PyTree, Any], PyTree]
+    update: Callable[..., Any]
+    score: Callable[..., PyTree]
     needs_grads: bool = True
-    prune: Callable[[PyTree, PyTree, Any, Callable], tuple[PyTree, PyTree]] | None = (
-        None
-    )
+    prune: Callable[..., tuple[PyTree, PyTree]] | None = None
 
 
 def as_score(score: Score | Callable[..., PyTree]) -> Score:
@@ -39,7 +66,8 @@ def as_score(score: Score | Callable[..., PyTree]) -> Score:
 
     Args:
       score: a `Score`, which is returned as it is; a function of `params`; or a
-        function of `params, grads`.
+        function of `params, grads`. It may have parameters named `masks`, `step` and
+        `sparsity`; see `Score`.
 
     Returns:
       A `Score` without a state.
@@ -63,32 +91,78 @@ def as_score(score: Score | Callable[..., PyTree]) -> Score:
             f"js.scores.Score; got {score!r}."
         )
     function = score
-    if _takes(function, 1):
-        return Score(
-            lambda params: (),
-            lambda grads, state, params: state,
-            lambda params, grads, state: function(params),
-            needs_grads=False,
+    needs_grads = not _takes(function, 1)
+    if needs_grads and not _takes(function, 2):
+        raise TypeError(
+            "A score is called as score(params) or score(params, grads), with masks=, "
+            "step= and sparsity= if it has parameters of these names, but "
+            f"{function!r} has the signature {inspect.signature(function)}. Bind the "
+            "other arguments with functools.partial."
         )
-    if _takes(function, 2):
-        return Score(
-            lambda params: (),
-            lambda grads, state, params: state,
-            lambda params, grads, state: function(params, grads),
-        )
-    raise TypeError(
-        f"A score is called as score(params) or score(params, grads), but "
-        f"{function!r} has the signature {inspect.signature(function)}. Bind the other "
-        "arguments with functools.partial."
-    )
+
+    def call(params, grads, state, *, masks=None, step=None, sparsity=None):
+        del state
+        given = (params, grads) if needs_grads else (params,)
+        return ask(function, *given, masks=masks, step=step, sparsity=sparsity)
+
+    stay = lambda grads, state, params: state
+    return Score(lambda params: (), stay, call, needs_grads=needs_grads)
 
 
 def _takes(function: Callable[..., Any], positional: int) -> bool:
+    named = dict.fromkeys(asked_for(function, positional))
     try:
-        inspect.signature(function).bind(*[None] * positional)
+        inspect.signature(function).bind(*[None] * positional, **named)
     except TypeError:
         return False
     return True
+
+
+def ask(function: Callable[..., Any], *args: Any, **known: Any) -> Any:
+    """Calls a function with those of the things known that it asks for by name.
+
+    Args:
+      function: a score, or a function of a `Score`.
+      *args: its positional arguments.
+      **known: what it may ask for: `masks`, `step`, `sparsity`.
+
+    Returns:
+      What it returns.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.scores.ask(lambda params, *, step: (params, step), 1, masks=2, step=3)
+      (1, 3)
+    """
+    wanted = asked_for(function, len(args))
+    return function(*args, **{k: x for k, x in known.items() if k in wanted})
+
+
+def asked_for(function: Callable[..., Any], positional: int) -> frozenset[str]:
+    """Which of `masks`, `step` and `sparsity` a function asks for by name.
+
+    Args:
+      function: a score, or a function of a `Score`.
+      positional: how many arguments it is given by position.
+
+    Returns:
+      Names; none that `functools.partial` has bound.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.scores.asked_for(lambda params, *, step: params, 1)
+      frozenset({'step'})
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # some built-in functions have none
+        return frozenset()
+    by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    given = [p for p in parameters[:positional] if p.kind != by_name[1]]
+    names = {p.name for p in parameters if p.kind in by_name and p not in given}
+    if isinstance(function, functools.partial):
+        names -= set(function.keywords)
+    return frozenset(names & _KNOWN)
 
 
 def moving_average(
@@ -129,10 +203,11 @@ def moving_average(
         zeros = lambda w: jnp.zeros_like(w, dtype=wide(w))
         return (inner.init(params), jax.tree.map(zeros, params))
 
-    def update(grads: PyTree, state: Any, params: PyTree):
+    def update(grads, state, params, *, masks=None, step=None, sparsity=None):
         inner_state, average = state
-        inner_state = inner.update(grads, inner_state, params)
-        now = inner.score(params, grads, inner_state)
+        known = {"masks": masks, "step": step, "sparsity": sparsity}
+        inner_state = ask(inner.update, grads, inner_state, params, **known)
+        now = ask(inner.score, params, grads, inner_state, **known)
         blend = lambda a, s: decay * a + (1 - decay) * s.astype(a.dtype)
         return (inner_state, jax.tree.map(blend, average, now))
 

@@ -24,6 +24,7 @@ def admm(
     sparsity: float | Array | None = None,
     *,
     pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+    mask: Array | None = None,
     rho: float = 1.0,
     iterations: int = 20,
     mask_iterations: int = 15,
@@ -47,6 +48,7 @@ def admm(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
+      mask: what was pruned before; True = kept. It stays removed, and counts.
       rho: how hard the copies pull, relative to a diagonal of ones.
       iterations: of them all.
       mask_iterations: those in which the mask may still change.
@@ -57,7 +59,8 @@ def admm(
       smallest of them first; those that are kept stay what they are.
 
     Raises:
-      ValueError: shapes that do not fit, NaN or Inf, options out of range.
+      ValueError: shapes that do not fit, NaN or Inf, options out of range, a mask that
+        has removed more than asked for.
       TypeError: other patterns, types that are not floating point.
 
     Example:
@@ -68,12 +71,13 @@ def admm(
       [[False, True, True]]
     """
     sparsity = _check(w, gram, sparsity, pattern, rel_damping, rho, solver="admm")
+    _arguments.check_gone(mask, w, sparsity, pattern)
     _checks.check_positive_int(iterations, name="iterations")
     _checks.check_positive_int(mask_iterations, name="mask_iterations")
     plain = _solved.plain_gram(w, gram)
     steps = (iterations, min(iterations, mask_iterations))
     return _solved.done(
-        _admm_jitted(w, plain, sparsity, rho, rel_damping, pattern, steps)
+        _admm_jitted(w, plain, sparsity, mask, rho, rel_damping, pattern, steps)
     )
 
 
@@ -83,6 +87,7 @@ def alps(
     sparsity: float | Array | None = None,
     *,
     pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+    mask: Array | None = None,
     rho: float = 0.1,
     iterations: int = 300,
     refit_iterations: int = 10,
@@ -105,6 +110,7 @@ def alps(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
+      mask: what was pruned before; True = kept. It stays removed, and counts.
       rho: the first penalty, relative to a diagonal of ones.
       iterations: the most there may be.
       refit_iterations: of conjugate gradients.
@@ -115,7 +121,8 @@ def alps(
       smallest of them first; those that are kept stay what they are.
 
     Raises:
-      ValueError: shapes that do not fit, NaN or Inf, options out of range.
+      ValueError: shapes that do not fit, NaN or Inf, options out of range, a mask that
+        has removed more than asked for.
       TypeError: other patterns, types that are not floating point.
 
     Example:
@@ -126,25 +133,26 @@ def alps(
       [[False, True, True]]
     """
     sparsity = _check(w, gram, sparsity, pattern, rel_damping, rho, solver="alps")
+    _arguments.check_gone(mask, w, sparsity, pattern)
     _checks.check_positive_int(iterations, name="iterations")
     _checks.check_positive_int(refit_iterations, name="refit_iterations")
     plain = _solved.plain_gram(w, gram)
     steps = (iterations, refit_iterations)
     return _solved.done(
-        _alps_jitted(w, plain, sparsity, rho, rel_damping, pattern, steps)
+        _alps_jitted(w, plain, sparsity, mask, rho, rel_damping, pattern, steps)
     )
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "steps"))
-def _admm_jitted(w, gram, sparsity, rho, rel_damping, pattern, steps) -> Solved:
+def _admm_jitted(w, gram, sparsity, before, rho, rel_damping, pattern, steps):
     solve = functools.partial(_admm, pattern=pattern, steps=steps)
-    return _solved.on_mesh(solve, w, gram, sparsity, rho, rel_damping)
+    return _solved.on_mesh(solve, w, gram, sparsity, before, rho, rel_damping)
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "steps"))
-def _alps_jitted(w, gram, sparsity, rho, rel_damping, pattern, steps) -> Solved:
+def _alps_jitted(w, gram, sparsity, before, rho, rel_damping, pattern, steps):
     solve = functools.partial(_alps, pattern=pattern, steps=steps)
-    return _solved.on_mesh(solve, w, gram, sparsity, rho, rel_damping)
+    return _solved.on_mesh(solve, w, gram, sparsity, before, rho, rel_damping)
 
 
 def _check(w, gram, sparsity, pattern, rel_damping, rho, *, solver: str) -> Any:
@@ -173,13 +181,12 @@ def _rescale(w: Array, gram: Array, added: Array) -> _Scaled:
     return _Scaled(target, scaled + jnp.diag(dead + added), scale[None, :])
 
 
-def _admm(w, gram, sparsity, rho, rel_damping, *, pattern, steps) -> Solved:
+def _admm(w, gram, sparsity, before, rho, rel_damping, *, pattern, steps) -> Solved:
     rho, added = (jnp.asarray(x).astype(gram.dtype) for x in (rho, rel_damping))
     target, scaled, scale = _rescale(w, gram, added)
     unused = (jnp.diagonal(gram) == 0, _solved.below_zero(w.astype(gram.dtype)))
-    choose = functools.partial(
-        _choose, unused=unused, sparsity=sparsity, pattern=pattern
-    )
+    options = {"sparsity": sparsity, "before": before, "pattern": pattern}
+    choose = functools.partial(_choose, unused=unused, **options)
     factor = factor_gram(scaled, damping=rho)
     inverse = damped_inverse(factor)
     wanted = matmul(target, scaled)
@@ -212,13 +219,12 @@ class _Alternating(NamedTuple):
     settled: Array
 
 
-def _alps(w, gram, sparsity, rho, rel_damping, *, pattern, steps) -> Solved:
+def _alps(w, gram, sparsity, before, rho, rel_damping, *, pattern, steps) -> Solved:
     rho, added = (jnp.asarray(x).astype(gram.dtype) for x in (rho, rel_damping))
     target, scaled, scale = _rescale(w, gram, added)
     unused = (jnp.diagonal(gram) == 0, _solved.below_zero(w.astype(gram.dtype)))
-    choose = functools.partial(
-        _choose, unused=unused, sparsity=sparsity, pattern=pattern
-    )
+    options = {"sparsity": sparsity, "before": before, "pattern": pattern}
+    choose = functools.partial(_choose, unused=unused, **options)
     values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
     iterations, refits = steps
 
@@ -265,9 +271,15 @@ def _alps(w, gram, sparsity, rho, rel_damping, *, pattern, steps) -> Solved:
 
 
 def _choose(
-    w: Array, *, unused: tuple[Array, Array], sparsity: Any, pattern: patterns.Pattern
+    w: Array,
+    *,
+    unused: tuple[Array, Array],
+    sparsity: Any,
+    before: Array | None,
+    pattern: patterns.Pattern,
 ) -> Array:
     """The mask of what is largest; of dead inputs the smallest weights go first."""
     dead, below = unused
     score = jnp.where(dead[None, :], below, jnp.abs(w))
-    return patterns.masks(score, sparsity, pattern=pattern, axes=_solved.AXES)
+    options = {"pattern": pattern, "axes": _solved.AXES, "masks": before}
+    return patterns.masks(score, sparsity, **options)

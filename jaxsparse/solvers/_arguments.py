@@ -13,6 +13,7 @@ from jaxsparse.curvature._gram import (
     check_gram,
     count_not_finite,
 )
+from jaxsparse.patterns._before import may_have_lost_more
 
 
 def check_layer(w: Array, gram: Array | GramFactor) -> None:
@@ -124,20 +125,28 @@ def check_mask(mask: Array | None, w: Array) -> None:
         )
 
 
-def check_gone(mask: Array | None, sparsity: Any, pattern: patterns.Pattern) -> None:
-    """Raises where a known mask removes more than is asked for.
+def check_gone(
+    mask: Array | None, w: Array, sparsity: Any, pattern: patterns.Pattern
+) -> None:
+    """Raises unless a mask is one of the kernel and leaves something to remove.
 
     Args:
       mask: what is pruned already, or None.
+      w: the kernel.
       sparsity: the fraction to remove.
       pattern: the pattern.
 
     Raises:
-      ValueError: some competing group has lost more than its share.
+      ValueError: another shape; some competing group has lost more than its share (but
+        for a full N:M, of which a group may keep fewer).
+      TypeError: no bools.
     """
+    check_mask(mask, w)
     if mask is None or not (
         _checks.is_concrete(mask) and _checks.is_concrete(sparsity)
     ):
+        return
+    if may_have_lost_more(sparsity, pattern):
         return
     gone, size = ~mask, mask.size
     if isinstance(pattern, patterns.NM):

@@ -49,7 +49,8 @@ def sparsegpt(
     Weights of dead inputs are the first to go, the smallest of the whole layer (or
     group) first, and count towards the sparsity; those that are kept (when there are
     more of them than are to be removed, or in N:M groups) stay what they are. Weights
-    that `mask` has removed stay removed, and count.
+    that `mask` has removed stay removed, and count; a group of N:M that has lost more
+    than the pattern asks for keeps fewer.
 
     Rows do not depend on each other but for the scope of a layer: shard `w` over its
     outputs, with the gram matrix on every device. Then one integer a pass is exchanged.
@@ -92,8 +93,7 @@ def sparsegpt(
     _arguments.check_layer(w, gram)
     d_in = w.shape[1]
     asked = _arguments.check_pattern(pattern, sparsity, d_in, solver="sparsegpt")
-    _arguments.check_mask(mask, w)
-    _arguments.check_gone(mask, asked, pattern)
+    _arguments.check_gone(mask, w, asked, pattern)
     _arguments.check_dampings(damping, rel_damping)
     _checks.check_positive_int(block_size, name="block_size")
     factor = _solved.factor_of(w, gram, damping, rel_damping)

@@ -24,6 +24,7 @@ def exact_obs(
     sparsity: float | Array | None = None,
     *,
     pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+    mask: Array | None = None,
     rel_damping: float | Array = 0.01,
     damping: float | Array | None = None,
     chunk: int | None = None,
@@ -57,6 +58,7 @@ def exact_obs(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
+      mask: what was pruned before; True = kept. It goes first, and counts.
       rel_damping: relative to the mean of the gram's diagonal. Not used for a factor.
       damping: an absolute one in its place.
       chunk: how many rows at once; by default what fits in a cache.
@@ -67,8 +69,8 @@ def exact_obs(
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, a sparsity or a group size out of
-        range, a gram matrix that is not positive definite (in eager use; under jit see
-        `info.failed`).
+        range, a mask that has removed more than asked for, a gram matrix that is not
+        positive definite (in eager use; under jit see `info.failed`).
       TypeError: other patterns, types that are not floating point.
 
     Example:
@@ -81,6 +83,7 @@ def exact_obs(
     _arguments.check_layer(w, gram)
     d_out, d_in = w.shape
     asked = _arguments.check_pattern(pattern, sparsity, d_in, solver="exact_obs")
+    _arguments.check_gone(mask, w, asked, pattern)
     _arguments.check_dampings(damping, rel_damping)
     if chunk is not None:
         _checks.check_positive_int(chunk, name="chunk")
@@ -93,19 +96,20 @@ def exact_obs(
         case _:
             removed = patterns.removed_count(asked, d_out * d_in)
     removed = jnp.asarray(removed, count_dtype(d_out * d_in))
-    return _solved.done(_jitted(w, factor, removed, pattern, chunk))
+    return _solved.done(_jitted(w, factor, removed, mask, pattern, chunk))
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "chunk"))
-def _jitted(w, factor, removed, pattern, chunk) -> Solved:
+def _jitted(w, factor, removed, before, pattern, chunk) -> Solved:
     solve = functools.partial(_solve, pattern=pattern, chunk=chunk)
-    return _solved.on_mesh(solve, w, factor, removed)
+    return _solved.on_mesh(solve, w, factor, removed, before)
 
 
 def _solve(
     w: Array,
     factor: GramFactor,
     removed: Array,
+    before: Array | None,
     *,
     pattern: patterns.Pattern,
     chunk: int | None,
@@ -114,7 +118,9 @@ def _solve(
     target = w.astype(factor.root.dtype)
     live = jnp.where(factor.dead[None, :], jnp.zeros_like(target), target)
     whole = (damped_inverse(factor), removed, factor.dead)
-    mask = _masks(target, whole, pattern, chunk)
+    if before is None:
+        before = jnp.ones(w.shape, bool)
+    mask = _masks(target, before, whole, pattern, chunk) & before
     extra = jnp.where(factor.dead, jnp.ones_like(factor.damping), 0) + factor.damping
     moved = least_squares(live, mask, gram + jnp.diag(extra))
     return _solved.finish(
@@ -124,6 +130,7 @@ def _solve(
 
 def _masks(
     w: Array,
+    before: Array,
     whole: tuple[Array, Array, Array],
     pattern: patterns.Pattern,
     chunk: int | None,
@@ -133,13 +140,16 @@ def _masks(
     by_layer = pattern == patterns.Unstructured("layer")
     group = pattern.of if isinstance(pattern, patterns.NM) else d_in
     most = pattern.of - pattern.keep if isinstance(pattern, patterns.NM) else d_in
-    removal = jax.vmap(functools.partial(_take_apart, group=group), (0, *[None] * 3))
+    taking = functools.partial(_take_apart, group=group)
+    removal = jax.vmap(taking, (0, 0, *[None] * 3))
 
-    def rows(w: Array, inverse: Array, removed: Array, dead: Array) -> Any:
+    def rows(
+        w: Array, before: Array, inverse: Array, removed: Array, dead: Array
+    ) -> Any:
         count = jnp.asarray(d_in, removed.dtype) if by_layer else removed
-        return removal(w, inverse, jnp.minimum(count, most), dead)
+        return removal(w, before, inverse, jnp.minimum(count, most), dead)
 
-    taken = over_blocks(rows, (d_out,), size, w, whole=whole)
+    taken = over_blocks(rows, (d_out,), size, w, before, whole=whole)
     if not by_layer:
         return taken.kept
     # Of steps as dear as each other those at the end of a row are kept first.
@@ -164,23 +174,28 @@ class _State(NamedTuple):
 
 
 def _take_apart(
-    w: Array, inverse: Array, count: Array, dead: Array, *, group: int
+    w: Array, before: Array, inverse: Array, count: Array, dead: Array, *, group: int
 ) -> _Taken:
     """Removes `count` weights of each group of a row, one after another.
+
+    What was gone before goes first, and all of it.
 
     An input that is taken out leaves zeros in the inverse, which no later step changes.
     A dead one has zeros there from the start, and costs less than any other.
     """
     d_in = w.shape[0]
     far = jnp.full((), jnp.inf, w.dtype)
+    gone = jnp.sum(~before.reshape(-1, group), axis=1, dtype=count.dtype)
+    goes = jnp.maximum(count, gone)
 
     def step(i: Array, state: _State) -> _State:
         w, inverse, (kept, loss, order) = state
         diagonal = jnp.diagonal(inverse)
         lost = jnp.sum(~kept.reshape(-1, group), axis=1, dtype=count.dtype)
-        free = kept & jnp.repeat(lost < count, group)
+        free = kept & jnp.repeat(lost < goes, group)
         cost = w * w / jnp.where(kept, diagonal, 1)
         cost = jnp.where(dead, _solved.below_zero(w), cost)
+        cost = jnp.where(before, cost, -far)
         cost = jnp.where(free, cost, far)
         j = jnp.argmin(cost)
         here = (jnp.arange(d_in) == j) & free
@@ -199,5 +214,5 @@ def _take_apart(
         jnp.zeros(d_in, w.dtype),
         jnp.zeros(d_in, jnp.int32),
     )
-    steps = (count * (d_in // group)).astype(jnp.int32)
+    steps = jnp.sum(goes).astype(jnp.int32)
     return lax.fori_loop(0, steps, step, _State(w, inverse, none)).taken

@@ -18,6 +18,7 @@ def wanda(
     sparsity: float | Array | None = None,
     *,
     pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured("output"),
+    mask: Array | None = None,
 ) -> Solved:
     """Keeps the weights with the largest `|w_ij| sqrt(E[x_j^2])`, as they are.
 
@@ -33,12 +34,14 @@ def wanda(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("output" or "layer")`, or `NM`.
+      mask: what was pruned before; True = kept. It stays removed, and counts.
 
     Returns:
       The weights, mask and info.
 
     Raises:
-      ValueError: shapes that do not fit, NaN or Inf, a sparsity or group out of range.
+      ValueError: shapes that do not fit, NaN or Inf, a sparsity or group out of range,
+        a mask that has removed more than asked for.
       TypeError: other patterns, types that are not floating point.
 
     Example:
@@ -46,7 +49,7 @@ def wanda(
       >>> js.solvers.wanda(jnp.array([[3.0, 2.0]]), jnp.array([1.0, 4.0]), 0.5).w
       Array([[0., 2.]], dtype=float32)
     """
-    return _masked(w, gram, sparsity, pattern=pattern, inputs=True, solver="wanda")
+    return _masked(w, gram, sparsity, mask, pattern=pattern, inputs=True)
 
 
 def magnitude(
@@ -55,6 +58,7 @@ def magnitude(
     sparsity: float | Array | None = None,
     *,
     pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+    mask: Array | None = None,
 ) -> Solved:
     """Keeps the largest weights, as they are; the inputs only tell the error.
 
@@ -64,12 +68,14 @@ def magnitude(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
+      mask: what was pruned before; True = kept. It stays removed, and counts.
 
     Returns:
       The weights, mask and info.
 
     Raises:
-      ValueError: shapes that do not fit, NaN or Inf, a sparsity or group out of range.
+      ValueError: shapes that do not fit, NaN or Inf, a sparsity or group out of range,
+        a mask that has removed more than asked for.
       TypeError: other patterns, types that are not floating point.
 
     Example:
@@ -77,10 +83,11 @@ def magnitude(
       >>> js.solvers.magnitude(jnp.array([[3.0, 2.0]]), jnp.array([1.0, 4.0]), 0.5).w
       Array([[3., 0.]], dtype=float32)
     """
-    return _masked(w, gram, sparsity, pattern=pattern, inputs=False, solver="magnitude")
+    return _masked(w, gram, sparsity, mask, pattern=pattern, inputs=False)
 
 
-def _masked(w, gram, sparsity, *, pattern, inputs: bool, solver: str) -> Solved:
+def _masked(w, gram, sparsity, mask, *, pattern, inputs: bool) -> Solved:
+    solver = "wanda" if inputs else "magnitude"
     if not isinstance(gram, GramFactor) and jnp.ndim(gram) == 1:
         if jnp.shape(gram) != (w.shape[-1],):
             raise ValueError(
@@ -92,16 +99,17 @@ def _masked(w, gram, sparsity, *, pattern, inputs: bool, solver: str) -> Solved:
         _arguments.check_layer(w, gram)
         gram = _solved.plain_gram(w, gram)
     sparsity = _arguments.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
-    return _jitted(w, gram, sparsity, pattern, inputs)
+    _arguments.check_gone(mask, w, sparsity, pattern)
+    return _jitted(w, gram, sparsity, mask, pattern, inputs)
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "inputs"))
-def _jitted(w, gram, sparsity, pattern, inputs) -> Solved:
+def _jitted(w, gram, sparsity, before, pattern, inputs) -> Solved:
     choose = functools.partial(_choose, pattern=pattern, inputs=inputs)
-    return _solved.on_mesh(choose, w, gram, sparsity)
+    return _solved.on_mesh(choose, w, gram, sparsity, before)
 
 
-def _choose(w, gram, sparsity, *, pattern, inputs) -> Solved:
+def _choose(w, gram, sparsity, before, *, pattern, inputs) -> Solved:
     diagonal = gram if gram.ndim == 1 else jnp.diagonal(gram)
     score = jnp.abs(w)
     if inputs:
@@ -109,7 +117,8 @@ def _choose(w, gram, sparsity, *, pattern, inputs) -> Solved:
         norm = _solved.least_moments(jnp.sqrt(diagonal.astype(wide)))
         score = score.astype(wide) * norm[None, :]
     options = {"pattern": pattern, "axes": {"w": _solved.AXES}, "where": "w"}
-    mask = patterns.masks({"w": score}, sparsity, **options)["w"]
+    before = None if before is None else {"w": before}
+    mask = patterns.masks({"w": score}, sparsity, masks=before, **options)["w"]
     kept = jnp.where(mask, w, jnp.zeros((), w.dtype))
     whole = jnp.diag(diagonal) if gram.ndim == 1 else gram
     none = jnp.zeros((), whole.dtype)

@@ -1,6 +1,5 @@
 """Optimal Brain Surgeon: remove weights, and change the others for the best."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -8,15 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks, curvature, patterns, scores
-from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
 from jaxsparse.curvature._layout import block_layout
-from jaxsparse.patterns._units import block_scores, channel_scores, expand_blocks
+from jaxsparse.patterns._before import gone_before, targets
+from jaxsparse.patterns._select import check_further, choose
 from jaxsparse.tree import (
     Axes,
     AxesRule,
-    kernel_axes,
+    by_rules,
     leaves_with_paths,
+    like,
     map_with_path,
     resolve_axes,
     select,
@@ -69,11 +69,14 @@ def obs(
       fisher: from `js.curvature.block_fisher`, `mfac`, `diagonal_fisher` or
         `kronecker_fisher`, made with the same `where`.
       sparsity: the fraction to remove in the end, weights pruned before included; a
-        number, or a tree of them. May be left out for `NM`.
+        number, a tree of them, or a mapping from paths or regular expressions, of which
+        the first that matches counts (what none matches stays dense). May be left out
+        for `NM`.
       pattern: what lives or dies together, and who competes with whom.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
-      masks: what was pruned before: it stays 0, and leaves the Fisher matrix.
+      masks: what was pruned before: it stays 0, and leaves the Fisher matrix; see
+        `jaxsparse.patterns.masks`.
       update: `"joint"`; `"independent"`, as the papers' code; or `"none"`. A Kronecker
         Fisher matrix has no joint update.
       greedy: whether to choose weights one after another inside of blocks (a
@@ -103,6 +106,7 @@ def obs(
       Array([0., 3., 3.], dtype=float32)
     """
     _checks.check_positive_int(steps, name="steps")
+    sparsity, where = by_rules(params, sparsity, where)
     rules = _Rules(pattern, select(params, where), axes, update, greedy)
     # Says what is wrong with the sparsity or the pattern before any work is done.
     jax.eval_shape(lambda w: _choose(w, sparsity, rules), params)
@@ -113,12 +117,15 @@ def obs(
     if masks is None:
         masks = jax.tree.map(lambda w: jnp.ones((), bool), params)
     else:
+        masks = like(masks, params, name="masks")
         patterns.check_masks(masks, params)
-        gone = _gone(masks, params, rules)
-        _check_budget(gone, params, sparsity, rules)
+        gone = gone_before(masks, params, pattern, rules.selected, axes)
+        options = {"where": rules.selected, "axes": axes, "pattern": pattern}
+        check_further(params, masks, sparsity, **options)
         params = patterns.apply(params, masks)
         fisher = _without(fisher, masks)
-    for k, target in enumerate(_targets(gone, sparsity, steps, rules)):
+    cuts = targets(gone, sparsity, steps, pattern, rules.selected)
+    for k, target in enumerate(cuts):
         if k and refresh is not None:
             fisher = refresh(params, masks)
             _check(params, fisher, rules)
@@ -138,14 +145,11 @@ class _Rules(NamedTuple):
     greedy: bool
 
 
-def _choose(scored: PyTree, sparsity: Sparsity, rules: _Rules) -> PyTree:
-    return patterns.masks(
-        scored,
-        sparsity,
-        pattern=rules.pattern,
-        where=rules.selected,
-        axes=rules.axes,
-    )
+def _choose(
+    scored: PyTree, sparsity: Sparsity, rules: _Rules, masks: PyTree = None
+) -> PyTree:
+    options = {"where": rules.selected, "axes": rules.axes, "pattern": rules.pattern}
+    return choose(scored, sparsity, masks=masks, **options)[0]
 
 
 def _without(fisher: curvature.Fisher, masks: PyTree) -> curvature.Fisher:
@@ -168,9 +172,7 @@ def _cut(
     if rules.greedy and isinstance(fisher, curvature.BlockFisher):
         most = _most(sparsity, rules.pattern)
         losses = curvature.greedy_scores(fisher, params, masks=masks, most=most)
-    scored = jax.tree.map(_sink, _fill(losses, params), _gone(masks, params, rules))
-    chosen = _choose(scored, sparsity, rules)
-    left = jax.tree.map(jnp.logical_and, chosen, masks)
+    left = _choose(_fill(losses, params), sparsity, rules, masks)
     if rules.update == "none":
         return patterns.Pruned(patterns.apply(params, left), left)
     removed = jax.tree.map(lambda new, old: ~new & old, left, masks)
@@ -223,11 +225,6 @@ def _fill(found: PyTree, params: PyTree) -> PyTree:
     return map_with_path(pick, params)
 
 
-def _sink(score: Array, gone: Array) -> Array:
-    """What is gone already comes last, whatever its new score."""
-    return jnp.where(gone, jnp.full((), -jnp.inf, score.dtype), score)
-
-
 def _changed(params: PyTree, change: PyTree, masks: PyTree, selected: PyTree) -> PyTree:
     found = dict(leaves_with_paths(change))
 
@@ -240,78 +237,6 @@ def _changed(params: PyTree, change: PyTree, masks: PyTree, selected: PyTree) ->
         return jnp.where(mask, moved, jnp.zeros((), w.dtype))
 
     return map_with_path(one, params, masks, selected)
-
-
-# What is gone before the first cut.
-
-
-def _gone(masks: PyTree, params: PyTree, rules: _Rules) -> PyTree:
-    """True for units that are removed whole.
-
-    One that has lost some of its weights competes with the rest. Leaves broadcast to
-    their parameters; where units may be of different sizes, one entry is one unit.
-    """
-    stated = resolve_axes(params, rules.axes)
-
-    def one(path: str, mask: Array, w: Array, taken: bool) -> Array:
-        if not taken:
-            return jnp.zeros((), bool)
-        any_left = lambda ms: [_any_left(path, ms[0], rules.pattern, stated)]
-        return ~sharded_like(any_left, [jnp.broadcast_to(mask, w.shape)])[0]
-
-    return map_with_path(one, masks, params, rules.selected)
-
-
-def _any_left(
-    path: str, mask: Array, pattern: patterns.Pattern, stated: dict[str, Axes]
-) -> Array:
-    match pattern:
-        case patterns.Channel():
-            whole = dataclasses.replace(pattern, reduce="max")
-            return channel_scores(path, mask, whole, stated.get(path))
-        case patterns.Block():
-            whole = dataclasses.replace(pattern, reduce="max")
-            axes = kernel_axes(path, mask, stated)
-            return expand_blocks(block_scores(path, mask, whole, axes), mask.shape)
-        case _:
-            return mask
-
-
-def _targets(
-    gone: PyTree | None, sparsity: Sparsity, steps: int, rules: _Rules
-) -> list[Sparsity]:
-    """The sparsity after each cut, by equal factors of density."""
-    if gone is None:
-        start = jax.tree.map(lambda _: 0.0, sparsity)
-    else:
-        start = _shares(gone, rules)
-        if jax.tree_util.all_leaves([sparsity]):
-            sparsity = jax.tree.map(lambda _: sparsity, start)
-
-    def after(progress: float) -> Sparsity:
-        def between(first: Any, last: Any) -> Any:
-            # Where a count was rounded up, a little more may be gone than asked for.
-            concrete = isinstance(first, float) and isinstance(last, int | float)
-            first = min(first, last) if concrete else jnp.minimum(first, last)
-            return 1 - (1 - first) * ((1 - last) / (1 - first)) ** progress
-
-        return jax.tree.map(between, start, sparsity)
-
-    return [*(after(k / steps) for k in range(1, steps)), sparsity]
-
-
-def _shares(gone: PyTree, rules: _Rules) -> PyTree:
-    """What part of each parameter is gone, or in the global scope of all together."""
-
-    def share(leaves: list[Array]) -> float | Array:
-        count = sum(patterns.kept_count(g, g.shape) for g in leaves)
-        size = max(1, sum(g.size for g in leaves))
-        return int(count) / size if _checks.is_concrete(count) else count / size
-
-    if getattr(rules.pattern, "scope", "layer") != "global":
-        return jax.tree.map(lambda g: share([g]), gone)
-    pairs = zip(jax.tree.leaves(gone), jax.tree.leaves(rules.selected), strict=True)
-    return share([g for g, taken in pairs if taken])
 
 
 # Errors.
@@ -374,20 +299,4 @@ def _check_units(
                 f"neighbouring weights, {rules.pattern} has others, of {wanted.unit}. "
                 f"Make it with block_fisher(..., pattern={rules.pattern}) and the same "
                 "axes."
-            )
-
-
-def _check_budget(
-    gone: PyTree, params: PyTree, sparsity: Sparsity, rules: _Rules
-) -> None:
-    """Raises when something that is gone would have to come back."""
-    alive = lambda g, w: jnp.broadcast_to(~g, w.shape).astype(jnp.float32)
-    kept = _choose(jax.tree.map(alive, gone, params), sparsity, rules)
-    back = jax.tree.map(jnp.logical_and, kept, gone)
-    for path, units in leaves_with_paths(back):
-        if _checks.is_concrete(units) and bool(jnp.any(units)):
-            raise ValueError(
-                f"{path}: `masks` already remove more than `sparsity` asks for, in all "
-                f"or in one of its groups ({rules.pattern}). Ask for more, or leave "
-                "`masks` out: then weights may come back."
             )

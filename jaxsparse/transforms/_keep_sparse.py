@@ -12,6 +12,7 @@ from jaxsparse._typing import PyTree
 from jaxsparse.transforms._project import project
 from jaxsparse.transforms._prune_schedule import PruneSchedule
 from jaxsparse.transforms._state import PruneScheduleState
+from jaxsparse.tree import like
 
 
 def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationExtraArgs:
@@ -24,8 +25,8 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
     moments are not reset. `enforce` does all of that.
 
     Args:
-      masks: a tree of bools with the structure of the parameters; or what
-        `prune_schedule` returned.
+      masks: a tree of bools with the structure of the parameters, or with leaves at the
+        same paths; or what `prune_schedule` returned.
 
     Returns:
       A gradient transformation. Its state is a `PruneScheduleState`.
@@ -65,9 +66,10 @@ def _fixed(masks: PyTree) -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params: PyTree) -> Any:
         if jax.tree.leaves(params):
-            patterns.check_masks(masks, params)
+            fits = like(masks, params, name="masks")
+            patterns.check_masks(fits, params)
             # Copies: a step that donates its state must not take the caller's masks.
-            held = jax.tree.map(lambda m: jnp.array(m, copy=True), masks)
+            held = jax.tree.map(lambda m: jnp.array(m, copy=True), fits)
         else:  # optax's placeholder
             held = params
         return PruneScheduleState(

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import PartitionSpec
 from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse import patterns, scores
 from jaxsparse._checks import is_concrete
 from jaxsparse._loops import when
-from jaxsparse._sharded import manual_axes, varying_axes, varying_is_known
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
+from jaxsparse.patterns._before import score_shapes
 from jaxsparse.transforms._enforce import enforce
 from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
+from jaxsparse.transforms._leaks import most_leaked, regrew_in
 from jaxsparse.transforms._mfac import forget_pruned
 from jaxsparse.transforms._sparse_start import (
     Zeros,
@@ -26,7 +26,7 @@ from jaxsparse.transforms._sparse_start import (
     warn_of_zeros,
 )
 from jaxsparse.transforms._state import PruneScheduleState
-from jaxsparse.tree import AxesRule, leaves_with_paths
+from jaxsparse.tree import AxesRule, by_rules, leaves_with_paths, like
 
 _LOOK_FOR_LEAKS_EVERY = 100
 
@@ -98,6 +98,7 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
           >>> updates, state = prune_schedule.wrap(adam).update(params, state, params)
         """
         if masks is not None:
+            masks = like(masks, params, name="masks")
             _check_masked(params, masks)
         state: Any = self._start(params, step, masks)
         if masks is not None:
@@ -141,11 +142,14 @@ def prune_schedule(
     Args:
       sparsity: a number, a schedule (step -> sparsity; optax's work too), or a tree of
         either with the structure of the parameters, as `js.allocations.erk(params,
-        0.9)` or `jax.tree.map(lambda s: js.schedules.polynomial(final=s, ...), tree)`.
+        0.9)` or `jax.tree.map(lambda s: js.schedules.polynomial(final=s, ...), tree)`;
+        or a mapping of either from paths or regular expressions: the first that matches
+        counts, and what none matches stays dense (see `jaxsparse.tree.by_rules`).
       every: when masks change: a cadence of `jaxsparse.schedules`, a function step ->
         bool, or an integer for every so many steps without end.
       score: a function of `params`, or of `params, grads`, larger = keep; or a
-        `jaxsparse.scores.Score`. It sees the parameters before the step.
+        `jaxsparse.scores.Score`. It sees the parameters before the step, and what it
+        asks for by name: `masks`, `step`, `sparsity`.
       pattern: what lives or dies together, and who competes with whom.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
@@ -184,12 +188,27 @@ def prune_schedule(
     check_horizon(sparsity, cadence, total_steps)
     scorer = scores.as_score(score)
 
+    def at(params: PyTree, step: Any) -> tuple[PyTree, Where]:
+        """The sparsity at a step, with rules as a tree, and what takes part."""
+        values, taken = by_rules(params, sparsity, where)
+        return evaluate(values, step), taken
+
+    def ask(function: Any, given: tuple, params: PyTree, masks: PyTree, step: Any):
+        """Calls a function of the score with what it asks for."""
+        known = {"masks": masks, "step": step}
+        if "sparsity" in scores.asked_for(function, len(given)):
+            value = at(score_shapes(params), step)[0]
+            own = value is None and isinstance(pattern, patterns.NM)
+            known["sparsity"] = pattern.sparsity if own else value
+        return scores.ask(function, *given, **known)
+
     def select(scored: PyTree, step: Any) -> PyTree:
+        asked, taken = at(scored, step)
         return patterns.masks(
             scored,
-            evaluate(sparsity, step),
+            asked,
             pattern=pattern,
-            where=where,
+            where=taken,
             axes=axes,
             min_keep=min_keep,
             axis_name=axis_name,
@@ -197,24 +216,27 @@ def prune_schedule(
 
     def start(params: PyTree, step: int, masks: PyTree) -> PruneScheduleState:
         score_state = scorer.init(params)
+        first = _initial_masks(params, score_state, step, masks)
         return PruneScheduleState(
             step=jnp.asarray(step, jnp.int32),
-            masks=_initial_masks(params, score_state, step, masks),
+            masks=first,
             score_state=score_state,
             updated=jnp.zeros((), bool),
             regrew=jnp.zeros((), bool),
             leaked=jnp.zeros((), jnp.int32),
-            change=_no_change(params, score_state),
+            change=_no_change(params, score_state, first),
         )
 
-    def _no_change(params: PyTree, score_state: Any) -> PyTree:
+    def _no_change(params: PyTree, score_state: Any, masks: PyTree) -> PyTree:
         if scorer.prune is None:
             return None
-        prune: Any = scorer.prune
         select_now = lambda scored: select(scored, 0)
-        shapes = jax.eval_shape(
-            lambda p, state: prune(p, p, state, select_now)[1], params, score_state
-        )
+
+        def change(params: PyTree, state: Any, masks: PyTree) -> PyTree:
+            given = (params, params, state, select_now)
+            return ask(scorer.prune, given, params, masks, 0)[1]
+
+        shapes = jax.eval_shape(change, params, score_state, masks)
         owners = dict(jax.tree_util.tree_leaves_with_path(params))
         return jax.tree_util.tree_map_with_path(
             lambda path, s: jnp.zeros_like(owners[path], dtype=s.dtype), shapes
@@ -225,7 +247,7 @@ def prune_schedule(
     ) -> PyTree:
         # Shapes do not depend on values, so this works for abstract parameters, and
         # says here what is wrong with the model.
-        shapes = jax.eval_shape(lambda p: select(p, 0), params)
+        shapes = jax.eval_shape(lambda p: select(p, 0), score_shapes(params))
         masks = jax.tree.map(_all_kept, shapes, params)
         leaves = jax.tree.leaves(params)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
@@ -237,9 +259,11 @@ def prune_schedule(
             masks = jax.tree.map(fit, adopted, masks)
         elif zeros == "hold":
             masks = masks_of_zeros(masks, params)
-        warn_of_regrowth(masks, params, sparsity, cadence, step)
+        values = by_rules(score_shapes(params), sparsity, where)[0]
+        warn_of_regrowth(masks, params, values, cadence, step)
         if adopted is None and _starts_sparse(params):
-            return select(scorer.score(params, None, score_state), 0)
+            given = (params, None, score_state)
+            return select(ask(scorer.score, given, params, masks, 0), 0)
         if adopted is None and zeros == "hold":
             warn_of_zeros(masks)
         return masks
@@ -250,7 +274,7 @@ def prune_schedule(
             return False
         with jax.ensure_compile_time_eval():
             due = bool(cadence(0))
-            asked = jax.tree.leaves(evaluate(sparsity, 0))
+            asked = jax.tree.leaves(at(score_shapes(params), 0)[0])
             positive = sparsity is None or any(float(s) > 0 for s in asked)
         return due and positive and not scorer.needs_grads
 
@@ -268,20 +292,23 @@ def prune_schedule(
         # Masks have no derivative; without this, one could not differentiate through
         # a training step.
         frozen, grads = lax.stop_gradient((params, updates))
-        score_state = scorer.update(grads, state.score_state, frozen)
+        given = (grads, state.score_state, frozen)
+        score_state = ask(scorer.update, given, frozen, state.masks, state.step)
 
         def choose(carry, params, grads, score_state, step):
             old, _, leaked, change = carry
             select_now = lambda scored: select(scored, step)
+            given = (params, grads, score_state)
             if scorer.prune is None:
-                new = select_now(scorer.score(params, grads, score_state))
+                new = select_now(ask(scorer.score, given, params, old, step))
             else:
-                new, change = scorer.prune(params, grads, score_state, select_now)
+                given = (*given, select_now)
+                new, change = ask(scorer.prune, given, params, old, step)
             new = jax.tree.map(lambda n, o: n.reshape(o.shape), new, old)
             # Before the first step nothing has been projected yet.
-            found = _most_leaked(leaked, params, old, axis_name)
-            now = jnp.where(step > 0, found, leaked)
-            return new, _regrew(new, old, axis_name), now, change
+            found = most_leaked(leaked, params, old, axis_name)
+            most = jnp.where(step > 0, found, leaked)
+            return new, regrew_in(new, old, axis_name), most, change
 
         updated = jnp.asarray(cadence(state.step), bool)
         masks, regrew, leaked, change = when(
@@ -293,7 +320,7 @@ def prune_schedule(
         # The masks of the step before are gone by now (another reader would make XLA
         # copy them in every step); where none were chosen, the new ones are the same.
         look = ~updated & (state.updated | (state.step % _LOOK_FOR_LEAKS_EVERY == 0))
-        most = functools.partial(_most_leaked, axis_name=axis_name)
+        most = functools.partial(most_leaked, axis_name=axis_name)
         leaked = when(look & (state.step > 0), most, leaked, frozen, masks)
         state = PruneScheduleState(
             step=jnp.asarray(optax.safe_increment(state.step)),
@@ -337,49 +364,3 @@ def _hide(grads: PyTree, masks: PyTree) -> PyTree:
         return jnp.where(mask, grad, jnp.zeros((), grad.dtype))
 
     return None if grads is None else jax.tree.map(one, grads, masks)
-
-
-def _regrew(new: PyTree, old: PyTree, axis_name: Any) -> Array:
-    return _any(jax.tree.map(lambda n, o: n & ~o, new, old), axis_name)
-
-
-def _most_leaked(most: Array, params: PyTree, masks: PyTree, axis_name: Any) -> Array:
-    leaks = jax.tree.map(
-        lambda w, mask: (w != 0) & ~mask if jnp.ndim(mask) else jnp.zeros((), bool),
-        params,
-        masks,
-    )
-
-    def count(most: Array, leaks: PyTree) -> Array:
-        counts = [
-            _over_shards(lax.psum, jnp.sum(x, dtype=jnp.float32), axis_name)
-            for x in jax.tree.leaves(leaks)
-        ]
-        total = sum(counts, start=jnp.zeros((), jnp.float32))
-        return jnp.maximum(most, jnp.minimum(total, 2.0**30).astype(most.dtype))
-
-    return when(_any(leaks, axis_name), count, most, leaks)
-
-
-def _any(flags: PyTree, axis_name: Any) -> Array:
-    # On CPU a maximum of bytes takes a quarter of the time of `any`, and a sixteenth of
-    # that of a sum.
-    found = [jnp.max(x.astype(jnp.uint8), initial=0) for x in jax.tree.leaves(flags)]
-    some = functools.reduce(jnp.maximum, found, jnp.zeros((), jnp.uint8))
-    return _over_shards(lax.pmax, some.astype(jnp.int32), axis_name) > 0
-
-
-def _over_shards(collect: Callable[..., Array], x: Array, axis_name: Any) -> Array:
-    """Of all devices that hold other shards; the state is the same on all of them."""
-    manual = manual_axes()
-    if not manual:
-        return x
-    if varying_is_known(manual[0]):
-        names = tuple(sorted(varying_axes(x)))
-    else:
-        is_spec = lambda s: isinstance(s, PartitionSpec)
-        leaves = jax.tree.leaves(axis_name, is_leaf=is_spec)
-        parts = [p for leaf in leaves for p in (leaf if is_spec(leaf) else (leaf,))]
-        named = {n for p in parts for n in (p if isinstance(p, tuple) else (p,))}
-        names = tuple(n for n in manual if n in named)
-    return collect(x, names) if names else x

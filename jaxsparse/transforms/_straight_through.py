@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse import patterns
+from jaxsparse import patterns, scores
 from jaxsparse._typing import Array, PyTree, Sparsity, Tree, Where
-from jaxsparse.scores import magnitude
 from jaxsparse.tree import AxesRule
 
 
@@ -16,7 +15,7 @@ def straight_through(
     params: Tree,
     sparsity: Sparsity = None,
     *,
-    score: Callable[[PyTree], PyTree] = magnitude,
+    score: Callable[..., PyTree] = scores.magnitude,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: Where = None,
     axes: AxesRule = None,
@@ -37,8 +36,9 @@ def straight_through(
 
     Args:
       params: the dense parameters.
-      sparsity: the fraction to remove, in [0, 1), possibly traced, or a tree of them.
-      score: a function of `params`, larger = keep.
+      sparsity: the fraction to remove, in [0, 1), possibly traced, or a tree or mapping
+        of them, as for `jaxsparse.patterns.masks`.
+      score: a function of `params`, larger = keep; it may ask for `sparsity` by name.
       pattern: what lives or dies together, and who competes with whom.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
@@ -59,7 +59,7 @@ def straight_through(
     """
     frozen = lax.stop_gradient(params)
     masks = patterns.masks(
-        score(frozen),
+        scores.ask(score, frozen, sparsity=sparsity),
         sparsity,
         pattern=pattern,
         where=where,

@@ -12,8 +12,12 @@ from jaxsparse.tree._paths import leaves_with_paths as leaves_with_paths
 from jaxsparse.tree._paths import map_with_path as map_with_path
 from jaxsparse.tree._paths import path_str as path_str
 from jaxsparse.tree._random import keys_like as keys_like
+from jaxsparse.tree._rules import by_rules as by_rules
+from jaxsparse.tree._rules import is_rules as is_rules
+from jaxsparse.tree._rules import matching as matching
 from jaxsparse.tree._select import nearest as nearest
 from jaxsparse.tree._select import select as select
+from jaxsparse.tree._variables import like as like
 from jaxsparse.tree._variables import unwrap_variables as unwrap_variables
 from jaxsparse.tree._views import MatrixView as MatrixView
 from jaxsparse.tree._views import from_matrices as from_matrices

@@ -1,7 +1,6 @@
 """Which axes of a kernel are contracted, produced, or merely carried."""
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from jaxsparse._typing import PyTree
 from jaxsparse.tree._classes import by_class
 from jaxsparse.tree._paths import leaves_with_paths
-from jaxsparse.tree._select import nearest
+from jaxsparse.tree._rules import matching
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Axes:
 
 
 AxesRule = Axes | Mapping[str, Axes] | None
-"""One `Axes` for all, a mapping from regular expressions to `Axes`, or the default."""
+"""One `Axes` for all, a mapping from paths or regular expressions, or the default."""
 
 
 def default_axes(path: str, leaf: Any) -> Axes:
@@ -105,7 +104,8 @@ def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
 
     Args:
       params: the parameters, or anything of their structure and shapes.
-      axes: see `AxesRule`; in a mapping the first expression that matches wins.
+      axes: see `AxesRule`; in a mapping the first rule that matches wins, and one that
+        is a path is that one alone.
 
     Returns:
       A dictionary from path to axes with an entry where the caller stated something, or
@@ -131,18 +131,10 @@ def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
         for found in by_class(params)
         if found.ndim and 2 <= found.ndim <= found.leaf.ndim
     }
-    rules = {} if axes is None else axes
-    for rule in rules:
-        if not any(re.search(rule, path) for path, _ in leaves):
-            raise ValueError(
-                f"axes: the rule {rule!r} matches no parameter. The nearest paths: "
-                f"{nearest(rule, [p for p, _ in leaves])}."
-            )
-    for path, leaf in leaves:
-        for rule, value in rules.items():
-            if re.search(rule, path):
-                stated[path] = value.normalised(path, leaf.ndim)
-                break
+    shapes = dict(leaves)
+    found = matching({} if axes is None else axes, shapes, name="axes")
+    for path, value in found.items():
+        stated[path] = value.normalised(path, shapes[path].ndim)
     return stated
 
 

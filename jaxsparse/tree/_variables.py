@@ -1,10 +1,12 @@
-"""Arrays out of the variables in which NNX keeps them."""
+"""Arrays in variables and boxes, as flax keeps them, and those without."""
 
 from typing import Any
 
 import jax
 
+from jaxsparse import _checks
 from jaxsparse._typing import PyTree
+from jaxsparse.tree._paths import leaves_with_paths, map_with_path
 
 
 def unwrap_variables(tree: PyTree) -> PyTree:
@@ -32,3 +34,36 @@ def unwrap_variables(tree: PyTree) -> PyTree:
         return x.get_value() if is_variable(x) else x
 
     return jax.tree.map(value, tree, is_leaf=is_variable)
+
+
+def like(tree: PyTree, params: PyTree, *, name: str, of: str = "params") -> PyTree:
+    """A tree in the containers of another one with leaves at the same paths.
+
+    Masks of `nnx.as_pure(state)` so fit `state`, whose arrays are held by variables,
+    and those of unboxed Linen parameters fit boxed ones.
+
+    Args:
+      tree: masks, scores or the like.
+      params: the parameters.
+      name: what the message calls `tree`.
+      of: what the message calls `params`.
+
+    Returns:
+      The leaves of `tree` in the structure of `params`.
+
+    Raises:
+      ValueError: leaves at other paths.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> from flax import nnx
+      >>> params = {"w": nnx.Param(jnp.ones(2))}
+      >>> js.tree.like({"w": True}, params, name="masks")["w"].get_value()
+      True
+    """
+    if jax.tree.structure(tree) == jax.tree.structure(params):
+        return tree
+    found = dict(leaves_with_paths(tree))
+    if set(found) != {path for path, _ in leaves_with_paths(params)}:
+        _checks.same_structure(tree, params, name=name, of=of)
+    return map_with_path(lambda path, _: found[path], params)

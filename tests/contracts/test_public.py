@@ -39,6 +39,22 @@ def test_every_package_is_there_and_has_names():
         assert inspect.getdoc(package)
 
 
+def test_dir_has_public_names_alone():
+    names = dir(js)
+    assert not [name for name in names if name.startswith("_")]
+    assert {"prune", "trace", "report", "checkpoint", "NM"} <= set(names)
+    for name in names:  # what is imported for the package's own use is not there
+        value = getattr(js, name)
+        where = getattr(value, "__module__", getattr(value, "__name__", ""))
+        assert where.startswith("jaxsparse"), name
+
+
+def test_help_says_what_is_faster():
+    text = " ".join(inspect.getdoc(js.prune).split())
+    assert "a masked dense layer is neither faster nor smaller" in text
+    assert "`js.structured.narrow`" in text
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_public_function_has_an_example(name):
     doc = inspect.getdoc(FUNCTIONS[name])

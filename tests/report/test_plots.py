@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxsparse as js
+from jaxsparse.report._order import natural_order
 
 pytest.importorskip("matplotlib")
 PIL = pytest.importorskip("PIL.Image")
@@ -46,6 +47,20 @@ def test_bars_have_the_reached_sparsity():
     bottom, top = axes.get_ylim()
     assert bottom > top  # the first parameter is on top
     assert axes.get_legend() is None
+
+
+def test_blocks_are_in_the_order_of_their_numbers():
+    kernel = PARAMS["a/kernel"]
+    params = {f"block_{i}/{k}": kernel for i in (1, 10, 2) for k in ("w", "v")}
+    (axes,) = js.report.plot(js.report.table(*js.prune(params, 0.5))).axes
+    blocks = [f"block_{i}/{k}" for i in (1, 2, 10) for k in ("v", "w")]
+    assert labels(axes) == blocks
+
+
+def test_names_without_numbers_keep_the_order_of_the_model():
+    paths = ["up", "down", "layer/3", "layer/20", "head", "layer/5"]
+    expected = ["up", "down", "layer/3", "layer/5", "layer/20", "head"]
+    assert natural_order(paths) == expected
 
 
 def test_asked_is_a_tick():

@@ -290,6 +290,9 @@ Run 7
 
   pruned parameters            float32   50.00 %      3         6    24 B     13 B
   total                        float32   33.33 %      6         9    36 B     25 B
+
+packed: what the kept weights and one bit for each weight would take. Arrays with
+masks take what dense ones do, and are as slow.
 """.replace("--", "──")
 
 
@@ -301,6 +304,24 @@ def test_text_is_exact():
     assert asked[4].split()[2:5] == ["float32", "-", "-"]
     assert asked[5].split()[4:8] == ["40.00", "%", "50.00", "%"]
     assert asked[8].split()[2:6] == ["26.67", "%", "33.33", "%"]
+
+
+def test_blocks_are_shown_by_their_numbers():
+    params = {f"block_{i}": {"b": KERNEL, "a": KERNEL} for i in (1, 2, 10)}
+    table = js.report.table(*js.prune(params, 0.5))
+    assert [row.path for row in table.rows][:4:2] == ["block_1/a", "block_10/a"]
+    for text in (str(table), table.to_html()):
+        at = [text.index(f"block_{i}/{k}") for i in (1, 2, 10) for k in "ab"]
+        assert at == sorted(at)
+
+
+def test_the_packed_column_has_a_legend_where_something_is_pruned():
+    pruned, dense = (
+        js.report.table(PARAMS, m) for m in (MASKS, {**MASKS, "kernel": MASKS["bias"]})
+    )
+    for view in (str, lambda table: table.to_html()):
+        assert "packed: what the kept weights and" in " ".join(view(pruned).split())
+        assert "packed: " not in view(dense)
 
 
 def test_text_cuts_nothing_and_obeys_no_markup():
@@ -359,8 +380,8 @@ def test_html_has_a_cell_for_every_number():
     text = js.report.table(PARAMS, MASKS, asked=0.5).to_html()
     assert text.startswith("<table")
     assert text.endswith("</table>")
-    assert text.count("<tr") == 1 + 2 + 2
-    assert text.count("<td") == 4 * 9
+    assert text.count("<tr") == 1 + 2 + 2 + 1  # the last is the legend
+    assert text.count("<td") == 4 * 9 + 1
     assert text.count("<th ") == 9
     for cell in ("50.00 %", "33.33 %", "(2, 3)", "13 B", "kernel"):
         assert f">{cell}<" in text
@@ -420,7 +441,8 @@ def test_asked_outside():
     with pytest.raises(ValueError, match="kernel: asked must lie in"):
         js.report.table(PARAMS, MASKS, asked={"bias": 0.0, "kernel": 1.5})
     with pytest.raises(ValueError, match="asked must have exactly the structure"):
-        js.report.table(PARAMS, MASKS, asked={"kernel": 0.5})
+        js.report.table(PARAMS, MASKS, asked={"kernel": 0.5, "weight": 0.5})
+    assert js.report.table(PARAMS, MASKS, asked={"^k": 0.5}).pruned.asked == 0.5
     with pytest.raises(TypeError, match="asked must be a number"):
         js.report.table(PARAMS, MASKS, asked=lambda step: 0.5)
 

@@ -302,7 +302,8 @@ def test_scores_of_sharded_weights_lie_where_the_weights_do(name, kind):
         np.testing.assert_allclose(
             got[name]["kernel"], expected[name]["kernel"], rtol=1e-5
         )
-    assert wanda[name]["kernel"].sharding.is_equivalent_to(w.sharding, w.ndim)
+    for got in (wanda, flap):
+        assert got[name]["kernel"].sharding.is_equivalent_to(w.sharding, w.ndim)
 
 
 # Bad input.

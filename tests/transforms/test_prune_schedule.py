@@ -375,3 +375,29 @@ def test_keep_sparse_leaves_the_caller_s_masks_alone_when_a_step_donates():
     _, state = step(params, tx.init(params), params)
     step(params, state, params)
     assert np.sum(masks["dense_0"]["kernel"]) == 96
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [js.Unstructured(), js.Unstructured("global"), js.NM(2, 4), js.Block((4, 2))],
+    ids=str,
+)
+def test_complex_kernels_are_pruned_by_magnitude(pattern):
+    """As `prune` does, with the same masks."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((8, 4)) + 1j * rng.standard_normal((8, 4))
+    params = {"w": jnp.asarray(w, jnp.complex64), "v": jnp.asarray(w.real, jnp.float32)}
+    sparsity = None if isinstance(pattern, js.NM) else 0.5
+    expected = js.prune(params, sparsity, pattern=pattern).masks
+    for every in (1, js.schedules.at(1)):  # at init, or in a step
+        tx = js.prune_schedule(sparsity, every=every, pattern=pattern)
+        tx = tx.wrap(optax.sgd(1e-6))
+        new, state = params, tx.init(params)
+        step = jax.jit(tx.update)
+        for _ in range(2):
+            updates, state = step(params, state, new)
+            new = optax.apply_updates(new, updates)
+        jax.tree.map(np.testing.assert_array_equal, js.masks_of(state), expected)
+        assert new["w"].dtype == jnp.complex64
+        assert not np.asarray(new["w"])[~np.asarray(expected["w"])].any()
+        js.check(state, new)

@@ -1,0 +1,82 @@
+"""What is asked for: a sparsity as numbers of units to keep."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _checks
+from jaxsparse._typing import Array, PyTree, Sparsity
+from jaxsparse.patterns._counts import count_dtype, removed_count
+from jaxsparse.patterns._spec import NM, Pattern
+from jaxsparse.tree import leaves_with_paths, like
+
+
+def sparsities_of(scores: PyTree, sparsity: Sparsity, pattern: Pattern) -> list[Any]:
+    """One sparsity a leaf.
+
+    Args:
+      scores: a tree of arrays.
+      sparsity: a number, a tree of them, or None for `NM`.
+      pattern: what lives or dies together.
+
+    Returns:
+      As many as there are leaves.
+
+    Raises:
+      ValueError: out of range or missing; a tree of another structure, or in the global
+        scope.
+    """
+    if sparsity is None:
+        if not isinstance(pattern, NM):
+            raise ValueError(
+                f"{pattern} needs a sparsity, the fraction of weights to remove."
+            )
+        sparsity = pattern.sparsity
+    count = len(jax.tree.leaves(scores))
+    if jax.tree_util.all_leaves([sparsity]):
+        _checks.check_sparsity(sparsity)
+        return [sparsity] * count
+    if not isinstance(pattern, NM) and pattern.scope == "global":
+        raise ValueError(
+            "In the global scope all weights compete for one budget, so it takes one "
+            "sparsity and finds each parameter's; got a tree or rules. Pass a number, "
+            "or scope='layer'."
+        )
+    sparsity = like(sparsity, scores, name="sparsity", of="scores")
+    for path, value in leaves_with_paths(sparsity):
+        _checks.check_sparsity(value, name=f"{path}: sparsity")
+    return jax.tree.leaves(sparsity)
+
+
+def keep_of(path: str, n: int, sparsity, pattern: Pattern, min_keep: int) -> Array:
+    """How many of `n` units stay in a group.
+
+    Args:
+      path: the parameter's path, for the message.
+      n: how many compete.
+      sparsity: the fraction to remove, possibly traced.
+      pattern: what lives or dies together.
+      min_keep: how many stay at least.
+
+    Returns:
+      An integer scalar.
+
+    Raises:
+      ValueError: more than the pattern removes.
+    """
+    removed = removed_count(sparsity, n)
+    if isinstance(pattern, NM):
+        most = pattern.of - pattern.keep
+        if isinstance(removed, int) and removed > most:
+            raise ValueError(
+                f"{path}: {pattern} removes at most {most} of {pattern.of}, a sparsity "
+                f"of {pattern.sparsity:g}; asked for {sparsity:g}. Leave the sparsity "
+                "out, or choose another pattern."
+            )
+        removed = jnp.minimum(removed, most)
+    elif isinstance(removed, int):
+        removed = min(removed, max(0, n - min_keep))
+    else:
+        removed = jnp.minimum(removed, max(0, n - min_keep))
+    return jnp.asarray(n - removed, count_dtype(n))
