@@ -211,7 +211,7 @@ class Pass:
             reading.inputs.tobytes(),
             reading.site.of_input,
             None if sample is None else sample.tobytes(),
-            None if direct else id(step.eqn),
+            None if direct else (id(step.eqn), reading.site.address, reading.scans),
         )
         if key not in self._compiled:
             see = _seeing(step, reading, rest, keep, sample, self._gram)

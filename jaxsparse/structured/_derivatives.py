@@ -20,7 +20,8 @@ from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._steps import bind
 from jaxsparse.tracing._unify import Dims
-from jaxsparse.tracing._walk import Node, Value, Walk
+from jaxsparse.tracing._values import Node, Value
+from jaxsparse.tracing._walk import Walk
 
 Plain = Callable[..., list[Any]]
 """A function of flat values."""
