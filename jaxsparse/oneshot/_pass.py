@@ -18,7 +18,7 @@ from jaxsparse.calibration._finite import (
 )
 from jaxsparse.calibration._rows import contribution
 from jaxsparse.calibration._weights import batch_weight, weight_of_rows
-from jaxsparse.oneshot._effective import scales_of
+from jaxsparse.oneshot._effective import NoScale, scales_of
 from jaxsparse.oneshot._segments import Pieces
 from jaxsparse.oneshot._stages import Bundle, Look, Stage, flat_program, stages_of
 from jaxsparse.tracing import Kernel, Trace, retrace
@@ -217,6 +217,38 @@ class Pass:
             see = _seeing(step, reading, rest, keep, sample, self._gram)
             self._compiled[key] = jax.jit(see)
         return self._compiled[key](arrays, weight)
+
+
+def solvable_pass(
+    trace: Trace,
+    kernels: Mapping[str, Kernel],
+    *args: Any,
+    left_dense: dict[str, str],
+    **options: Any,
+) -> Pass:
+    """A pass over the kernels of which it is known what acts.
+
+    Args:
+      trace: a trace.
+      kernels: those to be solved.
+      *args: of `Pass`.
+      left_dense: those that are left out and why; what is left out here is added.
+      **options: of `Pass`.
+
+    Returns:
+      The pass.
+
+    Raises:
+      NoScale: none would be left.
+    """
+    while True:
+        try:
+            return Pass(trace, kernels, *args, **options)
+        except NoScale as error:
+            if len(kernels) == 1:
+                raise
+            left_dense[error.path] = str(error)
+            kernels = {p: k for p, k in kernels.items() if p != error.path}
 
 
 def _operands(pieces: Pieces, look: Look) -> tuple[tuple[Any, ...], list[bool]]:
