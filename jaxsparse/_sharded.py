@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,6 +46,25 @@ def sharded_like(
         shardings.append(NamedSharding(mesh, P(*spec)))
     automatic: Any = jax.sharding.auto_axes(f, out_sharding=shardings)
     return automatic(list(arrays), *rest)
+
+
+@jax.jit
+def laid_out_like(x: Array, like: Array) -> Array:
+    """The same numbers, sharded as another array of the same shape is.
+
+    Under jit too, where on a mesh with automatic axes no type says how that is.
+
+    Args:
+      x: an array that comes from no sharded one, such as random numbers.
+      like: an array of the same shape.
+
+    Returns:
+      `x`.
+    """
+    if not manual_axes():  # a shard lies where it does
+        x = shard_alike(like, x)[1]
+    # On a mesh with explicit axes the type of the result is that of all operands.
+    return jnp.where(like != like, x, x)
 
 
 def explicit_mesh(arrays: Sequence[Array]):
