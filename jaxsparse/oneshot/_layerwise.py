@@ -154,14 +154,11 @@ def layerwise(
     check_params(traced.paths, jax.tree.leaves(params), kernels)
     if share is None and solver is solvers.sparsegpt and gram:
         share = _factored
-    options = {"solver": solver, "pattern": pattern, "dense": unseen == "dense"}
+    options: Any = {"solver": solver, "pattern": pattern, "dense": unseen == "dense"}
     solve = functools.partial(_solve_bundle, kernels=kernels, wanted=wanted, **options)
-    passing = (
-        Pass
-        if where is not None
-        else functools.partial(solvable_pass, left_dense=left_dense)
-    )
-    walk = passing(traced, kernels, params, data, gram=gram, host=host, weight=weight)
+    left_out = left_dense if where is None else None  # an error where it is named
+    options = {"gram": gram, "host": host, "weight": weight}
+    walk = solvable_pass(traced, kernels, params, data, left_out, **options)
     state = Progress(0, dict(walk.leaves), {}, {})
     if directory is not None:
         run = fingerprint(
@@ -198,7 +195,7 @@ def layerwise(
             walk.go_on(index)
     result = result_of(state, params, traced, kernels, left_dense)
     if bar.shown:
-        print(report.layer_table(result.info, result.left_dense))
+        print(report.layer_table(result.info, left_dense=result.left_dense))
     return result
 
 

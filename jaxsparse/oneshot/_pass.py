@@ -222,8 +222,9 @@ class Pass:
 def solvable_pass(
     trace: Trace,
     kernels: Mapping[str, Kernel],
-    *args: Any,
-    left_dense: dict[str, str],
+    params: PyTree,
+    batches: list[tuple[Any, ...]],
+    left_out: dict[str, str] | None,
     **options: Any,
 ) -> Pass:
     """A pass over the kernels of which it is known what acts.
@@ -231,23 +232,24 @@ def solvable_pass(
     Args:
       trace: a trace.
       kernels: those to be solved.
-      *args: of `Pass`.
-      left_dense: those that are left out and why; what is left out here is added.
+      params: the parameters.
+      batches: the calibration data.
+      left_out: what is left out here is added, with the reason; None to leave out none.
       **options: of `Pass`.
 
     Returns:
       The pass.
 
     Raises:
-      NoScale: none would be left.
+      NoScale: none would be left, or none may be left out.
     """
     while True:
         try:
-            return Pass(trace, kernels, *args, **options)
+            return Pass(trace, kernels, params, batches, **options)
         except NoScale as error:
-            if len(kernels) == 1:
+            if left_out is None or len(kernels) == 1:
                 raise
-            left_dense[error.path] = str(error)
+            left_out[error.path] = str(error)
             kernels = {p: k for p, k in kernels.items() if p != error.path}
 
 

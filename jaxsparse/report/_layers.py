@@ -9,7 +9,7 @@ _HEAD = ("kernel", "sparsity", "relative error", "masked only", "dead", "rows", 
 
 
 def layer_table(
-    info: Mapping[str, Any], left_dense: Mapping[str, str] | None = None
+    info: Mapping[str, Any], *, left_dense: Mapping[str, str] | None = None
 ) -> str:
     """The result of `js.oneshot.layerwise` as a table.
 

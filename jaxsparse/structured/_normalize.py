@@ -115,7 +115,7 @@ def normalize_range(scores: Scores, *, per_copy: bool = False) -> dict[str, Arra
 
 
 def normalize_quantile(
-    scores: Scores, q: float = 0.5, *, per_copy: bool = False
+    scores: Scores, *, q: float = 0.5, per_copy: bool = False
 ) -> dict[str, Array]:
     """`s / |s|_(floor(q n))`: the index at this place of the ascending order has 1.
 

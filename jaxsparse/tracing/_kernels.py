@@ -257,20 +257,15 @@ def _match(
     -1 too where places must be distinct, and the common leaves do not tell them so.
     """
     left, right = _labels(wanted), _labels(given)
-    common = [key for key in left if key in right]
-    sign = lambda labels, n: sum(
-        (
-            (labels[key] + 1) * weight
-            for key, weight in zip(common, weights, strict=True)
-        ),
-        np.zeros(n, np.int64),
-    )
-    weights, weight = [], 1
-    for key in common:
-        weights.append(weight)
-        weight *= int(max(left[key].max(), right[key].max())) + 2
     n, m = (math.prod(a.size for a in axes) for axes in (wanted, given))
-    a, b = sign(left, n), sign(right, m)
+    signs = np.zeros(n + m, np.int64)
+    for key in left.keys() & right.keys():
+        label = np.concatenate([left[key], right[key]]) + 1
+        radix = int(label.max()) + 1
+        if int(signs.max()) >= 2**62 // radix:  # as of an axis of many pieces
+            signs = np.unique(signs, return_inverse=True)[1].reshape(-1)
+        signs = signs * radix + label
+    a, b = signs[:n], signs[n:]
     order = np.argsort(b, kind="stable")
     at = np.searchsorted(b[order], a)
     many = np.searchsorted(b[order], a, side="right") - at

@@ -91,7 +91,7 @@ def test_layerwise_prunes_the_rest_and_lists_what_it_left():
         assert np.mean(np.asarray(masks[path])) == (0.5 if path in info else 1.0)
         if path not in info:
             np.testing.assert_array_equal(params[path], before)
-    table = js.report.layer_table(info, found.left_dense)
+    table = js.report.layer_table(info, left_dense=found.left_dense)
     assert table.count("Left dense: ") == len(found.left_dense)
 
 

@@ -66,12 +66,12 @@ def test_without_jit_they_are_the_same():
 
 def test_a_quantile_of_zero_is_not_divided_by():
     scores = {"a": jnp.array([0.0, 0.0, 4.0, 2.0]), "b": jnp.zeros(4)}
-    found = s.normalize_quantile(scores, 0.25)
+    found = s.normalize_quantile(scores, q=0.25)
     np.testing.assert_array_equal(found["a"], [0, 0, 2, 1])
     np.testing.assert_array_equal(found["b"], 0)
-    assert float(s.normalize_quantile(scores, 1.0)["a"][2]) == 1
+    assert float(s.normalize_quantile(scores, q=1.0)["a"][2]) == 1
     with pytest.raises(ValueError, match=r"q must be between 0 and 1, got 1\.5"):
-        s.normalize_quantile(scores, 1.5)
+        s.normalize_quantile(scores, q=1.5)
 
 
 @pytest.mark.usefixtures("x64")

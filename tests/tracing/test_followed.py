@@ -68,6 +68,13 @@ def recurrent(p, x):
 
 
 CASES = {
+    "an axis of many pieces": (
+        (80, 2),
+        normal(2, 10, 80),
+        lambda w, x: x @ w[::-1],
+        (80, 2),
+        ((0,), (1,), ()),
+    ),
     "reversed": ((8, 6), X, lambda w, x: x @ w[::-1, ::-1], (8, 6), ((0,), (1,), ())),
     "a transposed convolution": (
         (3, 3, 6, 4),
@@ -180,3 +187,23 @@ def test_kernels_of_one_loop_with_as_many_inputs_are_solved_apart():
         energy = lambda v, gram=gram: np.einsum("io,ij,jo->", v, gram, v)
         expected = energy(lost) / energy(w)
         np.testing.assert_allclose(found.info[path].relative_error, expected, rtol=1e-4)
+
+
+def test_a_sum_of_products_costs_what_the_contraction_does():
+    params = {"up": normal(1, 8, 6), "out": normal(2, 6, 3)}
+    summed = lambda p, x: jnp.sum(jnp.tanh(x @ p["up"])[:, :, None] * p["out"][None], 1)
+    plain = lambda p, x: jnp.tanh(x @ p["up"]) @ p["out"]
+    traces = [js.trace(f, params, X) for f in (summed, plain)]
+    costs = [js.structured.cost(t, {"up[1]": [0, 3, 4]}) for t in traces]
+    assert costs[0] == costs[1]
+    assert costs[0].flops * 2 == traces[0].flops == traces[1].flops
+
+
+def test_what_is_also_used_otherwise_is_no_contraction():
+    def apply_fn(p, x):
+        scaled = x[:, None, :] * p["w"][None]
+        return scaled.sum(-1), jnp.tanh(scaled)
+
+    trace = js.trace(apply_fn, {"w": normal(1, 4, 8)}, X)
+    assert not trace.kernels
+    assert trace.unfollowed[0].primitive == "mul"
