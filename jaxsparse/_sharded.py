@@ -48,6 +48,25 @@ def sharded_like(
     return automatic(list(arrays), *rest)
 
 
+@jax.jit
+def laid_out_like(x: Array, like: Array) -> Array:
+    """The same numbers, sharded as another array of the same shape is.
+
+    Under jit too, where on a mesh with automatic axes no type says how that is.
+
+    Args:
+      x: an array that comes from no sharded one, such as random numbers.
+      like: an array of the same shape.
+
+    Returns:
+      `x`.
+    """
+    if not manual_axes():  # a shard lies where it does
+        x = shard_alike(like, x)[1]
+    # On a mesh with explicit axes the type of the result is that of all operands.
+    return jnp.where(like != like, x, x)
+
+
 def explicit_mesh(arrays: Sequence[Array]):
     """The mesh of the arrays that are sharded over explicit axes.
 

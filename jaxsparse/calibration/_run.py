@@ -19,11 +19,11 @@ from jaxsparse.calibration._finite import (
     not_finite,
 )
 from jaxsparse.calibration._rows import contribution
+from jaxsparse.calibration._selected import selected_kernels
 from jaxsparse.calibration._statistics import Statistics
 from jaxsparse.calibration._stats import RunningStats, finalize, init, merge, unseen
 from jaxsparse.calibration._weights import batch_weight, weight_of_rows
 from jaxsparse.tracing import Kernel, Trace, retrace
-from jaxsparse.tree import default_where, leaves_with_paths, select
 
 
 def run(
@@ -56,7 +56,8 @@ def run(
       batches: for each step the model's inputs, a tuple where it takes several.
       gram: whether to keep the gram matrices.
       where: which kernels take part; see `jaxsparse.tree.select`. By default those
-        of `trace.where`: by use, without tied embeddings.
+        of `trace.where`: by use, without tied embeddings. What the trace cannot follow
+        stays dense by default, and `Statistics.left_dense` says why.
       weight: `weight(*inputs)` gives one number of at least 0 for each sample of a
         batch (the first axis of its first input), such as the importance of a diffusion
         timestep; or for each index of more leading axes. For batches of padded
@@ -69,10 +70,10 @@ def run(
 
     Raises:
       ValueError: no batches or an empty one; other parameters than those traced; a
-        selected parameter that the trace could not follow; NaN or Inf in a parameter, a
-        batch or what the model makes of it, with the first place; a weight of another
-        shape, negative or NaN, or one that has rows of some kernel which belong to none
-        of its entries.
+        parameter that `where` names and the trace could not follow; NaN or Inf in a
+        parameter, a batch or what the model makes of it, with the first place; a weight
+        of another shape, negative or NaN, or one that has rows of some kernel which
+        belong to none of its entries.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -85,7 +86,7 @@ def run(
       Array([[5., 1.],
              [1., 2.]], dtype=float32)
     """
-    kernels = selected_kernels(trace, params, where)
+    kernels, left_dense = selected_kernels(trace, params, where)
     by_input = {kernel.input: kernel for kernel in reversed(kernels.values())}
     names = [path for path in kernels if path in by_input]  # as the model reads them
     leaves = jax.tree.leaves(params)
@@ -117,7 +118,7 @@ def run(
     entries = tuple((path, k.input, k.view) for path, k in kernels.items())
     changes = tuple((path, k.changes) for path, k in kernels.items() if k.changes)
     known = {name: finalize(s) for name, s in states.items()}
-    stats = Statistics(known, entries, changes)
+    stats = Statistics(known, entries, changes, tuple(left_dense.items()))
     if all(_checks.is_concrete(known.count) for known in stats.inputs.values()):
         _warn_unseen(stats)
     return stats
@@ -134,59 +135,6 @@ def _warn_unseen(stats: Statistics) -> None:
             "may reach it.",
             stacklevel=3,
         )
-
-
-def selected_kernels(
-    trace: Trace, params: PyTree, where: Where = None
-) -> dict[str, Kernel]:
-    """The kernels of a trace that take part.
-
-    Args:
-      trace: a trace.
-      params: the parameters.
-      where: see `jaxsparse.tree.select`; by default `trace.where`.
-
-    Returns:
-      By path, in the order in which the model reads them.
-
-    Raises:
-      ValueError: a selected parameter that could not be followed, or none is left.
-    """
-    if where is None:
-        named = leaves_with_paths(params)
-        wanted = {path for path, leaf in named if _by_default(trace, path, leaf)}
-    else:
-        chosen = jax.tree.leaves(select(params, where))
-        wanted = {path for path, take in zip(trace.paths, chosen, strict=True) if take}
-    for path, leaf in leaves_with_paths(params) if where is not None else ():
-        # What is chosen in so many words, and looks like a kernel, shall be one.
-        if path in wanted - set(trace.kernels) and default_where(path, leaf):
-            lines = trace.lookups.get(path)
-            how = f": it is looked up at {lines[0]}" if lines else ""
-            lost = [u.reason for u in trace.unfollowed if path in u.paths]
-            raise ValueError(
-                lost[0] + " Or leave it out with `where`."
-                if lost
-                else f"{path} is selected, but no data is contracted with it{how}. "
-                "Leave it out with `where`."
-            )
-    for lost in trace.unfollowed:
-        if wanted & set(lost.paths) - set(trace.kernels):
-            raise ValueError(f"{lost.reason} Or leave it out with `where`.")
-    kernels = {p: kernel for p, kernel in trace.kernels.items() if p in wanted}
-    if not kernels:
-        raise ValueError(
-            f"None of the selected parameters is a kernel: {sorted(wanted)[:8]}. The "
-            f"model's kernels are {list(trace.kernels)[:8]}."
-        )
-    return kernels
-
-
-def _by_default(trace: Trace, path: str, leaf: Any) -> bool:
-    """By use; what was not followed by its name, so that it is not passed over."""
-    if path in trace.kernels or path in trace.lookups:
-        return trace.where(path, leaf)
-    return default_where(path, leaf)
 
 
 def pass_over(

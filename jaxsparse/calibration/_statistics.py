@@ -45,7 +45,7 @@ class InputStats(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["inputs"],
-    meta_fields=["kernels", "changes"],
+    meta_fields=["kernels", "changes", "dense"],
 )
 @dataclasses.dataclass(frozen=True)
 class Statistics:
@@ -56,6 +56,7 @@ class Statistics:
       kernels: for each kernel its path, the name of its input, and how it is read.
       changes: for each kernel that the model changes before it is contracted its path,
         and what happens to it, as `js.tracing.Kernel.changes` has it.
+      dense: the paths and reasons of `left_dense`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -76,6 +77,16 @@ class Statistics:
     inputs: dict[str, InputStats]
     kernels: tuple[tuple[str, str, MatrixView], ...]
     changes: tuple[tuple[str, tuple[Change, ...]], ...] = ()
+    dense: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def left_dense(self) -> dict[str, str]:
+        """What the default selection left out, by path, and why.
+
+        Parameters that look like kernels, but that the trace could not follow, or whose
+        rows are no real numbers.
+        """
+        return dict(self.dense)
 
     @property
     def paths(self) -> tuple[str, ...]:

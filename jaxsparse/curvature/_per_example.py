@@ -59,7 +59,8 @@ def per_example_grads(
 
     Returns:
       A tree like `params` with leaves `[n // average, *shape]`, sharded as the batch
-      and the parameters are.
+      and the parameters are. (Within a jit of the caller's the compiler decides, and
+      the gradient itself may gather parameters: those that a plain gradient does.)
 
     Raises:
       ValueError: an empty batch, one that `average` does not divide, a loss that is no

@@ -16,7 +16,38 @@ from jaxsparse import solvers
 from jaxsparse._typing import Array
 from jaxsparse.oneshot._segments import Pieces
 from jaxsparse.tracing import Kernel
+from jaxsparse.tracing._changes import check_solvable
 from jaxsparse.tree import MatrixView, to_matrices
+
+
+class NoScale(ValueError):
+    """What a kernel is multiplied by could not be found.
+
+    Attributes:
+      path: of the kernel.
+    """
+
+    def __init__(self, path: str, message: str):
+        super().__init__(message)
+        self.path = path
+
+
+def unsolvable(kernels: Mapping[str, Kernel]) -> dict[str, str]:
+    """The kernels that the model changes other than by a product.
+
+    Args:
+      kernels: all that are to be solved, by path.
+
+    Returns:
+      By path why no solver can work on them.
+    """
+    found = {}
+    for path, kernel in kernels.items():
+        try:
+            check_solvable(path, kernel.changes, kernels)
+        except ValueError as error:
+            found[path] = str(error)
+    return found
 
 
 def scales_of(
@@ -32,7 +63,7 @@ def scales_of(
 
     Args:
       pieces: of the flat program.
-      kernels: those that are to be solved, by path; checked with `check_solvable`.
+      kernels: those that are to be solved, by path; checked with `unsolvable`.
       paths: of all parameters, in the order of the program's arguments.
       leaves: the parameters.
       value: of a parameter or a constant, by its number.
@@ -41,7 +72,7 @@ def scales_of(
       By path, of the parameters' shapes; only of those that are changed.
 
     Raises:
-      ValueError: it is changed within a loop, or differently at different places.
+      NoScale: it is changed within a loop, or differently at different places.
     """
     found = {}
     for path, kernel in kernels.items():
@@ -53,19 +84,21 @@ def scales_of(
             site = reading.site
             steps = [s for s in pieces.flat.steps if s.address == site.address]
             if not steps:
-                raise ValueError(
+                raise NoScale(
+                    path,
                     f"{_said(kernel)}, within a loop at {site.source}, where the scale "
                     "could not be found. Leave it out with `where`, or fold the scale "
-                    "into the kernel."
+                    "into the kernel.",
                 )
             for step in steps:
                 part = _scale(pieces, step.ins[site.operand], number, raw, value)
                 total = part if total is None else _joined(total, part)
                 if total is None or not jnp.any(part != 0):
-                    raise ValueError(
+                    raise NoScale(
+                        path,
                         f"{_said(kernel)}, and is not the same product at all places "
                         "that read it, or one whose derivative is not the scale. Leave "
-                        "it out with `where`, or fold the scale into the kernel."
+                        "it out with `where`, or fold the scale into the kernel.",
                     )
         assert total is not None, "a kernel has a reading"
         found[path] = total

@@ -13,12 +13,12 @@ from jaxsparse import _checks, patterns, solvers
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats
 from jaxsparse.calibration._finite import check_params
-from jaxsparse.calibration._run import selected_kernels
+from jaxsparse.calibration._selected import selected_kernels
 from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._before import check_takes_mask, masks_before
-from jaxsparse.oneshot._effective import matrices_at, scaled, unscaled
+from jaxsparse.oneshot._effective import matrices_at, scaled, unscaled, unsolvable
 from jaxsparse.oneshot._fingerprint import fingerprint
-from jaxsparse.oneshot._pass import Pass
+from jaxsparse.oneshot._pass import Pass, solvable_pass
 from jaxsparse.oneshot._results import (
     Found,
     LayerInfo,
@@ -37,7 +37,6 @@ from jaxsparse.oneshot._unseen import (
     without_data,
 )
 from jaxsparse.tracing import Kernel, trace
-from jaxsparse.tracing._changes import check_solvable
 from jaxsparse.tree import is_rules, leaves_with_paths, like, matching
 
 Solver = Callable[..., solvers.Solved]
@@ -78,8 +77,10 @@ def layerwise(
     for a scan are pruned turn by turn, experts side by side. A kernel that is read more
     than once (tied weights, a recurrent cell) is solved with the inputs of all places.
     One that the model multiplies by something that does not depend on it (a mask, a
-    scale of each output) is solved as that product; one that it standardises, divides
-    by its norm or quantises is refused.
+    scale of each output) is solved as that product. One that it standardises, divides
+    by its norm or quantises cannot be solved so, nor one that the trace cannot follow:
+    by default it stays dense, and the result's `left_dense` says why; it is an error
+    where `where` names it.
 
     Pieces of the program between stops are compiled once for equal blocks. On the
     device there are the parameters, one input's statistics and the activations of one
@@ -125,12 +126,12 @@ def layerwise(
       show: a progress bar and a table at the end. By default in a terminal.
 
     Returns:
-      The parameters, masks and infos.
+      The parameters, masks and infos, and as `left_dense` what was left out and why.
 
     Raises:
-      ValueError: no batches or an empty one; a selected parameter that the trace could
-        not follow; NaN or Inf in a parameter, a batch or what the model makes of it,
-        with the first place; a kernel that the model changes other than by a product;
+      ValueError: no batches or an empty one; a parameter that `where` names and the
+        trace could not follow, or the model changes other than by a product; NaN or Inf
+        in a parameter, a batch or what the model makes of it, with the first place;
         a factorisation that fails, with the parameter's path; a sparsity out of range,
         or less than `masks` have removed of a matrix (or of a group of it);
         a `directory` with a checkpoint of another run, with what differs.
@@ -159,23 +160,23 @@ def layerwise(
         check_takes_mask(solver)
         params = patterns.apply(params, masks)
     traced = trace(apply_fn, params, *data[0], rules=rules)
-    kernels = selected_kernels(traced, params, where)
+    kernels, left_dense = selected_kernels(traced, params, where, unsolvable)
     wanted = _sparsities(sparsity, params, kernels, pattern)
     kernels = {path: kernel for path, kernel in kernels.items() if path in wanted}
     _check_groups(kernels, pattern)
     check_params(traced.paths, jax.tree.leaves(params), kernels)
-    for path, kernel in kernels.items():
-        check_solvable(path, kernel.changes, kernels)
     if share is None and solver is solvers.sparsegpt and gram:
         share = _factored
-    options = {"solver": solver, "pattern": pattern, "dense": unseen == "dense"}
+    options: Any = {"solver": solver, "pattern": pattern, "dense": unseen == "dense"}
     before = {}
     if masks is not None:
         before = masks_before(masks, params, kernels, wanted, pattern)
     solve = functools.partial(
         _solve_bundle, kernels=kernels, wanted=wanted, before=before, **options
     )
-    walk = Pass(traced, kernels, params, data, gram=gram, host=host, weight=weight)
+    left_out = left_dense if where is None else None  # an error where it is named
+    options = {"gram": gram, "host": host, "weight": weight}
+    walk = solvable_pass(traced, kernels, params, data, left_out, **options)
     state = Progress(0, dict(walk.leaves), {}, {})
     if directory is not None:
         run = fingerprint(
@@ -211,9 +212,9 @@ def layerwise(
                 saved(directory, state, traced)
         if dense is None:
             walk.go_on(index)
-    result = result_of(state, params, masks, traced, kernels)
+    result = result_of(state, params, masks, traced, kernels, left_dense)
     if bar.shown:
-        print(report.layer_table(result.info))
+        print(report.layer_table(result.info, left_dense=result.left_dense))
     return result
 
 

@@ -18,7 +18,7 @@ from jaxsparse.calibration._finite import (
 )
 from jaxsparse.calibration._rows import contribution
 from jaxsparse.calibration._weights import batch_weight, weight_of_rows
-from jaxsparse.oneshot._effective import scales_of
+from jaxsparse.oneshot._effective import NoScale, scales_of
 from jaxsparse.oneshot._segments import Pieces
 from jaxsparse.oneshot._stages import Bundle, Look, Stage, flat_program, stages_of
 from jaxsparse.tracing import Kernel, Trace, retrace
@@ -211,12 +211,46 @@ class Pass:
             reading.inputs.tobytes(),
             reading.site.of_input,
             None if sample is None else sample.tobytes(),
-            None if direct else id(step.eqn),
+            None if direct else (id(step.eqn), reading.site.address, reading.scans),
         )
         if key not in self._compiled:
             see = _seeing(step, reading, rest, keep, sample, self._gram)
             self._compiled[key] = jax.jit(see)
         return self._compiled[key](arrays, weight)
+
+
+def solvable_pass(
+    trace: Trace,
+    kernels: Mapping[str, Kernel],
+    params: PyTree,
+    batches: list[tuple[Any, ...]],
+    left_out: dict[str, str] | None,
+    **options: Any,
+) -> Pass:
+    """A pass over the kernels of which it is known what acts.
+
+    Args:
+      trace: a trace.
+      kernels: those to be solved.
+      params: the parameters.
+      batches: the calibration data.
+      left_out: what is left out here is added, with the reason; None to leave out none.
+      **options: of `Pass`.
+
+    Returns:
+      The pass.
+
+    Raises:
+      NoScale: none would be left, or none may be left out.
+    """
+    while True:
+        try:
+            return Pass(trace, kernels, params, batches, **options)
+        except NoScale as error:
+            if left_out is None or len(kernels) == 1:
+                raise
+            left_out[error.path] = str(error)
+            kernels = {p: k for p, k in kernels.items() if p != error.path}
 
 
 def _operands(pieces: Pieces, look: Look) -> tuple[tuple[Any, ...], list[bool]]:

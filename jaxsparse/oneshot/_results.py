@@ -39,18 +39,36 @@ class LayerInfo(NamedTuple):
     seconds: float
 
 
-class Layerwise(NamedTuple):
-    """The result of `layerwise`.
+class _Pruned(NamedTuple):
+    params: Any
+    masks: Any
+    info: dict[str, LayerInfo]
+
+
+class Layerwise(_Pruned):
+    """The result of `layerwise`: three things, and what was left out.
 
     Attributes:
       params: the pruned parameters.
       masks: True = kept; a scalar True where nothing was pruned.
       info: a `LayerInfo` for each kernel, by path, in the order of solving.
+      left_dense: by path why a parameter that looks like a kernel stayed dense. It is
+        no part of the tuple, and lost where JAX makes a new one (`jax.tree.map`).
     """
 
-    params: Any
-    masks: Any
-    info: dict[str, LayerInfo]
+    left_dense: dict[str, str]
+
+    def __new__(
+        cls,
+        params: Any,
+        masks: Any,
+        info: dict[str, LayerInfo],
+        left_dense: Mapping[str, str] | None = None,
+    ) -> "Layerwise":
+        """The result; three things are enough."""
+        made = super().__new__(cls, params, masks, info)
+        made.left_dense = dict(left_dense or {})
+        return made
 
 
 class Progress(NamedTuple):
@@ -133,6 +151,7 @@ def result_of(
     before: PyTree,
     traced: Trace,
     kernels: Mapping[str, Kernel],
+    left_dense: Mapping[str, str],
 ) -> Layerwise:
     """What a run that is done returns.
 
@@ -142,6 +161,7 @@ def result_of(
       before: the masks before it, or None.
       traced: of the model.
       kernels: those that took part, by path.
+      left_dense: those that did not, and why.
 
     Returns:
       A `Layerwise`.
@@ -158,4 +178,4 @@ def result_of(
         for path, info in state.info.items()
     }
     unflatten = functools.partial(jax.tree.unflatten, traced.treedef)
-    return Layerwise(unflatten(leaves), unflatten(masks), shaped)
+    return Layerwise(unflatten(leaves), unflatten(masks), shaped, left_dense)

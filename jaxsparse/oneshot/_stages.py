@@ -1,7 +1,7 @@
 """In which order kernels are solved: the stages of a sequential pass."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,12 +123,11 @@ def stages_of(flat: Steps, kernels: Mapping[str, Kernel]) -> tuple[Stage, ...]:
             address = reading.site.address
             for i in range(1, len(address) + 1, 2):
                 by_address.setdefault(address[:i], []).append((path, reading))
-    unrolled = {step.address for step in flat.steps if step.eqn is None}
     for at, step in enumerate(flat.steps):
         if step.eqn is None:
             continue
         for path, reading in by_address.get(step.address, ()):
-            looks[path].append(Look(at, reading, _places(step, reading, unrolled)))
+            looks[path].append(Look(at, reading, _places(step, reading, flat.unrolled)))
     bundles: dict[Any, tuple[list[Look], list[Unit]]] = {}
     for path, seen in looks.items():
         for group in _apart(seen):
@@ -157,7 +156,7 @@ def stages_of(flat: Steps, kernels: Mapping[str, Kernel]) -> tuple[Stage, ...]:
     return tuple(Stage(begin, tuple(found)) for begin, _, found in stages)
 
 
-def _places(step: Step, reading: Reading, unrolled: set[Address]) -> np.ndarray:
+def _places(step: Step, reading: Reading, unrolled: Collection[Address]) -> np.ndarray:
     around = [step.address[:i] for i in range(1, len(step.address), 2)]
     turns = dict(zip([a for a in around if a in unrolled], step.turns, strict=True))
     index = tuple(turns[scan] for scan in reading.scans if scan in turns)

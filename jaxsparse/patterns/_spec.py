@@ -87,6 +87,10 @@ class Block:
     The tiles lie on the last input axis and the last output axis of a kernel: on
     `(in, out)` for a dense layer, on the channels of each tap for a convolution.
 
+    Tiles of a sharded parameter that lie on two devices each (4 of 12 outputs that are
+    sharded over 4 devices) make XLA gather its scores along that axis. Tiles that
+    divide what a device has exchange nothing but counts.
+
     Attributes:
       shape: inputs and outputs of a tile; they must divide those axes.
       reduce: a tile's score from its weights' scores, their mean or their maximum.

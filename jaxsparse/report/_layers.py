@@ -8,7 +8,9 @@ import numpy as np
 _HEAD = ("kernel", "sparsity", "relative error", "masked only", "dead", "rows", "s")
 
 
-def layer_table(info: Mapping[str, Any]) -> str:
+def layer_table(
+    info: Mapping[str, Any], *, left_dense: Mapping[str, str] | None = None
+) -> str:
     """The result of `js.oneshot.layerwise` as a table.
 
     The relative error is that of a kernel's outputs on the calibration data, 1 for no
@@ -19,9 +21,10 @@ def layer_table(info: Mapping[str, Any]) -> str:
 
     Args:
       info: the infos by path.
+      left_dense: the result's, by path why a parameter stayed dense.
 
     Returns:
-      Plain text, a line for each kernel.
+      Plain text, a line for each kernel, then for each that stayed dense.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -49,7 +52,8 @@ def layer_table(info: Mapping[str, Any]) -> str:
         [row[0].ljust(widths[0])]
         + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
     )
-    return "\n".join(map(line, rows))
+    rest = [f"Left dense: {reason}" for reason in (left_dense or {}).values()]
+    return "\n".join([*map(line, rows), *rest])
 
 
 def mean_of_known(errors: np.ndarray) -> float:

@@ -307,11 +307,12 @@ def _each(
 
 def _missing(path: str, stats: Statistics | None, sizes: dict | None) -> str:
     if stats is not None and path not in stats.paths:
+        why = stats.left_dense.get(path)
         return (
             f"{path}: selected by `where`, but there are no statistics of its inputs, "
             f"only of {list(stats.paths)[:4]}. Leave it out with `where`: a score "
             "without them would be in another unit."
-        )
+        ) + (f" There are none because of this: {why}" if why else "")
     return (
         f"{path}: selected by `where`, but there are no gradients of it, only of "
         f"{list(sizes or {})[:4]}. Take the gradients with the same `where`."

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.patterns._exact import largest, ordered_sum
 from jaxsparse.scores._range import fourth_root, lifted, product, wide_type, widened
 from jaxsparse.tree import like, select
 
@@ -19,6 +20,9 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
     mini-batch is noisy: average over several, or see `moving_average`.
 
     Scores below 1e-24 are raised, in their order, so that none ties with 0.
+
+    Of sharded parameters and gradients nothing is exchanged. What the gradient itself
+    gathers (parameters that are sharded over more than the batch) is up to the model.
 
     Args:
       params: a tree of arrays.
@@ -47,7 +51,8 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
     The derivative of the loss with respect to a gate on each weight, at gate 1,
     normalised over the selected parameters. Lee, Ajanthan & Torr (2019,
     arXiv:1810.02340). The order is that of `taylor`; the normalisation makes scores of
-    different batches comparable, so that they may be averaged.
+    different batches comparable, so that they may be averaged. The sum is the same bits
+    however the parameters are sharded.
 
     Args:
       params: a tree of arrays.
@@ -72,7 +77,7 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
     selected = jax.tree.leaves(select(params, where))
     wide = jnp.result_type(float)  # a sum in 16 bits stalls or overflows
     counted = [
-        jnp.sum(s, dtype=wide)
+        _total(s).astype(wide)
         for s, take in zip(jax.tree.leaves(sensitivity), selected, strict=True)
         if take
     ]
@@ -86,6 +91,14 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
         return lifted(s / total, fourth_root(s) / root)
 
     return jax.tree.map(lambda s: share(s).astype(s.dtype), sensitivity)
+
+
+def _total(x: Array) -> Array:
+    axes = tuple(range(x.ndim))
+    if not x.size:
+        return jnp.sum(x)
+    most = largest(x, axes)
+    return ordered_sum(x, axes, lambda total: total, most, most, x.size).reshape(())
 
 
 def grasp(
@@ -102,6 +115,9 @@ def grasp(
     the largest), divided by the sum of magnitudes (no matter for the order), and which
     divides the logits by a temperature of 200 and sums over batches: put a temperature
     into `loss_fn`, and average over batches.
+
+    Of sharded parameters the two gradients exchange what they do without this score,
+    and round as the model's sums do: scores of one device differ in the last place.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`. It gets parameters and a batch whose

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxsparse._sharded import laid_out_like
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.scores._range import wide_type, widened
 from jaxsparse.tree import keys_like
@@ -54,8 +55,9 @@ def random(params: PyTree, *, key: Array) -> PyTree:
       key: a typed key, `jax.random.key(seed)`.
 
     Returns:
-      A tree of arrays of the same shapes, larger = keep; in float32, or float64 for
-      float64 parameters. (In 16 bits a few hundred numbers would be drawn, with ties.)
+      A tree of arrays of the same shapes, sharded as the parameters are, larger = keep;
+      in float32, or float64 for float64 parameters. (In 16 bits a few hundred numbers
+      would be drawn, with ties.)
 
     Example:
       >>> import functools, jax, jaxsparse as js
@@ -69,6 +71,6 @@ def random(params: PyTree, *, key: Array) -> PyTree:
         if _is_key(w):
             return w
         u = jax.random.uniform(key, w.shape, wide_type(w) if floating else jnp.float32)
-        return u + jnp.zeros_like(w, dtype=u.dtype)  # takes the parameter's sharding
+        return laid_out_like(u, w)
 
     return jax.tree.map(draw, keys_like(key, params), params)

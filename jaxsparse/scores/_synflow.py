@@ -29,6 +29,10 @@ def synflow(
     for NaN only: turn on `jax_enable_x64` for such nets. Batch norm has to run on its
     stored statistics.
 
+    Of sharded parameters the gradient's sums are added up in another order than on one
+    device: scores differ in the last place, and where many nearly tie some weights in a
+    thousand may be others. In float64 that is far rarer.
+
     Args:
       apply_fn: `apply_fn(params, inputs) -> outputs`, linear in its inputs but for
         activations that pass positive numbers on (ReLU). It gets parameters and inputs

@@ -51,6 +51,7 @@ from jaxsparse.structured._normalize import lamp as lamp
 from jaxsparse.structured._normalize import normalize_max as normalize_max
 from jaxsparse.structured._normalize import normalize_mean as normalize_mean
 from jaxsparse.structured._normalize import normalize_norm as normalize_norm
+from jaxsparse.structured._normalize import normalize_quantile as normalize_quantile
 from jaxsparse.structured._normalize import normalize_range as normalize_range
 from jaxsparse.structured._normalize import per_parameter as per_parameter
 from jaxsparse.structured._normalize import standardize as standardize

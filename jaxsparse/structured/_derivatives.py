@@ -20,7 +20,8 @@ from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._steps import bind
 from jaxsparse.tracing._unify import Dims
-from jaxsparse.tracing._walk import Node, Value, Walk
+from jaxsparse.tracing._values import Node, Value
+from jaxsparse.tracing._walk import Walk
 
 Plain = Callable[..., list[Any]]
 """A function of flat values."""
@@ -49,12 +50,16 @@ def with_derivative(
       rule do not follow from those of the operands.
     """
     make = _with_jvp if eqn.primitive.name == "custom_jvp_call" else _with_vjp
-    return make(eqn, plain, _Rule(eqn, trace, cut, node), runner)
+    function = make(eqn, plain, _Rule(eqn, trace, cut, node), runner)
+    constants = eqn.params.get("num_consts", 0)
+    return lambda *values: function(
+        *map(_constant, values[:constants]), *values[constants:]
+    )
 
 
 def _with_jvp(eqn: Any, plain: Plain, rule: "_Rule", runner: Runner) -> Plain:
     function = jax.custom_jvp(plain)
-    ins, outs = _moving(eqn.invars), _moving(eqn.outvars)
+    ins, outs = _differentiated(eqn), _moving(eqn.outvars)
 
     def derivative(primals: list[Any], tangents: list[Any]) -> Any:
         whole = lambda *moved: bind(eqn, _put(primals, ins, moved))
@@ -79,7 +84,7 @@ def _with_jvp(eqn: Any, plain: Plain, rule: "_Rule", runner: Runner) -> Plain:
 
 def _with_vjp(eqn: Any, plain: Plain, rule: "_Rule", runner: Runner) -> Plain:
     function = jax.custom_vjp(plain)
-    ins, outs = _moving(eqn.invars), _moving(eqn.outvars)
+    ins, outs = _differentiated(eqn), _moving(eqn.outvars)
     kept: list[Any] = []  # the structure of what the forward pass keeps
 
     def forward(primals: list[Any]) -> Any:
@@ -241,6 +246,28 @@ def _made(rule: Trace) -> set[int]:
     return {
         id(x) for d in dims for axis in d for x in algebra.leaves(algebra.find(axis))
     }
+
+
+def _differentiated(eqn: Any) -> list[bool]:
+    """Which operands a rule is for: not what the function closes over."""
+    constants = eqn.params.get("num_consts", 0)
+    return [False] * constants + _moving(eqn.invars[constants:])
+
+
+@jax.custom_jvp
+def _constant(x: Any) -> Any:
+    """What a function with a rule closes over: the rule has no derivative for it."""
+    return x
+
+
+@_constant.defjvp
+def _(primals: Any, tangents: Any) -> NoReturn:
+    raise NotImplementedError(
+        "A function with a rule of its own (jax.custom_jvp or jax.custom_vjp) closes "
+        f"over an array of shape {jnp.shape(primals[0])} that is differentiated. Its "
+        "rule says nothing of it, here as in the model that was narrowed: make the "
+        "array an argument."
+    )
 
 
 def _moving(variables: Sequence[Any]) -> list[bool]:

@@ -24,9 +24,9 @@ def align_experts(experts: PyTree, to: Any, *, hidden: Mapping[str, int]) -> PyT
     assignment. What an expert computes does not change. Li et al. (2023,
     arXiv:2310.01334); Ainsworth et al. (2022, arXiv:2209.04836).
 
-    Differs from the reference implementation, which aligns all experts to expert 0,
-    before it is known who joins whom, and leaves biases out of the sum. For expert 0
-    pass `np.zeros(E, int)`.
+    Differs from the reference implementation, which aligns each group to its first
+    expert, not to its dominant one, and leaves biases out of the sum. Any expert may
+    be named here.
 
     Args:
       experts: a tree of arrays `[E, ...]`.

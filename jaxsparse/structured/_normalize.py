@@ -114,6 +114,45 @@ def normalize_range(scores: Scores, *, per_copy: bool = False) -> dict[str, Arra
     return _each(one, scores, per_copy)
 
 
+def normalize_quantile(
+    scores: Scores, *, q: float = 0.5, per_copy: bool = False
+) -> dict[str, Array]:
+    """`s / |s|_(floor(q n))`: the index at this place of the ascending order has 1.
+
+    What Torch-Pruning calls "sentinel". Differs from it by the magnitude, without which
+    scores of either sign could change their order, and where the score at that place is
+    0: the least one above it takes its place.
+
+    Args:
+      scores: `[*copies, size]` by name.
+      q: which place among the n scores, from 0 (the least) to 1 (the largest).
+      per_copy: whether each copy is divided by one of its own.
+
+    Returns:
+      Scores of the same shapes; those that are all 0 stay so.
+
+    Raises:
+      ValueError: `q` is not between 0 and 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.structured.normalize_quantile({"up[1]": jnp.array([4.0, 1.0, 2.0])})
+      {'up[1]': Array([2. , 0.5, 1. ], dtype=float32)}
+    """
+    if not 0 <= q <= 1:
+        raise ValueError(f"q must be between 0 and 1, got {q!r}.")
+
+    def one(x: Array) -> Array:
+        at = min(math.floor(q * x.shape[-1]), x.shape[-1] - 1)
+        size = jnp.abs(x)
+        some = jnp.where(size > 0, size, jnp.full_like(size, jnp.inf))
+        least = jnp.min(some, axis=-1, keepdims=True)
+        by = jnp.maximum(jnp.sort(size, axis=-1)[..., at : at + 1], least)
+        return _ratio(x, by)
+
+    return _each(one, scores, per_copy)
+
+
 def standardize(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
     """`(s - mean) / std`, with the unbiased standard deviation (over n - 1).
 

@@ -124,7 +124,9 @@ def steep_at(eqn: Any, at: Sequence[Number], which: tuple[int, ...]) -> bool:
     if eqn.primitive.name == "integer_pow" and eqn.params["y"] > 0:
         return False
     if called(eqn) is not None:
-        if _gentle(called(eqn)):
+        # A rule is not for what its function closes over.
+        which = tuple(i for i in which if i >= eqn.params.get("num_consts", 0))
+        if not which or _gentle(called(eqn)):
             return False
         program = _slope(eqn, [v.aval for v in eqn.invars], which)
     else:

@@ -29,7 +29,7 @@ from jaxsparse.tracing import Trace
 from jaxsparse.tracing import _axes as algebra
 from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts
 from jaxsparse.tracing._steps import bind
-from jaxsparse.tracing._walk import Node
+from jaxsparse.tracing._values import Node
 
 Norms = Literal["masked", "resized"]
 Positions = Literal["slice", "renumber"]

@@ -18,6 +18,7 @@ def group_scores(
     scores: PyTree,
     *,
     reduce: Reduce = "sum",
+    absolute: bool = False,
     where: Where = None,
 ) -> dict[str, Array]:
     """Scores of groups from scores of weights.
@@ -25,8 +26,12 @@ def group_scores(
     For each member of a group (an axis of a parameter) the scores of all weights that
     have an index are added up; then come the members: `s[i] = reduce_m sum_{w in
     member m with index i} score(w)`. Any score will do: `js.scores.magnitude` or its
-    square, `taylor`, an empirical Fisher, OBS. For `|sum w g|` over a slice (rather
-    than `sum |w g|`) pass the signed products, and take the magnitude of the result.
+    square, `taylor`, an empirical Fisher, OBS.
+
+    For `|sum w g|` over a slice (rather than `sum |w g|`) pass the signed products.
+    With `absolute` the magnitude of each member's sum is taken before the members come
+    together, as LLM-Pruner's "vectorize" and Torch-Pruning's multivariable Taylor do;
+    without it `jnp.abs` of the result is the Taylor term of the whole group.
 
     A group with copies (heads, experts, layers of a scan, groups of a convolution) is
     scored in each copy.
@@ -43,7 +48,9 @@ def group_scores(
       groups: of `js.structured.groups`. Those that are not prunable are passed over.
       scores: a tree like the parameters, larger = keep. In 16 bits or not, they are
         added up in float32 at least.
-      reduce: of the members: their sum, their mean, or the largest.
+      reduce: of the members: their sum, mean or product, the largest, or "first": the
+        first one alone that has the index, which is what makes it.
+      absolute: takes the magnitude of what each member has added up to.
       where: which parameters count, see `jaxsparse.tree.select`; kernels by default.
         `lambda path, leaf: True` is all.
 
@@ -66,7 +73,8 @@ def group_scores(
       {'up[1]': Array([ 5., 13.,  6.], dtype=float32)}
     """
     slices = slices_that_count(groups, scores, where)
-    return combined(slices, scores, ordered_part_sum, reduce=reduce)
+    options: Any = {"reduce": reduce, "absolute": absolute}
+    return combined(slices, scores, ordered_part_sum, **options)
 
 
 def slices_that_count(

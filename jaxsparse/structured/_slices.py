@@ -188,6 +188,12 @@ def wide_leaves(slices: Mapping[str, Slices], tree: PyTree) -> dict[str, Array]:
     return {p: widen(leaves[p]) for p in paths_of(slices) if p in leaves}
 
 
+def dtype_of(slices: Mapping[str, Slices], tree: PyTree) -> np.dtype:
+    """The widest dtype of the leaves that slices lie in, float32 at least."""
+    leaves = dict(leaves_with_paths(tree))
+    return wide_dtype(*(leaves[p].dtype for p in paths_of(slices) if p in leaves))
+
+
 def widen(w: Array) -> Array:
     """In float32, if it has less than that."""
     return w.astype(wide_dtype(w.dtype))

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxsparse.structured._slices import (
 )
 from jaxsparse.tree import leaves_with_paths
 
-Reduce = Literal["sum", "mean", "max"]
+Reduce = Literal["sum", "mean", "max", "prod", "first"]
 Measure = Callable[[Part, Array, tuple[int, ...]], Array]
 """`f(part, leaf, shape) -> [prod(shape)]`: what one member says of each index."""
 
@@ -37,6 +37,7 @@ def combined(
     measure: Measure,
     *,
     reduce: Reduce = "sum",
+    absolute: bool = False,
 ) -> dict[str, Array]:
     """What the members of each group say of its indices, together.
 
@@ -46,6 +47,7 @@ def combined(
         missing count nothing.
       measure: of one member.
       reduce: of all members.
+      absolute: whether the magnitude of what each member says counts.
 
     Returns:
       `[*copies, size]` by the groups' names, on every device.
@@ -53,8 +55,9 @@ def combined(
     Raises:
       ValueError: an unknown `reduce`.
     """
-    if reduce not in ("sum", "mean", "max"):
-        raise ValueError(f"reduce={reduce!r}: expected 'sum', 'mean' or 'max'.")
+    if reduce not in get_args(Reduce):
+        known = ", ".join(map(repr, get_args(Reduce)))
+        raise ValueError(f"reduce={reduce!r}: expected one of {known}.")
     paths = set(paths_of(slices))
     leaves = {path: x for path, x in leaves_with_paths(tree) if path in paths}
 
@@ -67,6 +70,7 @@ def combined(
             dtype = wide_dtype(*(x.dtype for x in leaves.values()))
             return jnp.zeros(s.shape, dtype)
         found = [measure(part, leaves[part.path], s.shape) for part in parts]
+        found = list(map(jnp.abs, found)) if absolute else found
         return _reduced(found, parts, reduce).reshape(s.shape)
 
     mesh = explicit_mesh(list(leaves.values()))
@@ -89,13 +93,22 @@ def _reduced(found: list[Array], parts: list[Part], reduce: Reduce) -> Array:
     if reduce == "mean":
         total = sum(arrays[1:], start=arrays[0])
         return total / jnp.asarray(np.maximum(present.sum(0), 1), dtype)
-    if not present.all():
-        low = jnp.asarray(-jnp.inf, dtype)
-        pairs = zip(arrays, present, strict=True)
-        arrays = [jnp.where(here, x, low) for x, here in pairs]
-    most = functools.reduce(jnp.maximum, arrays)
+    if reduce == "first":  # of those that have the index
+        whole = arrays[-1]
+        for x, here in zip(arrays[-2::-1], present[-2::-1], strict=True):
+            whole = x if here.all() else jnp.where(here, x, whole)
+    else:
+        neutral, join = _JOINS[reduce]
+        if not present.all():
+            none = jnp.asarray(neutral, dtype)
+            pairs = zip(arrays, present, strict=True)
+            arrays = [jnp.where(here, x, none) for x, here in pairs]
+        whole = functools.reduce(join, arrays)
     some = present.any(0)
-    return most if some.all() else jnp.where(some, most, jnp.zeros((), dtype))
+    return whole if some.all() else jnp.where(some, whole, jnp.zeros((), dtype))
+
+
+_JOINS = {"max": (-jnp.inf, jnp.maximum), "prod": (1.0, jnp.multiply)}
 
 
 def _present(part: Part, size: int) -> np.ndarray:

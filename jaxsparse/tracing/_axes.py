@@ -292,6 +292,39 @@ def cut(axis: Axis, at: int) -> tuple[Axis, Axis]:
     return product([first, *minor]), product([rest, *minor])
 
 
+def taken(axis: Axis, places: Iterable[int]) -> Axis:
+    """Sees some indices of an axis, in any order, as an axis.
+
+    Args:
+      axis: an axis; it is refined.
+      places: its indices, each at most once.
+
+    Returns:
+      The axis of these.
+
+    Raises:
+      Incompatible: the axis cannot be seen so, or in too many pieces.
+    """
+    wanted = [int(x) for x in places]
+    if wanted == list(range(axis.size)):
+        return axis
+    first, last = wanted[0], wanted[-1]
+    if wanted == list(range(first, last + 1)):
+        rest = cut(axis, first)[1] if first else axis
+        return cut(rest, len(wanted))[0] if len(wanted) < rest.size else rest
+    if axis.size > _MOST_PIECES:
+        raise Incompatible(f"{axis.size} indices in another order")
+    pieces, rest = [], axis
+    while rest.size > 1:
+        piece, rest = cut(rest, 1)
+        pieces.append(piece)
+    pieces.append(rest)
+    return concatenation(pieces[i] for i in wanted)
+
+
+_MOST_PIECES = 1024  # each has an array of the axis's size when places are looked up
+
+
 def coordinates(axis: Axis) -> list[tuple[Axis, np.ndarray]]:
     """Where the indices of each leaf lie along an axis.
 

@@ -67,7 +67,8 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 
 _HERE = str(pathlib.Path(__file__).parents[1]) + os.sep
-_LIBRARIES = re.compile(r"[/\\](flax|equinox|haiku|optax)[/\\]")
+# NumPy has helpers that JAX calls, such as `flip`.
+_LIBRARIES = re.compile(r"[/\\](flax|equinox|haiku|optax|numpy)[/\\]")
 
 
 def source_of(eqn: Any) -> str:

@@ -1,6 +1,7 @@
 """From the places that read a parameter to its input, output and batch axes."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 from jaxsparse.tracing import _axes
 from jaxsparse.tracing._axes import Axis
 from jaxsparse.tracing._jaxprs import Address
+from jaxsparse.tracing._parts import Cut, cut_of, piece_of, with_pieces
 from jaxsparse.tracing._unify import Dims
-from jaxsparse.tracing._walk import Site
+from jaxsparse.tracing._values import Site
 from jaxsparse.tree import Axes, MatrixView, matrix_view
 
 
@@ -84,24 +86,93 @@ def view_of(
     roles: dict[int, str] = {}
     for site in sites:
         _assign(roles, dims, site)
-    sizes, names, parts = [], [], []
-    for axis in dims:
-        for name, part in _runs(axis, roles):
+    runs = [run for axis in dims for run in _runs(axis, roles)]
+    named = lambda name: [part for role, part in runs if role == name]
+    places = {name: named(name) for name in ("input", "output", "batch")}
+    found = [_reading(site, places) for site in sites]
+    cuts = _cuts(found, places)
+    names, sizes = [], []
+    for role, part in runs:
+        cut = cuts.get(role)
+        if cut is not None and part is places[role][cut.axis]:
+            names += ["batch", role]
+            sizes += [part.size // cut.size, cut.size]
+        else:
+            names.append(role)
             sizes.append(part.size)
-            names.append(name)
-            parts.append(part)
     pick = lambda name: tuple(i for i, n in enumerate(names) if n == name)
     axes = Axes(pick("input"), pick("output"), pick("batch"))
     split = shape if len(sizes) == len(shape) else tuple(sizes)
     view = matrix_view(shape, axes, split=split)
-    named = lambda which: [parts[i] for i in which]
-    places = {"input": named(axes.input), "batch": named(axes.batch)}
     readings: dict[Any, Reading] = {}
-    for site in sites:
-        reading = _reading(site, places)
-        readings.setdefault(reading.key, reading)  # the same rows once
-    _check_outputs(named(axes.output), sites, len(readings))
+    for index, reading in enumerate(found):
+        for piece in _pieces(reading, index, runs, places, cuts):
+            readings.setdefault(piece.key, piece)  # the same rows once
     return view, tuple(readings.values())
+
+
+def _cuts(found: Sequence[Reading], places: dict[str, list[Axis]]) -> dict[str, Cut]:
+    """How inputs and outputs fall into pieces that different inputs meet."""
+    cuts = {}
+    sizes = [x.size for x in places["input"]]
+    reads = [reading.inputs >= 0 for reading in found]
+    if not np.all(reads):
+        cut = cut_of(reads, sizes)
+        all_read = cut is not None and len({i for x in cut.taken for i in x}) == (
+            sizes[cut.axis] // cut.size
+        )
+        # Pieces of unequal size would lose how their own inputs go together.
+        if cut is None or not all_read or any(len(x) != 1 for x in cut.taken):
+            at = next(r.site for r in found if np.any(r.inputs < 0))
+            raise NotFollowed(f"only a part of its inputs is read at {at.source}")
+        cuts["input"] = cut
+    met = cuts["input"].taken if cuts else [()] * len(found)
+    keys = {
+        piece: {r.key for r, x in zip(found, met, strict=True) if x == piece}
+        for piece in met
+    }
+    # Parts of the outputs may be read apart, as long as they read the same inputs.
+    if max(map(len, keys.values())) > 1:
+        outputs = [_match(places["output"], _kernel_dims(r.site)[2]) for r in found]
+        reads = [x >= 0 for x in outputs]
+        if not np.all(reads):
+            cut = cut_of(reads, [x.size for x in places["output"]])
+            if cut is None:
+                raise NotFollowed(
+                    "parts of its outputs read different inputs; keep them as "
+                    "parameters of their own"
+                )
+            cuts["output"] = cut
+    return cuts
+
+
+def _pieces(
+    reading: Reading,
+    index: int,
+    runs: Sequence[tuple[str, Axis]],
+    places: dict[str, list[Axis]],
+    cuts: dict[str, Cut],
+) -> list[Reading]:
+    """A reading for each piece that a site has; itself where nothing is cut."""
+    if not cuts:
+        return [reading]
+    sizes = [x.size for x in places["input"]]
+    taken = {role: cut.taken[index] for role, cut in cuts.items()}
+    found = []
+    for at in itertools.product(*taken.values()):
+        chosen = dict(zip(taken, at, strict=True))
+        inputs, inserted, batches = reading.inputs, [], 0
+        for role, part in runs:
+            cut = cuts.get(role)
+            if cut is not None and part is places[role][cut.axis]:
+                inserted.append((batches, part.size // cut.size, chosen[role]))
+                batches += 1
+            batches += role == "batch"
+        if "input" in cuts:
+            inputs = piece_of(inputs, sizes, cuts["input"], chosen["input"])
+        batch = with_pieces(reading.batch, [x.size for x in places["batch"]], inserted)
+        found.append(dataclasses.replace(reading, inputs=inputs, batch=batch))
+    return found
 
 
 def _kernel_dims(site: Site) -> tuple[Dims, Dims, Dims]:
@@ -166,8 +237,6 @@ def _reading(site: Site, places: dict[str, list[Axis]]) -> Reading:
     contracted, batch, _ = _kernel_dims(site)
     loops = tuple(axis for _, axis in site.origin.loops)
     inputs = _match(places["input"], contracted)
-    if np.any(inputs < 0):
-        raise NotFollowed(f"only a part of its inputs is read at {site.source}")
     # Each index that the site has must be one of the kernel.
     space = (*loops, *batch)
     ones = site.origin.dropped
@@ -180,16 +249,6 @@ def _reading(site: Site, places: dict[str, list[Axis]]) -> Reading:
     )
 
 
-def _check_outputs(outputs: list[Axis], sites: Sequence[Site], inputs: int) -> None:
-    """Parts of the outputs may be read apart, as long as they read the same inputs."""
-    for site in sites if inputs > 1 else ():
-        if np.any(_match(outputs, _kernel_dims(site)[2]) < 0):
-            raise NotFollowed(
-                "parts of its outputs read different inputs; keep them as parameters "
-                "of their own"
-            )
-
-
 def _match(
     wanted: Sequence[Axis], given: Sequence[Axis], *, distinct: bool = False
 ) -> np.ndarray:
@@ -198,20 +257,15 @@ def _match(
     -1 too where places must be distinct, and the common leaves do not tell them so.
     """
     left, right = _labels(wanted), _labels(given)
-    common = [key for key in left if key in right]
-    sign = lambda labels, n: sum(
-        (
-            (labels[key] + 1) * weight
-            for key, weight in zip(common, weights, strict=True)
-        ),
-        np.zeros(n, np.int64),
-    )
-    weights, weight = [], 1
-    for key in common:
-        weights.append(weight)
-        weight *= int(max(left[key].max(), right[key].max())) + 2
     n, m = (math.prod(a.size for a in axes) for axes in (wanted, given))
-    a, b = sign(left, n), sign(right, m)
+    signs = np.zeros(n + m, np.int64)
+    for key in left.keys() & right.keys():
+        label = np.concatenate([left[key], right[key]]) + 1
+        radix = int(label.max()) + 1
+        if int(signs.max()) >= 2**62 // radix:  # as of an axis of many pieces
+            signs = np.unique(signs, return_inverse=True)[1].reshape(-1)
+        signs = signs * radix + label
+    a, b = signs[:n], signs[n:]
     order = np.argsort(b, kind="stable")
     at = np.searchsorted(b[order], a)
     many = np.searchsorted(b[order], a, side="right") - at

@@ -52,6 +52,7 @@ class Steps:
       results: the numbers of its results, or literals.
       constants: arrays by number.
       data: the numbers of variables that depend on the model's inputs.
+      unrolled: the scans whose turns became steps of their own.
     """
 
     steps: tuple[Step, ...]
@@ -59,6 +60,7 @@ class Steps:
     results: tuple[Any, ...]
     constants: dict[int, Any]
     data: frozenset[int]
+    unrolled: frozenset[Address]
 
 
 def flatten(
@@ -122,6 +124,7 @@ class _Flattening:
             tuple(results),
             self.constants,
             frozenset(self.data),
+            frozenset(self.unroll),
         )
 
     def constant(self, value: Any) -> int:

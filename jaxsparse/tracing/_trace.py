@@ -1,75 +1,27 @@
 """`trace`: what a model does with each of its parameters."""
 
-import collections
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from jaxsparse._typing import PyTree
 from jaxsparse.tracing import _axes
 from jaxsparse.tracing._axes import Axis
-from jaxsparse.tracing._changes import Change, Past
+from jaxsparse.tracing._changes import Past
+from jaxsparse.tracing._found import Kernel, Unfollowed, kernels_of
 from jaxsparse.tracing._jaxprs import Address, abstract
-from jaxsparse.tracing._kernels import NotFollowed, Reading, view_of
 from jaxsparse.tracing._unify import Dims
-from jaxsparse.tracing._walk import Node, Origin, Site, Walk
+from jaxsparse.tracing._values import Node, Origin, Site
+from jaxsparse.tracing._walk import Walk
 from jaxsparse.tree import (
     Axes,
-    MatrixView,
     has_plain_name,
     leaves_with_paths,
     why_dense,
 )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Kernel:
-    """A parameter that is contracted with data.
-
-    Attributes:
-      path: its path.
-      view: its input, output and batch axes: how it is read as matrices.
-      readings: every place where it is contracted; more than one for tied weights.
-      input: the name of its input: kernels of the same name read the same numbers.
-      flops: of all its contractions for the example inputs, two for a multiply-add.
-      via: the primitives that changed its entries before it was contracted: masks,
-        scales, quantisation. Empty for a plain kernel.
-      changes: the equations that did so, with their lines, and whether each is a
-        product with something that does not depend on the kernel.
-    """
-
-    path: str
-    view: MatrixView
-    readings: tuple[Reading, ...]
-    input: str
-    flops: int
-    via: tuple[str, ...]
-    changes: tuple[Change, ...] = ()
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The lines of the model at which it is contracted."""
-        return tuple(reading.site.source for reading in self.readings)
-
-
-class Unfollowed(NamedTuple):
-    """What the walk could not follow.
-
-    Attributes:
-      paths: the parameters concerned; empty where only activations are.
-      primitive: the primitive at which their trail ends.
-      source: the line of the model.
-      reason: in words, with what to state by hand.
-    """
-
-    paths: tuple[str, ...]
-    primitive: str
-    source: str
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -253,11 +205,11 @@ def trace(
             own = _own(paths[i], walk, var.aval.shape)
             value = value._replace(origin=own, past=Past(frozenset({paths[i]})))
         args.append(value)
-    results = walk.run(program, args, (), 1)
+    results = walk.whole(program, args)
     for name, values in (("input", args[len(paths) :]), ("output", results)):
         for axis in (axis for value in values for axis in value.dims):
             _axes.flag(axis, name)
-    kernels, unfollowed = _kernels(walk, dict(zip(paths, shapes, strict=True)))
+    kernels, unfollowed = kernels_of(walk, dict(zip(paths, shapes, strict=True)))
     lookups = {path: tuple(lines) for path, lines in walk.lookups.items()}
     return Trace(
         kernels,
@@ -276,7 +228,7 @@ def trace(
         walk.nodes,
         walk.constants,
         walk.layers,
-        tuple(walk.sites),
+        walk.sites,
     )
 
 
@@ -319,80 +271,3 @@ def retrace(trace_: Trace, params: PyTree, inputs: tuple[Any, ...]) -> Trace:
 def _own(path: str, walk: Walk, shape: tuple[int, ...]) -> Any:
     dims = walk.new(shape, data=False).dims  # apart from the axes that are unified
     return Origin(((path, dims),), dims)
-
-
-def _kernels(
-    walk: Walk, shapes: Mapping[str, Any]
-) -> tuple[dict[str, Kernel], tuple[Unfollowed, ...]]:
-    by_path: dict[str, list[Site]] = collections.defaultdict(list)
-    for site in walk.sites:
-        for path, _ in site.origin.sources:
-            by_path[path].append(site)
-    kernels: dict[str, Kernel] = {}
-    unfollowed: list[Unfollowed] = []
-    names: dict[Any, str] = {}
-    for path, sites in by_path.items():
-        last = sites[-1]
-        try:
-            if "dynamic_slice" in frozenset().union(*(s.origin.via for s in sites)):
-                raise NotFollowed(
-                    "slices of it are taken at a traced index; let a scan hand them out"
-                )
-            view, readings = view_of(path, tuple(shapes[path].shape), sites)
-        except NotFollowed as error:
-            reason = (
-                f"{path}: {error} ({last.primitive} at {last.source}). State its axes "
-                f"by hand, axes={{r'{re.escape(path)}': js.Axes(...)}}, and give its "
-                "statistics yourself."
-            )
-            unfollowed.append(Unfollowed((path,), last.primitive, last.source, reason))
-            continue
-        key = frozenset(reading.key for reading in readings), view.batch
-        kernels[path] = Kernel(
-            path,
-            view,
-            readings,
-            names.setdefault(key, path),
-            sum(_share(site, path) for site in sites),
-            tuple(sorted(frozenset().union(*(s.origin.via for s in sites)))),
-            tuple(dict.fromkeys(x for s in sites for x in s.origin.changes)),
-        )
-    for stop in walk.stops:
-        lost = tuple(p for p in stop.paths if p not in kernels)
-        if stop.paths and not lost:
-            continue
-        unfollowed.append(_explained(stop, lost))
-    return kernels, tuple(dict.fromkeys(unfollowed))
-
-
-def _share(site: Site, path: str) -> int:
-    """A kernel's part of the FLOPs where several are joined and contracted at once."""
-    sizes = {
-        p: math.prod(d.size for d in dims) // math.prod(a.size for _, a in loops)
-        for loops in [site.origin.loops]
-        for p, dims in site.origin.sources
-    }
-    operand = math.prod(d.size for d in site.origin.dims)
-    return site.flops * min(sizes[path], operand) // operand
-
-
-def _explained(stop: Any, paths: tuple[str, ...]) -> Unfollowed:
-    who = ", ".join(paths)
-    if stop.unknown:
-        reason = (
-            f"{who}: there is no rule for the primitive {stop.primitive} at "
-            f"{stop.source}. Give one: rules={{'{stop.primitive}': 'btd,df->btf'}}, or "
-            "state the axes by hand."
-        )
-    elif stop.primitive == "dynamic_slice":
-        reason = (
-            f"{who}: slices of it are taken at a traced index, at {stop.source}, so no "
-            "one knows which. Let a scan hand them out, or state its axes by hand."
-        )
-    else:
-        reason = (
-            f"{who}: no contraction with data, but {stop.primitive} at {stop.source}. "
-            "If it is a kernel, state its axes by hand and give its statistics "
-            "yourself."
-        )
-    return Unfollowed(paths, stop.primitive, stop.source, reason)

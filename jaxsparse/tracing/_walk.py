@@ -2,103 +2,23 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.extend import core
 
 from jaxsparse.tracing import _axes, _rules
 from jaxsparse.tracing._axes import Axis, leaf
-from jaxsparse.tracing._changes import Change, Past, change_of, past_of, together
-from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts, source_of
+from jaxsparse.tracing._changes import Past, change_of, past_of, together
+from jaxsparse.tracing._counters import carried_counters, counted, number
+from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts
+from jaxsparse.tracing._pieces import piece_of
+from jaxsparse.tracing._products import PASSES, Product, product_of
 from jaxsparse.tracing._sides import foreign_sides, positions_of, sides_of
 from jaxsparse.tracing._unify import Dims, Rule, unify
-
-
-class Origin(NamedTuple):
-    """How a value came about from parameters, and from nothing else.
-
-    Its axes are expressions of the parameters' own axes, which no other value shares:
-    a square kernel's two axes stay apart here.
-    """
-
-    sources: tuple[tuple[str, Dims], ...]  # parameters with their axes
-    dims: Dims
-    dropped: Dims = ()  # axes of size 1 that were squeezed away
-    via: frozenset[str] = frozenset()  # what changed entries on the way
-    loops: tuple[tuple[Address, Axis], ...] = ()  # scans that hand out its slices
-    changes: tuple[Change, ...] = ()  # the equations that did so
-
-
-class Value(NamedTuple):
-    """What is known of a traced value."""
-
-    dims: Dims
-    data: bool  # whether it depends on the inputs
-    token: Any  # equal tokens, equal values
-    origin: Origin | None = None
-    past: Past = Past()  # where it does not depend on the inputs
-
-
-class Site(NamedTuple):
-    """An equation that contracts parameters with data."""
-
-    address: Address
-    primitive: str
-    operand: int  # which operand comes from the parameters
-    other: int  # and which from the inputs
-    origin: Origin
-    contracted: tuple[int, ...]  # axes of that operand
-    batch: tuple[int, ...]
-    of_input: tuple[tuple[int, ...], tuple[int, ...]]  # the same of the other operand
-    input_dims: Dims  # all axes of the other operand
-    groups: int  # of a convolution
-    conv: tuple[int, int] | None  # its input's axis of samples, positions of a sample
-    reads: Any  # equal values, equal statistics
-    times: int | None  # how often the equation runs; None where no one knows
-    flops: int
-    source: str
-
-
-class Stop(NamedTuple):
-    """Where a parameter's trail ends: it meets data other than in a contraction."""
-
-    paths: tuple[str, ...]
-    primitive: str
-    source: str
-    unknown: bool  # whether there is no rule for the primitive
-
+from jaxsparse.tracing._values import Node, Origin, Site, Stop, Value, Visit
 
 _LOOPS = frozenset({"scan", "while", "cond"})
-
-
-class Visit(NamedTuple):
-    """An equation at the place where it is met: a jaxpr may be called at many.
-
-    The first four are the equation's own; `around` are the calls and loops that lead
-    to it, outermost first.
-    """
-
-    primitive: Any
-    params: Any
-    invars: Any
-    outvars: Any
-    eqn: Any
-    around: tuple["Visit", ...]
-
-    @property
-    def source(self) -> str:
-        """The line of the model; within JAX's own functions that of their call."""
-        lines = (source_of(v.eqn) for v in (self, *reversed(self.around)))
-        return next((line for line in lines if line), "an unknown line")
-
-
-class Node(NamedTuple):
-    """The axes of an equation's operands and results."""
-
-    ins: tuple[Dims, ...]
-    outs: tuple[Dims, ...]
-    visit: Visit
 
 
 class Walk:
@@ -114,7 +34,6 @@ class Walk:
     """
 
     def __init__(self, rules: Mapping[str, str]):
-        self.sites: list[Site] = []
         self.stops: list[Stop] = []
         self.lookups: dict[str, list[str]] = {}
         self.nodes: dict[Address, Node] = {}
@@ -125,6 +44,7 @@ class Walk:
         self._known: dict[Any, int] = {}
         self._count = iter(range(1 << 62))
         self._around: tuple[Visit, ...] = ()  # what leads to where it is
+        self._order: list[Site | Product] = []
 
     def run(
         self, jaxpr: Any, args: Sequence[Value], address: Address, times: int | None
@@ -153,7 +73,8 @@ class Walk:
                 aval: Any = atom.aval
                 token = ("literal", str(atom.val), str(aval))
                 value = self.new(aval.shape, data=False, token=token)
-                return value._replace(past=Past(zero=not np.any(atom.val)))
+                past = Past(zero=not np.any(atom.val))
+                return value._replace(past=past, counter=number(atom.val))
             return env[atom]
 
         for index, eqn in enumerate(jaxpr.jaxpr.eqns):
@@ -166,6 +87,36 @@ class Walk:
             self.nodes[here] = Node(dims[0], dims[1], visit)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(x) for x in jaxpr.jaxpr.outvars]
+
+    def whole(self, program: Any, args: Sequence[Value]) -> list[Value]:
+        """Walks a whole program; then what became of its products is known.
+
+        Args:
+          program: a closed jaxpr.
+          args: one value for each of its variables.
+
+        Returns:
+          The values of its results.
+        """
+        results = self.run(program, args, (), 1)
+        self._end(results)
+        return results
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The contractions of parameters, in the order of the program."""
+        found = (x.site if isinstance(x, Product) else x for x in self._order)
+        return tuple(x for x in found if x is not None)
+
+    @property
+    def scaled(self) -> tuple[Stop, ...]:
+        """Where a matrix only scales data."""
+        products = (x for x in self._order if isinstance(x, Product))
+        return tuple(
+            Stop(x.origin.paths, "mul", x.eqn.source, False)
+            for x in products
+            if x.site is None and x.origin.is_matrix
+        )
 
     def new(self, shape: Sequence[int], *, data: bool, token: Any = None) -> Value:
         """A value of which nothing is known."""
@@ -183,6 +134,7 @@ class Walk:
     ) -> list[Value]:
         name = eqn.primitive.name
         foreign = self._foreign_name(eqn)
+        product = self._product(eqn, ins, address, times)
         if foreign is None and (name in _LOOPS or called(eqn) is not None):
             before, self._around = self._around, (*self._around, eqn)
             outs = self._inner(eqn, ins, address, times)
@@ -196,14 +148,37 @@ class Walk:
         origins: list[Origin | None] = [None] * len(dims)
         if not data:
             origins = self._origins(eqn, ins, rule)
-        elif any(v.origin for v in ins):
+        elif product is None and any(v.origin for v in ins):
             self._meet(eqn, ins, address, times, foreign, known)
         token = self._value_number(eqn, ins)
         past = Past() if data else past_of(eqn, [v.past for v in ins])
+        counter = None if data else counted(eqn, [v.counter for v in ins])
         return [
-            Value(d, data, self._token((token, i)), origin, past)
+            Value(d, data, self._token((token, i)), origin, past, counter, product)
             for i, (d, origin) in enumerate(zip(dims, origins, strict=True))
         ]
+
+    def _product(
+        self, eqn: Any, ins: list[Value], address: Address, times: int | None
+    ) -> Product | None:
+        """The product of data and a parameter that a result is, if it is one."""
+        name = eqn.primitive.name
+        if called(eqn) is not None or name in PASSES:
+            return next((v.product for v in ins if v.product), None)
+        if name == "reduce_sum" and ins[0].product is not None:
+            ins[0].product.summed(eqn.params["axes"])
+            return None
+        self._end(ins)
+        found = product_of(eqn, ins, address, times)
+        if found is not None:
+            self._order.append(found)
+        return found
+
+    @staticmethod
+    def _end(values: Sequence[Value]) -> None:
+        for value in values:
+            if value.product is not None:
+                value.product.ends = True
 
     def _inner(
         self, eqn: Any, ins: list[Value], address: Address, times: int | None
@@ -244,12 +219,16 @@ class Walk:
         found = [v.origin for v in ins if v.origin]
         if not found:
             return list(none)
+        piece = piece_of(eqn, ins)
+        if piece is not None:
+            return [piece]
         if name not in _rules.STRUCTURAL and name not in _rules.ELEMENTWISE:
-            paths = tuple(path for o in found for path, _ in o.sources)
+            paths = tuple(path for o in found for path in o.paths)
             if name == "gather" and ins[0].origin:
                 self._look_up(ins[0].origin, eqn)
             else:
-                self.stops.append(Stop(paths, name, eqn.source, False))
+                product = sides_of(eqn, 1) is not None
+                self.stops.append(Stop(paths, name, eqn.source, False, product))
             return list(none)
         shape = lambda atom: atom.aval.shape
         before = [
@@ -281,7 +260,7 @@ class Walk:
         return results
 
     def _look_up(self, origin: Origin, eqn: Any) -> None:
-        for path, _ in origin.sources:
+        for path in origin.paths:
             self.lookups.setdefault(path, []).append(eqn.source)
 
     def _meet(
@@ -298,7 +277,7 @@ class Walk:
         for at, value in enumerate(ins):
             if value.origin is None:
                 continue
-            paths = tuple(path for path, _ in value.origin.sources)
+            paths = value.origin.paths
             if name == "gather" and at == 0:
                 self._look_up(value.origin, eqn)
                 continue
@@ -309,8 +288,8 @@ class Walk:
                 sides = sides_of(eqn, at)
             if sides is None or not ins[sides[0]].data:
                 # What is added, or a vector that scales, is no kernel: no one asks.
-                matrix = any(d.size > 1 for d in value.origin.dims[:-1])
-                if (matrix and name not in {"add", "add_any", "sub"}) or not known:
+                asked = value.origin.is_matrix and name not in _ADDS
+                if asked or not known:
                     self.stops.append(Stop(paths, name, source, not known))
                 continue
             other, contracted, batch, of_input = sides
@@ -319,7 +298,7 @@ class Walk:
             shape = eqn.invars[at].aval.shape
             flops = 2 * math.prod(eqn.outvars[0].aval.shape)
             flops *= math.prod(shape[a] for a in contracted)
-            self.sites.append(
+            self._order.append(
                 Site(
                     address,
                     name,
@@ -348,7 +327,10 @@ class Walk:
         data = any(v.data for v in ins)
         inside = list(ins[:first])
         past = together(v.past for v in ins)
-        inside += [self._made(v, data, past) for v in ins[first:last]]
+        counters = carried_counters(eqn, [v.counter for v in ins[first:last]], address)
+        for v, counter in zip(ins[first:last], counters, strict=True):
+            known = self._made(v, False, Past())._replace(counter=counter)
+            inside.append(self._made(v, data, past) if counter is None else known)
         for v in ins[last:]:
             unify(v.dims[0], layer, eqn)
             origin = v.origin
@@ -358,6 +340,7 @@ class Walk:
             inside.append(Value(v.dims[1:], v.data, next(self._count), origin, v.past))
         many = None if times is None else times * layer.size
         outs = self.run(inner(eqn)[0], inside, (*address, 0), many)
+        self._end(outs)
         for a, b in zip(ins[first:last], outs[:carried], strict=True):
             _same(a.dims, b.dims, eqn)
         stacks = [v._replace(dims=(layer, *v.dims)) for v in outs[carried:]]
@@ -374,6 +357,7 @@ class Walk:
         self.run(test, [*ins[:tests], *carry], (*address, 0), None)
         arguments = [*ins[tests : tests + bodies], *carry]
         outs = self.run(body, arguments, (*address, 1), None)
+        self._end(outs)
         for a, b in zip(carry, outs, strict=True):
             _same(a.dims, b.dims, eqn)
         return [self._made(v, data, past) for v in outs]
@@ -384,6 +368,7 @@ class Walk:
         results: list[Value] = []
         for i, branch in enumerate(inner(eqn)):
             outs = self.run(branch, ins[1:], (*address, i), times)
+            self._end(outs)
             for a, b in zip(results, outs, strict=False):
                 _same(a.dims, b.dims, eqn)
             results = results or outs
@@ -392,6 +377,7 @@ class Walk:
         return [self._made(v, data or v.data, past) for v in results]
 
 
+_ADDS = {"add", "add_any", "sub"}
 _NOT_SETTINGS = {"preferred_element_type", "out_sharding", "precision"}
 
 

@@ -13,7 +13,13 @@ from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured import Group
 from jaxsparse.structured._drop import Drop, drop_of
 from jaxsparse.structured._scaling import factors_of, scaled_updates
-from jaxsparse.structured._slices import PRODUCERS, check_params, slices_of, wide_leaves
+from jaxsparse.structured._slices import (
+    PRODUCERS,
+    check_params,
+    dtype_of,
+    slices_of,
+    wide_leaves,
+)
 from jaxsparse.structured._sums import sums
 from jaxsparse.transforms._hesso import Criteria, lowest, removed_by, saliency
 from jaxsparse.transforms._penalties import check_strength
@@ -23,7 +29,8 @@ class Redundancy(NamedTuple):
     """What `cric` found.
 
     Attributes:
-      scores: `[*copies, size]` float32 by the groups' names, larger = keep.
+      scores: `[*copies, size]` by the groups' names, larger = keep; float32 (float64
+        for float64 parameters).
       drop: the indices that it would remove.
       violators: for each cycle, how many indices it tried for the first time.
       increases: for each cycle, the relative increase of the loss after its removal.
@@ -118,6 +125,7 @@ def cric(
     check_strength(loss_weight, name="loss_weight")
     check_params(slices, params)
     (count,) = removed_by(slices, sparsity, 1)
+    wide = dtype_of(slices, params)
     data = list(batches)
     if not data:
         raise ValueError("batches: there are none.")
@@ -132,7 +140,7 @@ def cric(
         grads = jax.grad(loss_fn)(params, batch)
         sampled = saliency(slices, params, grads, criteria=criteria)
         updates, state = optimizer.update(grads, state, params)
-        one = jnp.ones((), jnp.float32)
+        one = jnp.ones((), wide)
         vectors = {n: jnp.where(x, factor, one) for n, x in shrinking.items()}
         factors = factors_of(slices, vectors, params)
         updates = scaled_updates(updates, params, factors)
@@ -156,7 +164,7 @@ def cric(
         total, blame = dict(zeros), dict(zeros)
         for t in range(steps):
             batch = data[(turn * steps + t) % len(data)]
-            factor = jnp.float32((steps - t - 1) / (steps - t))
+            factor = jnp.asarray((steps - t - 1) / (steps - t), wide)
             now, state, sampled, lost = step(now, state, violators, factor, batch)
             total = {n: x + np.asarray(sampled[n]) for n, x in total.items()}
             blame = {n: x + np.asarray(lost[n]) for n, x in blame.items()}
@@ -170,6 +178,7 @@ def cric(
         max_cycles=max_cycles,
         tolerance=tolerance,
         loss_weight=loss_weight,
+        dtype=wide,
     )
 
 
@@ -184,6 +193,7 @@ def _cycles(
     max_cycles: int,
     tolerance: int,
     loss_weight: float,
+    dtype: Any = np.float32,
 ) -> Redundancy:
     """The cycles, with all numbers on the host."""
     summed, samples = dict(first), 1
@@ -194,9 +204,7 @@ def _cycles(
     increases: list[float] = []
 
     def scores() -> dict[str, np.ndarray]:
-        return {
-            n: (x / samples + charges[n]).astype(np.float32) for n, x in summed.items()
-        }
+        return {n: (x / samples + charges[n]).astype(dtype) for n, x in summed.items()}
 
     def weakest() -> dict[str, np.ndarray]:
         now = {name: jnp.asarray(x) for name, x in scores().items()}

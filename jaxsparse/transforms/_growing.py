@@ -10,7 +10,7 @@ from optax._src.base import NO_PARAMS_MSG
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, Cadence, PyTree
 from jaxsparse.structured import Group
-from jaxsparse.structured._slices import PRODUCERS, check_params, slices_of
+from jaxsparse.structured._slices import PRODUCERS, check_params, dtype_of, slices_of
 from jaxsparse.structured._sums import squared_norms
 from jaxsparse.transforms._horizon import as_cadence
 from jaxsparse.transforms._penalties import add_scaled, check_strength, weakness
@@ -21,7 +21,8 @@ class GrowingRegularizationState(NamedTuple):
 
     Attributes:
       step: how many updates were made, int32.
-      strengths: each index's penalty, `[*copies, size]` float32 by the groups' names.
+      strengths: each index's penalty, `[*copies, size]` by the groups' names, float32
+        (float64 for float64 parameters).
     """
 
     step: Array
@@ -88,9 +89,8 @@ def growing_regularization(
 
     def init_fn(params: PyTree) -> GrowingRegularizationState:
         check_params(slices, params)
-        start = {
-            name: jnp.full(s.shape, init, jnp.float32) for name, s in slices.items()
-        }
+        dtype = dtype_of(slices, params)
+        start = {name: jnp.full(s.shape, init, dtype) for name, s in slices.items()}
         return GrowingRegularizationState(jnp.zeros((), jnp.int32), start)
 
     def grow(strengths: dict[str, Array], params: PyTree) -> dict[str, Array]:

@@ -21,7 +21,9 @@ from jaxsparse.structured._slices import (
     PRODUCERS,
     Slices,
     check_params,
+    dtype_of,
     slices_of,
+    wide_dtype,
     wide_leaves,
 )
 from jaxsparse.structured._sums import entry_counts, sums
@@ -188,7 +190,7 @@ def hesso(
         )
         grads = _hide(slices, state.zero, updates)
         moved, inner_state = inner.update(grads, state.inner, params, **extra_args)
-        left = duration - t.astype(jnp.float32)
+        left = duration - t.astype(dtype_of(slices, params))
         factor = jnp.where(active, (left - 1) / left, 1.0)
         vectors = {
             name: jnp.where(state.zero[name], 0.0, jnp.where(x, factor, 1.0))
@@ -308,7 +310,8 @@ def lowest(
         ranks[name] = jnp.argsort(order, axis=-1).reshape(scores[name].shape)
         mean = jnp.mean(jnp.take_along_axis(s, order, axis=-1), axis=0)
         queue.append(mean.at[-1].set(jnp.inf))
-    taken = jnp.argsort(jnp.argsort(jnp.concatenate(queue), stable=True)) < count
+    place = jnp.argsort(jnp.argsort(jnp.concatenate(queue), stable=True))
+    taken = place < jnp.asarray(count, place.dtype)
     result, start = {}, 0
     for name, rank in ranks.items():
         size = rank.shape[-1]
@@ -347,7 +350,7 @@ def removed_by(
 def check_scores(
     scores: Mapping[str, Any], slices: Mapping[str, Slices]
 ) -> dict[str, Array]:
-    """Scores in the order of the groups, as float32 arrays.
+    """Scores in the order of the groups, as arrays of one dtype, float32 at least.
 
     Args:
       scores: `[*copies, size]` by the groups' names.
@@ -360,11 +363,13 @@ def check_scores(
       ValueError: a group without scores, scores of another shape, or NaN.
     """
     found = {}
+    dtypes = (jnp.result_type(scores[name]) for name in slices if name in scores)
+    wide = wide_dtype(*(x for x in dtypes if jnp.issubdtype(x, jnp.floating)))
     for name, s in slices.items():
         if name not in scores or np.shape(scores[name]) != s.shape:
             got = np.shape(scores[name]) if name in scores else "none"
             raise ValueError(f"scores: {name!r} needs shape {s.shape}, got {got}.")
-        found[name] = jnp.asarray(scores[name], jnp.float32)
+        found[name] = jnp.asarray(scores[name], wide)
         _checks.check_no_nan(f"scores: {name}", found[name])
     return found
 

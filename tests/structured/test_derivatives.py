@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.ode import odeint
 from structured.zoo import loosely
 
 import jaxsparse as js
@@ -65,6 +66,51 @@ def test_a_rule_may_mix_copies_that_lose_the_same(rule, drop):
         slopes, want = both(small.params, params)
         for key, got in slopes.items():
             np.testing.assert_allclose(got, want[key], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["vjp", "jvp", "odeint"])
+@pytest.mark.usefixtures("x64")
+def test_a_rule_of_a_function_that_closes_over_arrays(kind):
+    few, many = np.array([2.0, 3.0, 4.0]), np.linspace(1.0, 2.0, 6)
+    scale = lambda x: x * jnp.dot(jnp.asarray(few), few) * jnp.asarray(many)[None]
+    if kind == "vjp":
+        function = jax.custom_vjp(scale)
+        function.defvjp(lambda x: (scale(x), None), lambda _, g: (3 * scale(g),))
+    elif kind == "jvp":
+        function = jax.custom_jvp(scale)
+        function.defjvp(lambda x, moved: (scale(*x), 3 * scale(*moved)))
+    else:
+        ends, field = jnp.array([0.0, 1.0]), lambda y, _: jnp.tanh(y)
+        function = lambda x: odeint(field, x, ends)[-1]
+    apply_fn = loosely(lambda p, x: function(jnp.tanh(x @ p["in"])) @ p["out"])
+    draw = np.random.default_rng(0).normal
+    params, x = {"in": draw(size=(5, 6)), "out": draw(size=(6, 2))}, draw(size=(3, 5))
+    trace = js.trace(apply_fn, params, x)
+    drop = {"in[1]": [1, 4]}
+    small = js.structured.narrow(trace, params, drop)
+    loss = lambda run: lambda p: jnp.sum(run(p, x) ** 2)
+    slopes = jax.jit(jax.grad(loss(small.apply_fn)))(small.params)
+    masked = js.patterns.apply(params, js.structured.masks(trace, drop))
+    whole = jax.jit(jax.grad(loss(apply_fn)))(masked)
+    want = js.structured.narrow(trace, whole, drop).params
+    for key, got in slopes.items():
+        np.testing.assert_allclose(got, want[key], atol=1e-6 if "ode" in kind else 1e-9)
+
+
+def test_a_parameter_that_a_rule_closes_over_has_no_derivative():
+    def apply_fn(p, x):
+        function = jax.custom_vjp(lambda y: y * p["scale"])
+        function.defvjp(lambda y: (function(y), None), lambda _, g: (g * p["scale"],))
+        return function(jnp.tanh(x @ p["in"])) @ p["out"]
+
+    draw = lambda *shape: np.random.default_rng(0).normal(size=shape).astype("f4")
+    params = {"in": draw(5, 6), "scale": draw(1, 6), "out": draw(6, 2)}
+    x = draw(3, 5)
+    trace = js.trace(apply_fn, params, x)
+    small = js.structured.narrow(trace, params, {"in[1]": [1]})
+    loss = lambda p: jnp.sum(small.apply_fn(p, x))
+    with pytest.raises(NotImplementedError, match=r"closes over an array of shape"):
+        jax.grad(loss)(small.params)
 
 
 @pytest.mark.usefixtures("x64")

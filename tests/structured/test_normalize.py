@@ -18,6 +18,7 @@ BY_HAND = {
         np.divide([[1, 3], [2, 10]], 114**0.5),
     ),
     "normalize_range": ([0.6, 0.2, 0.2, 0, 1], [[0, 2 / 9], [1 / 9, 1]]),
+    "normalize_quantile": ([3, 1, 1, 0, 5], [[1 / 3, 1], [2 / 3, 10 / 3]]),
     "standardize": (
         np.array([1, -1, -1, -2, 3]) / 2,
         np.array([[-3, -1], [-2, 6]]) / (50 / 3) ** 0.5,
@@ -29,6 +30,7 @@ PER_COPY = {
     "normalize_max": [[1 / 3, 1], [0.2, 1]],
     "normalize_norm": np.array([[1, 3], [2, 10]]) / np.sqrt([[10], [104]]),
     "normalize_range": [[0, 1], [0, 1]],
+    "normalize_quantile": [[1 / 3, 1], [0.2, 1]],
     "standardize": np.array([[-1, 1], [-1, 1]]) / 2**0.5,
     "lamp": [[0.25, 1], [1 / 6, 1]],
 }
@@ -60,6 +62,16 @@ def test_without_jit_they_are_the_same():
     for name, (wanted, _) in BY_HAND.items():
         found = getattr(s, name)({"plain": PLAIN})["plain"]
         np.testing.assert_allclose(found, wanted, rtol=1e-14)
+
+
+def test_a_quantile_of_zero_is_not_divided_by():
+    scores = {"a": jnp.array([0.0, 0.0, 4.0, 2.0]), "b": jnp.zeros(4)}
+    found = s.normalize_quantile(scores, q=0.25)
+    np.testing.assert_array_equal(found["a"], [0, 0, 2, 1])
+    np.testing.assert_array_equal(found["b"], 0)
+    assert float(s.normalize_quantile(scores, q=1.0)["a"][2]) == 1
+    with pytest.raises(ValueError, match=r"q must be between 0 and 1, got 1\.5"):
+        s.normalize_quantile(scores, q=1.5)
 
 
 @pytest.mark.usefixtures("x64")

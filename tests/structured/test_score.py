@@ -95,7 +95,7 @@ def test_scores_are_what_zeroing_the_slices_takes_away(name):
     assert rows
     # What is made of the sums of the members knows nothing of the model.
     all_three = name in {"residual", "grouped"}
-    reductions = ("sum", "mean", "max") if all_three else ("sum",)
+    reductions = ("sum", "mean", "max", "prod") if all_three else ("sum",)
     one = functools.partial(s.group_scores, groups, where=ALL)
     found = compiled(lambda x: [one(x, reduce=r) for r in reductions], scores)
     for reduce, got in zip(reductions, found, strict=True):
@@ -144,11 +144,14 @@ def test_what_has_no_index_has_no_part_and_members_may_share_a_parameter():
     columns = np.array([w[:, 2].sum() + w[:, 4].sum(), w[:, 3].sum(), w[:, 0].sum()])
     rows = w.sum(1)
     one = functools.partial(s.group_scores, groups, where=ALL)
-    total, mean, most = compiled(
+    total, mean, most, times, first, apart = compiled(
         lambda x, negative: [
             one(x),
             one(x, reduce="mean"),
             one(negative, reduce="max"),
+            one(x, reduce="prod"),
+            one(x, reduce="first"),
+            one({"v": x["v"], "w": x["w"] - 5}, absolute=True),
         ],
         {"v": v, "w": w},
         {"v": -v, "w": -w},
@@ -158,6 +161,10 @@ def test_what_has_no_index_has_no_part_and_members_may_share_a_parameter():
     np.testing.assert_allclose(mean["g"], (columns + rows + [0, 3, 0]) / [2, 3, 2])
     wanted = np.maximum(-columns, -rows) * [1, 0, 1] - [0, 3, 0]
     np.testing.assert_allclose(most["g"], wanted)
+    np.testing.assert_allclose(times["g"], columns * rows * [1, 3, 1])
+    np.testing.assert_allclose(first["g"], columns)
+    wanted = abs(columns - [30, 15, 15]) + abs(rows - 25) + [0, 3, 0]
+    np.testing.assert_allclose(apart["g"], wanted)
 
 
 def test_copies_may_come_in_any_order():
@@ -254,8 +261,8 @@ def test_scores_of_heads_are_the_same_on_one_device_and_on_many():
 
 def test_errors_say_what_is_expected():
     groups, params = mlp_groups()
-    with pytest.raises(ValueError, match=r"reduce='prod': expected 'sum'"):
-        s.group_scores(groups, params, reduce="prod")
+    with pytest.raises(ValueError, match=r"reduce='gate': expected .*'first'"):
+        s.group_scores(groups, params, reduce="gate")
     with pytest.raises(ValueError, match=r"down: group 'up\[1\]' lies in it.*no such"):
         s.group_scores(groups, {"up": params["up"]})
     with pytest.raises(ValueError, match=r"down: .*sizes \(256,\) along .* \(0,\)"):

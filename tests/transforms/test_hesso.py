@@ -243,6 +243,36 @@ def test_stated_scores_choose():
     assert got == expected
 
 
+@pytest.mark.usefixtures("x64")
+def test_parameters_of_float64_shrink_by_factors_of_float64():
+    params, _, groups = gm.make("mlp", dtype="float64")
+    scores = {
+        n: np.arange(g.size) * 1e-12 + np.ones((*g.copies, 1))
+        for n, g in groups.items()
+    }
+    duration = 7
+    tx = tr.hesso(
+        optax.sgd(0.0), groups, sparsity=0.4, begin=0, periods=1, duration=duration,
+        scores={n: s[..., ::-1] for n, s in scores.items()},
+    )  # fmt: skip
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    update = jax.jit(lambda state, p: tx.update(zeros, state, p))
+    state, now = tx.init(params), params
+    for t in range(duration - 1):
+        updates, state = update(state, now)
+        now = optax.apply_updates(now, updates)
+        left = (duration - t - 1) / duration
+        for path, x in now.items():
+            ratio = np.asarray(x) / np.asarray(params[path])
+            off = np.minimum(abs(ratio - 1), abs(ratio - left))
+            assert off.max() < 1e-14
+    # Scores that float32 cannot tell apart choose the last indices, not ties.
+    shrinking = np.concatenate([np.asarray(x) for x in state.shrinking.values()], -1)
+    assert shrinking.any()
+    for x in state.shrinking.values():
+        assert np.all(np.diff(np.asarray(x).astype(int), axis=-1) >= 0)
+
+
 def test_ties_keep_the_lower_index_of_the_earlier_group_and_nan_goes_first():
     scores = {"a": np.ones(3, np.float32), "b": np.ones((2, 3), np.float32)}
     scores["b"][1, 0] = np.nan
