@@ -62,8 +62,10 @@ def laid_out_like(x: Array, like: Array) -> Array:
       `x`.
     """
     if not manual_axes():  # a shard lies where it does
+        if not jax.typeof(x).sharding.mesh.empty and explicit_mesh([like]) is not None:
+            return jax.sharding.reshard(x, jax.typeof(like).sharding)
         x = shard_alike(like, x)[1]
-    # On a mesh with explicit axes the type of the result is that of all operands.
+    # Where shardings are types the result has that of all operands.
     return jnp.where(like != like, x, x)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from jaxsparse.tracing._counters import carried_counters, number
 from jaxsparse.tracing._jaxprs import Address, called, inner, scan_counts
 
 
@@ -106,7 +107,7 @@ class _Flattening:
         self.steps: list[Step] = []
         self.constants: dict[int, Any] = {}
         self.data: set[int] = set()
-        self.indices: dict[int, int] = {}
+        self.indices: dict[Any, int] = {}
         self.texts: dict[int, str] = {}
         self.next = 0
 
@@ -126,6 +127,12 @@ class _Flattening:
             frozenset(self.data),
             frozenset(self.unroll),
         )
+
+    def index(self, value: int, dtype: Any = np.int32) -> int:
+        key = int(value), np.dtype(dtype)
+        if key not in self.indices:
+            self.indices[key] = self.constant(np.asarray(value, dtype))
+        return self.indices[key]
 
     def constant(self, value: Any) -> int:
         number = self.new()
@@ -180,11 +187,18 @@ class _Flattening:
         consts, carry, xs = ins[:first], ins[first:last], ins[last:]
         stacks: list[list[Any]] = [[] for _ in eqn.outvars[last - first :]]
         order = range(p["length"])
+        first_known = [
+            number(x.val) if isinstance(x, core.Literal) else None for x in carry
+        ]
+        counters = carried_counters(eqn, first_known, here)
         for turn in reversed(order) if p["reverse"] else order:
             # The turn is a number that is handed in: all turns compile to one program.
-            if turn not in self.indices:
-                self.indices[turn] = self.constant(np.int32(turn))
-            at = self.indices[turn]
+            at = self.index(turn)
+            # What the loop itself counts too.
+            carry = [
+                x if c is None else self.index(c.values[turn], v.aval.dtype)
+                for x, c, v in zip(carry, counters, eqn.invars[first:last], strict=True)
+            ]
             slices = [
                 self.add("turn", _turn, "", [x, at], 1, here, turns)[0] for x in xs
             ]

@@ -147,8 +147,10 @@ def trace(
     follow, for each kernel, which of its axes are contracted with data (input axes),
     which are produced (output), and which are carried along (batch: experts, layers
     stacked for a scan, groups of a convolution); through reshapes, transposes, slices,
-    concatenations and casts, and through jit, remat, custom derivatives, scan, while,
-    cond and vmap.
+    reversals, concatenations and casts, and through jit, remat, custom derivatives,
+    scan, while, cond and vmap. `w[i]` counts as a layer where `i` counts the turns of a
+    loop, `(x * a).sum(-1)` as a contraction, and parts of one kernel that read different
+    inputs as a batch of matrices.
 
     Differs from Torch-Pruning's and OTO's graphs: they hook module classes or walk
     autograd nodes, and take what they do not know for elementwise. Here nothing depends

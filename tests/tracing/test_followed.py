@@ -67,6 +67,11 @@ def recurrent(p, x):
     return lax.scan(turn, x[0], x)[0]
 
 
+def gated_layers(w, x):
+    layer = lambda c, wi: (jnp.sin(c), (c @ wi[:, :4], jnp.tanh(c) @ wi[:, 4:]))
+    return lax.scan(layer, x, w)[1]
+
+
 CASES = {
     "an axis of many pieces": (
         (80, 2),
@@ -119,6 +124,13 @@ CASES = {
         ((1,), (3,), (0, 2)),
     ),
     "a gated cell": ((8, 6), X, gated, (8, 3, 2), ((0,), (2,), (1,))),
+    "parts in layers": (
+        (2, 8, 6),
+        X,
+        gated_layers,
+        (2, 8, 3, 2),
+        ((1,), (3,), (0, 2)),
+    ),
     "a sum of products": (
         (2, 4),
         X,
@@ -156,7 +168,9 @@ def test_statistics_are_those_of_the_rows_it_meets(name):
     np.testing.assert_allclose(seen, predicted, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["two counters", "a gated cell", "parts of both"])
+@pytest.mark.parametrize(
+    "name", ["two counters", "a gated cell", "parts of both", "parts in layers"]
+)
 def test_layerwise_sees_the_same(name):
     shape, x, f, *_ = CASES[name]
     params, apply_fn = {"w": normal(3, *shape)}, lambda p, x: f(p["w"], x)
