@@ -16,6 +16,7 @@ from jaxsparse._checks import is_concrete
 from jaxsparse._loops import when
 from jaxsparse._sharded import manual_axes, varying_axes, varying_is_known
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
+from jaxsparse._zeros import nonzero
 from jaxsparse.transforms._enforce import enforce
 from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._mfac import forget_pruned
@@ -313,7 +314,7 @@ def _check_masked(params: PyTree, masks: PyTree) -> None:
     patterns.check_masks(masks, params)
     named = zip(leaves_with_paths(params), jax.tree.leaves(masks), strict=True)
     for (path, w), mask in named:
-        leaked = jnp.sum((w != 0) & ~mask)
+        leaked = jnp.sum(nonzero(w) & ~mask)
         if is_concrete(leaked) and int(leaked):
             raise ValueError(
                 f"{path}: {int(leaked)} weights are not zero under the adopted mask. "
@@ -345,7 +346,7 @@ def _regrew(new: PyTree, old: PyTree, axis_name: Any) -> Array:
 
 def _most_leaked(most: Array, params: PyTree, masks: PyTree, axis_name: Any) -> Array:
     leaks = jax.tree.map(
-        lambda w, mask: (w != 0) & ~mask if jnp.ndim(mask) else jnp.zeros((), bool),
+        lambda w, mask: nonzero(w) & ~mask if jnp.ndim(mask) else jnp.zeros((), bool),
         params,
         masks,
     )
