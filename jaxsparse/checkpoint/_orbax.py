@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxsparse import _checks, patterns
+from jaxsparse._text import shown
 from jaxsparse._typing import PyTree
 from jaxsparse.checkpoint import _files, _leaves, _lock, _reading, _stamp, _steps
 from jaxsparse.transforms import masks_of
@@ -122,7 +123,10 @@ def save(
     if masks is not None:
         patterns.check_masks(leaves["masks"], leaves["params"])
     encoded = {
-        item: {name: _leaves.encode(f"{item} {name}", x) for name, x in named.items()}
+        item: {
+            name: _leaves.encode(shown(f"{item} {name}"), x)
+            for name, x in named.items()
+        }
         for item, named in leaves.items()
     }
     _stamp.check_extra(extra)
@@ -230,14 +234,14 @@ def restore(
     except Exception as error:
         if fault is None and not isinstance(error, _files.Damaged):
             raise
-        said = str(error) if fault is None else f"{fault}; {error}"
+        said = shown(str(error) if fault is None else f"{fault}; {error}")
         raise ValueError(
             f"{path} is damaged: {said}. {_what_is_left(directory, step)}"
         ) from error
     if fault is not None:
         warnings.warn(
-            f"{path}: {fault}. All that was asked for is as it was saved; the rest of "
-            "this checkpoint may not be. Save it again.",
+            f"{path}: {shown(str(fault))}. All that was asked for is as it was saved; "
+            "the rest of this checkpoint may not be. Save it again.",
             stacklevel=2,
         )
 
@@ -361,7 +365,7 @@ def _mask_templates(stamp: dict[str, Any], params: dict[str, Any]) -> dict[str, 
     templates = {}
     for name, template in params.items():
         shape = tuple(records[name]["shape"])
-        place = _leaves.place_of(f"params {name}", template)
+        place = _leaves.place_of(shown(f"params {name}"), template)
         if isinstance(place, jax.sharding.NamedSharding) and shape != template.shape:
             axes = zip(place.spec, shape, strict=False)  # none for a scalar
             spec = [None if size == 1 else axis for axis, size in axes]

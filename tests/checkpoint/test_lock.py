@@ -126,15 +126,14 @@ print(lock._is_alive(owner, owner | {"processes": "pid:[1]"}, file))
 def test_a_process_of_another_container_is_known_by_its_lock(tmp_path):
     save(tmp_path, step=1, params=PARAMS)
     arguments = [_lock.__file__, str(tmp_path / _lock.NAME)]
-    look = lambda: subprocess.run(
-        [sys.executable, "-c", IS_ALIVE, *arguments],
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout.strip()
-    assert look() == "True"
+
+    def look():
+        command = [sys.executable, "-c", IS_ALIVE, *arguments]
+        return subprocess.run(command, capture_output=True, check=True).stdout.strip()
+
+    assert look() == b"True"
     os.close(_lock._kept[tmp_path / _lock.NAME].handle)  # as if it had ended
-    assert look() == "False"
+    assert look() == b"False"
 
 
 def test_threads_of_one_process_take_turns(tmp_path):
