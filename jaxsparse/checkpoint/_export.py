@@ -13,10 +13,12 @@ import numpy as np
 
 from jaxsparse import _checks
 from jaxsparse._checksums import checksum
+from jaxsparse._host import on_host, spans_processes
 from jaxsparse._text import shown
 from jaxsparse._typing import PyTree
 from jaxsparse.checkpoint import _note, _plain, _types
 from jaxsparse.checkpoint._leaves import named_leaves
+from jaxsparse.checkpoint._many import by_the_first
 from jaxsparse.checkpoint._npz import Npz, TooLarge, write_npz
 from jaxsparse.checkpoint._safetensors import Safetensors, write_safetensors
 from jaxsparse.structured import Drop
@@ -53,13 +55,14 @@ def export(
 
     Args:
       path: ends with `.npz` or `.safetensors`.
-      params: any pytree of arrays or Python numbers; numbers become arrays.
+      params: any pytree of arrays or Python numbers; numbers become arrays. Arrays that
+        lie on several processes are gathered: then all of them call it, and the first
+        one writes.
       drop: what was dropped, of `js.structured.select`.
 
     Raises:
-      ValueError: another ending; an array that lies on several processes; a mask (in
-        `masks` of a tree that has `params`) that does not fit its parameter; indices in
-        `drop` that are not of their groups.
+      ValueError: another ending; a mask (in `masks` of a tree that has `params`) that
+        does not fit its parameter; indices in `drop` that are not of their groups.
       OSError: the file cannot be written, for its folder or a full disk.
       TypeError: what is not an array of numbers or bools, or of a type that the format
         cannot keep (complex128 and longdouble in `.safetensors`), with its path.
@@ -89,7 +92,11 @@ def export(
     _note.check_masks({name: (x.shape, x.dtype) for name, x in arrays.items()})
     write = write_npz if npz else write_safetensors
     text = json.dumps(note)
-    _aside(path, lambda aside: write(aside, stored, text, zlib.crc32(text.encode())))
+    put = lambda aside: write(aside, stored, text, zlib.crc32(text.encode()))
+    if any(map(spans_processes, leaves.values())):
+        by_the_first(lambda: _aside(path, put), "export")
+    else:
+        _aside(path, put)
 
 
 def load_export(
@@ -168,19 +175,13 @@ def _on_host(name: str, x: Any) -> np.ndarray:
             f"{name}: got {x!r}, which has no value to write. Call export outside of "
             "jit, with arrays."
         )
-    if isinstance(x, jax.Array):
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            raise TypeError(
-                f"{name}: a typed random key, which other programs do not know. Leave "
-                "it out, or export jax.random.key_data of it."
-            )
-        if not x.is_fully_addressable:
-            raise ValueError(
-                f"{name}: its parts are on several processes, and a plain file is "
-                "written by one. Gather it with "
-                "jax.experimental.multihost_utils.process_allgather(x, tiled=True)."
-            )
-    array = np.asarray(x)
+    kind = getattr(x, "dtype", None)
+    if jax.dtypes.issubdtype(kind, jax.dtypes.prng_key):
+        raise TypeError(
+            f"{name}: a typed random key, which other programs do not know. Leave it "
+            "out, or export jax.random.key_data of it."
+        )
+    array = on_host(x)
     if not _types.is_known(array.dtype):
         raise TypeError(
             f"{name}: only numbers and bools are exported, got {array.dtype} "

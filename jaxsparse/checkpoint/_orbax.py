@@ -6,17 +6,17 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxsparse import _checks, patterns
 from jaxsparse._text import shown
 from jaxsparse._typing import PyTree
 from jaxsparse.checkpoint import _files, _leaves, _lock, _reading, _stamp, _steps
+from jaxsparse.checkpoint._many import by_the_first
 from jaxsparse.transforms import masks_of
 
 
@@ -146,7 +146,7 @@ def save(
     )
 
     with _lock.SAVING:
-        _by_the_first(lambda: _steps.open_for_writing(directory))
+        by_the_first(lambda: _steps.open_for_writing(directory), "save")
         path = _steps.path_to_write(directory, step)
         with _whole_or_nothing(path), _reading.checkpointer() as checkpointer:
             checkpointer.save(
@@ -169,7 +169,7 @@ def save(
             if keep is not None:
                 _steps.remove_older(directory, step, keep)
 
-        _by_the_first(finish)
+        by_the_first(finish, "save")
     return directory / str(step)
 
 
@@ -381,21 +381,3 @@ def _masks_in(opt_state: PyTree) -> PyTree:
         return masks_of(opt_state)
     except ValueError:  # none, or in a state of one's own that hides their structure
         return None
-
-
-def _by_the_first(act: Callable[[], None]) -> None:
-    """What one process does while the others wait; if it cannot, all fail."""
-    error: Exception | None = None
-    if jax.process_index() == 0:
-        try:
-            act()
-        except Exception as caught:
-            error = caught
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        failed = multihost_utils.process_allgather(np.array(error is not None))
-        if np.any(failed) and error is None:
-            raise OSError("The first process could not save; its error says why.")
-    if error is not None:
-        raise error

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._host import on_host, spread_like
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.tracing import Kernel, Trace
 from jaxsparse.tree import MatrixView, from_matrices, to_matrices
@@ -103,7 +104,7 @@ def put(
         state.info[path] = _of_arrays(empty, info)._replace(seconds=0.0)
     known = to_matrices(state.masks[path], view)
     flat_mask = np.array(known.reshape(total, *known.shape[-2:]))
-    flat_mask[places] = np.asarray(mask)
+    flat_mask[places] = on_host(mask)
     state.masks[path] = np.asarray(from_matrices(flat_mask.reshape(known.shape), view))
     for whole, part in zip(state.info[path][:-1], info[:-1], strict=True):
         whole[places] = part
@@ -145,7 +146,7 @@ def result_of(
     for path, leaf in zip(traced.paths, jax.tree.leaves(params), strict=True):
         leaves.append(state.leaves.get(path, leaf))
         mask = state.masks.get(path)
-        masks.append(jnp.asarray(True) if mask is None else jnp.asarray(mask))
+        masks.append(jnp.asarray(True if mask is None else spread_like(mask, leaf)))
     shaped = {
         path: _of_arrays(lambda x, k=kernels[path]: x.reshape(k.view.batch), info)
         for path, info in state.info.items()

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsparse._host import on_host
 from jaxsparse.oneshot._fingerprint import differences
 from jaxsparse.oneshot._results import LayerInfo, Progress
 from jaxsparse.tracing import Trace
@@ -81,7 +82,8 @@ def resumed(directory: Any, state: Progress, trace: Trace, stages: Any) -> Progr
         )
     leaves = dict(zip(trace.paths, jax.tree.leaves(restored.params), strict=True))
     every = dict(zip(trace.paths, jax.tree.leaves(restored.masks), strict=True))
-    masks = {path: np.asarray(every[path]) for path in done}
+    # In one order in all processes, which gather them together.
+    masks = {path: on_host(every[path]) for path in solved}
     try:
         layers = {path: _layer(info[path]) for path in solved}
     except (KeyError, TypeError, ValueError) as error:

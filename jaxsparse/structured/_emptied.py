@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._host import on_host
 from jaxsparse._typing import PyTree
 from jaxsparse._zeros import nonzero
 from jaxsparse.structured._drop import Drop, drop_of
@@ -50,7 +51,7 @@ def zero_indices(
     leaves = dict(leaves_with_paths(params))
     here = [path for path in paths_of(slices) if path in leaves]
     used = {path: jnp.asarray(nonzero(leaves[path]), jnp.float32) for path in here}
-    marked = {name: np.array(n == 0) for name, n in sums(slices, used).items()}
+    marked = {name: np.array(on_host(n) == 0) for name, n in sums(slices, used).items()}
     for x in marked.values():
         x[x.all(-1), 0] = False
     return drop_of(marked)
