@@ -79,21 +79,31 @@ def take(directory: pathlib.Path) -> None:
 
 def _made(file: pathlib.Path, text: str) -> bool:
     """Makes the file, whole from the beginning, unless it is there."""
-    aside = file.with_name(f"{NAME}.{os.getpid()}.{secrets.token_hex(4)}")
-    aside.write_text(text)
+    aside = _beside(file)
     try:
-        os.link(aside, file)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
+        aside.write_text(text)
         try:
-            with open(file, "x") as made:
-                made.write(text)
+            os.link(aside, file)
         except FileExistsError:
             return False
+        except OSError:  # a file system without links
+            if file.exists():
+                return False
+            os.rename(aside, file)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: no file can be written into this directory, so no "
+            "checkpoint. Make room, or save into another directory",
+            os.fspath(file.parent),
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
     return True
+
+
+def _beside(file: pathlib.Path) -> pathlib.Path:
+    return file.with_name(f"{NAME}.{os.getpid()}.{secrets.token_hex(4)}")
 
 
 def _keep(file: pathlib.Path, own: dict[str, Any]) -> None:
@@ -129,7 +139,7 @@ def _leave() -> None:
 
 def _clear(file: pathlib.Path, text: str) -> None:
     """Takes a dead process's file away; not that which another has just made."""
-    aside = file.with_name(f"{NAME}.{os.getpid()}.{secrets.token_hex(4)}")
+    aside = _beside(file)
     try:
         os.rename(file, aside)
     except FileNotFoundError:

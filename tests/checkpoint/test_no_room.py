@@ -77,6 +77,29 @@ def test_in_the_words_of_orbax(tmp_path, monkeypatch, error, number):
         assert listed(tmp_path) == ["1"]
 
 
+def test_a_disk_that_has_no_room_for_a_lock(tmp_path, monkeypatch):
+    def full(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_text", full)
+        with pytest.raises(OSError, match="no file can be written into") as caught:
+            js.checkpoint.save(tmp_path, step=1, params=SMALL)
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def refused(*args):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    for step in (1, 2):
+        js.checkpoint.save(tmp_path, step=step, params=SMALL)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "1", "2"]
+
+
 @pytest.mark.parametrize("ending", [".npz", ".safetensors"])
 def test_a_full_disk_in_export(tmp_path, ending):
     file = tmp_path / f"m{ending}"
