@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._host import on_host
 from jaxsparse._typing import Array
 
 
@@ -100,11 +101,12 @@ def not_finite(
       What to raise.
     """
     said = f"batch {number}: the inputs of {path} hold NaN or Inf"
-    bad = np.flatnonzero(np.asarray(bad_inputs))
+    bad_inputs = on_host(bad_inputs)
+    bad = np.flatnonzero(bad_inputs)
     if len(bad):
         return ValueError(
             f"{said}, because array {bad[0]} of the batch does: "
-            f"{int(np.asarray(bad_inputs)[bad[0]])} entries. Leave the batch out, or "
+            f"{int(bad_inputs[bad[0]])} entries. Leave the batch out, or "
             "repair it."
         )
     wrong = [p for p, (nans, infs) in _counts(paths, leaves).items() if nans + infs]
@@ -129,7 +131,7 @@ def _counts(paths: Sequence[str], leaves: Sequence[Any]) -> dict[str, tuple[int,
     counts = _count([x for _, x in known])
     if not _checks.is_concrete(counts):
         return {}
-    pairs = zip(known, np.asarray(counts).tolist(), strict=True)
+    pairs = zip(known, on_host(counts).tolist(), strict=True)
     return {path: (nans, infs) for (path, _), (nans, infs) in pairs if nans + infs}
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration._capture import capture
 from jaxsparse.calibration._finite import (
@@ -126,7 +127,7 @@ def run(
 
 def _warn_unseen(stats: Statistics) -> None:
     for path in unseen(stats):
-        count = np.asarray(stats.of(path).count)
+        count = on_host(stats.of(path).count)
         at = [",".join(map(str, place)) for place in np.argwhere(count == 0)]
         where = f" (batch index {'; '.join(at)})" if count.ndim else ""
         warnings.warn(
@@ -213,8 +214,8 @@ def _check_flags(
     leaves: list[Any],
 ) -> None:
     for number, (whole, bad_inputs) in enumerate(flags):
-        if _checks.is_concrete(whole) and not np.all(whole):
-            first = names[int(np.argmin(whole))]
+        if _checks.is_concrete(whole) and not np.all(found := on_host(whole)):
+            first = names[int(np.argmin(found))]
             raise not_finite(first, number, bad_inputs, paths, leaves)
 
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks
+from jaxsparse._host import on_host
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.calibration._statistics import InputStats, Statistics
@@ -271,7 +272,7 @@ def unseen(stats: Statistics) -> dict[str, int]:
       {'experts/kernel': 1}
     """
     empty = {
-        path: int(np.sum(np.asarray(stats.of(path).count) == 0)) for path in stats.paths
+        path: int(np.sum(on_host(stats.of(path).count) == 0)) for path in stats.paths
     }
     return {path: n for path, n in empty.items() if n}
 

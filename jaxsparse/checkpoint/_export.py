@@ -13,9 +13,14 @@ import numpy as np
 
 from jaxsparse import _checks
 from jaxsparse._checksums import checksum
+from jaxsparse._host import on_host, spans_processes
+from jaxsparse._text import shown
 from jaxsparse._typing import PyTree
-from jaxsparse.checkpoint import _plain
+from jaxsparse.checkpoint import _note, _plain, _types
 from jaxsparse.checkpoint._leaves import named_leaves
+from jaxsparse.checkpoint._many import by_the_first
+from jaxsparse.checkpoint._npz import Npz, TooLarge, write_npz
+from jaxsparse.checkpoint._safetensors import Safetensors, write_safetensors
 from jaxsparse.structured import Drop
 
 
@@ -50,11 +55,15 @@ def export(
 
     Args:
       path: ends with `.npz` or `.safetensors`.
-      params: any pytree of arrays or Python numbers; numbers become arrays.
+      params: any pytree of arrays or Python numbers; numbers become arrays. Arrays that
+        lie on several processes are gathered: then all of them call it, and the first
+        one writes.
       drop: what was dropped, of `js.structured.select`.
 
     Raises:
-      ValueError: another ending; an array that lies on several processes.
+      ValueError: another ending; a mask (in `masks` of a tree that has `params`) that
+        does not fit its parameter; indices in `drop` that are not of their groups.
+      OSError: the file cannot be written, for its folder or a full disk.
       TypeError: what is not an array of numbers or bools, or of a type that the format
         cannot keep (complex128 and longdouble in `.safetensors`), with its path.
 
@@ -70,27 +79,38 @@ def export(
     path = _checked(path)
     npz = path.suffix == ".npz"
     leaves = named_leaves(params)
-    arrays = {name: _on_host(name, x) for name, x in leaves.items()}
-    stored = {name: _plain.stored(name, x, npz=npz) for name, x in arrays.items()}
+    arrays = {name: _on_host(shown(name), x) for name, x in leaves.items()}
+    stored = {
+        name: _plain.stored(shown(name), x, npz=npz) for name, x in arrays.items()
+    }
     note: dict[str, Any] = {
-        "types": {name: _plain.type_name(x.dtype) for name, x in arrays.items()},
+        "types": {name: _types.type_name(x.dtype) for name, x in arrays.items()},
         "shapes": {name: x.shape for name, x in arrays.items()},
         "crc32": {name: checksum(x) for name, x in stored.items()},
     }
-    if drop is not None:
-        indices = {n: np.asarray(i).tolist() for n, i in drop.indices.items()}
-        sizes = {n: int(size) for n, size in drop.sizes.items()}
-        note["drop"] = {"indices": indices, "sizes": sizes}
-    write = _plain.write_npz if npz else _plain.write_safetensors
+    note |= _note.of_drop(drop)
+    _note.check_masks({name: (x.shape, x.dtype) for name, x in arrays.items()})
+    write = write_npz if npz else write_safetensors
     text = json.dumps(note)
-    _aside(path, lambda aside: write(aside, stored, text, zlib.crc32(text.encode())))
+    put = lambda aside: write(aside, stored, text, zlib.crc32(text.encode()))
+    if any(map(spans_processes, leaves.values())):
+        by_the_first(lambda: _aside(path, put), "export")
+    else:
+        _aside(path, put)
 
 
-def load_export(path: str | os.PathLike[str]) -> Exported:
+def load_export(
+    path: str | os.PathLike[str], *, max_bytes: int | None = None
+) -> Exported:
     """Reads what `export` wrote.
+
+    A file may be from anyone: no code in it is run, and what its headers promise is
+    compared with the file before it is read.
 
     Args:
       path: of the file.
+      max_bytes: what the file may unpack to. None allows 16 times its size, which a
+        file of `export` never needs; another program may have compressed it further.
 
     Returns:
       NumPy arrays by path, from both formats and with any setting of `jax_enable_x64`,
@@ -101,7 +121,8 @@ def load_export(path: str | os.PathLike[str]) -> Exported:
 
     Raises:
       ValueError: another ending than `.npz` or `.safetensors`, a file that `export`
-        did not write, or one that is damaged: each array is checked against the
+        did not write, one that unpacks to more than `max_bytes`, one with a mask that
+        fits no parameter, or one that is damaged: each array is checked against the
         CRC-32 that was written with it. (Files written before there were any are read
         unchecked.)
 
@@ -118,17 +139,22 @@ def load_export(path: str | os.PathLike[str]) -> Exported:
       (2, 3)
     """
     path = _checked(path)
-    reader = _plain.Npz if path.suffix == ".npz" else _plain.Safetensors
+    if max_bytes is not None:
+        _checks.check_positive_int(max_bytes, name="max_bytes")
+    reader = Npz if path.suffix == ".npz" else Safetensors
     with open(path, "rb") as file:
-        opened = _read(path, "the file", lambda: reader(file))
-        if opened.note is None:
+        opened = _read(path, "the file", lambda: reader(file, max_bytes))
+        text = opened.note
+        if text is None:
             raise ValueError(f"{path}: not a file of js.checkpoint.export.")
-        note = _read(path, "its text", lambda: _parsed(opened))
+        note = _read(path, "its text", lambda: _note.parsed(text, opened.crc))
         # In the order of the leaves, which files do not keep.
         params = {
             name: _read(path, name, lambda n=name: _parameter(opened, note, n))
             for name in note["types"]
         }
+    kinds = {name: (x.shape, x.dtype) for name, x in params.items()}
+    _read(path, "what it holds", lambda: _note.check_masks(kinds))
     dropped = note.get("drop")
     if dropped is None:
         return Exported(params, None)
@@ -149,20 +175,14 @@ def _on_host(name: str, x: Any) -> np.ndarray:
             f"{name}: got {x!r}, which has no value to write. Call export outside of "
             "jit, with arrays."
         )
-    if isinstance(x, jax.Array):
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            raise TypeError(
-                f"{name}: a typed random key, which other programs do not know. Leave "
-                "it out, or export jax.random.key_data of it."
-            )
-        if not x.is_fully_addressable:
-            raise ValueError(
-                f"{name}: its parts are on several processes, and a plain file is "
-                "written by one. Gather it with "
-                "jax.experimental.multihost_utils.process_allgather(x, tiled=True)."
-            )
-    array = np.asarray(x)
-    if not _plain.is_number(array.dtype):
+    kind = getattr(x, "dtype", None)
+    if jax.dtypes.issubdtype(kind, jax.dtypes.prng_key):
+        raise TypeError(
+            f"{name}: a typed random key, which other programs do not know. Leave it "
+            "out, or export jax.random.key_data of it."
+        )
+    array = on_host(x)
+    if not _types.is_known(array.dtype):
         raise TypeError(
             f"{name}: only numbers and bools are exported, got {array.dtype} "
             f"({type(x).__name__}). Leave it out, or turn it into an array of numbers."
@@ -170,17 +190,8 @@ def _on_host(name: str, x: Any) -> np.ndarray:
     return array
 
 
-def _parsed(opened: Any) -> dict[str, Any]:
-    note = json.loads(opened.note)
-    found = zlib.crc32(opened.note.encode())
-    # A file from before there were checksums has neither.
-    if ("crc32" in note or opened.crc is not None) and found != opened.crc:
-        raise ValueError(f"its CRC-32 is {found}, that written with it {opened.crc}")
-    return note
-
-
 def _parameter(opened: Any, note: dict[str, Any], name: str) -> np.ndarray:
-    dtype = _plain.type_of(note["types"][name])
+    dtype = _types.type_of(note["types"][name])
     stored = opened.read(name)
     if "crc32" in note:
         shape = tuple(note["shapes"][name])
@@ -195,7 +206,7 @@ def _parameter(opened: Any, note: dict[str, Any], name: str) -> np.ndarray:
             raise ValueError(
                 f"its CRC-32 is {found}, that written with it {note['crc32'][name]}"
             )
-    elif not _plain.is_foreign(dtype):
+    elif not _types.is_foreign(dtype):
         # JAX had cut it to 32 bits before it was written.
         return stored
     return stored if stored.dtype == dtype else _plain.retyped(stored, dtype)
@@ -206,21 +217,36 @@ def _read(path: pathlib.Path, what: str, read: Callable[[], Any]) -> Any:
         return read()
     # Of what is damaged, readers make errors of every kind.
     except Exception as error:
-        said = str(error) or type(error).__name__
+        said = shown(str(error) or type(error).__name__)
+        if isinstance(error, TooLarge):
+            raise ValueError(
+                f"{path}: {said}. If you know who made it and expect that much, call "
+                "load_export with a larger max_bytes."
+            ) from None
         raise ValueError(
-            f"{path}: {what} cannot be read as it was written: {said}. The file is "
-            "damaged, or was changed by another program. Take a copy of it, or export "
-            "the parameters again."
+            f"{path}: {shown(what)} cannot be read as it was written: {said}. The file "
+            "is damaged, or was changed by another program. Take a copy of it, or "
+            "export the parameters again."
         ) from error
 
 
 def _aside(path: pathlib.Path, write: Callable[[str], None]) -> None:
     """Writes beside a file, then takes its place: it is whole or as it was."""
-    handle, aside = tempfile.mkstemp(path.suffix, f".{path.stem}-", path.parent)
-    os.close(handle)
+    aside: str | None = None
     try:
+        handle, aside = tempfile.mkstemp(path.suffix, f".{path.stem}-", path.parent)
+        os.close(handle)
         write(aside)
         os.replace(aside, path)
-    except BaseException:
-        pathlib.Path(aside).unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        if aside is not None:
+            pathlib.Path(aside).unlink(missing_ok=True)
+        if not isinstance(error, OSError) or error.errno is None:
+            raise
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: the parameters could not be exported to this file. "
+            "What was there is as it was. Make room, change the permissions of its "
+            "folder, or export to another one",
+            os.fspath(path),
+        ) from error

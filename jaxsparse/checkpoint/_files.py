@@ -15,7 +15,10 @@ import json
 import os
 import pathlib
 import zlib
+from collections.abc import Callable
 from typing import Any
+
+from jaxsparse.checkpoint import _schema
 
 STAMP = "stamp"
 _TEXT = "metadata"  # as orbax calls it
@@ -89,8 +92,7 @@ def check_stamp(stamp: dict[str, Any]) -> None:
       Damaged: it was changed.
     """
     _check_crc(stamp, f"{STAMP}/{_TEXT}")
-    if not isinstance(stamp.get("leaves"), dict):
-        raise Damaged(f"{STAMP}/{_TEXT} has no leaves")
+    _of_schema(f"{STAMP}/{_TEXT}", lambda: _schema.check_content(stamp))
 
 
 def check(path: pathlib.Path, stamp: dict[str, Any], *, up_to: int | None) -> None:
@@ -107,6 +109,7 @@ def check(path: pathlib.Path, stamp: dict[str, Any], *, up_to: int | None) -> No
     if (path / STAMP / _LIST).exists():
         listed = _read(path, f"{STAMP}/{_LIST}")
         _check_crc(listed, f"{STAMP}/{_LIST}", needed=True)
+        _of_schema(f"{STAMP}/{_LIST}", lambda: _schema.check_list(listed))
         for name, (size, crc) in listed["files"].items():
             found = _size(path / name)
             if found != size:
@@ -150,11 +153,19 @@ def is_whole(path: pathlib.Path, newest_format: int) -> bool:
 def _read(path: pathlib.Path, name: str) -> dict[str, Any]:
     try:
         found = json.loads((path / name).read_bytes())
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+    # UnicodeDecodeError is a ValueError; lists may be nested too deeply to read.
+    except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{name} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise Damaged(f"{name} holds no dictionary")
     return found
+
+
+def _of_schema(name: str, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except ValueError as error:
+        raise Damaged(f"{name} is none of js.checkpoint.save: {error}") from error
 
 
 def _check_crc(content: dict[str, Any], name: str, *, needed: bool = False) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._text import path_text, shown
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.checkpoint import _packing
 from jaxsparse.tree import leaves_with_paths
@@ -35,11 +36,13 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     Returns:
       A dictionary in the order of `jax.tree.leaves`. A bare leaf is called `value`; of
       two leaves with the same text (`{"a": {"b": x}, "a/b": y}`) the second gets a
-      prime.
+      prime. Control characters are kept: what shows a name escapes them.
     """
     named: dict[str, Any] = {}
-    for path, leaf in leaves_with_paths(tree):
-        name = path or "value"
+    keys, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for (path, leaf), (key_path, _) in zip(leaves_with_paths(tree), keys, strict=True):
+        plain = path_text(key_path)
+        name = (plain if shown(plain) == path else path) or "value"
         while name in named:
             name += "'"
         named[name] = leaf

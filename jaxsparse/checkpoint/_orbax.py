@@ -1,17 +1,22 @@
 """`save` and `restore`: parameters, optimizer state and masks, through orbax."""
 
+import contextlib
 import errno
 import os
 import pathlib
+import re
 import warnings
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
 from jaxsparse import _checks, patterns
+from jaxsparse._text import shown
 from jaxsparse._typing import PyTree
-from jaxsparse.checkpoint import _files, _leaves, _reading, _stamp, _steps
+from jaxsparse.checkpoint import _files, _leaves, _lock, _reading, _stamp, _steps
+from jaxsparse.checkpoint._many import by_the_first
 from jaxsparse.transforms import masks_of
 
 
@@ -59,8 +64,13 @@ def save(
     The stamp holds the CRC-32 of each leaf: one more pass over the arrays where they
     are, and no copy of what is on the host.
 
-    The directory belongs to one training; two that save into it at once would clear
-    away each other's work. With many processes each of them calls `save`, and all see
+    The directory belongs to one run: the first `save` puts a file `.lock` into it, with
+    the host and the process, and another run gets an error at its own first one. It
+    goes when the process ends, and is taken over from one that was killed. Of another
+    host that cannot be seen: where jobs are restarted on another machine, delete it
+    before they begin.
+
+    With many processes each of them calls `save`, and all see
     the directory; of arrays that are local to each, the first process writes its own.
     A crash of the machine, not of the process, may lose what its file
     system had not yet written.
@@ -85,8 +95,8 @@ def save(
       ValueError: a negative step, masks that do not fit `params`, a directory that is
         an address.
       TypeError: a leaf, a step or an `extra` that cannot be saved.
-      OSError: the directory cannot be made or written to, or holds something of the
-        step's name that is not a checkpoint.
+      OSError: the directory cannot be made or written to, is full, is another run's, or
+        holds something of the step's name that is not a checkpoint.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, optax, jaxsparse as js
@@ -113,7 +123,10 @@ def save(
     if masks is not None:
         patterns.check_masks(leaves["masks"], leaves["params"])
     encoded = {
-        item: {name: _leaves.encode(f"{item} {name}", x) for name, x in named.items()}
+        item: {
+            name: _leaves.encode(shown(f"{item} {name}"), x)
+            for name, x in named.items()
+        }
         for item, named in leaves.items()
     }
     _stamp.check_extra(extra)
@@ -132,28 +145,31 @@ def save(
         extra=extra,
     )
 
-    if jax.process_index() == 0:
-        _steps.open_for_writing(directory)
-    _wait_for_all("jaxsparse.checkpoint.save:opened")
-    path = _steps.path_to_write(directory, step)
-    with _reading.checkpointer() as checkpointer:
-        checkpointer.save(
-            path,
-            args=ocp.args.Composite(
-                **{_files.STAMP: ocp.args.JsonSave(stamp)},
-                **{
-                    item: ocp.args.PyTreeSave(named)
-                    for item, named in arrays.items()
-                    if named
-                },
-            ),
-        )
-    if jax.process_index() == 0:
-        _files.list_files(path)
-        _steps.put_in_place(path)
-        if keep is not None:
-            _steps.remove_older(directory, step, keep)
-    _wait_for_all("jaxsparse.checkpoint.save:done")
+    with _lock.SAVING:
+        by_the_first(lambda: _steps.open_for_writing(directory), "save")
+        path = _steps.path_to_write(directory, step)
+        with _whole_or_nothing(path), _reading.checkpointer() as checkpointer:
+            checkpointer.save(
+                path,
+                args=ocp.args.Composite(
+                    **{_files.STAMP: ocp.args.JsonSave(stamp)},
+                    **{
+                        item: ocp.args.PyTreeSave(named)
+                        for item, named in arrays.items()
+                        if named
+                    },
+                ),
+            )
+
+        def finish() -> None:
+            with _whole_or_nothing(path):
+                _files.check(path, stamp, up_to=None)
+                _files.list_files(path)
+            _steps.put_in_place(path)
+            if keep is not None:
+                _steps.remove_older(directory, step, keep)
+
+        by_the_first(finish, "save")
     return directory / str(step)
 
 
@@ -218,14 +234,14 @@ def restore(
     except Exception as error:
         if fault is None and not isinstance(error, _files.Damaged):
             raise
-        said = str(error) if fault is None else f"{fault}; {error}"
+        said = shown(str(error) if fault is None else f"{fault}; {error}")
         raise ValueError(
             f"{path} is damaged: {said}. {_what_is_left(directory, step)}"
         ) from error
     if fault is not None:
         warnings.warn(
-            f"{path}: {fault}. All that was asked for is as it was saved; the rest of "
-            "this checkpoint may not be. Save it again.",
+            f"{path}: {shown(str(fault))}. All that was asked for is as it was saved; "
+            "the rest of this checkpoint may not be. Save it again.",
             stacklevel=2,
         )
 
@@ -241,6 +257,42 @@ def restore(
         masks=fill(params, "masks") if "masks" in read else _masks_in(opt_state),
         extra=stamp["extra"],
     )
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(path: pathlib.Path) -> Generator[None]:
+    """Where writing a checkpoint fails, nothing of it is left."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_index() == 0:
+            _steps.clear(path)
+        code = _system_error(error)
+        if code is None:
+            raise
+        raise OSError(
+            code,
+            f"{os.strerror(code)}: this checkpoint could not be written. Nothing is "
+            "left of it, and those before it are as they were. Make room, or save into "
+            "another directory",
+            os.fspath(path),
+        ) from error
+
+
+def _system_error(error: BaseException | None) -> int | None:
+    """The number of what the system refused, which orbax says in words of its own."""
+    if isinstance(error, _files.Damaged):  # by others, while it was written
+        return errno.EIO
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        if found:
+            return int(found[1])
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return errno.ENOSPC
+        error = error.__cause__
+    return None
 
 
 def _find(directory: pathlib.Path, step: Any) -> tuple[int, pathlib.Path]:
@@ -313,7 +365,7 @@ def _mask_templates(stamp: dict[str, Any], params: dict[str, Any]) -> dict[str, 
     templates = {}
     for name, template in params.items():
         shape = tuple(records[name]["shape"])
-        place = _leaves.place_of(f"params {name}", template)
+        place = _leaves.place_of(shown(f"params {name}"), template)
         if isinstance(place, jax.sharding.NamedSharding) and shape != template.shape:
             axes = zip(place.spec, shape, strict=False)  # none for a scalar
             spec = [None if size == 1 else axis for axis, size in axes]
@@ -329,9 +381,3 @@ def _masks_in(opt_state: PyTree) -> PyTree:
         return masks_of(opt_state)
     except ValueError:  # none, or in a state of one's own that hides their structure
         return None
-
-
-def _wait_for_all(name: str) -> None:
-    # Files are renamed and deleted by one process while the others wait.
-    if jax.process_count() > 1:
-        ocp.utils.sync_global_processes(name)

@@ -4,13 +4,13 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxsparse._checksums import checksums
-from jaxsparse.checkpoint import _leaves, _packing
-from jaxsparse.checkpoint._files import Damaged
+from jaxsparse._text import shown
+from jaxsparse.checkpoint import _leaves, _packing, _types
+from jaxsparse.checkpoint._files import STAMP, Damaged
 
 Tree = dict[str, dict[str, Any]]
 
@@ -54,9 +54,13 @@ def read(
     Raises:
       Damaged: arrays that cannot be read, or whose CRC-32 is not that of the stamp.
     """
+    _check_axes(stamp)
     records = stamp["leaves"]
     places = {
-        item: {name: _leaves.place_of(f"{item} {name}", x) for name, x in named.items()}
+        item: {
+            name: _leaves.place_of(shown(f"{item} {name}"), x)
+            for name, x in named.items()
+        }
         for item, named in templates.items()
     }
     args = {
@@ -73,7 +77,7 @@ def read(
     return {
         item: {
             name: _leaves.decode(
-                f"{item} {name}",
+                shown(f"{item} {name}"),
                 written[item].get(name) if item in written else None,
                 records[item][name],
                 template,
@@ -95,6 +99,7 @@ def check_arrays(path: pathlib.Path, stamp: dict[str, Any]) -> None:
     Raises:
       Damaged: one that cannot be read, or whose CRC-32 is not that of the stamp.
     """
+    _check_axes(stamp)
     for item, records in stamp["leaves"].items():
         for name in records:
             if _leaves.is_written(records[name]):
@@ -173,6 +178,17 @@ def _check(written: Tree, stamp: dict[str, Any]) -> None:
                 )
 
 
+def _check_axes(stamp: dict[str, Any]) -> None:
+    for item, records in stamp["leaves"].items():
+        for name, record in records.items():
+            axis, axes = record.get("packed_axis"), len(record["shape"])
+            if axis is not None and axis >= axes:
+                raise Damaged(
+                    f"{STAMP}/metadata says that {item} {name} is packed along axis "
+                    f"{axis} of {axes}"
+                )
+
+
 def _written_as(record: _leaves.Record) -> tuple[tuple[int, ...], np.dtype] | None:
     """Shape and type on disk; None for typed keys, whose data JAX defines."""
     if "impl" in record:
@@ -180,4 +196,4 @@ def _written_as(record: _leaves.Record) -> tuple[tuple[int, ...], np.dtype] | No
     shape = tuple(record["shape"])
     if "packed_axis" in record:
         return _packing.packed_shape(shape, record["packed_axis"]), np.dtype(np.uint8)
-    return shape, jnp.dtype(record["dtype"])
+    return shape, _types.type_of(record["dtype"])

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse._text import shown
 from jaxsparse._typing import PyTree
 from jaxsparse._version import __version__
 from jaxsparse.checkpoint._files import sealed
@@ -99,10 +100,10 @@ def check_version(stamp: dict[str, Any], *, path: Any) -> None:
     if not isinstance(got, int):
         raise ValueError(f"{path} is not a checkpoint of jaxsparse: no format version.")
     if got > FORMAT:
+        by = shown(str(stamp.get("jaxsparse")))
         raise ValueError(
-            f"{path} has format version {got}, written by jaxsparse "
-            f"{stamp.get('jaxsparse')}; jaxsparse {__version__} reads versions up to "
-            f"{FORMAT}. Upgrade jaxsparse to read it."
+            f"{path} has format version {got}, written by jaxsparse {by}; jaxsparse "
+            f"{__version__} reads up to version {FORMAT}. Upgrade jaxsparse to read it."
         )
 
 
@@ -126,7 +127,10 @@ def check_leaves(
             f"{path} holds no {item}: it was saved without. Leave {item} out of this "
             "call, and initialize it anew."
         )
-    asked = {name: describe(f"{item} {name}", leaf) for name, leaf in templates.items()}
+    asked = {
+        name: describe(shown(f"{item} {name}"), leaf)
+        for name, leaf in templates.items()
+    }
     differ = [
         name
         for name, leaf in templates.items()
@@ -242,5 +246,5 @@ def _text(record: Record) -> str:
 
 
 def _few(words: list[str], most: int = 4, sep: str = ", ") -> str:
-    shown = sep.join(words[:most])
-    return shown if len(words) <= most else f"{shown} and {len(words) - most} more"
+    first = shown(sep.join(words[:most]))
+    return first if len(words) <= most else f"{first} and {len(words) - most} more"

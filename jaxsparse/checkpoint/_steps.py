@@ -6,7 +6,8 @@ In a directory of checkpoints there are
 - `7.orbax-checkpoint-tmp`: being written, or left by a process killed in mid-save;
 - `7.replacement`: step 7 saved once more, whole, and not yet in the place of `7`. It
   counts before `7`, which may be gone already;
-- `7.removed`: being deleted. It is renamed first, so that no half-deleted `7` is seen.
+- `7.removed`: being deleted. It is renamed first, so that no half-deleted `7` is seen;
+- `.lock`: which run saves here (see `_lock`).
 
 Anything else belongs to others and is neither read nor touched. A checkpoint of which
 files are missing, cut off or changed (see `_files`) is not listed; it is still ours, to
@@ -23,7 +24,7 @@ import shutil
 from typing import Any
 
 from jaxsparse import _checks
-from jaxsparse.checkpoint import _files
+from jaxsparse.checkpoint import _files, _lock
 from jaxsparse.checkpoint._stamp import FORMAT
 
 _REPLACEMENT = ".replacement"
@@ -174,13 +175,13 @@ def whole(directory: pathlib.Path) -> dict[int, pathlib.Path]:
 
 
 def open_for_writing(directory: pathlib.Path) -> None:
-    """Makes the directory, and tidies up what a killed process left in it.
+    """Makes the directory, takes it, and tidies up what a killed process left in it.
 
     Args:
       directory: where checkpoints go.
 
     Raises:
-      OSError: it cannot be made or written to.
+      OSError: it cannot be made or written to, or is another run's.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -197,6 +198,7 @@ def open_for_writing(directory: pathlib.Path) -> None:
             "change its permissions",
             os.fspath(directory),
         )
+    _lock.take(directory)
     for path in sorted(directory.iterdir()):
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path)
@@ -205,6 +207,18 @@ def open_for_writing(directory: pathlib.Path) -> None:
                 put_in_place(path)
             else:  # damaged, and what it was to replace is there
                 remove(path)
+
+
+def clear(path: pathlib.Path) -> None:
+    """Deletes what a save that failed has written of a step.
+
+    Args:
+      path: where it was to be, of `path_to_write`.
+    """
+    for left in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(left, ignore_errors=True)
+    if path.exists():
+        remove(path)
 
 
 def path_to_write(directory: pathlib.Path, step: int) -> pathlib.Path:

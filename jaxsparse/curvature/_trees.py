@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.tree import leaves_with_paths
 
@@ -254,7 +255,7 @@ def check_finite(paths, grads, sums) -> None:
     suspect = [(path, g) for path, g, s in parts if not finite(s)]
     for path, g in suspect:
         axes = tuple(range(1, g.ndim))
-        bad = np.flatnonzero(~np.asarray(jnp.all(jnp.isfinite(g), axis=axes)))
+        bad = np.flatnonzero(~on_host(jnp.all(jnp.isfinite(g), axis=axes)))
         if bad.size:
             raise ValueError(
                 f"{path}: {bad.size} of {g.shape[0]} gradients hold NaN or Inf, the "

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks, patterns, solvers
+from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats
 from jaxsparse.calibration._finite import check_params
@@ -283,7 +284,7 @@ def _solve_bundle(
 ) -> list[tuple[str, Found]]:
     """Solves the kernels of a bundle."""
     found = []
-    blind = np.asarray(never_seen(stats.square))
+    blind = on_host(never_seen(stats.square))
     for unit in bundle.units:
         view = kernels[unit.path].view
         stored = matrices = matrices_at(walk.leaves[unit.path], unit.places, view)
@@ -312,10 +313,10 @@ def _solve_bundle(
             error=nan_at(blind, solved.info.error),
             relative_error=nan_at(blind, solved.info.relative_error),
             masked_error=nan_at(blind, masked),
-            damping=np.asarray(solved.info.damping),
-            dead=np.asarray(solved.info.dead),
-            rows=np.asarray(stats.count),
-            sparsity=1 - np.asarray(kept),
+            damping=on_host(solved.info.damping),
+            dead=on_host(solved.info.dead),
+            rows=on_host(stats.count),
+            sparsity=1 - on_host(kept),
             seconds=seconds,
         )
         entry = Found(solved.w, solved.mask, unit.places, info)
@@ -340,15 +341,16 @@ def _solve_places(matrices, before, evidence, sparsity, gram, solver, pattern):
 
 
 def _check(unit: Unit, solved: solvers.Solved, stats: InputStats) -> None:
-    failed = np.flatnonzero(np.asarray(solved.info.failed))
+    failed = np.flatnonzero(on_host(solved.info.failed))
     if len(failed):
         at = "" if not unit.places.any() else f" (batch index {unit.places[failed[0]]})"
-        diagonal = np.asarray(stats.square[failed[0]])
+        diagonal = on_host(stats.square)[failed[0]]
+        rows = float(on_host(stats.count)[failed[0]])
+        damping = float(on_host(solved.info.damping)[failed[0]])
         raise ValueError(
             f"{unit.path}{at}: its gram matrix is not positive definite, from "
-            f"{float(stats.count[failed[0]]):.0f} rows of {diagonal.size} inputs, "
-            f"diagonal {diagonal.min():.3g} to {diagonal.max():.3g}, damping "
-            f"{float(solved.info.damping[failed[0]]):.3g}. More rows help, or a larger "
-            "rel_damping: solver=functools.partial(js.solvers.sparsegpt, "
+            f"{rows:.0f} rows of {diagonal.size} inputs, diagonal {diagonal.min():.3g} "
+            f"to {diagonal.max():.3g}, damping {damping:.3g}. More rows help, or a "
+            "larger rel_damping: solver=functools.partial(js.solvers.sparsegpt, "
             "rel_damping=0.1)."
         )

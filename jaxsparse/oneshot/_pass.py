@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.calibration import InputStats, RunningStats, finalize, init, merge
 from jaxsparse.calibration._capture import capture_at
@@ -69,7 +70,7 @@ class Pass:
             flat = self._programs[key][0].flat
             numbers = flat.arguments[len(self._paths) :]
             values = jax.tree.leaves(inputs)
-            values = list(map(np.asarray, values)) if host else values
+            values = list(map(on_host, values)) if host else values
             self._batches.append((key, dict(zip(numbers, values, strict=True))))
         pieces, self.stages, _ = next(iter(self._programs.values()))
         value = lambda x: self._value(pieces, x, {})
@@ -98,15 +99,13 @@ class Pass:
             else:
                 total = [merge(a, b) for a, b in zip(total, found, strict=True)]
         assert total is not None, "there is at least one batch"
-        if not np.all(finite(total)):
+        if not np.all(on_host(finite(total))):
             raise self._first_not_finite(index)
         return [finalize(state) for state in total]
 
     def _first_not_finite(self, index: int) -> ValueError:
         """Which batch it was: each is seen once more."""
-        each = (
-            np.asarray(finite(self._see(n, index))) for n in range(len(self._batches))
-        )
+        each = (on_host(finite(self._see(n, index))) for n in range(len(self._batches)))
         number, whole = next((n, w) for n, w in enumerate(each) if not np.all(w))
         name = self.stages[index].bundles[int(np.argmin(whole))].name
         flags = input_flags(self._inputs[number])
@@ -141,7 +140,7 @@ class Pass:
             new = dict(zip(missing, self._run(pieces, missing, live), strict=True))
             live = {**{x: live[x] for x in wanted if x in live}, **new}
             if self._host:
-                live = jax.tree.map(np.asarray, live)
+                live = jax.tree.map(on_host, live)
             self._batches[number] = key, live
 
     def _run(self, pieces: Pieces, wanted: Any, live: dict[int, Any]) -> list[Array]:

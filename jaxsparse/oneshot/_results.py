@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._host import on_host, spread_like
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.tracing import Kernel, Trace
 from jaxsparse.tree import MatrixView, from_matrices, to_matrices
@@ -121,7 +122,7 @@ def put(
         state.info[path] = _of_arrays(empty, info)._replace(seconds=0.0)
     known = to_matrices(state.masks[path], view)
     flat_mask = np.array(known.reshape(total, *known.shape[-2:]))
-    flat_mask[places] = np.asarray(mask)
+    flat_mask[places] = on_host(mask)
     state.masks[path] = np.asarray(from_matrices(flat_mask.reshape(known.shape), view))
     for whole, part in zip(state.info[path][:-1], info[:-1], strict=True):
         whole[places] = part
@@ -172,7 +173,9 @@ def result_of(
     for path, leaf, other in zip(traced.paths, given, rest, strict=True):
         leaves.append(state.leaves.get(path, leaf))
         mask, sharding = state.masks.get(path), getattr(leaf, "sharding", None)
-        masks.append(other if mask is None else jax.device_put(mask, sharding))
+        if mask is not None:
+            other = jax.device_put(spread_like(mask, leaf), sharding)
+        masks.append(other)
     shaped = {
         path: _of_arrays(lambda x, k=kernels[path]: x.reshape(k.view.batch), info)
         for path, info in state.info.items()

@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsparse._host import on_host
 from jaxsparse.oneshot._fingerprint import differences
 from jaxsparse.oneshot._results import LayerInfo, Progress
 from jaxsparse.tracing import Trace
 
 _SHOWN = 4
+_TYPES = {x: np.dtype(x) for x in ("bool", "int32", "int64", "float32", "float64")}
 
 
 def saved(directory: Any, state: Progress, trace: Trace) -> None:
@@ -71,20 +73,34 @@ def resumed(directory: Any, state: Progress, trace: Trace, stages: Any) -> Progr
     if info is not None:
         _check_run(directory, restored.extra.get("run"), state.run)
     done = {u.path for s in stages[: restored.step] for b in s.bundles for u in b.units}
-    if info is None or done != set(restored.extra["solved"]):
+    solved = restored.extra.get("solved")
+    if info is None or not isinstance(solved, list) or sorted(done) != solved:
         raise ValueError(
             f"{directory}: a checkpoint of another run: it has solved "
-            f"{restored.extra.get('solved')}, this one would have solved "
+            f"{solved}, this one would have solved "
             f"{sorted(done)} after {restored.step} stages. Give another directory."
         )
     leaves = dict(zip(trace.paths, jax.tree.leaves(restored.params), strict=True))
     every = dict(zip(trace.paths, jax.tree.leaves(restored.masks), strict=True))
-    masks = {path: np.asarray(every[path]) for path in done}
-    layers: dict[str, LayerInfo] = {}
-    for path, (*arrays, seconds) in info.items():
-        found = [np.array(x, dtype) for x, dtype in arrays]
-        layers[path] = LayerInfo._make([*found, seconds])
+    # In one order in all processes, which gather them together.
+    masks = {path: on_host(every[path]) for path in solved}
+    try:
+        layers = {path: _layer(info[path]) for path in solved}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{directory}: what its checkpoint says of the layers that are solved is "
+            f"not what layerwise wrote ({type(error).__name__}: {error}). Give another "
+            "directory, or delete this one to begin anew."
+        ) from error
     return Progress(restored.step, leaves, masks, layers, state.run)
+
+
+def _layer(said: Any) -> LayerInfo:
+    *arrays, seconds = said
+    return LayerInfo._make([
+        *(np.array(x, _TYPES[dtype]) for x, dtype in arrays),
+        float(seconds),
+    ])
 
 
 def _check_run(
@@ -98,7 +114,7 @@ def _check_run(
             stacklevel=4,
         )
         return
-    differ = differences(there, here)
+    differ = differences(there if isinstance(there, dict) else {}, here)
     if differ:
         shown = "; ".join(differ[:_SHOWN])
         more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""

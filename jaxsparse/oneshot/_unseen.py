@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import patterns, solvers
+from jaxsparse._host import on_host
 from jaxsparse._typing import Array
 from jaxsparse.calibration import InputStats
 from jaxsparse.oneshot._stages import Unit
@@ -89,7 +90,7 @@ def nan_at(blind: np.ndarray, errors: Array) -> np.ndarray:
     Returns:
       `[places]`.
     """
-    known = np.asarray(errors)
+    known = on_host(errors)
     return np.where(blind, np.asarray(np.nan, known.dtype), known)
 
 
@@ -104,7 +105,7 @@ def warn_unseen(unit: Unit, blind: np.ndarray, stats: InputStats, dense: bool) -
     """
     places = unit.places[blind].tolist()
     at = f" (batch index {', '.join(map(str, places))})" if unit.places.any() else ""
-    rows = float(np.max(np.asarray(stats.count)[blind]))
+    rows = float(np.max(on_host(stats.count)[blind]))
     why = f"its inputs were 0 in all of {rows:g} rows" if rows else "no row reached it"
     what = "stays dense" if dense else "is pruned by magnitude"
     warnings.warn(

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsparse import _checks, patterns, transforms
 from jaxsparse._typing import Array, PyTree
+from jaxsparse._zeros import nonzero
 from jaxsparse.report._tables import Row, Table
 from jaxsparse.tree import (
     by_rules,
@@ -120,7 +121,7 @@ def _mask_of_zeros(path: str, w: Any, take: bool) -> Any:
             f"{path}: without masks, a weight counts as removed when it is 0, but a "
             "jax.ShapeDtypeStruct has no values. Give masks or opt_state."
         )
-    return w != 0
+    return nonzero(w)
 
 
 def _asked(asked: Any, params: PyTree) -> list[Any]:
@@ -162,7 +163,7 @@ def _sum_of(mask: Array) -> Array:
 
 @jax.jit
 def _sum_of_leaked(w: Array, mask: Array) -> Array:
-    return jnp.sum((w != 0) & ~mask, dtype=np.int64)
+    return jnp.sum(nonzero(w) & ~mask, dtype=np.int64)
 
 
 def _row(

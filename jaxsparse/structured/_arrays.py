@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxsparse._sharded import explicit_mesh
 from jaxsparse.structured._cut import Cut
 from jaxsparse.tracing._unify import Dims
 
@@ -57,6 +58,8 @@ def _changed(cut: Cut, x: Any, dims: Dims, how: Any, shape: tuple[int, ...]) -> 
     named = isinstance(x.sharding, NamedSharding)
     sharding = fitting(x.sharding, shape) if named else None
     change = functools.partial(how, dims=dims)
+    if explicit_mesh([x]) is not None:  # there a gather has to be told what it gives
+        change = jax.sharding.auto_axes(change, out_sharding=sharding)
     return jax.jit(change, out_shardings=sharding)(x)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxsparse._host import on_host
 from jaxsparse.structured._chains import (
     Chain,
     GroupWhere,
@@ -123,7 +124,7 @@ def select_to(
 def _number(x: Any) -> Any:
     if not isinstance(x, numbers.Real) and np.shape(x) != ():
         raise TypeError(f"cost(drop) must be one number, got {x!r}.")
-    x = x if isinstance(x, numbers.Real) else np.asarray(x).item()
+    x = x if isinstance(x, numbers.Real) else on_host(x).item()
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"cost(drop) must be one number, got {x!r}.")
     if math.isnan(x):

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._host import on_host
 from jaxsparse.structured._drop import Drop
 from jaxsparse.structured._groups import Group
 from jaxsparse.tree import nearest
@@ -181,7 +182,7 @@ def _concrete(group: Group, scores: Any) -> np.ndarray:
             f"{name}: what goes changes shapes, so the scores have to be known: call "
             "select outside of jit."
         )
-    x = np.asarray(scores)
+    x = on_host(scores)
     if x.shape != shape:
         raise ValueError(
             f"{name}: scores of shape {x.shape} for a group of {shape} (copies, size)."

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured._experts import (
     at,
@@ -191,7 +192,7 @@ def _merges(distances: np.ndarray) -> list[Merge]:
 
 
 def _checked(path: str, distances: Any) -> np.ndarray:
-    d = np.array(distances, np.float64)
+    d = np.array(on_host(distances), np.float64)
     if d.ndim != 2 or d.shape[0] != d.shape[1] or not d.size:
         raise ValueError(
             f"distances{at(path)} has shape {d.shape}, expected [experts, experts]."

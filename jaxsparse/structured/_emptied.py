@@ -5,7 +5,9 @@ from collections.abc import Collection, Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._host import on_host
 from jaxsparse._typing import PyTree
+from jaxsparse._zeros import nonzero
 from jaxsparse.structured._drop import Drop, drop_of
 from jaxsparse.structured._groups import Group
 from jaxsparse.structured._slices import PRODUCERS, check_params, paths_of, slices_of
@@ -47,10 +49,9 @@ def zero_indices(
     slices = slices_of(groups, roles=roles)
     check_params(slices, params)
     leaves = dict(leaves_with_paths(params))
-    used = {
-        p: (leaves[p] != 0).astype(jnp.float32) for p in paths_of(slices) if p in leaves
-    }
-    marked = {name: np.array(n == 0) for name, n in sums(slices, used).items()}
+    here = [path for path in paths_of(slices) if path in leaves]
+    used = {path: jnp.asarray(nonzero(leaves[path]), jnp.float32) for path in here}
+    marked = {name: np.array(on_host(n) == 0) for name, n in sums(slices, used).items()}
     for x in marked.values():
         x[x.all(-1), 0] = False
     return drop_of(marked)

@@ -7,6 +7,7 @@ import numpy as np
 from jax import lax
 
 from jaxsparse import _checks
+from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.tree import leaves_with_paths
 
@@ -35,7 +36,7 @@ def check_labels(labels: Any, n: int) -> tuple[np.ndarray, int]:
     """The labels as numpy integers, and how many groups they have."""
     if not _checks.is_concrete(labels):
         raise ValueError("labels decide about shapes, so they cannot be traced.")
-    labels = np.asarray(labels)
+    labels = on_host(labels)
     integer = labels.dtype.kind in "iu"
     groups = int(labels.max()) + 1 if integer and labels.size else 0
     if not integer or labels.shape != (n,) or {*labels.tolist()} != {*range(groups)}:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured._experts import HIGHEST, at, check_total, wide
 from jaxsparse.tree import leaves_with_paths
@@ -102,7 +103,7 @@ def group_experts(
     """
     _checks.same_structure(similarity, usage, name="similarity", of="usage")
     shares = [_share(p, u) for p, u in leaves_with_paths(usage)]
-    alike = [np.asarray(s, np.float64) for s in jax.tree.leaves(similarity)]
+    alike = [np.asarray(on_host(s), np.float64) for s in jax.tree.leaves(similarity)]
     for (path, _), u, s in zip(leaves_with_paths(usage), shares, alike, strict=True):
         if s.shape != (len(u), len(u)) or np.isnan(s).any():
             raise ValueError(
@@ -129,7 +130,7 @@ def group_experts(
 
 
 def _share(path: str, usage: Any) -> np.ndarray:
-    usage = np.asarray(usage, np.float64)
+    usage = np.asarray(on_host(usage), np.float64)
     if usage.ndim != 1 or not usage.size or not np.all(usage >= 0):
         raise ValueError(
             f"usage{at(path)} must be one number of at least 0 for each expert, "

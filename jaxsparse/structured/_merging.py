@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured._experts import HIGHEST, check_labels, count_experts, wide
 from jaxsparse.tree import leaves_with_paths, map_with_path
@@ -56,7 +57,7 @@ def align_experts(experts: PyTree, to: Any, *, hidden: Mapping[str, int]) -> PyT
     from scipy import optimize  # slow to import, and needed here alone
 
     n = count_experts(experts)
-    to = np.asarray(to)
+    to = on_host(to)
     if to.shape != (n,) or to.dtype.kind not in "iu" or to.min() < 0 or to.max() >= n:
         raise ValueError(
             f"to must name an expert (0 to {n - 1}) for each of the {n} experts, got "
@@ -68,9 +69,8 @@ def align_experts(experts: PyTree, to: Any, *, hidden: Mapping[str, int]) -> PyT
     order = np.tile(np.arange(size), (n, 1))
     for e, leader in enumerate(to):
         if leader != e:
-            similarity = np.asarray(
-                _similarity(units, unit_axes, leader, e), np.float64
-            )
+            found = on_host(_similarity(units, unit_axes, leader, e))
+            similarity = found.astype(np.float64)
             if not np.isfinite(similarity).all():
                 raise ValueError(
                     f"Experts {leader} and {e} have no finite similarity: some of "

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._host import on_host
+from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.structured._groups import Group
 from jaxsparse.structured._score import slices_that_count
@@ -209,17 +211,17 @@ def lamp(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
       {'up[1]': Array([0.125     , 1.        , 0.42857143], dtype=float32)}
     """
     for name, x in scores.items():
-        if _checks.is_concrete(x) and np.any(np.asarray(x) < 0):
+        if _checks.is_concrete(x) and np.any((known := on_host(x)) < 0):
             raise ValueError(
-                f"{name}: lamp needs scores of at least 0, the least is {np.min(x)}. "
+                f"{name}: lamp needs scores of at least 0, the least is {known.min()}. "
                 "normalize_range and standardize take scores of either sign."
             )
 
-    def one(x: Array) -> Array:
-        rows = x.reshape(-1, x.shape[-1])
-        return jax.vmap(_lamp)(rows).reshape(x.shape)
+    def rows(arrays: list[Array]) -> list[Array]:
+        (x,) = arrays
+        return [jax.vmap(_lamp)(x.reshape(-1, x.shape[-1])).reshape(x.shape)]
 
-    return _each(one, scores, per_copy)
+    return _each(lambda x: sharded_like(rows, [x])[0], scores, per_copy)
 
 
 def _lamp(x: Array) -> Array:

@@ -149,7 +149,7 @@ def trace(
     stacked for a scan, groups of a convolution); through reshapes, transposes, slices,
     reversals, concatenations and casts, and through jit, remat, custom derivatives,
     scan, while, cond and vmap. `w[i]` counts as a layer where `i` counts the turns of a
-    loop, `(x * a).sum(-1)` as a contraction, and parts of one kernel that read different
+    loop, `(x * a).sum(-1)` as a contraction, and parts of a kernel that read different
     inputs as a batch of matrices.
 
     Differs from Torch-Pruning's and OTO's graphs: they hook module classes or walk

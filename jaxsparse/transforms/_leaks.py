@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxsparse._loops import when
 from jaxsparse._sharded import manual_axes, varying_axes, varying_is_known
 from jaxsparse._typing import Array, PyTree
+from jaxsparse._zeros import nonzero
 
 
 def regrew_in(new: PyTree, old: PyTree, axis_name: Any) -> Array:
@@ -41,7 +42,7 @@ def most_leaked(most: Array, params: PyTree, masks: PyTree, axis_name: Any) -> A
       An integer, the same on all devices.
     """
     leaks = jax.tree.map(
-        lambda w, mask: (w != 0) & ~mask if jnp.ndim(mask) else jnp.zeros((), bool),
+        lambda w, mask: nonzero(w) & ~mask if jnp.ndim(mask) else jnp.zeros((), bool),
         params,
         masks,
     )

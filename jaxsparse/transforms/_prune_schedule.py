@@ -14,6 +14,7 @@ from jaxsparse import patterns, scores
 from jaxsparse._checks import is_concrete
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
+from jaxsparse._zeros import nonzero
 from jaxsparse.patterns._before import score_shapes
 from jaxsparse.transforms._enforce import enforce
 from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
@@ -340,7 +341,7 @@ def _check_masked(params: PyTree, masks: PyTree) -> None:
     patterns.check_masks(masks, params)
     named = zip(leaves_with_paths(params), jax.tree.leaves(masks), strict=True)
     for (path, w), mask in named:
-        leaked = jnp.sum((w != 0) & ~mask)
+        leaked = jnp.sum(nonzero(w) & ~mask)
         if is_concrete(leaked) and int(leaked):
             raise ValueError(
                 f"{path}: {int(leaked)} weights are not zero under the adopted mask. "

@@ -14,6 +14,7 @@ import numpy as np
 from jaxsparse import patterns
 from jaxsparse._checks import is_concrete
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity
+from jaxsparse._zeros import nonzero
 from jaxsparse.schedules import At, Every
 from jaxsparse.transforms._horizon import evaluate
 from jaxsparse.tree import leaves_with_paths
@@ -59,7 +60,7 @@ def _kept(mask: Array, w: Array) -> Array:
     along = tuple(
         a for a, (m, n) in enumerate(zip(mask.shape, w.shape, strict=True)) if m < n
     )
-    kept = jnp.any(w != 0, axis=along, keepdims=True)
+    kept = jnp.any(nonzero(w), axis=along, keepdims=True)
     return kept | ~jnp.any(kept)
 
 

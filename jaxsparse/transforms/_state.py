@@ -9,6 +9,7 @@ import optax
 
 from jaxsparse import patterns
 from jaxsparse._typing import Array, PyTree
+from jaxsparse._zeros import nonzero
 from jaxsparse.tree import leaves_with_paths, unwrap_variables
 
 
@@ -211,7 +212,7 @@ def check(opt_state: PyTree, params: PyTree = None) -> None:
         patterns.check_masks(masks_like(params, opt_state), params)
         masks = jax.tree.leaves(masks_like(params, opt_state))
         counts = {
-            path: int(jnp.sum((w != 0) & ~mask))
+            path: int(jnp.sum(nonzero(w) & ~mask))
             for (path, w), mask in zip(leaves_with_paths(params), masks, strict=True)
         }
         found = {path: n for path, n in counts.items() if n}

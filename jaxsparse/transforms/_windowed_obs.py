@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxsparse import _checks, curvature, patterns, scores
 from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse._zeros import nonzero
 from jaxsparse.tree import AxesRule, leaves_with_paths, map_with_path, select
 
 
@@ -130,7 +131,7 @@ def windowed_obs(
         found = dict(leaves_with_paths(params))
 
         def alive(path: str, g: Array) -> Array:
-            return jnp.where((found[path] != 0)[None], g, jnp.zeros((), g.dtype))
+            return jnp.where(nonzero(found[path])[None], g, jnp.zeros((), g.dtype))
 
         sums = estimator.init(params)
         sums = estimator.update(sums, map_with_path(alive, state.grads))
@@ -161,7 +162,7 @@ def windowed_obs(
         masks = select(score_by(fisher, params))
         full = lambda mask, w: jnp.broadcast_to(mask, w.shape)
         kept = jax.tree.map(full, masks, params)
-        alive = jax.tree.map(lambda w: w != 0, params)
+        alive = jax.tree.map(nonzero, params)
         removed = jax.tree.map(lambda k, a: ~k & a, kept, alive)
         staying = jax.tree.map(lambda k, a: k & a, kept, alive)
         return masks, curvature.eliminate(fisher, params, removed, kept=staying)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxsparse._text import path_text, shown
 from jaxsparse._typing import PyTree
 
 
@@ -23,7 +24,8 @@ def path_str(key_path: tuple[Any, ...]) -> str:
       The keys joined by `/`. The `.value` that an NNX variable adds is left out, so
       that a Linen and an NNX model answer to the same regular expressions. Two leaves
       of one tree may share it, where a key has a `/` of its own; the paths of
-      `leaves_with_paths` and `map_with_path` tell them apart.
+      `leaves_with_paths` and `map_with_path` tell them apart. What cannot be printed,
+      as control characters of a terminal, is escaped as `%1B`.
 
     Example:
       >>> import jax, jaxsparse as js
@@ -31,10 +33,7 @@ def path_str(key_path: tuple[Any, ...]) -> str:
       >>> [js.tree.path_str(path) for path, _ in leaves]
       ['a/0', 'a/1/b']
     """
-    last = key_path[-1] if key_path else None
-    if getattr(last, "name", None) == "value":
-        key_path = key_path[:-1]
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+    return shown(path_text(key_path))
 
 
 def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""One of two processes that save and restore together; run by `test_two_processes.py`.
+"""One of two processes that save and prune together; run by `test_two_processes.py`.
 
 `python one_of_two.py DIRECTORY PORT RANK`
 """
@@ -12,6 +12,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import of_two
 import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
@@ -55,6 +56,7 @@ def main(directory, port, rank):
     check(got.params["w"], w)
     check(got.masks["w"], w > 0)
     damaged(pathlib.Path(directory), w, params)
+    of_two.main(directory)
     print("as saved")
 
 

@@ -1,5 +1,7 @@
 """Plain files: bit for bit, whole or not at all, with what was dropped."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,13 @@ def test_a_narrowed_model_in_another_process(tmp_path):
     run = js.structured.narrow(again, abstract, read.drop).apply_fn
     loaded = jax.tree.unflatten(again.treedef, list(read.params.values()))
     np.testing.assert_array_equal(run(loaded, x), small.apply_fn(small.params, x))
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_no_other_package_is_needed(tmp_path, monkeypatch, ending):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    js.checkpoint.export(tmp_path / f"m{ending}", PARAMS)
+    assert len(js.checkpoint.load_export(tmp_path / f"m{ending}").params) == 4
 
 
 def test_errors(tmp_path):

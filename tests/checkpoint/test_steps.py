@@ -22,6 +22,11 @@ def params(value):
 TEMPLATE = params(0)
 
 
+def listed(directory):
+    """What is in a directory, but for the file that says who saves there."""
+    return sorted(set(os.listdir(directory)) - {".lock"})
+
+
 def value_at(directory, step=None):
     w = restore(directory, params=TEMPLATE, step=step).params["w"]
     return float(np.asarray(w)[0])
@@ -57,7 +62,7 @@ def test_what_is_half_written_is_ignored_and_cleared_away(tmp_path):
     assert steps(tmp_path) == [1, 2]
     assert value_at(tmp_path) == 2
     save(tmp_path, step=3, params=params(3))
-    assert sorted(os.listdir(tmp_path)) == ["1", "2", "3"]
+    assert listed(tmp_path) == ["1", "2", "3"]
 
 
 def test_what_others_made_is_neither_read_nor_touched(tmp_path):
@@ -70,7 +75,7 @@ def test_what_others_made_is_neither_read_nor_touched(tmp_path):
     for step in (8, 9, 10):
         save(tmp_path, step=step, params=params(step), keep=1)
     assert steps(tmp_path) == [10]
-    assert sorted(os.listdir(tmp_path)) == sorted([*foreign, "6", "10"])
+    assert listed(tmp_path) == sorted([*foreign, "6", "10"])
     for step in (6, 7):
         with pytest.raises(FileExistsError, match=r"is not a checkpoint of jaxsparse"):
             save(tmp_path, step=step, params=params(step))
@@ -91,7 +96,7 @@ def test_a_step_can_be_saved_once_more(tmp_path):
     for value in (1, 2, 3):
         assert save(tmp_path, step=5, params=params(value)) == tmp_path / "5"
         assert value_at(tmp_path) == value
-        assert os.listdir(tmp_path) == ["5"]
+        assert listed(tmp_path) == ["5"]
 
 
 class Killed(BaseException):
@@ -153,7 +158,7 @@ def test_killed_at_any_change_of_the_directory(tmp_path, monkeypatch):
             assert value_at(directory, step=1) == 1
         # And the next save puts all in order.
         save(directory, step=3, params=params(3), keep=2)
-        assert sorted(os.listdir(directory)) == ["2", "3"]
+        assert listed(directory) == ["2", "3"]
         assert value_at(directory, step=2) == 20
         shutil.rmtree(directory)
         moment += 1
@@ -190,7 +195,7 @@ def test_a_save_that_fails_leaves_all_as_it_was(tmp_path):
         save(tmp_path, step=1, params={"w": object()})
     with pytest.raises(TypeError, match=r"extra/seed"):
         save(tmp_path, step=2, params=params(2), extra={"seed": object()})
-    assert os.listdir(tmp_path) == ["1"]
+    assert listed(tmp_path) == ["1"]
     assert value_at(tmp_path) == 1
 
 

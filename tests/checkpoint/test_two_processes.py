@@ -1,4 +1,4 @@
-"""Two processes save one sharded checkpoint, over loopback."""
+"""Two processes share parameters, over loopback: checkpoints, and what reads values."""
 
 import os
 import pathlib
@@ -9,11 +9,12 @@ import sys
 PROGRAM = pathlib.Path(__file__).with_name("one_of_two.py")
 
 
-def test_two_processes_save_and_restore_together(tmp_path):
+def test_two_processes_save_restore_and_prune_together(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    env = os.environ | {"XLA_FLAGS": flags}
     processes = [
         subprocess.Popen(
             [sys.executable, str(PROGRAM), str(tmp_path / "run"), str(port), str(rank)],

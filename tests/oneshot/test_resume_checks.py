@@ -209,6 +209,32 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solved": None}, r"a checkpoint of another run: it has solved None"),
+        ({"layerwise": {"a": [[1, "getpid"]] * 7 + [0.0]}}, r"is not what layerwise w"),
+        ({"layerwise": {"a": {}}}, r"is not what layerwise wrote"),
+        ({"layerwise": [1]}, r"is not what layerwise wrote"),
+        ({"run": [1]}, r"a checkpoint of another run, whose result"),
+    ],
+)
+def test_notes_that_are_not_of_layerwise(tmp_path, changes, message):
+    directory, arrays = tmp_path / "run", tmp_path / "arrays"
+    run(directory)
+    step = js.checkpoint.latest_step(directory)
+    restored = js.checkpoint.restore(directory, params=PARAMS)
+    js.checkpoint.save(
+        arrays,
+        step=step,
+        params=restored.params,
+        masks=restored.masks,
+        extra=restored.extra | changes,
+    )
+    with pytest.raises(ValueError, match=message):
+        run(arrays)
+
+
 ODD = {
     "lambda": lambda x: x + 1,
     "partial": functools.partial(solver, scale=np.float32(0.1), pattern={"b": 1}),
