@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxsparse import _checks
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.calibration._statistics import InputStats, Statistics
+from jaxsparse.calibration._statistics import InputStats, Statistics, check_statistics
 from jaxsparse.tree import leaves_with_paths
 
 HIGHEST = lax.Precision.HIGHEST
@@ -59,7 +59,10 @@ def init(
       >>> js.calibration.init((), 3, gram=True).products.shape
       (3, 3)
     """
+    _checks.check_bool(gram=gram)
     _checks.check_positive_int(d_in, name="d_in")
+    if not isinstance(batch, tuple | list):
+        raise TypeError(f"batch must be a tuple of sizes, got {batch!r}.")
     for size in batch:
         _checks.check_positive_int(size, name="batch")
     if dtype not in (jnp.float32, jnp.float64):
@@ -100,6 +103,7 @@ def update(state: RunningStats, x: Array, weight: Array | None = None) -> Runnin
       >>> state.count, state.mean
       (Array(2., dtype=float32), Array([2., 2.], dtype=float32))
     """
+    _checks.check_is(RunningStats, "js.calibration.init(...)", state=state)
     _check_rows(state, x)
     if weight is not None:
         _check_weight(weight, x.shape[:-1])
@@ -174,6 +178,7 @@ def merge(a: RunningStats, b: RunningStats) -> RunningStats:
       >>> js.calibration.merge(a, b).mean
       Array([3.], dtype=float32)
     """
+    _checks.check_is(RunningStats, "js.calibration.init(...)", a=a, b=b)
     if (a.products is None) != (b.products is None):
         raise ValueError(
             "One of the statistics has products, the other has not: call `init` with "
@@ -230,6 +235,7 @@ def finalize(state: RunningStats) -> InputStats:
       >>> stats.gram.tolist()
       [[5.0, 4.0], [4.0, 4.0]]
     """
+    _checks.check_is(RunningStats, "js.calibration.init(...)", state=state)
     return _finalize(state)
 
 
@@ -270,6 +276,7 @@ def unseen(stats: Statistics) -> dict[str, int]:
       >>> js.calibration.unseen(stats)
       {'experts/kernel': 1}
     """
+    check_statistics(stats)
     empty = {
         path: int(np.sum(np.asarray(stats.of(path).count) == 0)) for path in stats.paths
     }
@@ -302,7 +309,7 @@ def gradient_norms(grads: PyTree | Iterator[PyTree], *, order: int) -> PyTree:
       >>> js.calibration.gradient_norms(stream, order=2)
       {'w': Array([5.], dtype=float32)}
     """
-    if isinstance(order, bool) or order not in (1, 2):
+    if not isinstance(order, int) or isinstance(order, bool) or order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
     total = None
     for part in grads if isinstance(grads, Iterator) else [grads]:
@@ -316,6 +323,7 @@ def gradient_norms(grads: PyTree | Iterator[PyTree], *, order: int) -> PyTree:
 
 
 def _zeros(grads: PyTree) -> PyTree:
+    _checks.check_arrays(grads=grads)
     named = leaves_with_paths(grads)
     if not named:
         raise ValueError("The tree of gradients has no leaves.")
@@ -361,16 +369,17 @@ def _with_spec(f: Callable[..., Any], spec: tuple[Any, ...], *args: Any) -> Any:
 
 
 def _check_rows(state: RunningStats, x: Array) -> None:
+    _checks.check_arrays(x=x)
     *batch, d_in = state.mean.shape
     shape = jnp.shape(x)
     if len(shape) != len(batch) + 2 or shape[:-2] != (*batch,) or shape[-1] != d_in:
         expected = ", ".join([*map(str, batch), "n", str(d_in)])
         raise ValueError(
-            f"Rows of shape {shape} do not fit statistics of [{expected}]. Reshape "
+            f"x: rows of shape {shape} do not fit statistics of [{expected}]. Reshape "
             f"them: x.reshape({', '.join([*map(str, batch), '-1', str(d_in)])})."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"Rows must be real floating-point numbers, got {x.dtype}.")
+        raise TypeError(f"x: rows must be real floating-point numbers, got {x.dtype}.")
     if x.dtype.itemsize > state.mean.dtype.itemsize:
         raise TypeError(
             f"Rows of {x.dtype} would be rounded to {state.mean.dtype}. Cast them, or "

@@ -38,6 +38,9 @@ def inverse_blocks(fisher: BlockFisher, *, size: int | None = None) -> PyTree:
       >>> js.curvature.inverse_blocks(fisher)["w"].tolist()
       [[[0.5, 0.0], [0.0, 0.5]]]
     """
+    _checks.check_is(
+        BlockFisher, "js.curvature.block_fisher(grads, ...)", fisher=fisher
+    )
     if not isinstance(fisher, BlockFisher):
         raise TypeError(
             "inverse_blocks needs js.curvature.block_fisher(...), got "
@@ -89,6 +92,10 @@ def group_scores(fisher: BlockFisher, params: PyTree) -> tuple[PyTree, PyTree]:
       Array([[10.],
              [10.]], dtype=float32)
     """
+    _checks.check_is(
+        BlockFisher, "js.curvature.block_fisher(grads, ...)", fisher=fisher
+    )
+    _checks.check_arrays(params=params)
     if not isinstance(fisher, BlockFisher):
         raise TypeError(
             "Units are scored together by a block Fisher matrix, js.curvature."
@@ -140,6 +147,10 @@ def greedy_scores(
       >>> js.curvature.greedy_scores(fisher, {"w": jnp.array([3.0, 1.0])})["w"].round(4)
       Array([9., 1.], dtype=float32)
     """
+    _checks.check_is(
+        BlockFisher, "js.curvature.block_fisher(grads, ...)", fisher=fisher
+    )
+    _checks.check_arrays(params=params)
     if not isinstance(fisher, BlockFisher):
         raise TypeError(
             "Greedy OBS works in blocks: js.curvature.block_fisher(...); got "

@@ -31,6 +31,7 @@ from jaxsparse.curvature._gradient_rows import (
     wide_type,
 )
 from jaxsparse.curvature._trees import check_damping
+from jaxsparse.patterns import check_masks
 from jaxsparse.tree import leaves_with_paths, map_with_path
 
 
@@ -86,6 +87,7 @@ def window_init(
       >>> state.grads["w"].shape
       (4, 2, 3)
     """
+    _checks.check_arrays(params=params)
     _check_window(window, damping, dtype)
     for path, w in leaves_with_paths(params):
         if not jnp.issubdtype(w.dtype, jnp.floating):
@@ -233,6 +235,10 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
     Returns:
       A window.
 
+    Raises:
+      ValueError: masks of another model.
+      TypeError: masks that are not of bools.
+
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> params = {"w": jnp.zeros(2)}
@@ -242,9 +248,11 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
       >>> js.curvature.window_mask(state, masks).gram
       Array([[1.]], dtype=float32)
     """
-    _checks.same_structure(
-        masks, state.grads, name="masks", of="the window's parameters"
+    _check_state(state)
+    shapes = jax.tree.map(
+        lambda G: jax.ShapeDtypeStruct(G.shape[1:], G.dtype), state.grads
     )
+    check_masks(masks, shapes)
     return _mask(state, masks)
 
 
@@ -255,7 +263,13 @@ def _check_window(window: Any, damping: Any, dtype: Any) -> None:
         raise TypeError(f"dtype must be a real floating-point type, got {dtype!r}.")
 
 
+def _check_state(state: Any) -> None:
+    _checks.check_is(MFacWindow, "js.curvature.window_init(params, ...)", state=state)
+
+
 def _check_like_rows(state: MFacWindow, tree: PyTree, *, name: str) -> None:
+    _check_state(state)
+    _checks.check_arrays(**{name: tree})
     _checks.same_structure(tree, state.grads, name=name, of="the window's parameters")
 
     def one(path: str, x: Any, G: Array) -> None:

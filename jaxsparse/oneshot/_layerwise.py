@@ -139,6 +139,12 @@ def layerwise(
       >>> list(pruned.info), int(pruned.masks["in"].sum())
       (['in', 'out'], 64)
     """
+    _checks.check_callable(None, apply_fn=apply_fn)
+    _checks.check_arrays(params=params)
+    _checks.check_batches(batches)
+    _checks.check_callable(3, "pattern", solver=solver)
+    _checks.check_pattern(patterns.Pattern, pattern)
+    _checks.check_where(where)
     from jaxsparse import report  # rich: not every program needs it
 
     if unseen not in ("magnitude", "dense"):

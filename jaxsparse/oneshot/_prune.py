@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import patterns
+from jaxsparse import _checks, patterns
 from jaxsparse._checks import check_positive_int
 from jaxsparse._typing import PyTree, Sparsity, Where
 from jaxsparse.scores import magnitude
@@ -62,13 +62,18 @@ def prune(
       >>> pruned.params["kernel"].tolist(), pruned.params["bias"].tolist()
       ([[3.0, 0.0], [0.0, -4.0]], [1.0, 1.0])
     """
+    _checks.check_callable(1, score=score)
+    _checks.check_arrays(params=params)
+    _checks.check_pattern(patterns.Pattern, pattern)
     check_positive_int(steps, name="steps")
     if trace is not None:
+        _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
         where = trace.where if where is None else where
         axes = trace.axes if axes is None else axes
     masks = None
     for cut in range(1, steps + 1):
         scores = score(params)
+        _checks.check_like(params, scores=scores)
         if masks is not None:
             scores = jax.tree.map(_sink, scores, masks)
         masks = patterns.masks(

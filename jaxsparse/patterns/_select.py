@@ -101,6 +101,8 @@ def masks(
       >>> two_of_four["kernel"].sum(0).tolist()
       [2, 2]
     """
+    _checks.check_pattern(Pattern, pattern)
+    _checks.check_arrays(scores=scores)
     selected = jax.tree.leaves(select(scores, where))
     named = leaves_with_paths(scores)
     chosen = [

@@ -141,6 +141,7 @@ def obert_downstream(
       ...         temperature=recipe.temperature,
       ...         hardness=recipe.hardness).mean()
     """
+    _checks.check_pattern(Pattern, pattern)
     _check(steps_per_epoch, epochs, init, final)
     if epochs == 10:
         cuts = [2 + k / 2 for k in range(13)]
@@ -210,6 +211,7 @@ def obert_upstream(
       >>> recipe.temperature, recipe.hardness, recipe.examples_per_gradient
       (5.5, 1.0, 16)
     """
+    _checks.check_pattern(Pattern, pattern)
     _check(steps_per_epoch, epochs, init, final)
     cuts = [epochs * k / 12 for k in range(12)]
     return _gradual(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats, Statistics
+from jaxsparse.calibration._statistics import check_statistics
 from jaxsparse.scores._range import fourth_root, lifted, product, widened
 from jaxsparse.tree import MatrixView, leaves_with_paths, map_with_path, select
 
@@ -50,6 +51,7 @@ def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
       >>> js.scores.wanda({"kernel": jnp.array([[1.0], [-2.0]])}, stats)
       {'kernel': Array([[3.], [2.]], dtype=float32)}
     """
+    _check(params, stats)
 
     def score(path: str, w: Array) -> Array:
         return product(w, _sizes_of_inputs(w, stats, path))
@@ -104,8 +106,9 @@ def gblm(
       >>> js.scores.gblm(params, stats, sizes)
       {'kernel': Array([[4.], [6.]], dtype=float32)}
     """
-    if _checks.is_concrete(alpha) and not float(alpha) >= 0:
-        raise ValueError(f"alpha must be a number of at least 0, got {alpha!r}.")
+    _check(params, stats)
+    _checks.check_number(least=0, alpha=alpha)
+    _checks.check_arrays(gradients=gradients)
     sizes = dict(leaves_with_paths(gradients))
 
     def score(path: str, w: Array) -> Array:
@@ -145,6 +148,7 @@ def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> 
       >>> js.scores.gradient_norm({"kernel": jnp.array([[1.0], [-2.0]])}, sizes)
       {'kernel': Array([[4.], [2.]], dtype=float32)}
     """
+    _checks.check_arrays(params=params, gradients=gradients)
     sizes = dict(leaves_with_paths(gradients))
 
     def score(path: str, w: Array) -> Array:
@@ -203,6 +207,8 @@ def flap(
       >>> js.scores.flap(params, stats)["kernel"].round(3)
       Array([[5., 5.], [0., 0.]], dtype=float32)
     """
+    _check(params, stats)
+    _checks.check_bool(standardise=standardise)
 
     def score(path: str, w: Array) -> Array:
         view, known = stats.view(path), stats.of(path)
@@ -259,6 +265,14 @@ def bias_compensation(w: Array, mean: Array, kept: Array) -> Array:
       >>> js.scores.bias_compensation(w, mean, jnp.array([True, False]))
       Array([2., 4.], dtype=float32)
     """
+    _checks.check_arrays(w=w, mean=mean, kept=kept)
+    if jnp.ndim(w) < 2:
+        raise ValueError(f"w must be [*batch, d_out, d_in], got shape {jnp.shape(w)}.")
+    for name, x in (("w", w), ("mean", mean)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be real floating point, got {x.dtype}.")
+    *batch, _, d_in = jnp.shape(w)
+    *batch, _, d_in = jnp.shape(w)
     *batch, _, d_in = jnp.shape(w)
     if jnp.shape(mean) != (*batch, d_in):
         raise ValueError(
@@ -276,6 +290,11 @@ def bias_compensation(w: Array, mean: Array, kept: Array) -> Array:
     by_weight = kept if kept.ndim == w.ndim else kept[..., None, :]
     lost = jnp.where(by_weight, jnp.zeros((), wide), w.astype(wide))
     return jnp.sum(lost * mean[..., None, :].astype(wide), axis=-1).astype(w.dtype)
+
+
+def _check(params: PyTree, stats: Statistics) -> None:
+    _checks.check_arrays(params=params)
+    check_statistics(stats)
 
 
 def _each(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxsparse import _checks
 from jaxsparse._typing import PyTree
 from jaxsparse.tracing import _axes
 from jaxsparse.tracing._axes import Axis
@@ -22,6 +23,7 @@ from jaxsparse.tree import (
     MatrixView,
     has_plain_name,
     leaves_with_paths,
+    nearest,
     why_dense,
 )
 
@@ -217,8 +219,10 @@ def trace(
       A `Trace`.
 
     Raises:
-      TypeError: `params` have no arrays.
-      ValueError: an equation in `rules` does not fit.
+      TypeError: `params` have no arrays, or hold something else; a TypeError of
+        `apply_fn` itself, with the shapes that it was called on.
+      ValueError: an equation in `rules` cannot be read or does not fit, or is for a
+        primitive that the model does not have; a ValueError of `apply_fn` itself.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -232,6 +236,10 @@ def trace(
       >>> t.kernels["query"].flops == 2 * 5 * 16 * 32
       True
     """
+    _checks.check_callable(1 + len(example_inputs), apply_fn=apply_fn)
+    _checks.check_arrays(abstract=True, params=params)
+    if rules is not None:
+        _checks.check_mapping(rules=rules)
     found = leaves_with_paths(params)
     if not found:
         raise TypeError("params: there are no arrays in them.")
@@ -240,10 +248,12 @@ def trace(
     inputs = jax.tree.map(
         lambda x: abstract(x) if hasattr(x, "shape") else x, example_inputs
     )
-    program, out_shape = jax.make_jaxpr(
+    traced = jax.make_jaxpr(
         lambda leaves, inputs: apply_fn(jax.tree.unflatten(treedef, leaves), *inputs),
         return_shape=True,
-    )(shapes, inputs)
+    )
+    with _checks.explained("apply_fn", params=shapes, inputs=inputs):
+        program, out_shape = traced(shapes, inputs)
     walk = Walk(rules or {})
     paths = tuple(path for path, _ in found)
     args = []
@@ -254,6 +264,12 @@ def trace(
             value = value._replace(origin=own, past=Past(frozenset({paths[i]})))
         args.append(value)
     results = walk.run(program, args, (), 1)
+    for name in rules or ():
+        if name not in walk.seen:
+            raise ValueError(
+                f"rules: {name!r} is no primitive of this model; the nearest: "
+                f"{nearest(name, sorted(walk.seen))}."
+            )
     for name, values in (("input", args[len(paths) :]), ("output", results)):
         for axis in (axis for value in values for axis in value.dims):
             _axes.flag(axis, name)
@@ -301,6 +317,10 @@ def retrace(trace_: Trace, params: PyTree, inputs: tuple[Any, ...]) -> Trace:
       >>> js.tracing.retrace(t, params, (jnp.ones((7, 3)),)).flops / t.flops
       1.4
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace_=trace_)
+    _checks.check_arrays(abstract=True, params=params)
+    if not isinstance(inputs, tuple):
+        raise TypeError(f"inputs must be a tuple, got {_checks.shown(inputs)}.")
     treedef = jax.tree.structure(params)
     shapes = [abstract(x) for x in jax.tree.leaves(params)]
     traced = [v.aval for v in trace_.program.jaxpr.invars[: len(trace_.paths)]]

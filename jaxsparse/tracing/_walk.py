@@ -105,6 +105,7 @@ class Walk:
     """The state of one walk: what it found so far.
 
     Attributes:
+      seen: the names of all primitives, also with what they call in brackets.
       sites: contractions of parameters.
       stops: other ends of parameters.
       lookups: paths of parameters that are indexed (embeddings).
@@ -122,6 +123,7 @@ class Walk:
         self.layers: dict[Address, Axis] = {}
         self._foreign = {k: _rules.by_einsum(v) for k, v in rules.items()}
         self._equations = dict(rules)
+        self.seen: set[str] = set()
         self._known: dict[Any, int] = {}
         self._count = iter(range(1 << 62))
         self._around: tuple[Visit, ...] = ()  # what leads to where it is
@@ -224,6 +226,7 @@ class Walk:
             found = getattr(found, "name", found)
             if isinstance(found, str):
                 names.append(f"{names[0]}[{found}]")
+        self.seen.update(names)
         return next((n for n in reversed(names) if n in self._foreign), None)
 
     def _value_number(self, eqn: Any, ins: list[Value]) -> int:

@@ -17,6 +17,7 @@ from jaxsparse.structured._slices import PRODUCERS, check_params, slices_of, wid
 from jaxsparse.structured._sums import sums
 from jaxsparse.transforms._hesso import Criteria, lowest, removed_by, saliency
 from jaxsparse.transforms._penalties import check_strength
+from jaxsparse.transforms._state import check_transformation
 
 
 class Redundancy(NamedTuple):
@@ -110,6 +111,10 @@ def cric(
       >>> found.drop.indices["up[1]"].tolist()   # not the smallest, it is used most
       [1]
     """
+    _checks.check_callable(2, loss_fn=loss_fn)
+    _checks.check_arrays(params=params)
+    _checks.check_batches(batches)
+    check_transformation(optimizer=optimizer)
     slices = slices_of(groups, roles=roles)
     _checks.check_sparsity(sparsity)
     _checks.check_positive_int(steps, name="steps")
@@ -119,6 +124,8 @@ def cric(
     check_params(slices, params)
     (count,) = removed_by(slices, sparsity, 1)
     data = list(batches)
+    for number, batch in enumerate(data):
+        _checks.check_arrays(**{f"batches[{number}]": batch})
     if not data:
         raise ValueError("batches: there are none.")
 
@@ -147,7 +154,8 @@ def cric(
     def mean_loss(params: PyTree) -> float:
         return float(np.mean([np.asarray(compiled(params, b)) for b in data]))
 
-    before = mean_loss(params)
+    with _checks.explained("loss_fn", params=params, batch=data[0]):
+        before = mean_loss(params)
 
     def trial(violators: dict[str, np.ndarray], turn: int):
         """The mean saliency on the way to zero, the loss's increase, and by whom."""

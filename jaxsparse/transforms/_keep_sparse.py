@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from jaxsparse import patterns
+from jaxsparse import _checks, patterns
 from jaxsparse._typing import PyTree
 from jaxsparse.transforms._project import project
 from jaxsparse.transforms._prune_schedule import PruneSchedule
@@ -42,6 +42,8 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
       >>> optax.apply_updates(params, updates)
       {'w': Array([[2.9, 0. ]], dtype=float32)}
     """
+    if not isinstance(masks, PruneSchedule):
+        _checks.check_bools(masks)
     inner: Any = masks if isinstance(masks, PruneSchedule) else _fixed(masks)
 
     def init_fn(params: PyTree) -> Any:

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from optax._src.base import NO_PARAMS_MSG
 
-from jaxsparse import patterns, scores
+from jaxsparse import _checks, patterns, scores
 from jaxsparse._checks import is_concrete
 from jaxsparse._loops import when
 from jaxsparse._sharded import manual_axes, varying_axes, varying_is_known
@@ -180,7 +180,14 @@ def prune_schedule(
       ...     total_steps=12_000)
       >>> tx = js.enforce(optax.chain(prune_schedule, optax.adam(1e-3)))
     """
+    _checks.check_pattern(patterns.Pattern, pattern)
+    _checks.check_where(where)
+    _checks.check_axes(axes)
+    _checks.check_positive_int(min_keep, name="min_keep", least=0)
+    _checks.check_choice(("hold", "train"), zeros=zeros)
     cadence = as_cadence(every)
+    if sparsity is None and not isinstance(pattern, patterns.NM):
+        raise ValueError(f"{pattern} needs a sparsity, the fraction to remove.")
     check_horizon(sparsity, cadence, total_steps)
     scorer = scores.as_score(score)
 
@@ -265,6 +272,8 @@ def prune_schedule(
             )
         if state.updated is None:  # enforce has them already
             return _hide(updates, state.masks), state
+        if updates is not None:
+            _checks.check_like(params, updates=updates)
         # Masks have no derivative; without this, one could not differentiate through
         # a training step.
         frozen, grads = lax.stop_gradient((params, updates))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import patterns
+from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.tree import leaves_with_paths, unwrap_variables
 
@@ -159,6 +159,12 @@ def masks_of(opt_state: PyTree) -> PyTree:
 def _prunes(state: PruneScheduleState) -> bool:
     """Whether any mask removes anything."""
     return any(not bool(jnp.all(mask)) for mask in jax.tree.leaves(state.masks))
+
+
+def check_transformation(**transformations: Any) -> None:
+    """Raises a TypeError unless each is a gradient transformation of optax."""
+    kind = optax.GradientTransformation
+    _checks.check_is(kind, "optax.adam(1e-3) or another", **transformations)
 
 
 NO_STATE = (
