@@ -108,7 +108,7 @@ def check_bools(masks: PyTree, *, name: str = "masks") -> None:
     if masks is None:
         raise TypeError(f"{name} must be a tree of arrays of bools, got None.")
     for keys, mask in jax.tree_util.tree_leaves_with_path(masks):
-        said = f"{_path(keys) or name}: a mask is an array of bools, True = kept; got"
+        said = f"{_path(keys) or name}: a mask holds bools, True = kept; got"
         if isinstance(mask, bool):
             raise TypeError(f"{said} the Python bool {mask}. Write jnp.array({mask}).")
         if not isinstance(

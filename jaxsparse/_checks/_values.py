@@ -110,18 +110,21 @@ def check_number(
             continue
         x = float(value)
         if not (least <= x <= most and above < x < below):
-            bounds = [
-                f"{word} {bound:g}"
-                for word, bound in (
-                    ("at least", least),
-                    ("above", above),
-                    ("at most", most),
-                    ("below", below),
-                )
-                if math.isfinite(bound)
-            ]
-            wanted = " and ".join(bounds) or "a finite number"
-            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+            raise ValueError(
+                f"{name} must {_within(least, above, most, below)}, got {value!r}."
+            )
+
+
+def _within(least: float, above: float, most: float, below: float) -> str:
+    low = f"[{least:g}" if math.isfinite(least) else f"({above:g}"
+    high = f"{most:g}]" if math.isfinite(most) else f"{below:g})"
+    if math.isfinite(max(least, above)) and math.isfinite(min(most, below)):
+        return f"lie in {low}, {high}"
+    if above == 0:
+        return "be positive"
+    if math.isfinite(least):
+        return f"be at least {least:g}"
+    return "be a finite number"
 
 
 def check_scalar(**values: Any) -> None:
@@ -211,10 +214,10 @@ def check_no_nan(path: str, x: Any) -> None:
     """
     if not is_concrete(x):
         return
-    nans = int(jnp.sum(jnp.isnan(x)))
-    if nans:
+    nans = jnp.sum(jnp.isnan(x))  # traced, where x is a constant of a traced function
+    if is_concrete(nans) and int(nans):
         raise ValueError(
-            f"{path}: {nans} of {x.size} scores are NaN, so an order of the weights "
+            f"{path}: {int(nans)} of {x.size} scores are NaN, so an order of weights "
             "does not exist. Look for NaN in the parameters or the gradients. (Under "
             "jit, where values cannot be looked at, NaN counts as the lowest score.)"
         )

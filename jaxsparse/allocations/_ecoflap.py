@@ -99,7 +99,6 @@ def _slopes(loss_fn, params, batches, blocks: Blocks, key, eps) -> dict[str, flo
     """The mean change of the loss for each block."""
     changes: dict[str, list[float]] = {name: [] for name in blocks}
     for i, batch in enumerate(batches):
-        _checks.check_arrays(**{f"batches[{i}]": batch})
         for name, leaves in blocks.items():
             moved = {path for path, _ in leaves}
             step = map_with_path(

@@ -172,8 +172,8 @@ def als(
       {'a': 0.75, 'b': 0.3, 'c': 0.45}
     """
     _checks.check_arrays(abstract=True, params=params)
-    _checks.check_numbers(redundancy=redundancy)
     blocks = grouped(params, sparsity, where, groups)
+    _checks.check_numbers(redundancy=redundancy)
     _checks.check_sparsity(lower, name="lower")
     _checks.check_sparsity(upper, name="upper")
     if not lower <= sparsity <= upper:

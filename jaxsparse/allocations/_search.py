@@ -178,6 +178,8 @@ def _ladder(
     """The least and greatest level of each parameter, and what level 0 removes."""
     _checks.check_positive_int(levels, name="levels")
     _checks.check_positive_int(step, name="step")
+    if not jax.tree.leaves(sizes):
+        raise ValueError(f"sizes must be a tree of numbers of weights, got {sizes!r}.")
     for path, n in leaves_with_paths(sizes):
         _checks.check_positive_int(n, name=f"sizes: {path}")
     shapes = jax.tree.map(lambda n: jax.ShapeDtypeStruct((n,), jnp.float32), sizes)
@@ -223,7 +225,7 @@ def _check_options(batches, generations, offspring, stages) -> None:
     if not isinstance(batches, Sequence) or isinstance(batches, str):
         raise TypeError(f"batches must be a list, got {_checks.shown(batches)}.")
     if not batches:
-        raise ValueError("batches: there are none to judge by.")
+        raise ValueError("batches: there are no batches to judge by.")
     if not isinstance(stages, Sequence):
         raise TypeError(f"stages must be pairs (survivors, batches), got {stages!r}.")
     for stage in stages:

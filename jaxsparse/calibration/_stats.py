@@ -301,7 +301,8 @@ def gradient_norms(grads: PyTree | Iterator[PyTree], *, order: int) -> PyTree:
       A tree with leaves `[*shape]`, in float32 (float64 for float64 gradients).
 
     Raises:
-      ValueError: another order, no gradients, or trees of different structures.
+      ValueError: another order, no gradients, NaN in them (in eager use), or trees of
+        different structures.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -319,6 +320,7 @@ def gradient_norms(grads: PyTree | Iterator[PyTree], *, order: int) -> PyTree:
         total = _add_norms(total, part, order)
     if total is None:
         raise ValueError("There are no gradients. Was the iterator used up before?")
+    _checks.check_all_numbers(grads=total)
     return total if order == 1 else jax.tree.map(jnp.sqrt, total)
 
 

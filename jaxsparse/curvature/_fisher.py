@@ -37,12 +37,13 @@ def arrays_of(fisher: Fisher, tree: PyTree, *, name: str) -> list[Array]:
     return leaves
 
 
-def masks_of(fisher: Fisher, masks: PyTree) -> list[Array]:
+def masks_of(fisher: Fisher, masks: PyTree, *, name: str = "masks") -> list[Array]:
     """Masks of full shape for the parameters that take part.
 
     Args:
       fisher: an approximation of the Fisher matrix.
       masks: has a mask for each of them.
+      name: the argument's name.
 
     Returns:
       For each parameter its mask.
@@ -51,12 +52,13 @@ def masks_of(fisher: Fisher, masks: PyTree) -> list[Array]:
       ValueError: masks of another model.
     """
     check_fisher(fisher)
-    leaves = leaves_at(masks, fisher.paths, name="masks")
-    shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in _shapes(fisher)]
-    patterns.check_masks(leaves, shaped)
-    return [
-        jnp.broadcast_to(mask, w.shape) for mask, w in zip(leaves, shaped, strict=True)
-    ]
+    _checks.check_bools(masks, name=name)
+    leaves = leaves_at(masks, fisher.paths, name=name)
+    shapes = _shapes(fisher)
+    struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    by_path = lambda xs: dict(zip(fisher.paths, xs, strict=True))
+    patterns.check_masks(by_path(leaves), by_path(map(struct, shapes)))
+    return [jnp.broadcast_to(m, shape) for m, shape in zip(leaves, shapes, strict=True)]
 
 
 def check_fisher(fisher: Any) -> None:

@@ -3,7 +3,7 @@
 One factorisation serves every kernel that reads the same input.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -239,7 +239,7 @@ def count_not_finite(x: Array) -> Array:
     return jnp.sum(~jnp.isfinite(x))
 
 
-def check_damping(value: float | Array | None, *, name: str) -> None:
+def check_damping(value: Any, *, name: str) -> None:
     """Raises unless a damping is a number of at least 0, or left out.
 
     Args:

@@ -200,8 +200,8 @@ def eliminate(
       Array([-1.,  1.], dtype=float32)
     """
     ws = arrays_of(fisher, params, name="params")
-    qs = masks_of(fisher, removed)
-    ks = [~q for q in qs] if kept is None else masks_of(fisher, kept)
+    qs = masks_of(fisher, removed, name="removed")
+    ks = [~q for q in qs] if kept is None else masks_of(fisher, kept, name="kept")
     match fisher:
         case BlockFisher():
             parts = zip(fisher.roots, ws, qs, fisher.layouts, strict=True)

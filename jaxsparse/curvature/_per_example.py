@@ -320,6 +320,7 @@ def collect_grads(stream: Iterable[PyTree], *, count: int) -> PyTree:
     _checks.check_positive_int(count, name="count")
     seen, out = 0, None
     for grads in stream:
+        _checks.check_arrays(stream=grads)
         gradient_leaves(grads)
         if out is None:
             empty = lambda g: np.empty((count, *g.shape[1:]), g.dtype)

@@ -150,6 +150,9 @@ def layerwise(
     if unseen not in ("magnitude", "dense"):
         raise ValueError(f"unseen must be 'magnitude' or 'dense', got {unseen!r}.")
     data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    for name, function in (("share", share), ("weight", weight)):
+        if function is not None:
+            _checks.check_callable(None, **{name: function})
     if not data:
         raise ValueError("batches: there are none. Was the iterator used up before?")
     traced = trace(apply_fn, params, *data[0], rules=rules)
@@ -304,7 +307,15 @@ def _solve_bundle(
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _solve_places(matrices, evidence, sparsity, gram, solver, pattern):
-    one = lambda w, e: solver(w, e, sparsity, pattern=pattern)
+    def one(w: Array, e: Any) -> solvers.Solved:
+        solved = solver(w, e, sparsity, pattern=pattern)
+        if not isinstance(solved, solvers.Solved):
+            raise TypeError(
+                "solver must return js.solvers.Solved(w, mask, info), got "
+                f"{_checks.shown(solved)}."
+            )
+        return solved
+
     solved = over_places(one, matrices, evidence)
     kept = jnp.mean(solved.mask.astype(jnp.float32), axis=(1, 2))
     if gram is None:

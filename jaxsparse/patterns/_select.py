@@ -62,7 +62,9 @@ def masks(
       scores: a tree of floating-point arrays, one score a weight, larger = keep.
       sparsity: the fraction to remove, in [0, 1); a number, a traced scalar, or (not
         in the global scope) a tree of them with the structure of `scores`, as
-        `jaxsparse.allocations` makes. May be left out for `NM`, which has its own.
+        `jaxsparse.allocations` makes. A traced one cannot be looked at: outside of
+        [0, 1] it is cut to it, and NaN removes nothing. May be left out for `NM`,
+        which has its own.
       pattern: what lives or dies together, and who competes with whom.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: the input, output and batch axes of kernels whose layout is not flax's;
@@ -89,7 +91,7 @@ def masks(
         axis, a `where` or an axes rule that matches nothing, NaN scores (in eager use;
         under jit NaN counts as the lowest score), a negative `min_keep`; shards under
         `shard_map` of which no `axis_name` says what they are shards of.
-      TypeError: scores that are not floating point.
+      TypeError: scores that are not floating point or no arrays, what is no pattern.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -319,7 +321,9 @@ def _mask_all(
             _units("", x, pattern, a, split)
             for x, a, split in zip(xs, axes, splits, strict=True)
         ]
-        # Parameters of different types compete in the type that holds them all.
+        # Parameters of different types compete in the type that holds them all. Types
+        # of 8 bits have none with others; float32 holds them.
+        units = [u.astype(jnp.float32) if u.dtype.itemsize < 2 else u for u in units]
         with jax.numpy_dtype_promotion("standard"):
             dtype = jnp.result_type(*units)
         units = [u.astype(dtype) for u in units]

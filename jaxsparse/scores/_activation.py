@@ -272,8 +272,6 @@ def bias_compensation(w: Array, mean: Array, kept: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must be real floating point, got {x.dtype}.")
     *batch, _, d_in = jnp.shape(w)
-    *batch, _, d_in = jnp.shape(w)
-    *batch, _, d_in = jnp.shape(w)
     if jnp.shape(mean) != (*batch, d_in):
         raise ValueError(
             f"A kernel of shape {jnp.shape(w)} has a mean of shape {(*batch, d_in)}, "

@@ -68,6 +68,7 @@ def check_pattern(
         global scope.
       TypeError: another pattern.
     """
+    _checks.check_pattern(patterns.Pattern, pattern)
     if not isinstance(pattern, patterns.Unstructured | patterns.NM):
         raise TypeError(
             f"{solver} prunes js.Unstructured and js.NM, got {pattern}. For tiles and "

@@ -121,6 +121,8 @@ def chosen(trace: Trace, names: Collection[str], join: Join) -> dict[str, Block]
         raise TypeError(f"Expected a collection of names, got the text {names!r}.")
     found = blocks(trace, join=join)
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names must be those of blocks, got {name!r}.")
         if name not in found:
             raise ValueError(
                 f"{name}: not a block of this model. Similar: "

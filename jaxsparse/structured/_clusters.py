@@ -79,6 +79,7 @@ def expert_distances(
       [0.0, 5.0, -4.5]
     """
     _checks.check_arrays(router=router)
+    _checks.check_all_numbers(router=router)
     if jnp.ndim(router) != 2:
         raise ValueError(
             f"router has shape {jnp.shape(router)}, expected [experts, d]: one row for "
@@ -299,6 +300,7 @@ def merge_clusters(
       ([[0.5], [5.0]], [[2.0], [9.0]])
     """
     _checks.check_arrays(experts=experts, router=router)
+    _checks.check_all_numbers(router=router)
     n = count_experts(experts)
     if count_experts(router) != n:
         raise ValueError(

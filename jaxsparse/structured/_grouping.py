@@ -51,6 +51,7 @@ def router_similarity(logits: Array) -> Array:
       [1.0, 1.0]
     """
     _checks.check_arrays(logits=logits)
+    _checks.check_all_numbers(logits=logits)
     if jnp.ndim(logits) < 2:
         raise ValueError(
             f"logits has shape {jnp.shape(logits)}, expected [..., tokens, experts]."

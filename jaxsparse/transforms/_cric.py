@@ -1,5 +1,6 @@
 """CRIC: cycles of trial removals that correct which indices are redundant."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -124,8 +125,6 @@ def cric(
     check_params(slices, params)
     (count,) = removed_by(slices, sparsity, 1)
     data = list(batches)
-    for number, batch in enumerate(data):
-        _checks.check_arrays(**{f"batches[{number}]": batch})
     if not data:
         raise ValueError("batches: there are none.")
 
@@ -156,6 +155,10 @@ def cric(
 
     with _checks.explained("loss_fn", params=params, batch=data[0]):
         before = mean_loss(params)
+    if not math.isfinite(before):
+        raise ValueError(
+            f"batches: the mean of loss_fn over them is {before}. Is one of them empty?"
+        )
 
     def trial(violators: dict[str, np.ndarray], turn: int):
         """The mean saliency on the way to zero, the loss's increase, and by whom."""

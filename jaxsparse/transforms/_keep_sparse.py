@@ -56,6 +56,7 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
         del extra_args
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
+        _checks.check_like(params, updates=updates)
         _, state = inner.update(None, state, params)
         return project(updates, state.masks, params), state
 

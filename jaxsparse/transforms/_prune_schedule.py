@@ -246,7 +246,9 @@ def prune_schedule(
             masks = masks_of_zeros(masks, params)
         warn_of_regrowth(masks, params, sparsity, cadence, step)
         if adopted is None and _starts_sparse(params):
-            return select(scorer.score(params, None, score_state), 0)
+            scored = scorer.score(params, None, score_state)
+            _checks.check_like(params, scores=scored)
+            return select(scored, 0)
         if adopted is None and zeros == "hold":
             warn_of_zeros(masks)
         return masks
@@ -283,7 +285,9 @@ def prune_schedule(
             old, _, leaked, change = carry
             select_now = lambda scored: select(scored, step)
             if scorer.prune is None:
-                new = select_now(scorer.score(params, grads, score_state))
+                scored = scorer.score(params, grads, score_state)
+                _checks.check_like(params, scores=scored)
+                new = select_now(scored)
             else:
                 new, change = scorer.prune(params, grads, score_state, select_now)
             new = jax.tree.map(lambda n, o: n.reshape(o.shape), new, old)

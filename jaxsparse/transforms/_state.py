@@ -214,6 +214,7 @@ def check(opt_state: PyTree, params: PyTree = None) -> None:
     leaked = max(int(jnp.max(s.leaked)) for s in states)
     if params is not None:
         params = unwrap_variables(params)
+        _checks.check_arrays(params=params)
         patterns.check_masks(masks_like(params, opt_state), params)
         masks = jax.tree.leaves(masks_like(params, opt_state))
         counts = {

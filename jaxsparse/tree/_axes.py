@@ -117,7 +117,7 @@ def default_axes(path: str, leaf: Any) -> Axes:
 
 
 def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
-    """The axes that the caller stated, by path.
+    """The axes that the caller stated, by path. Leaves that are no arrays have none.
 
     Args:
       params: the parameters, or anything of their structure and shapes.

@@ -61,7 +61,8 @@ def why_dense(path: str, leaf: Any) -> str | None:
 
     Args:
       path: the parameter's path as text.
-      leaf: the parameter; only its shape and dtype are looked at.
+      leaf: the parameter; only its shape and dtype are looked at. What has none counts
+        as having fewer than two axes.
 
     Returns:
       A few words, such as "an embedding"; None for a parameter that takes part.
