@@ -38,9 +38,6 @@ def inverse_blocks(fisher: BlockFisher, *, size: int | None = None) -> PyTree:
       >>> js.curvature.inverse_blocks(fisher)["w"].tolist()
       [[[0.5, 0.0], [0.0, 0.5]]]
     """
-    _checks.check_is(
-        BlockFisher, "js.curvature.block_fisher(grads, ...)", fisher=fisher
-    )
     if not isinstance(fisher, BlockFisher):
         raise TypeError(
             "inverse_blocks needs js.curvature.block_fisher(...), got "
@@ -92,15 +89,12 @@ def group_scores(fisher: BlockFisher, params: PyTree) -> tuple[PyTree, PyTree]:
       Array([[10.],
              [10.]], dtype=float32)
     """
-    _checks.check_is(
-        BlockFisher, "js.curvature.block_fisher(grads, ...)", fisher=fisher
-    )
-    _checks.check_arrays(params=params)
     if not isinstance(fisher, BlockFisher):
         raise TypeError(
             "Units are scored together by a block Fisher matrix, js.curvature."
             f"block_fisher(..., pattern=pattern); got {type(fisher).__name__}."
         )
+    _checks.check_arrays(params=params)
     ws = arrays_of(fisher, params, name="params")
     solved = [
         block_group_solve(r, w, layout=layout, size=layout.unit)
@@ -147,15 +141,12 @@ def greedy_scores(
       >>> js.curvature.greedy_scores(fisher, {"w": jnp.array([3.0, 1.0])})["w"].round(4)
       Array([9., 1.], dtype=float32)
     """
-    _checks.check_is(
-        BlockFisher, "js.curvature.block_fisher(grads, ...)", fisher=fisher
-    )
-    _checks.check_arrays(params=params)
     if not isinstance(fisher, BlockFisher):
         raise TypeError(
             "Greedy OBS works in blocks: js.curvature.block_fisher(...); got "
             f"{type(fisher).__name__}."
         )
+    _checks.check_arrays(params=params)
     ws = arrays_of(fisher, params, name="params")
     if masks is None:
         kept = [jnp.ones_like(w, dtype=bool) for w in ws]

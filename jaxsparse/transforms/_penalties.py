@@ -32,8 +32,11 @@ def check_strength(strength: Any, *, name: str = "strength") -> None:
         return  # growing_regularization's limit is none
     try:
         _checks.check_number(least=0, **{name: strength})
-    except TypeError as error:
-        raise TypeError(f"{error} A schedule step -> number does too.") from None
+    except TypeError:
+        raise TypeError(
+            f"{name}: a number or a schedule step -> number; got "
+            f"{_checks.shown(strength)}."
+        ) from None
 
 
 def add_scaled(
