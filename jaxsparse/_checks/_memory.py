@@ -1,9 +1,14 @@
 """Does what is about to be made fit into memory?"""
 
+import math
 import os
 import warnings
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from jaxsparse._checks._values import is_concrete
 
 
 def check_fits(name: str, size: int, advice: str, *, known: bool) -> None:
@@ -28,6 +33,32 @@ def check_fits(name: str, size: int, advice: str, *, known: bool) -> None:
     warnings.warn(said, stacklevel=3)
 
 
+def check_window_fits(
+    name: str, params: Any, window: int, dtype: Any, advice: str
+) -> None:
+    """`check_fits` for so many gradients of some parameters.
+
+    Args:
+      name: whose window it is.
+      params: the parameters that take part, abstract ones too.
+      window: how many gradients.
+      dtype: that of the gradients; None for each parameter's own.
+      advice: what takes less.
+
+    Raises:
+      ValueError: as `check_fits`.
+    """
+    leaves = jax.tree.leaves(params)
+    width = lambda w: jnp.dtype(w.dtype if dtype is None else dtype).itemsize
+    weights = sum(math.prod(w.shape) for w in leaves)
+    check_fits(
+        f"{name}: {window} gradients of {weights:,} weights",
+        window * sum(math.prod(w.shape) * width(w) for w in leaves),
+        advice,
+        known=all(map(is_concrete, leaves)),
+    )
+
+
 def _memory() -> int | None:
     """The bytes of all devices; of processors, which share it, the host's."""
     devices = jax.devices()
@@ -37,7 +68,7 @@ def _memory() -> int | None:
         except (AttributeError, ValueError, OSError):  # not everywhere
             return None
         return host * jax.process_count()
-    limits = [(d.memory_stats() or {}).get("bytes_limit") for d in jax.local_devices()]
-    if None in limits:
+    stats = [d.memory_stats() or {} for d in jax.local_devices()]
+    if not all("bytes_limit" in s for s in stats):
         return None
-    return sum(limits) * len(devices) // len(limits)
+    return sum(s["bytes_limit"] for s in stats) * len(devices) // len(stats)

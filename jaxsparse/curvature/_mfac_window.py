@@ -77,7 +77,7 @@ def window_init(
       A window.
 
     Raises:
-      ValueError: `window < 1`, `damping <= 0`.
+      ValueError: `window < 1`, `damping <= 0`; more gradients than fit into memory.
       TypeError: parameters that are not real floating-point numbers.
 
     Example:
@@ -87,7 +87,7 @@ def window_init(
       >>> state.grads["w"].shape
       (4, 2, 3)
     """
-    _checks.check_arrays(params=params)
+    _checks.check_arrays(abstract=True, params=params)
     _check_window(window, damping, dtype)
     for path, w in leaves_with_paths(params):
         if not jnp.issubdtype(w.dtype, jnp.floating):
@@ -95,6 +95,8 @@ def window_init(
                 f"{path}: a window holds gradients of real floating-point parameters, "
                 f"got {w.dtype}. Leave it out, for instance with optax.masked."
             )
+    advice = "Take a smaller window, or dtype=jnp.bfloat16."
+    _checks.check_window_fits("window_init", params, window, dtype, advice)
     rows = jax.tree.map(lambda w: _empty_rows(w, window, dtype), params)
     wide = wide_type(rows)
     device = None

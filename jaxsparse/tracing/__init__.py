@@ -1,7 +1,7 @@
 """What a model does with each of its parameters, from one walk of its jaxpr."""
 
+from jaxsparse.tracing._retrace import retrace as retrace
 from jaxsparse.tracing._trace import Kernel as Kernel
 from jaxsparse.tracing._trace import Trace as Trace
 from jaxsparse.tracing._trace import Unfollowed as Unfollowed
-from jaxsparse.tracing._trace import retrace as retrace
 from jaxsparse.tracing._trace import trace as trace

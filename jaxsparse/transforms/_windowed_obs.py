@@ -254,19 +254,17 @@ def _check_memory(
     """Says, before they are taken, how many bytes it is where they do not fit."""
     leaves = jax.tree.leaves(taken)
     weights = sum(math.prod(w.shape) for w in leaves)
-    width = lambda w: jnp.dtype(w.dtype if dtype is None else dtype).itemsize
-    kept = window * sum(math.prod(w.shape) * width(w) for w in leaves)
     blocks = 2 * (block_size + 1) * 4 * weights
-    name = f"windowed_obs: {window} gradients of {weights:,} weights"
+    if summed:
+        known = all(map(_checks.is_concrete, leaves))
+        name = f"windowed_obs: blocks of {block_size} for {weights:,} weights"
+        _checks.check_fits(name, blocks, "Take a smaller block_size.", known=known)
+        return
     advice = (
         f"Take fewer (window={max(1, window // 8)}), dtype=jnp.bfloat16, or "
         f"summed=True, which adds blocks up in {blocks / 1e9:.3g} GB."
     )
-    if summed:
-        name = f"windowed_obs: blocks of {block_size} for {weights:,} weights"
-        advice = "Take a smaller block_size."
-    known = all(map(_checks.is_concrete, leaves))
-    _checks.check_fits(name, blocks if summed else kept, advice, known=known)
+    _checks.check_window_fits("windowed_obs", taken, window, dtype, advice)
 
 
 def _widen(w: Array) -> Array:

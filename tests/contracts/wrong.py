@@ -579,7 +579,12 @@ OF_SHAPES = {
     *("allocations.round_to_weights", "allocations.erk", "allocations.uniform"),
     *("allocations.als", "allocations.arithmetic_progression"),
     *("patterns.check_masks", "patterns.sparsity_of", "patterns.verify"),
-    *("scores.random", "structured.narrow", "structured.widen"),
+    *(
+        "curvature.window_init",
+        "scores.random",
+        "structured.narrow",
+        "structured.widen",
+    ),
     *("structured.per_parameter", "structured.remove_blocks"),
     *("structured.share_blocks", "trace", "tracing.retrace", "tree.select"),
     "report.table",
