@@ -23,6 +23,8 @@ Blocks = dict[str, list[tuple[str, Any]]]
 def grouped(tree: PyTree, sparsity: float, where: Where, groups: Groups) -> Blocks:
     """The selected parameters by block, empty ones left out."""
     _checks.check_sparsity(sparsity)
+    if groups is not None:
+        _checks.check_callable(1, groups=groups)
     selected = jax.tree.leaves(select(tree, where))
     blocks: Blocks = {}
     for (path, x), take in zip(leaves_with_paths(tree), selected, strict=True):
@@ -94,10 +96,3 @@ def spread_over(
 def wide(x: Array) -> Array:
     """In float32 at least."""
     return x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
-
-
-def check_positive(**values: float) -> None:
-    """Raises unless each is above 0."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}.")

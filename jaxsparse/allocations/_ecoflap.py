@@ -14,7 +14,6 @@ from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.allocations._blocks import (
     Blocks,
     Groups,
-    check_positive,
     fill,
     grouped,
     removed_in,
@@ -75,7 +74,11 @@ def ecoflap(
       ...     loss_fn, params, [jnp.ones((10, 10))], 0.5, key=jax.random.key(0))
       {'a': 0.4, 'b': 0.6}
     """
-    check_positive(eps=eps)
+    _checks.check_callable(2, loss_fn=loss_fn)
+    _checks.check_arrays(params=params)
+    _checks.check_batches(batches)
+    _checks.check_key(key)
+    _checks.check_number(above=0, eps=eps)
     blocks = grouped(params, sparsity, where, groups)
     most = min(sparsity + 0.1, math.nextafter(1.0, 0.0)) if most is None else most
     _checks.check_sparsity(most, name="most")
@@ -102,10 +105,11 @@ def _slopes(loss_fn, params, batches, blocks: Blocks, key, eps) -> dict[str, flo
                 lambda p, _, moved=moved: np.float32(eps * (p in moved)), params
             )
             noise = jax.random.fold_in(key, i)
-            both = [
-                float(_loss(loss_fn, params, step, noise, s, batch))
-                for s in (np.float32(1), np.float32(-1))
-            ]
+            with _checks.explained("loss_fn", params=params, batch=batch):
+                both = [
+                    float(_loss(loss_fn, params, step, noise, s, batch))
+                    for s in (np.float32(1), np.float32(-1))
+                ]
             changes[name].append(abs(both[0] - both[1]) / (2 * eps))
             if not math.isfinite(changes[name][-1]):
                 raise ValueError(f"The loss is not finite near {name!r}: {both}.")

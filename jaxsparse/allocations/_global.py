@@ -46,6 +46,8 @@ def global_(
       >>> js.allocations.global_(scores, 0.5)
       {'a': 0.5, 'b': 0.5}
     """
+    _checks.check_pattern(patterns.Pattern, pattern)
+    _checks.check_arrays(scores=scores)
     if getattr(pattern, "scope", None) != "global":
         raise ValueError(f"{pattern} does not compete globally: give scope='global'.")
     options = {"pattern": pattern, "where": where, "axes": axes}
@@ -87,6 +89,7 @@ def round_to_weights(
       ...     js.allocations.round_to_weights(params, even).values(), (3, 3, 4)))
       5.0
     """
+    _checks.check_arrays(abstract=True, params=params)
     sparsities, where = by_rules(params, sparsities, where, name="sparsities")
     sparsities = like(sparsities, params, name="sparsities")
     named = leaves_with_paths(params)
@@ -94,6 +97,8 @@ def round_to_weights(
     selected = jax.tree.leaves(select(params, where))
     for (path, _), value in zip(named, values, strict=True):
         _checks.check_sparsity(value, name=f"{path}: sparsity")
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise TypeError(f"{path}: sparsities must be numbers, got {value}.")
     sizes = [math.prod(x.shape) for _, x in named]
     exact = [s * n for s, n in zip(values, sizes, strict=True)]
     taken = [i for i, take in enumerate(selected) if take]

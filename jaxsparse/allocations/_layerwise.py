@@ -55,6 +55,7 @@ def uniform(
       >>> js.allocations.uniform(params, 0.6, exceptions={"a": 0.0})["b"]
       0.8
     """
+    _checks.check_arrays(abstract=True, params=params)
     return _allocate(params, sparsity, where, exceptions, lambda path, leaf: None)
 
 
@@ -98,6 +99,8 @@ def erk(
       >>> {k: round(s, 4) for k, s in js.allocations.erk(params, 0.9).items()}
       {'a': 0.0818, 'b': 0.9082}
     """
+    _checks.check_arrays(abstract=True, params=params)
+    _checks.check_number(power=power)
     stated = resolve_axes(params, axes)
 
     def density(path: str, leaf) -> float:
@@ -167,8 +170,10 @@ def _densities(
 
 
 def _excepted(paths: list[str], exceptions: Exceptions) -> dict[str, float]:
-    for rule, value in (exceptions or {}).items():
+    exceptions = {} if exceptions is None else exceptions
+    _checks.check_mapping(exceptions=exceptions)
+    for rule, value in exceptions.items():
         _checks.check_sparsity(value, name=f"exceptions[{rule!r}]")
     none = "none of the parameters that take part"
-    found = matching(exceptions or {}, paths, name="exceptions", none=none)
+    found = matching(exceptions, paths, name="exceptions", none=none)
     return {path: float(value) for path, value in found.items()}

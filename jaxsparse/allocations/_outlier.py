@@ -14,7 +14,6 @@ from jaxsparse.allocations._blocks import (
     Blocks,
     Groups,
     by_shift,
-    check_positive,
     grouped,
     removed_in,
     spread_over,
@@ -71,7 +70,8 @@ def owl(
       >>> js.allocations.owl({"a": flat, "b": peaked}, 0.5)
       {'a': 0.58, 'b': 0.42}
     """
-    check_positive(outlier=outlier, spread=spread)
+    _checks.check_arrays(scores=scores)
+    _checks.check_number(above=0, outlier=outlier, spread=spread)
     blocks = grouped(scores, sparsity, where, groups)
     _check_scores(blocks)
     shares = {name: _outliers(leaves, outlier) for name, leaves in blocks.items()}
@@ -119,7 +119,8 @@ def dsa(
       >>> js.allocations.dsa({"a": narrow, "b": narrow**9}, 0.5)
       {'a': 0.43, 'b': 0.57}
     """
-    check_positive(spread=spread)
+    _checks.check_arrays(scores=scores)
+    _checks.check_number(above=0, spread=spread)
     blocks = grouped(scores, sparsity, where, groups)
     _check_scores(blocks)
     found = {name: _log_variance(leaves) for name, leaves in blocks.items()}
@@ -170,7 +171,9 @@ def als(
       >>> js.allocations.als(params, redundancy, 0.5, lower=0.3, upper=0.75)
       {'a': 0.75, 'b': 0.3, 'c': 0.45}
     """
+    _checks.check_arrays(abstract=True, params=params)
     blocks = grouped(params, sparsity, where, groups)
+    _checks.check_numbers(redundancy=redundancy)
     _checks.check_sparsity(lower, name="lower")
     _checks.check_sparsity(upper, name="upper")
     if not lower <= sparsity <= upper:
@@ -237,6 +240,8 @@ def arithmetic_progression(
       >>> js.allocations.arithmetic_progression(params, 0.5, difference=0.1)
       {'block_1': 0.4, 'block_10': 0.6, 'block_2': 0.5}
     """
+    _checks.check_arrays(abstract=True, params=params)
+    _checks.check_number(above=-1, below=1, difference=difference)
     if not -1 < difference < 1:
         raise ValueError(f"difference must lie in (-1, 1), got {difference!r}.")
     blocks = grouped(params, sparsity, where, groups)

@@ -95,6 +95,8 @@ def evolve(
       ...     levels=4, step=10, generations=5, offspring=4, stages=((1, 1),))
       {'a': 0.7, 'b': 0.3}
     """
+    _checks.check_callable(2, fitness=fitness)
+    _checks.check_key(key)
     _check_options(batches, generations, offspring, stages)
     low, high, start = _ladder(sizes, sparsity, levels, step)
     up = {i for i, level in enumerate(high) if level > 0}
@@ -176,6 +178,8 @@ def _ladder(
     """The least and greatest level of each parameter, and what level 0 removes."""
     _checks.check_positive_int(levels, name="levels")
     _checks.check_positive_int(step, name="step")
+    if not jax.tree.leaves(sizes):
+        raise ValueError(f"sizes must be a tree of numbers of weights, got {sizes!r}.")
     for path, n in leaves_with_paths(sizes):
         _checks.check_positive_int(n, name=f"sizes: {path}")
     shapes = jax.tree.map(lambda n: jax.ShapeDtypeStruct((n,), jnp.float32), sizes)
@@ -218,9 +222,17 @@ def _children(
 def _check_options(batches, generations, offspring, stages) -> None:
     _checks.check_positive_int(generations, name="generations")
     _checks.check_positive_int(offspring, name="offspring")
-    if not len(batches):
-        raise ValueError("There are no batches to judge by.")
+    if not isinstance(batches, Sequence) or isinstance(batches, str):
+        raise TypeError(f"batches must be a list, got {_checks.shown(batches)}.")
+    if not batches:
+        raise ValueError("batches: there are no batches to judge by.")
+    if not isinstance(stages, Sequence):
+        raise TypeError(f"stages must be pairs (survivors, batches), got {stages!r}.")
     for stage in stages:
+        if not isinstance(stage, Sequence) or len(stage) != 2:
+            raise TypeError(
+                f"stages must be pairs (survivors, batches), got {stage!r} among them."
+            )
         survivors, count = stage
         _checks.check_positive_int(survivors, name="survivors of a stage")
         _checks.check_positive_int(count, name="batches of a stage")

@@ -1,11 +1,11 @@
 """What kernels see: statistics of their inputs, and of their gradients."""
 
+from jaxsparse.calibration._gradients import gradient_norms as gradient_norms
 from jaxsparse.calibration._run import run as run
 from jaxsparse.calibration._statistics import InputStats as InputStats
 from jaxsparse.calibration._statistics import Statistics as Statistics
 from jaxsparse.calibration._stats import RunningStats as RunningStats
 from jaxsparse.calibration._stats import finalize as finalize
-from jaxsparse.calibration._stats import gradient_norms as gradient_norms
 from jaxsparse.calibration._stats import init as init
 from jaxsparse.calibration._stats import merge as merge
 from jaxsparse.calibration._stats import unseen as unseen

@@ -46,7 +46,10 @@ def check_batch(inputs: tuple[Any, ...], number: int) -> None:
 
     Raises:
       ValueError: its first input is empty.
+      TypeError: it holds what is no array.
     """
+    named: dict[str, Any] = {f"batches[{number}]": inputs}
+    _checks.check_arrays(**named)
     shape = next((jnp.shape(x) for x in jax.tree.leaves(inputs) if jnp.ndim(x)), (1,))
     if 0 in shape:
         raise ValueError(

@@ -87,6 +87,10 @@ def run(
       Array([[5., 1.],
              [1., 2.]], dtype=float32)
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    _checks.check_arrays(params=params)
+    _checks.check_batches(batches)
+    _checks.check_bool(gram=gram, host=host)
     kernels, left_dense = selected_kernels(trace, params, where)
     by_input = {kernel.input: kernel for kernel in reversed(kernels.values())}
     names = [path for path in kernels if path in by_input]  # as the model reads them

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array
 from jaxsparse.tracing._changes import Change, check_plain
 from jaxsparse.tree import Axes, MatrixView
@@ -171,3 +172,9 @@ def _own_axes(view: MatrixView) -> Axes | None:
             return None
         found[kinds.pop()] += (axis,)
     return Axes(**found)
+
+
+def check_statistics(stats: Any) -> None:
+    """Raises a TypeError unless `stats` are statistics of a model's inputs."""
+    made_by = "js.calibration.run(trace, params, batches)"
+    _checks.check_is(Statistics, made_by, stats=stats)

@@ -1,6 +1,6 @@
 """Streaming statistics of the rows that meet a kernel, as sums that merge."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jaxsparse import _checks
 from jaxsparse._host import on_host
 from jaxsparse._sharded import explicit_mesh
-from jaxsparse._typing import Array, PyTree
-from jaxsparse.calibration._statistics import InputStats, Statistics
-from jaxsparse.tree import leaves_with_paths
+from jaxsparse._typing import Array
+from jaxsparse.calibration._statistics import InputStats, Statistics, check_statistics
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -60,7 +59,10 @@ def init(
       >>> js.calibration.init((), 3, gram=True).products.shape
       (3, 3)
     """
+    _checks.check_bool(gram=gram)
     _checks.check_positive_int(d_in, name="d_in")
+    if not isinstance(batch, tuple | list):
+        raise TypeError(f"batch must be a tuple of sizes, got {batch!r}.")
     for size in batch:
         _checks.check_positive_int(size, name="batch")
     if dtype not in (jnp.float32, jnp.float64):
@@ -101,6 +103,7 @@ def update(state: RunningStats, x: Array, weight: Array | None = None) -> Runnin
       >>> state.count, state.mean
       (Array(2., dtype=float32), Array([2., 2.], dtype=float32))
     """
+    _checks.check_is(RunningStats, "js.calibration.init(...)", state=state)
     _check_rows(state, x)
     if weight is not None:
         _check_weight(weight, x.shape[:-1])
@@ -175,6 +178,7 @@ def merge(a: RunningStats, b: RunningStats) -> RunningStats:
       >>> js.calibration.merge(a, b).mean
       Array([3.], dtype=float32)
     """
+    _checks.check_is(RunningStats, "js.calibration.init(...)", a=a, b=b)
     if (a.products is None) != (b.products is None):
         raise ValueError(
             "One of the statistics has products, the other has not: call `init` with "
@@ -231,6 +235,7 @@ def finalize(state: RunningStats) -> InputStats:
       >>> stats.gram.tolist()
       [[5.0, 4.0], [4.0, 4.0]]
     """
+    _checks.check_is(RunningStats, "js.calibration.init(...)", state=state)
     return _finalize(state)
 
 
@@ -271,67 +276,11 @@ def unseen(stats: Statistics) -> dict[str, int]:
       >>> js.calibration.unseen(stats)
       {'experts/kernel': 1}
     """
+    check_statistics(stats)
     empty = {
         path: int(np.sum(on_host(stats.of(path).count) == 0)) for path in stats.paths
     }
     return {path: n for path, n in empty.items() if n}
-
-
-def gradient_norms(grads: PyTree | Iterator[PyTree], *, order: int) -> PyTree:
-    """The size of each weight's gradient over examples: what GBLM scores by.
-
-    `sum_i |g_i|` for order 1, `sqrt(sum_i g_i^2)` for order 2, over examples i. Das et
-    al. (2023, arXiv:2311.04902).
-
-    Differs from the reference implementation, which adds up in float16 and refuses a
-    gradient of zeros, which every expert without a token has.
-
-    Args:
-      grads: a tree with leaves `[m, *shape]`, or an iterator over such trees as
-        `js.curvature.stream_grads` yields them; None where there is no gradient.
-      order: 1 or 2.
-
-    Returns:
-      A tree with leaves `[*shape]`, in float32 (float64 for float64 gradients).
-
-    Raises:
-      ValueError: another order, no gradients, or trees of different structures.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> stream = iter([{"w": jnp.array([[3.0], [0.0]])}, {"w": jnp.array([[-4.0]])}])
-      >>> js.calibration.gradient_norms(stream, order=2)
-      {'w': Array([5.], dtype=float32)}
-    """
-    if isinstance(order, bool) or order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order!r}.")
-    total = None
-    for part in grads if isinstance(grads, Iterator) else [grads]:
-        if total is None:
-            total = _zeros(part)
-        _checks.same_structure(part, total, name="grads", of="the first gradients")
-        total = _add_norms(total, part, order)
-    if total is None:
-        raise ValueError("There are no gradients. Was the iterator used up before?")
-    return total if order == 1 else jax.tree.map(jnp.sqrt, total)
-
-
-def _zeros(grads: PyTree) -> PyTree:
-    named = leaves_with_paths(grads)
-    if not named:
-        raise ValueError("The tree of gradients has no leaves.")
-    for path, g in named:
-        if jnp.ndim(g) == 0:
-            raise ValueError(f"{path}: gradients are `[m, *shape]`, got a scalar.")
-    wide = lambda g: g.dtype if g.dtype.itemsize > 4 else jnp.float32
-    return jax.tree.map(lambda g: jnp.zeros(g.shape[1:], wide(g)), grads)
-
-
-@jax.jit(static_argnames="order")
-def _add_norms(total: PyTree, grads: PyTree, order: int) -> PyTree:
-    size = jnp.abs if order == 1 else jnp.square
-    add = lambda t, g: t + jnp.sum(size(g.astype(t.dtype)), axis=0)
-    return jax.tree.map(add, total, grads)
 
 
 def _at_least_one(count: Array) -> Array:
@@ -362,16 +311,17 @@ def _with_spec(f: Callable[..., Any], spec: tuple[Any, ...], *args: Any) -> Any:
 
 
 def _check_rows(state: RunningStats, x: Array) -> None:
+    _checks.check_arrays(x=x)
     *batch, d_in = state.mean.shape
     shape = jnp.shape(x)
     if len(shape) != len(batch) + 2 or shape[:-2] != (*batch,) or shape[-1] != d_in:
         expected = ", ".join([*map(str, batch), "n", str(d_in)])
         raise ValueError(
-            f"Rows of shape {shape} do not fit statistics of [{expected}]. Reshape "
+            f"x: rows of shape {shape} do not fit statistics of [{expected}]. Reshape "
             f"them: x.reshape({', '.join([*map(str, batch), '-1', str(d_in)])})."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"Rows must be real floating-point numbers, got {x.dtype}.")
+        raise TypeError(f"x: rows must be real floating-point numbers, got {x.dtype}.")
     if x.dtype.itemsize > state.mean.dtype.itemsize:
         raise TypeError(
             f"Rows of {x.dtype} would be rounded to {state.mean.dtype}. Cast them, or "

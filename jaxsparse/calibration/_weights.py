@@ -33,7 +33,9 @@ def batch_weight(
     """
     if weight is None:
         return None
-    found = jnp.asarray(weight(*inputs))
+    _checks.check_callable(len(inputs), weight=weight)
+    with _checks.explained("weight", inputs=inputs):
+        found = jnp.asarray(weight(*inputs))
     shape = next((jnp.shape(x) for x in jax.tree.leaves(inputs) if jnp.ndim(x)), ())
     if not found.ndim or found.shape != shape[: found.ndim]:
         raise ValueError(

@@ -94,6 +94,7 @@ def group_scores(fisher: BlockFisher, params: PyTree) -> tuple[PyTree, PyTree]:
             "Units are scored together by a block Fisher matrix, js.curvature."
             f"block_fisher(..., pattern=pattern); got {type(fisher).__name__}."
         )
+    _checks.check_arrays(params=params)
     ws = arrays_of(fisher, params, name="params")
     solved = [
         block_group_solve(r, w, layout=layout, size=layout.unit)
@@ -145,6 +146,7 @@ def greedy_scores(
             "Greedy OBS works in blocks: js.curvature.block_fisher(...); got "
             f"{type(fisher).__name__}."
         )
+    _checks.check_arrays(params=params)
     ws = arrays_of(fisher, params, name="params")
     if masks is None:
         kept = [jnp.ones_like(w, dtype=bool) for w in ws]

@@ -75,6 +75,25 @@ def add_sums(sums: Triangle, other: Triangle) -> Triangle:
         return _triangle.split(together, sums.square.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="layout")
+def masked_sums(sums: Triangle, mask: Array, *, layout: BlockLayout) -> Triangle:
+    """The sums as if some weights had never had a gradient.
+
+    Args:
+      sums: `[*lead, b, b]`.
+      mask: bools of the parameter's shape, True = kept.
+      layout: the parameter's.
+
+    Returns:
+      The sums with zeros in the rows and columns of the others.
+    """
+    kept = to_blocks(mask, layout)
+    both = kept[..., :, None] & kept[..., None, :]
+    zero = jnp.zeros((), sums.square.dtype)
+    square = jnp.where(both, sums.square, zero)
+    return Triangle(square, jnp.where(kept, sums.diagonal, zero))
+
+
 def _sum_up(sums: Triangle, g: Array, layout: BlockLayout, accurate: bool) -> Triangle:
     """Adds `g_i g_i^T` of all gradients `[m, *shape]`.
 

@@ -34,6 +34,7 @@ from jaxsparse.curvature._trees import (
     widest,
 )
 from jaxsparse.curvature._triangle import Triangle
+from jaxsparse.patterns import Pattern
 from jaxsparse.tree import AxesRule, leaves_with_paths, resolve_axes, select
 
 
@@ -141,6 +142,8 @@ def block_fisher(
       >>> js.curvature.inverse_diagonal(fisher)
       {'w': Array([0.25, 0.25], dtype=float32)}
     """
+    _checks.check_pattern(Pattern, pattern)
+    _checks.check_axes(axes)
     check_one_damping(damping, rel_damping)
     paths, leaves, m = gradient_leaves(grads)
     layouts = _layouts(_without_m(grads), block_size, pattern, axes)
@@ -189,6 +192,9 @@ def block_estimator(
       [[0.25 0.25]]
       [[0.0625 0.0625]]
     """
+    _checks.check_pattern(Pattern, pattern)
+    _checks.check_where(where)
+    _checks.check_axes(axes)
     check_block_size(block_size)
 
     def init(params: PyTree) -> Sums:

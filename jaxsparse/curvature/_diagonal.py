@@ -121,6 +121,7 @@ def diagonal_estimator(*, where: Where = None) -> Estimator:
       >>> estimator.finalize(sums, damping=1.0).diagonals
       (Array([[2., 6.]], dtype=float32),)
     """
+    _checks.check_where(where)
 
     def init(params: PyTree) -> Sums:
         keep = lambda w, taken: w if taken else None

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import patterns
+from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature._blocks import BlockFisher
 from jaxsparse.curvature._diagonal import DiagonalFisher
@@ -31,17 +31,19 @@ def arrays_of(fisher: Fisher, tree: PyTree, *, name: str) -> list[Array]:
     Raises:
       ValueError: a parameter is missing, or of another shape.
     """
+    check_fisher(fisher)
     leaves = leaves_at(tree, fisher.paths, name=name)
     check_shapes(fisher.paths, _shapes(fisher), leaves, name=name)
     return leaves
 
 
-def masks_of(fisher: Fisher, masks: PyTree) -> list[Array]:
+def masks_of(fisher: Fisher, masks: PyTree, *, name: str = "masks") -> list[Array]:
     """Masks of full shape for the parameters that take part.
 
     Args:
       fisher: an approximation of the Fisher matrix.
       masks: has a mask for each of them.
+      name: the argument's name.
 
     Returns:
       For each parameter its mask.
@@ -49,12 +51,19 @@ def masks_of(fisher: Fisher, masks: PyTree) -> list[Array]:
     Raises:
       ValueError: masks of another model.
     """
-    leaves = leaves_at(masks, fisher.paths, name="masks")
-    shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in _shapes(fisher)]
-    patterns.check_masks(leaves, shaped)
-    return [
-        jnp.broadcast_to(mask, w.shape) for mask, w in zip(leaves, shaped, strict=True)
-    ]
+    check_fisher(fisher)
+    _checks.check_bools(masks, name=name)
+    leaves = leaves_at(masks, fisher.paths, name=name)
+    shapes = _shapes(fisher)
+    struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    by_path = lambda xs: dict(zip(fisher.paths, xs, strict=True))
+    patterns.check_masks(by_path(leaves), by_path(map(struct, shapes)))
+    return [jnp.broadcast_to(m, shape) for m, shape in zip(leaves, shapes, strict=True)]
+
+
+def check_fisher(fisher: Any) -> None:
+    """Raises a TypeError unless `fisher` is an approximation of a Fisher matrix."""
+    _checks.check_is(Fisher, "js.curvature.block_fisher(grads, ...)", fisher=fisher)
 
 
 def check_covers(fisher: Any, path: str) -> None:
@@ -76,6 +85,7 @@ def check_covers(fisher: Any, path: str) -> None:
         ...
       ValueError: b: selected by `where`, but the Fisher matrix has no part for it...
     """
+    check_fisher(fisher)
     if path not in fisher.paths:
         raise ValueError(
             f"{path}: selected by `where`, but the Fisher matrix has no part for it. "

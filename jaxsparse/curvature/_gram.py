@@ -3,7 +3,7 @@
 One factorisation serves every kernel that reads the same input.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,7 @@ def inverse_upper(factor: GramFactor) -> Array:
       >>> js.curvature.inverse_upper(factor).tolist()
       [[0.5, 0.0], [0.0, 0.5]]
     """
+    _checks.check_is(GramFactor, "js.curvature.factor_gram(gram)", factor=factor)
     eye = jnp.eye(factor.root.shape[-1], dtype=factor.root.dtype)
     return lax.linalg.triangular_solve(factor.root, eye, left_side=True, lower=False)
 
@@ -206,6 +207,7 @@ def check_gram(gram: Array, *, d_in: int | None = None) -> None:
             f"gram must be {wanted}, the inputs' X^T X / n; got shape {shape}. For a "
             "batch of layers use jax.vmap."
         )
+    _checks.check_arrays(gram=gram)
     if not jnp.issubdtype(gram.dtype, jnp.floating):
         raise TypeError(f"gram must be real floating point, got {gram.dtype}.")
     if not _checks.is_concrete(gram):
@@ -237,7 +239,7 @@ def count_not_finite(x: Array) -> Array:
     return jnp.sum(~jnp.isfinite(x))
 
 
-def check_damping(value: float | Array | None, *, name: str) -> None:
+def check_damping(value: Any, *, name: str) -> None:
     """Raises unless a damping is a number of at least 0, or left out.
 
     Args:
@@ -246,11 +248,10 @@ def check_damping(value: float | Array | None, *, name: str) -> None:
 
     Raises:
       ValueError: negative, NaN or infinite.
+      TypeError: no number.
     """
-    if value is None or not _checks.is_concrete(value):
-        return
-    if not 0 <= float(value) < float("inf"):
-        raise ValueError(f"{name} must be a number of at least 0, got {value}.")
+    if value is not None:
+        _checks.check_number(least=0, **{name: value})
 
 
 def check_factored(failed: Array, damping: Array, *, what: str) -> None:

@@ -164,6 +164,7 @@ def kronecker_fisher(
       Array([[2., 2.],
              [5., 5.]], dtype=float32)
     """
+    _checks.check_axes(axes)
     check_one_damping(damping, rel_damping)
     paths, leaves, m = gradient_leaves(grads)
     shapes = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
@@ -203,6 +204,8 @@ def kronecker_estimator(
       >>> js.curvature.inverse_diagonal(fisher)["w"].round(5).tolist()
       [[0.5], [0.5]]
     """
+    _checks.check_where(where)
+    _checks.check_axes(axes)
 
     def init(params: PyTree) -> Sums:
         keep = lambda w, taken: w if taken else None

@@ -125,6 +125,7 @@ def mfac(
       >>> js.curvature.ihvp(fisher, {"w": jnp.array([2.0, 4.0])})["w"].round(5)
       Array([1., 2.], dtype=float32)
     """
+    _checks.check_axes(axes)
     paths, leaves, _ = gradient_leaves(grads)
     check_one_damping(damping, rel_damping)
     _checks.check_positive_int(page_bytes, name="page_bytes")
@@ -204,6 +205,8 @@ def span_ihvp(fisher: MFac, coefficients: Array) -> PyTree:
       >>> js.curvature.span_ihvp(fisher, jnp.ones(1))    # 3 / (1 + 9)
       {'w': Array([0.3, 0. ], dtype=float32)}
     """
+    _checks.check_is(MFac, "js.curvature.mfac(grads, ...)", fisher=fisher)
+    _checks.check_arrays(coefficients=coefficients)
     m = fisher.root.square.shape[-1]
     if jnp.shape(coefficients) != (m,):
         raise ValueError(

@@ -31,6 +31,7 @@ from jaxsparse.curvature._gradient_rows import (
     wide_type,
 )
 from jaxsparse.curvature._trees import check_damping
+from jaxsparse.patterns import check_masks
 from jaxsparse.tree import leaves_with_paths, like, map_with_path
 
 
@@ -76,7 +77,7 @@ def window_init(
       A window.
 
     Raises:
-      ValueError: `window < 1`, `damping <= 0`.
+      ValueError: `window < 1`, `damping <= 0`; more gradients than fit into memory.
       TypeError: parameters that are not real floating-point numbers.
 
     Example:
@@ -86,6 +87,7 @@ def window_init(
       >>> state.grads["w"].shape
       (4, 2, 3)
     """
+    _checks.check_arrays(abstract=True, params=params)
     _check_window(window, damping, dtype)
     for path, w in leaves_with_paths(params):
         if not jnp.issubdtype(w.dtype, jnp.floating):
@@ -93,6 +95,8 @@ def window_init(
                 f"{path}: a window holds gradients of real floating-point parameters, "
                 f"got {w.dtype}. Leave it out, for instance with optax.masked."
             )
+    advice = "Take a smaller window, or dtype=jnp.bfloat16."
+    _checks.check_window_fits("window_init", params, window, dtype, advice)
     rows = jax.tree.map(lambda w: _empty_rows(w, window, dtype), params)
     wide = wide_type(rows)
     device = None
@@ -233,6 +237,10 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
     Returns:
       A window.
 
+    Raises:
+      ValueError: masks of another model.
+      TypeError: masks that are not of bools.
+
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> params = {"w": jnp.zeros(2)}
@@ -242,7 +250,12 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
       >>> js.curvature.window_mask(state, masks).gram
       Array([[1.]], dtype=float32)
     """
+    _check_state(state)
+    shapes = jax.tree.map(
+        lambda G: jax.ShapeDtypeStruct(G.shape[1:], G.dtype), state.grads
+    )
     masks = like(masks, state.grads, name="masks", of="the window's parameters")
+    check_masks(masks, shapes)
     return _mask(state, masks)
 
 
@@ -253,7 +266,13 @@ def _check_window(window: Any, damping: Any, dtype: Any) -> None:
         raise TypeError(f"dtype must be a real floating-point type, got {dtype!r}.")
 
 
+def _check_state(state: Any) -> None:
+    _checks.check_is(MFacWindow, "js.curvature.window_init(params, ...)", state=state)
+
+
 def _check_like_rows(state: MFacWindow, tree: PyTree, *, name: str) -> None:
+    _check_state(state)
+    _checks.check_arrays(**{name: tree})
     _checks.same_structure(tree, state.grads, name=name, of="the window's parameters")
 
     def one(path: str, x: Any, G: Array) -> None:

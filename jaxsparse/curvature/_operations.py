@@ -13,7 +13,7 @@ from jaxsparse.curvature._block_inverse import (
 )
 from jaxsparse.curvature._blocks import BlockFisher
 from jaxsparse.curvature._diagonal import DiagonalFisher
-from jaxsparse.curvature._fisher import Fisher, arrays_of, masks_of
+from jaxsparse.curvature._fisher import Fisher, arrays_of, check_fisher, masks_of
 from jaxsparse.curvature._kronecker import (
     KroneckerFisher,
     kronecker_diagonal,
@@ -97,6 +97,7 @@ def inverse_diagonal(fisher: Fisher) -> PyTree:
       >>> js.curvature.inverse_diagonal(fisher)
       {'w': Array([0.1, 1. ], dtype=float32)}
     """
+    check_fisher(fisher)
     match fisher:
         case BlockFisher():
             parts = zip(fisher.diagonals, fisher.layouts, strict=True)
@@ -199,8 +200,8 @@ def eliminate(
       Array([-1.,  1.], dtype=float32)
     """
     ws = arrays_of(fisher, params, name="params")
-    qs = masks_of(fisher, removed)
-    ks = [~q for q in qs] if kept is None else masks_of(fisher, kept)
+    qs = masks_of(fisher, removed, name="removed")
+    ks = [~q for q in qs] if kept is None else masks_of(fisher, kept, name="kept")
     match fisher:
         case BlockFisher():
             parts = zip(fisher.roots, ws, qs, fisher.layouts, strict=True)

@@ -14,7 +14,13 @@ from jax.sharding import PartitionSpec as P
 from jaxsparse import _checks, _sharded
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature._chunks import in_parts, is_spread
-from jaxsparse.curvature._trees import check_finite, check_real, largest_number
+from jaxsparse.curvature._trees import (
+    check_finite,
+    check_real,
+    gradient_leaves,
+    largest_number,
+)
+from jaxsparse.patterns import check_masks
 from jaxsparse.tree import leaves_with_paths, like, select
 
 LossFn = Callable[[PyTree, Any], Array]
@@ -74,6 +80,8 @@ def per_example_grads(
       Array([[1., 0.],
              [3., 6.]], dtype=float32)
     """
+    _checks.check_callable(2, loss_fn=loss_fn)
+    _checks.check_arrays(params=params)
     _checks.check_positive_int(average, name="average")
     if chunk is not None:
         _checks.check_positive_int(chunk, name="chunk")
@@ -90,11 +98,14 @@ def per_example_grads(
         check_real(path, w)
     if masks is not None:
         masks = like(masks, params, name="masks")
+        check_masks(masks, params)
         masks = jax.tree.map(lambda k, take: k if take else None, masks, selected)
     m = n // average
     groups = jax.tree.map(lambda x: x.reshape(m, average, *x.shape[1:]), batch)
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), groups)
-    _check_scalar(jax.eval_shape(loss_fn, params, first), average)
+    with _checks.explained("loss_fn", params=params, batch=first):
+        loss = jax.eval_shape(loss_fn, params, first)
+    _check_scalar(loss, average)
     parts = min(chunk or m, m)
     if parts < m and m % parts and is_spread(*jax.tree.leaves(groups)):
         raise ValueError(
@@ -242,12 +253,30 @@ def stream_grads(
       >>> [grads["w"].shape[0] for grads in stream]
       [3, 3, 3, 1]
     """
+    # Here, and not when the first gradients are asked for.
+    _checks.check_callable(2, loss_fn=loss_fn)
+    _checks.check_arrays(params=params)
+    _checks.check_batches(batches)
     _checks.check_positive_int(average, name="average")
-    if count is not None:
-        _checks.check_positive_int(count, name="count")
-    seen = 0
+    for name, value in (("count", count), ("chunk", chunk)):
+        if value is not None:
+            _checks.check_positive_int(value, name=name)
+    select(params, where)
+    if masks is not None:
+        check_masks(masks, params)
     options: Any = {"average": average, "chunk": chunk, "where": where}
     options |= {"masks": masks, "dtype": dtype}
+    return _streamed(loss_fn, params, batches, count, options)
+
+
+def _streamed(
+    loss_fn: Callable[[PyTree, Any], Array],
+    params: PyTree,
+    batches: Iterable[Any],
+    count: int | None,
+    options: Any,
+) -> Iterator[PyTree]:
+    seen, average = 0, options["average"]
     for batch in batches:
         n = _examples(batch) // average
         if count is not None:
@@ -289,9 +318,12 @@ def collect_grads(stream: Iterable[PyTree], *, count: int) -> PyTree:
       >>> js.curvature.collect_grads(stream, count=4)["w"].shape
       (4, 3)
     """
+    _checks.check_batches(stream, name="stream")
     _checks.check_positive_int(count, name="count")
     seen, out = 0, None
     for grads in stream:
+        _checks.check_arrays(stream=grads)
+        gradient_leaves(grads)
         if out is None:
             empty = lambda g: np.empty((count, *g.shape[1:]), g.dtype)
             out = jax.tree.map(empty, grads)
@@ -310,6 +342,7 @@ def _together(taken: PyTree, rest: PyTree) -> PyTree:
 
 
 def _examples(batch: Any) -> int:
+    _checks.check_arrays(batch=batch)
     sizes = {path: jnp.shape(x)[:1] for path, x in leaves_with_paths(batch)}
     if not sizes or () in sizes.values() or len(set(sizes.values())) > 1:
         raise ValueError(

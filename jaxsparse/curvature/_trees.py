@@ -1,7 +1,6 @@
 """Gradient trees: leaves `[m, *shape]`, None where a parameter takes no part."""
 
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,7 @@ def gradient_leaves(grads: PyTree) -> tuple[list[str], list[Any], int]:
       ValueError: no leaves, no gradients, or leaves that disagree about m.
       TypeError: leaves that are not floating point.
     """
+    _checks.check_arrays(grads=grads)
     named = leaves_with_paths(grads)
     if not named:
         raise ValueError(
@@ -82,6 +82,7 @@ def leaves_at(tree: PyTree, paths: tuple[str, ...], *, name: str) -> list[Any]:
     Raises:
       ValueError: a path is missing.
     """
+    _checks.check_arrays(**{name: tree})
     found = dict(leaves_with_paths(tree))
     missing = [path for path in paths if path not in found]
     if missing:
@@ -126,10 +127,7 @@ def check_damping(damping: Any, *, name: str = "damping") -> None:
     """
     if not _checks.is_concrete(damping):
         return
-    if isinstance(damping, jax.Array | np.ndarray | np.generic) and damping.ndim == 0:
-        damping = float(damping)
-    if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
-        raise TypeError(f"{name} must be a positive number, got {damping!r}.")
+    _checks.check_scalar(**{name: damping})
     if not 0 < float(damping) < float("inf"):
         raise ValueError(
             f"{name} must be positive, got {damping!r}: with fewer gradients than "

@@ -123,6 +123,7 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _check_logits(student: Array, teacher: Array) -> None:
+    _checks.check_arrays(student_logits=student, teacher_logits=teacher)
     for name, logits in {"student": student, "teacher": teacher}.items():
         dtype = jnp.asarray(logits).dtype
         if not jnp.issubdtype(dtype, jnp.floating):

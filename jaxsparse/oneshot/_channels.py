@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import solvers
+from jaxsparse import _checks, solvers
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import Statistics
 from jaxsparse.calibration._finite import check_params
 from jaxsparse.curvature import factor_gram
 from jaxsparse.structured import Drop, Group
+from jaxsparse.structured._groups import check_groups
 from jaxsparse.structured._score import slices_that_count
 from jaxsparse.structured._slices import Part
 from jaxsparse.tree import (
@@ -75,6 +76,11 @@ def channel_errors(
       >>> (scores["up[1]"] > 0.01).tolist()    # the first and the last are the same
       [False, True, False]
     """
+    _checks.check_is(
+        Statistics, "js.calibration.run(trace, params, batches)", stats=stats
+    )
+    check_groups(groups)
+    _checks.check_arrays(params=params)
     factors = _Factors(stats, rel_damping)
     found = {}
     for name, readers in _readers(groups, params, stats, where).items():
@@ -135,6 +141,11 @@ def greedy_channels(
       >>> js.oneshot.greedy_channels(groups, params, stats, 0.3).indices["up[1]"]
       array([2])
     """
+    _checks.check_is(
+        Statistics, "js.calibration.run(trace, params, batches)", stats=stats
+    )
+    check_groups(groups)
+    _checks.check_arrays(params=params)
     from jaxsparse.structured import select
 
     factors = _Factors(stats, rel_damping)
@@ -213,6 +224,12 @@ def refit_channels(
       >>> new["down"].round(2).ravel().tolist()
       [1.5, 2.0, 0.0]
     """
+    _checks.check_is(
+        Statistics, "js.calibration.run(trace, params, batches)", stats=stats
+    )
+    _checks.check_is(Drop, "js.structured.select(...)", drop=drop)
+    check_groups(groups)
+    _checks.check_arrays(params=params)
     dropped = {n: groups[n] for n, gone in drop.indices.items() if np.size(gone)}
     if not dropped:
         return params

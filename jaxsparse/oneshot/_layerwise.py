@@ -148,11 +148,20 @@ def layerwise(
       >>> list(pruned.info), int(pruned.masks["in"].sum())
       (['in', 'out'], 64)
     """
+    _checks.check_callable(None, apply_fn=apply_fn)
+    _checks.check_arrays(params=params)
+    _checks.check_batches(batches)
+    _checks.check_callable(3, "pattern", solver=solver)
+    _checks.check_pattern(patterns.Pattern, pattern)
+    _checks.check_where(where)
     from jaxsparse import report  # rich: not every program needs it
 
     if unseen not in ("magnitude", "dense"):
         raise ValueError(f"unseen must be 'magnitude' or 'dense', got {unseen!r}.")
     data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    for name, function in (("share", share), ("weight", weight)):
+        if function is not None:
+            _checks.check_callable(None, **{name: function})
     if not data:
         raise ValueError("batches: there are none. Was the iterator used up before?")
     if masks is not None:
@@ -326,9 +335,15 @@ def _solve_bundle(
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _solve_places(matrices, before, evidence, sparsity, gram, solver, pattern):
-    def one(w, mask, evidence):
+    def one(w: Array, mask: Array | None, evidence: Any) -> solvers.Solved:
         told = {} if mask is None else {"mask": mask}
-        return solver(w, evidence, sparsity, pattern=pattern, **told)
+        solved = solver(w, evidence, sparsity, pattern=pattern, **told)
+        if not isinstance(solved, solvers.Solved):
+            raise TypeError(
+                "solver must return js.solvers.Solved(w, mask, info), got "
+                f"{_checks.shown(solved)}."
+            )
+        return solved
 
     solved = over_places(one, matrices, before, evidence)
     kept = jnp.mean(solved.mask.astype(jnp.float32), axis=(1, 2))

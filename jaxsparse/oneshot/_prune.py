@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import patterns, scores
+from jaxsparse import _checks, patterns, scores
 from jaxsparse._checks import check_positive_int
 from jaxsparse._typing import PyTree, Sparsity, Where
 from jaxsparse.patterns._before import gone_before, score_shapes, targets
@@ -80,8 +80,12 @@ def prune(
       >>> pruned.params["kernel"].tolist(), pruned.params["bias"].tolist()
       ([[3.0, 0.0], [0.0, -4.0]], [1.0, 1.0])
     """
+    _checks.check_callable(1, score=score)
+    _checks.check_arrays(params=params)
+    _checks.check_pattern(patterns.Pattern, pattern)
     check_positive_int(steps, name="steps")
     if trace is not None:
+        _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
         where = trace.where if where is None else where
         axes = trace.axes if axes is None else axes
     if sparsity is None and isinstance(pattern, patterns.NM):
@@ -100,6 +104,7 @@ def prune(
     for cut, target in enumerate(targets(gone, sparsity, steps, pattern, selected)):
         so_far = jax.tree.map(lambda _: every, params) if masks is None else masks
         scored = scores.ask(score, params, masks=so_far, step=cut, sparsity=target)
+        _checks.check_like(params, scores=scored)
         masks, _ = choose(scored, target, masks=masks, **options)
         params = patterns.apply(params, masks)
     return patterns.Pruned(params, masks)

@@ -18,7 +18,8 @@ def removed_count(sparsity: float | Array, n: int) -> int | Array:
     less precision (a schedule's value) that is the rounding of a decimal of up to six
     digits means the float64 of that decimal: 0.9 is no float32, and what stands for it
     times 1e8 is two weights off. So a traced sparsity counts as the Python number does.
-    One outside [0, 1] is cut to it.
+    One outside [0, 1], whose value is not known before the program runs, is cut to it,
+    and NaN removes nothing.
 
     Args:
       sparsity: a number in [0, 1), possibly traced.
@@ -37,13 +38,15 @@ def removed_count(sparsity: float | Array, n: int) -> int | Array:
     """
     _checks.check_sparsity(sparsity)
     # numpy's float32 is a scalar of less precision, its float64 a Python float.
+    _checks.check_positive_int(n, name="n", least=0)
     low = jax.Array | np.ndarray | np.generic
     if isinstance(sparsity, float) or not isinstance(sparsity, low):
         return min(math.floor(float(sparsity) * n + 0.5), n)
     dtype = count_dtype(n)
     with jax.enable_x64(True):
         short = jnp.asarray(sparsity)
-        wide = jnp.clip(short.astype(jnp.float64), 0, 1)
+        wide = short.astype(jnp.float64)
+        wide = jnp.clip(jnp.where(jnp.isnan(wide), 0, wide), 0, 1)
         millionths = jnp.round(wide * 1e6)
         # Without the barrier XLA multiplies by 1e-6 instead, which is not the same.
         decimal = millionths / lax.optimization_barrier(jnp.full((), 1e6))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Tree
 from jaxsparse.patterns._counts import count_dtype
@@ -50,6 +51,7 @@ def apply(params: Tree, masks: PyTree) -> Tree:
       >>> js.patterns.apply({"w": jnp.array([1.0, jnp.nan])}, masks)
       {'w': Array([1., 0.], dtype=float32)}
     """
+    _checks.check_arrays(params=params)
     masks = like(masks, params, name="masks")
     check_masks(masks, params)
     return jax.tree.map(_where_kept, params, masks)
@@ -82,16 +84,12 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
         ...
       ValueError: w: a mask of shape (2,) does not broadcast ...
     """
+    _checks.check_arrays(abstract=True, params=params)
+    _checks.check_bools(masks)
     masks = like(masks, params, name="masks")
     for (path, mask), w in zip(
         leaves_with_paths(masks), jax.tree.leaves(params), strict=True
     ):
-        if not hasattr(mask, "dtype") or mask.dtype != np.bool_:
-            raise TypeError(
-                f"{path}: a mask holds bools, True = kept; got "
-                f"{getattr(mask, 'dtype', type(mask).__name__)}. For an array of 0 and "
-                "1 write `mask != 0`."
-            )
         shape, full = jnp.shape(mask), jnp.shape(w)
         fits = len(shape) == len(full) and all(
             m in (1, n) for m, n in zip(shape, full, strict=True)
@@ -119,6 +117,19 @@ def kept_count(mask: Array, shape: tuple[int, ...]) -> Array:
       >>> int(js.patterns.kept_count(jnp.array([[True, False]]), (3, 2)))
       3
     """
+    if getattr(mask, "dtype", None) != np.bool_:
+        raise TypeError(f"mask must be an array of bools, got {_checks.shown(mask)}.")
+    if not isinstance(shape, tuple | list):
+        raise TypeError(f"shape must be a tuple of integers, got {shape!r}.")
+    for n in shape:
+        _checks.check_positive_int(n, name="shape", least=0)
+    if mask.shape and (
+        len(mask.shape) != len(shape)
+        or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True))
+    ):
+        raise ValueError(
+            f"mask: the shape {tuple(mask.shape)} does not broadcast to {tuple(shape)}."
+        )
     size = math.prod(shape)
     repeats = size // max(1, mask.size)
     dtype = count_dtype(size)
@@ -161,7 +172,7 @@ def pack(masks: PyTree) -> Packed:
       >>> packed.bits["w"].tolist(), packed.shapes
       ([160], ((1, 3),))
     """
-    _check_bools(masks)
+    _checks.check_bools(masks)
     flat = lambda ms: [jnp.packbits(jnp.ravel(m)) for m in ms]
     bits = jax.tree.map(lambda m: sharded_like(flat, [jnp.asarray(m)])[0], masks)
     return Packed(bits, tuple(jnp.shape(m) for m in jax.tree.leaves(masks)))
@@ -185,6 +196,7 @@ def unpack(packed: Packed) -> PyTree:
       >>> js.patterns.unpack(js.patterns.pack(masks))["w"].tolist()
       [[True, False, True]]
     """
+    _checks.check_is(Packed, "js.patterns.pack(masks)", packed=packed)
     shapes = jax.tree.unflatten(
         jax.tree.structure(packed.bits), [_Shape(s) for s in packed.shapes]
     )
@@ -206,9 +218,3 @@ class _Shape:
 
     def __init__(self, dims: tuple[int, ...]):
         self.dims = dims
-
-
-def _check_bools(masks: PyTree) -> None:
-    for path, mask in leaves_with_paths(masks):
-        if not hasattr(mask, "dtype") or mask.dtype != np.bool_:
-            raise TypeError(f"{path}: a mask holds bools, got {mask!r}.")

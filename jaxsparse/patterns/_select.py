@@ -71,8 +71,9 @@ def masks(
         in the global scope) a tree of them with the structure of `scores`, as
         `jaxsparse.allocations` makes, or a mapping from paths or regular expressions,
         as `{"l0/kernel": 0.5, r"attn": 0.7}`: the first that matches counts, and what
-        none matches stays dense (see `jaxsparse.tree.by_rules`). May be left out for
-        `NM`, which has its own.
+        none matches stays dense (see `jaxsparse.tree.by_rules`). A traced one cannot be
+        looked at: outside of [0, 1] it is cut to it, and NaN removes nothing. May be
+        left out for `NM`, which has its own.
       pattern: what lives or dies together, and who competes with whom.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: the input, output and batch axes of kernels whose layout is not flax's;
@@ -106,7 +107,7 @@ def masks(
         remove more than the sparsity does, in all or in a competing group (in eager
         use; under jit that stays removed); shards under
         `shard_map` of which no `axis_name` says what they are shards of.
-      TypeError: scores that are not floating point.
+      TypeError: scores that are not floating point or no arrays, what is no pattern.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -177,6 +178,8 @@ def choose(
     Returns:
       Masks, and for `check_budget` what they have brought back.
     """
+    _checks.check_pattern(Pattern, pattern)
+    _checks.check_arrays(scores=scores)
     sparsity, where = by_rules(scores, sparsity, where)
     selected = jax.tree.leaves(select(scores, where))
     named = leaves_with_paths(scores)
@@ -373,7 +376,9 @@ def _mask_all(
             _units("", x, pattern, a, split)
             for x, a, split in zip(xs, axes, splits, strict=True)
         ]
-        # Parameters of different types compete in the type that holds them all.
+        # Parameters of different types compete in the type that holds them all. Types
+        # of 8 bits have none with others; float32 holds them.
+        units = [u.astype(jnp.float32) if u.dtype.itemsize < 2 else u for u in units]
         with jax.numpy_dtype_promotion("standard"):
             dtype = jnp.result_type(*units)
         units = [u.astype(dtype) for u in units]

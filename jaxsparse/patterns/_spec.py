@@ -7,6 +7,7 @@ them forgets a pattern.
 """
 
 import dataclasses
+import numbers
 from typing import Literal, get_args
 
 from jaxsparse import _checks
@@ -14,11 +15,6 @@ from jaxsparse import _checks
 LayerScope = Literal["layer", "global"]
 Scope = Literal["layer", "global", "output"]
 Reduce = Literal["mean", "max"]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Unstructured:
     scope: Scope = "layer"
 
     def __post_init__(self):
-        _check_choice("scope", self.scope, get_args(Scope))
+        _checks.check_choice(get_args(Scope), scope=self.scope)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +103,18 @@ class Block:
     scope: LayerScope = "layer"
 
     def __post_init__(self):
+        if not isinstance(self.shape, tuple | list):
+            raise TypeError(
+                f"A Block's shape is (inputs, outputs); got {self.shape!r}. For square "
+                "tiles write js.Block((4, 4))."
+            )
         object.__setattr__(self, "shape", tuple(self.shape))
         if len(self.shape) != 2:
             raise ValueError(f"A Block's shape is (inputs, outputs); got {self.shape}.")
         for size in self.shape:
             _checks.check_positive_int(size, name="shape")
-        _check_choice("reduce", self.reduce, get_args(Reduce))
-        _check_choice("scope", self.scope, get_args(LayerScope))
+        _checks.check_choice(get_args(Reduce), reduce=self.reduce)
+        _checks.check_choice(get_args(LayerScope), scope=self.scope)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +140,10 @@ class Channel:
     scope: LayerScope = "layer"
 
     def __post_init__(self):
-        if isinstance(self.axis, bool) or not isinstance(self.axis, int):
+        if isinstance(self.axis, bool) or not isinstance(self.axis, numbers.Integral):
             raise TypeError(f"Channel needs one integer axis, got {self.axis!r}.")
-        _check_choice("reduce", self.reduce, get_args(Reduce))
-        _check_choice("scope", self.scope, get_args(LayerScope))
+        _checks.check_choice(get_args(Reduce), reduce=self.reduce)
+        _checks.check_choice(get_args(LayerScope), scope=self.scope)
 
 
 Pattern = Unstructured | NM | Block | Channel

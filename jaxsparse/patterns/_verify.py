@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.patterns._masks import check_masks, kept_count
@@ -81,6 +82,7 @@ def verify(
         ...
       ValueError: kernel: group 0 keeps 3 of 4, against NM(keep=2, of=4).
     """
+    _checks.check_pattern(Pattern, pattern)
     masks = like(masks, params, name="masks")
     check_masks(masks, params)
     selected = jax.tree.leaves(select(params, where))

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxsparse import _checks
+
 _HEAD = ("kernel", "sparsity", "relative error", "masked only", "dead", "rows", "s")
 
 
@@ -35,6 +37,13 @@ def layer_table(
       >>> js.report.layer_table(pruned.info).splitlines()[1].split()[:3]
       ['w', '0.500', '2.00e-01']
     """
+    _checks.check_mapping(made_by="js.oneshot.layerwise(...).info", info=info)
+    for path, layer in info.items():
+        if not hasattr(layer, "relative_error"):
+            raise TypeError(
+                f"{path}: info must hold what js.oneshot.layerwise gives, got "
+                f"{_checks.shown(layer)}."
+            )
     rows: list[tuple[str, ...]] = [_HEAD]
     for path, layer in info.items():
         mean = lambda x: float(np.mean(x))
@@ -70,6 +79,7 @@ def mean_of_known(errors: np.ndarray) -> float:
       >>> js.report.mean_of_known(np.array([0.25, np.nan]))
       0.25
     """
+    _checks.check_arrays(errors=errors)
     known = np.asarray(errors)
     known = known[~np.isnan(known)]
     return float(np.mean(known)) if known.size else float("nan")

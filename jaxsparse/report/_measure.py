@@ -106,8 +106,8 @@ def table(
 def _check_parameter(path: str, w: Any) -> None:
     if not (hasattr(w, "shape") and hasattr(w, "dtype")):
         raise TypeError(
-            f"{path}: a parameter is an array or a jax.ShapeDtypeStruct, got {w!r} of "
-            f"type {type(w).__name__}."
+            f"{path or 'params'}: a parameter is an array or a "
+            f"jax.ShapeDtypeStruct, got {w!r} of type {type(w).__name__}."
         )
     if not _checks.is_concrete(w) and not isinstance(w, jax.ShapeDtypeStruct):
         raise ValueError(f"{path}: {_NO_VALUES.format('a tracer')}")

@@ -98,7 +98,7 @@ def progress(
       An iterable of the same items. Its `say(text)` changes a text beside the bar.
 
     Raises:
-      TypeError: a `total` that is not an integer.
+      TypeError: what cannot be iterated over, a `total` that is not an integer.
       ValueError: a negative `total`.
 
     Example:
@@ -107,6 +107,8 @@ def progress(
       >>> for layer in layers:
       ...     layers.say(f"{layer}: error 0.1")
     """
+    if not isinstance(iterable, Iterable) and not hasattr(iterable, "__getitem__"):
+        raise TypeError(f"iterable must be one, such as a list; got {iterable!r}.")
     if total is not None:
         check_positive_int(total, name="total", least=0)
     elif isinstance(iterable, Sized):

@@ -132,7 +132,7 @@ def at(*steps: int) -> At:
       [3, 30]
     """
     if not steps:
-        raise ValueError("Masks would never change: js.schedules.at() lists no step.")
+        raise ValueError("steps: at() lists no step, so masks would never change.")
     for step in steps:
-        _checks.check_positive_int(step, name="step", least=0)
+        _checks.check_positive_int(step, name="steps: a step", least=0)
     return At(tuple(sorted(steps)))

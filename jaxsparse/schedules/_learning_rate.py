@@ -54,6 +54,10 @@ def rewinding(
       [1.0, 0.75, 1.0, 0.75, 0.5, 1.0, 0.75, 0.5]
     """
     _check_rates(peak, end)
+    if not isinstance(at, Iterable):
+        raise TypeError(
+            f"at must be the steps to rewind at, such as [2, 4]; got {at!r}."
+        )
     rewinds = tuple(at)
     _check_steps(rewinds, total_steps)
     fall = lambda steps: optax.linear_schedule(peak, end, steps)

@@ -92,13 +92,13 @@ def polynomial(
     _checks.check_sparsity(init, name="init")
     _checks.check_sparsity(final, name="final")
     _checks.check_positive_int(begin, name="begin", least=0)
+    _checks.check_positive_int(end, name="end", least=0)
     if end <= begin:
         raise ValueError(
             f"A schedule has to end after it begins: got {begin=}, {end=}. For one cut "
             "use js.schedules.one_shot."
         )
-    if power <= 0:
-        raise ValueError(f"{power=} must be positive; 3 is Zhu & Gupta's.")
+    _checks.check_number(above=0, power=power)
 
     def schedule(step) -> Array:
         # Subtracted in the step's own type: exact for integers, also unsigned ones.

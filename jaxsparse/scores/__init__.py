@@ -1,10 +1,10 @@
 """How much each weight matters: trees of arrays, larger = keep."""
 
-from jaxsparse.scores._activation import bias_compensation as bias_compensation
 from jaxsparse.scores._activation import flap as flap
 from jaxsparse.scores._activation import gblm as gblm
 from jaxsparse.scores._activation import gradient_norm as gradient_norm
 from jaxsparse.scores._activation import wanda as wanda
+from jaxsparse.scores._bias import bias_compensation as bias_compensation
 from jaxsparse.scores._gradient import grasp as grasp
 from jaxsparse.scores._gradient import snip as snip
 from jaxsparse.scores._gradient import taylor as taylor

@@ -8,6 +8,7 @@ from jaxsparse import _checks
 from jaxsparse._sharded import sharded_as
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats, Statistics
+from jaxsparse.calibration._statistics import check_statistics
 from jaxsparse.scores._range import fourth_root, lifted, product, widened
 from jaxsparse.tree import MatrixView, leaves_with_paths, map_with_path, select
 
@@ -51,6 +52,7 @@ def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
       >>> js.scores.wanda({"kernel": jnp.array([[1.0], [-2.0]])}, stats)
       {'kernel': Array([[3.], [2.]], dtype=float32)}
     """
+    _check(params, stats)
 
     def score(path: str, w: Array) -> Array:
         return product(w, _sizes_of_inputs(w, stats, path))
@@ -105,8 +107,9 @@ def gblm(
       >>> js.scores.gblm(params, stats, sizes)
       {'kernel': Array([[4.], [6.]], dtype=float32)}
     """
-    if _checks.is_concrete(alpha) and not float(alpha) >= 0:
-        raise ValueError(f"alpha must be a number of at least 0, got {alpha!r}.")
+    _check(params, stats)
+    _checks.check_number(least=0, alpha=alpha)
+    _checks.check_arrays(gradients=gradients)
     sizes = dict(leaves_with_paths(gradients))
 
     def score(path: str, w: Array) -> Array:
@@ -146,6 +149,7 @@ def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> 
       >>> js.scores.gradient_norm({"kernel": jnp.array([[1.0], [-2.0]])}, sizes)
       {'kernel': Array([[4.], [2.]], dtype=float32)}
     """
+    _checks.check_arrays(params=params, gradients=gradients)
     sizes = dict(leaves_with_paths(gradients))
 
     def score(path: str, w: Array) -> Array:
@@ -204,6 +208,8 @@ def flap(
       >>> js.scores.flap(params, stats)["kernel"].round(3)
       Array([[5., 5.], [0., 0.]], dtype=float32)
     """
+    _check(params, stats)
+    _checks.check_bool(standardise=standardise)
 
     def score(path: str, w: Array) -> Array:
         view, known = stats.view(path), stats.of(path)
@@ -235,49 +241,9 @@ def flap(
     return _each(score, params, stats.paths, where, stats)
 
 
-def bias_compensation(w: Array, mean: Array, kept: Array) -> Array:
-    """What to add to the bias for the inputs that are removed: `sum_j W_ij E[x_j]`.
-
-    With it the layer's output keeps its mean over the calibration rows. An et al.
-    (2023, arXiv:2312.11983); it holds for single weights as well as for channels.
-
-    Args:
-      w: the kernel before it is pruned, `[*batch, d_out, d_in]`, as
-        `js.tree.to_matrices` makes it.
-      mean: the inputs' mean, `[*batch, d_in]`.
-      kept: bools, True = kept, for inputs `[*batch, d_in]` or for weights
-        `[*batch, d_out, d_in]`.
-
-    Returns:
-      `[*batch, d_out]`, in the kernel's dtype.
-
-    Raises:
-      ValueError: a mean or a mask of another shape.
-      TypeError: a mask that is not of bools.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> w, mean = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([10.0, 1.0])
-      >>> js.scores.bias_compensation(w, mean, jnp.array([True, False]))
-      Array([2., 4.], dtype=float32)
-    """
-    *batch, _, d_in = jnp.shape(w)
-    if jnp.shape(mean) != (*batch, d_in):
-        raise ValueError(
-            f"A kernel of shape {jnp.shape(w)} has a mean of shape {(*batch, d_in)}, "
-            f"got {jnp.shape(mean)}."
-        )
-    if jnp.shape(kept) not in ((*batch, d_in), jnp.shape(w)):
-        raise ValueError(
-            f"The mask has shape {jnp.shape(kept)}: it must have that of the mean, "
-            f"{jnp.shape(mean)}, or that of the kernel, {jnp.shape(w)}."
-        )
-    if kept.dtype != jnp.bool_:
-        raise TypeError(f"A mask holds bools, True = kept; got {kept.dtype}.")
-    wide = max(w.dtype, mean.dtype, key=lambda dtype: dtype.itemsize)
-    by_weight = kept if kept.ndim == w.ndim else kept[..., None, :]
-    lost = jnp.where(by_weight, jnp.zeros((), wide), w.astype(wide))
-    return jnp.sum(lost * mean[..., None, :].astype(wide), axis=-1).astype(w.dtype)
+def _check(params: PyTree, stats: Statistics) -> None:
+    _checks.check_arrays(params=params)
+    check_statistics(stats)
 
 
 def _each(

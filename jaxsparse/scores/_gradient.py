@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.patterns._exact import largest, ordered_sum
 from jaxsparse.scores._range import fourth_root, lifted, product, wide_type, widened
@@ -32,7 +33,9 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
       A tree of arrays of the same shapes, in float32 at least, larger = keep.
 
     Raises:
-      ValueError: gradients of another structure.
+      ValueError: gradients of another structure or shape, or with NaN (in eager use;
+        under jit their scores are NaN, which counts as the lowest).
+      TypeError: a leaf that is no array.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -41,6 +44,8 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
       {'w': Array([1., 3.], dtype=float32)}
     """
     grads = like(grads, params, name="grads")
+    _checks.check_like(params, grads=grads)
+    _checks.check_all_numbers(grads=grads)
     one = lambda w, g: product(widened(w), g.astype(wide_type(w)))
     return jax.tree.map(one, params, grads)
 
@@ -64,7 +69,7 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
       the selected parameters add up to 1.
 
     Raises:
-      ValueError: gradients of another structure.
+      ValueError: what `taylor` raises.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -136,10 +141,13 @@ def grasp(
       >>> js.scores.grasp(loss, {"w": jnp.array([1.0, 2.0])}, jnp.array([1.0, 2.0]))
       {'w': Array([ 1., 64.], dtype=float32)}
     """
+    _checks.check_callable(2, loss_fn=loss_fn)
+    _checks.check_arrays(params=params)
     params, batch = jax.tree.map(_widened_array, (params, batch))
     gradient = lambda p: jax.grad(loss_fn)(p, batch)
-    g = gradient(params)
-    _, hessian_gradient = jax.jvp(gradient, (params,), (g,))
+    with _checks.explained("loss_fn", params=params, batch=batch):
+        g = gradient(params)
+        _, hessian_gradient = jax.jvp(gradient, (params,), (g,))
     signed = lambda w, hg: jnp.sign(w) * jnp.sign(hg) * product(w, hg)
     return jax.tree.map(signed, params, hessian_gradient)
 

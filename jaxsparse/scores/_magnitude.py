@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _checks
 from jaxsparse._sharded import laid_out_like
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.scores._range import wide_type, widened
@@ -30,6 +31,7 @@ def magnitude(params: PyTree) -> PyTree:
       >>> js.scores.magnitude({"w": jnp.array([-2.0, 1.0])})
       {'w': Array([2., 1.], dtype=float32)}
     """
+    _checks.check_arrays(params=params)
     return jax.tree.map(lambda w: w if _is_key(w) else _size(w), params)
 
 
@@ -65,6 +67,8 @@ def random(params: PyTree, *, key: Array) -> PyTree:
       >>> score({"w": jax.numpy.ones(3)})["w"].shape
       (3,)
     """
+    _checks.check_arrays(abstract=True, params=params)
+    _checks.check_key(key)
 
     def draw(key: Array, w: Array) -> Array:
         floating = jnp.issubdtype(w.dtype, jnp.floating)

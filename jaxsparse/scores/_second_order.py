@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.scores._range import fourth_root, lifted, wide_type, widened
 from jaxsparse.tree import leaves_with_paths, map_with_path, select
@@ -42,7 +43,7 @@ def obd(params: PyTree, diagonal: PyTree, *, where: Where = None) -> PyTree:
         scores = jnp.where(_square_is_lost(w), one_by_one, jnp.square(w) * h / 2)
         return _lifted(scores, jnp.square(fourth_root(w)) * fourth_root(h / 2), h)
 
-    return _each(score, params, diagonal, where)
+    return _each(score, params, diagonal, where, "diagonal")
 
 
 def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyTree:
@@ -82,7 +83,7 @@ def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyT
         scores = jnp.where(_square_is_lost(w), one_by_one, jnp.square(w) / (2 * d))
         return _lifted(scores, jnp.square(fourth_root(w)) / fourth_root(2 * d), d)
 
-    return _each(score, params, inverse_diagonal, where)
+    return _each(score, params, inverse_diagonal, where, "inverse_diagonal")
 
 
 def _square_is_lost(w: Array) -> Array:
@@ -100,7 +101,10 @@ def _each(
     params: PyTree,
     curvature: PyTree,
     where: Where,
+    name: str,
 ) -> PyTree:
+    _checks.check_arrays(params=params)
+    _checks.check_arrays(**{name: curvature})
     found = dict(leaves_with_paths(curvature))
 
     def one(path: str, w: Array, taken: bool) -> Array:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _checks
 from jaxsparse._typing import PyTree
 
 _KNOWN = frozenset(("masks", "step", "sparsity"))
@@ -194,8 +195,7 @@ def moving_average(
       >>> score.score(params, params, state)
       {'w': Array([0.5, 2. ], dtype=float32)}
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"{decay=} must lie in [0, 1); 0.9 averages about 10 steps.")
+    _checks.check_number(least=0, below=1, decay=decay)
     inner = as_score(score)
 
     def init(params: PyTree):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.scores._range import product, widened
 
@@ -52,7 +53,12 @@ def synflow(
       >>> scores["a"].tolist(), scores["b"].tolist()
       ([[3.0, 2.0]], [[3.0], [2.0]])
     """
+    _checks.check_callable(2, apply_fn=apply_fn)
+    _checks.check_arrays(params=params)
     positive = jax.tree.map(lambda w: jnp.abs(widened(w)), params)
+    _checks.check_arrays(inputs=inputs)
     ones = jax.tree.map(lambda x: widened(jnp.ones_like(x)), inputs)
     flow = lambda p: jnp.sum(apply_fn(p, ones))
-    return jax.tree.map(product, positive, jax.grad(flow)(positive))
+    with _checks.explained("apply_fn", params=params, inputs=inputs):
+        slopes = jax.grad(flow)(positive)
+    return jax.tree.map(product, positive, slopes)

@@ -159,8 +159,7 @@ def _check(w, gram, sparsity, pattern, rel_damping, rho, *, solver: str) -> Any:
     _arguments.check_layer(w, gram)
     sparsity = _arguments.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
     _arguments.check_dampings(None, rel_damping)
-    if _checks.is_concrete(rho) and not 0 < float(rho) < float("inf"):
-        raise ValueError(f"rho must be a number above 0, got {rho}.")
+    _checks.check_number(above=0, rho=rho)
     return sparsity
 
 

@@ -33,6 +33,7 @@ def check_layer(w: Array, gram: Array | GramFactor) -> None:
             f"w must be a matrix [d_out, d_in], got shape {shape}. A flax kernel "
             "[d_in, d_out] is transposed first; for a batch use jax.vmap."
         )
+    _checks.check_arrays(w=w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"w must be real floating point, got {w.dtype}.")
     if _checks.is_concrete(w):
@@ -68,6 +69,7 @@ def check_pattern(
         global scope.
       TypeError: another pattern.
     """
+    _checks.check_pattern(patterns.Pattern, pattern)
     if not isinstance(pattern, patterns.Unstructured | patterns.NM):
         raise TypeError(
             f"{solver} prunes js.Unstructured and js.NM, got {pattern}. For tiles and "
@@ -170,5 +172,7 @@ def check_dampings(damping: Any, rel_damping: Any) -> None:
       damping: absolute, or None.
       rel_damping: relative to the mean of the diagonal.
     """
+    if damping is None and rel_damping is None:
+        raise TypeError("rel_damping must be a number of at least 0, got None.")
     check_damping(damping, name="damping")
     check_damping(rel_damping, name="rel_damping")

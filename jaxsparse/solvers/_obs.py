@@ -105,6 +105,8 @@ def obs(
       >>> js.solvers.obs(params, fisher, 0.34).params["kernel"][:, 0].round(4)
       Array([0., 3., 3.], dtype=float32)
     """
+    _checks.check_arrays(params=params)
+    _checks.check_pattern(patterns.Pattern, pattern)
     _checks.check_positive_int(steps, name="steps")
     sparsity, where = by_rules(params, sparsity, where)
     rules = _Rules(pattern, select(params, where), axes, update, greedy)

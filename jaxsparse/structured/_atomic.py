@@ -53,6 +53,8 @@ def atomic_init(
       (8, 16)
     """
     _checks.check_positive_int(size, name="size")
+    if not isinstance(batch, tuple | list):
+        raise TypeError(f"batch must be a tuple of sizes, got {batch!r}.")
     for n in batch:
         _checks.check_positive_int(n, name="batch")
     if dtype not in (jnp.float32, jnp.float64):
@@ -99,6 +101,8 @@ def atomic_update(
       >>> sums.inputs.tolist(), sums.outputs.tolist()
       ([[1.0, 4.0]], [[9.0, 2.25]])
     """
+    _checks.check_is(AtomicSums, "js.structured.atomic_init(...)", sums=sums)
+    _checks.check_arrays(x=x, g=g, down=down)
     *batch, f = sums.inputs.shape
     n, d = _rows_and_width(x, down, len(batch))
     _check("x", x, (*batch, n, f), sums)
@@ -162,6 +166,8 @@ def atomic_update_ragged(
       >>> sums.count.tolist(), sums.inputs.tolist()
       ([2.0, 1.0], [[5.0], [16.0]])
     """
+    _checks.check_is(AtomicSums, "js.structured.atomic_init(...)", sums=sums)
+    _checks.check_arrays(x=x, g=g, down=down, group_sizes=group_sizes)
     if sums.inputs.ndim != 2:
         raise ValueError(
             f"Ragged rows need sums over one batch axis, `[experts, f]`, got "
@@ -225,6 +231,7 @@ def atomic_merge(a: AtomicSums, b: AtomicSums) -> AtomicSums:
       >>> js.structured.atomic_merge(some, some).count.tolist()
       [2.0]
     """
+    _checks.check_is(AtomicSums, "js.structured.atomic_init(...)", a=a, b=b)
     if a.inputs.shape != b.inputs.shape:
         raise ValueError(
             f"Sums of shapes {a.inputs.shape} and {b.inputs.shape} cannot be merged. "
@@ -275,6 +282,8 @@ def atomic_scores(sums: AtomicSums, *, joint: bool = False) -> Array:
       >>> js.structured.atomic_scores(sums).tolist()
       [[9.0, 9.0], [-1.0, -1.0]]
     """
+    _checks.check_is(AtomicSums, "js.structured.atomic_init(...)", sums=sums)
+    _checks.check_bool(joint=joint)
     count = sums.count[..., None]
     reached = count > 0
     per = jnp.where(reached, count, jnp.ones_like(count))

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Hashable, Sequence
 
+from jaxsparse import _checks
 from jaxsparse.structured._branches import flat_of, line
 from jaxsparse.structured._flat import Addition, Flat, own_units, unit_size
 from jaxsparse.structured._once import once
@@ -81,6 +82,7 @@ def blocks(trace: Trace, *, join: Join = None) -> dict[str, Block]:
       layers/0 64 ('layers/0/up', 'layers/0/down')
       layers/1 64 ('layers/1/up', 'layers/1/down')
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
     if join is None:
         return dict(_plain(trace))
     groups: list[tuple[Addition, ...]] = []
@@ -119,6 +121,8 @@ def chosen(trace: Trace, names: Collection[str], join: Join) -> dict[str, Block]
         raise TypeError(f"Expected a collection of names, got the text {names!r}.")
     found = blocks(trace, join=join)
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names must be those of blocks, got {name!r}.")
         if name not in found:
             raise ValueError(
                 f"{name}: not a block of this model. Similar: "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse._host import on_host
 from jaxsparse.structured._chains import (
     Chain,
@@ -88,6 +89,7 @@ def select_to(
       >>> found.drop.indices["up[1]"].tolist(), found.reached
       ([0], 10)
     """
+    _checks.check_callable(1, cost=cost)
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"budget must be a number, got {budget!r}.")
     if math.isnan(budget):

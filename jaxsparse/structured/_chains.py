@@ -11,7 +11,7 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._host import on_host
 from jaxsparse.structured._drop import Drop
-from jaxsparse.structured._groups import Group
+from jaxsparse.structured._groups import Group, check_groups
 from jaxsparse.tree import nearest
 
 Scope = Literal["group", "global", "isomorphic"] | Callable[[Group], Hashable]
@@ -110,6 +110,8 @@ def chains_of(
         shape, or NaN; no group takes part.
       TypeError: scores that are not known yet.
     """
+    check_groups(groups)
+    _checks.check_mapping(made_by="js.structured.group_scores(...)", scores=scores)
     check_names("scores", scores, groups)
     for name in scores:
         if not groups[name].prunable:
@@ -147,6 +149,7 @@ def _predicate(where: GroupWhere) -> Callable[[str, Group], bool]:
     if where is None:
         return lambda name, group: True
     if isinstance(where, str):
+        _checks.check_expression(where, name="where")
         pattern = re.compile(where)
         return lambda name, group: pattern.search(name) is not None
     if not callable(where):
@@ -154,6 +157,7 @@ def _predicate(where: GroupWhere) -> Callable[[str, Group], bool]:
             "`where` must be None, a regular expression on the names of groups or a "
             f"predicate (name, group) -> bool; got {where!r}."
         )
+    _checks.check_callable(2, where=where)
     return where
 
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature import per_example_grads
-from jaxsparse.structured._groups import Group
+from jaxsparse.structured._groups import Group, check_groups
 from jaxsparse.structured._scaling import factors_of
 from jaxsparse.structured._score import slices_that_count
 from jaxsparse.structured._slices import Part, Slices, is_plain, paths_of, wide_dtype
@@ -65,6 +66,7 @@ def fpgm(
       >>> [round(x, 3) for x in js.structured.fpgm(groups, params)["up[1]"].tolist()]
       [6.0, 9.243, 5.243]
     """
+    _checks.check_arrays(params=params)
     slices = slices_that_count(groups, params, where, roles=("output",))
     return combined(slices, params, _distances, reduce=reduce)
 
@@ -134,6 +136,7 @@ def bn_scale(
       >>> js.structured.bn_scale(groups, params)["up[1]"]
       Array([0.5, 2. , 0. ], dtype=float32)
     """
+    _checks.check_arrays(params=params)
     slices = slices_that_count(groups, params, where)
     magnitude = lambda part, x, shape: ordered_part_sum(part, jnp.abs(x), shape)
     return combined(slices, params, magnitude, reduce=reduce)
@@ -188,6 +191,8 @@ def gate_scores(
       >>> js.structured.gate_scores(groups, loss_fn, params, x)
       {'up[1]': Array([2., 1.], dtype=float32)}
     """
+    _checks.check_callable(2, loss_fn=loss_fn)
+    _checks.check_arrays(params=params)
     slices = _gated(groups, params)
     gated = set(paths_of(slices))
     dtype = wide_dtype(*[x.dtype for p, x in leaves_with_paths(params) if p in gated])
@@ -215,6 +220,7 @@ def _times(w: Array, factor: Array) -> Array:
 
 
 def _gated(groups: Mapping[str, Group], params: PyTree) -> dict[str, Slices]:
+    check_groups(groups)
     every = lambda path, leaf: True
     members = {n: {m.role for m in g.members} for n, g in groups.items() if g.prunable}
     read = {n: groups[n] for n, roles in members.items() if "input" in roles}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.structured._experts import (
@@ -78,6 +79,8 @@ def expert_distances(
       >>> js.structured.expert_distances(router, together)[0].tolist()
       [0.0, 5.0, -4.5]
     """
+    _checks.check_arrays(router=router)
+    _checks.check_all_numbers(router=router)
     if jnp.ndim(router) != 2:
         raise ValueError(
             f"router has shape {jnp.shape(router)}, expected [experts, d]: one row for "
@@ -156,6 +159,7 @@ def cluster_experts(
       >>> {name: labels.tolist() for name, labels in found.items()}
       {'a': [0, 0, 0, 0], 'b': [0, 1, 2, 3]}
     """
+    _checks.check_arrays(distances=distances)
     named = leaves_with_paths(distances)
     layers = [_checked(path, d) for path, d in named]
     sizes = [len(d) for d in layers]
@@ -237,6 +241,7 @@ def medoids(experts: PyTree, labels: Any) -> Array:
       >>> js.structured.medoids(experts, np.array([0, 0, 0, 1])).tolist()
       [1, 3]
     """
+    _checks.check_arrays(experts=experts)
     n = count_experts(experts)
     labels, clusters = check_labels(labels, n)
 
@@ -295,6 +300,8 @@ def merge_clusters(
       >>> mean.experts["up"].tolist(), mean.router.tolist()
       ([[0.5], [5.0]], [[2.0], [9.0]])
     """
+    _checks.check_arrays(experts=experts, router=router)
+    _checks.check_all_numbers(router=router)
     n = count_experts(experts)
     if count_experts(router) != n:
         raise ValueError(

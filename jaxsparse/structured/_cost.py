@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from jaxsparse import _checks
 from jaxsparse.structured._cut import Cut
 from jaxsparse.structured._drop import Drop
 from jaxsparse.structured._plan import plan
@@ -54,6 +55,7 @@ def cost(
       >>> js.structured.cost(trace, {"up[1]": range(12)}).parameters
       32
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
     cut = plan(trace, drop or {}, allow=allow, masks=True).cut
     sizes = [math.prod(cut.shape(dims)) for dims in trace.dims.values()]
     types = [v.aval.dtype.itemsize for v in trace.program.jaxpr.invars]

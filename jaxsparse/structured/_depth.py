@@ -57,6 +57,9 @@ def knapsack(
       >>> js.structured.knapsack(losses, sizes, at_least=400)
       ('a', 'b')
     """
+    _checks.check_numbers(losses=losses)
+    _checks.check_mapping(sizes=sizes)
+    _checks.check_positive_int(at_least, name="at_least", least=0)
     names = list(losses)
     if set(names) != set(sizes):
         differ = sorted(set(names) ^ set(sizes))
@@ -170,6 +173,8 @@ def nm_gates(
       >>> js.structured.nm_gates(logits, key=jax.random.key(0), **options).tolist()
       [1.0, 0.0, 0.0, 1.0]
     """
+    _checks.check_arrays(logits=logits)
+    _checks.check_key(key)
     options = nm_options(keep, of)
     _checks.check_floating("logits", logits)
     if logits.ndim != 2 or logits.shape[1] != len(options):
@@ -177,8 +182,7 @@ def nm_gates(
             f"logits: expected the shape [groups, {len(options)}], one for each way to "
             f"keep {keep} of {of} layers, got {logits.shape}."
         )
-    if _checks.is_concrete(temperature) and not float(temperature) > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}.")
+    _checks.check_number(above=0, temperature=temperature)
     noise = jax.random.gumbel(key, logits.shape, logits.dtype)
     heat = jnp.asarray(temperature).astype(logits.dtype)
     soft = jax.nn.softmax((scale * logits + noise) / heat, axis=-1)

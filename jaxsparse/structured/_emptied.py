@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse._host import on_host
 from jaxsparse._typing import PyTree
 from jaxsparse._zeros import nonzero
@@ -46,6 +47,7 @@ def zero_indices(
       >>> js.structured.zero_indices(params, groups.prunable)
       Drop(indices={'up[1]': array([1], dtype=int32)}, sizes={'up[1]': 3})
     """
+    _checks.check_arrays(params=params)
     slices = slices_of(groups, roles=roles)
     check_params(slices, params)
     leaves = dict(leaves_with_paths(params))

@@ -7,12 +7,13 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import Statistics
 from jaxsparse.scores import bias_compensation
 from jaxsparse.scores import flap as weight_flap
 from jaxsparse.structured._drop import Drop
-from jaxsparse.structured._groups import Group
+from jaxsparse.structured._groups import Group, check_groups
 from jaxsparse.structured._score import slices_that_count
 from jaxsparse.structured._slices import Part, others_of, paths_of, wide_dtype
 from jaxsparse.structured._sums import combined, ordered_part_sum
@@ -69,6 +70,10 @@ def flap(
       >>> js.structured.flap(groups, params, stats)["up[1]"].round(3)
       Array([4., 0.], dtype=float32)
     """
+    _checks.check_is(
+        Statistics, "js.calibration.run(trace, params, batches)", stats=stats
+    )
+    _checks.check_arrays(params=params)
     slices = slices_that_count(groups, params, where, roles=("input",))
     readers = set(paths_of(slices))
     spread = weight_flap(params, stats, where=lambda path, _: path in readers)
@@ -127,8 +132,13 @@ def flap_compensation(
       >>> js.structured.flap_compensation(groups, params, stats, drop)["down"]["bias"]
       Array([10.], dtype=float32)
     """
-    if missing not in ("error", "skip"):
-        raise ValueError(f"missing={missing!r}: expected 'error' or 'skip'.")
+    _checks.check_is(
+        Statistics, "js.calibration.run(trace, params, batches)", stats=stats
+    )
+    _checks.check_arrays(params=params)
+    _checks.check_choice(("error", "skip"), missing=missing)
+    if not isinstance(drop, Drop):
+        _checks.check_mapping(made_by="or js.structured.select(...)", drop=drop)
     indices = drop.indices if isinstance(drop, Drop) else drop
     removed = _removed(groups, params, indices)
     leaves = dict(leaves_with_paths(params))
@@ -172,7 +182,14 @@ def _removed(
     groups: Mapping[str, Group], params: PyTree, indices: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """By kernel that reads something of it, which entries go; broadcasts to it."""
-    for name in indices:
+    check_groups(groups)
+    for name, gone in indices.items():
+        integers = np.issubdtype(np.asarray(gone).dtype, np.integer)
+        if np.size(gone) and (np.ndim(gone) < 1 or not integers):
+            raise TypeError(
+                f"{name}: drop must hold integer indices, as js.structured.select "
+                f"gives; got {_checks.shown(gone)}."
+            )
         if name not in groups:
             raise ValueError(
                 f"{name}: drop names it, and there is no such group; the nearest: "

@@ -53,6 +53,7 @@ def gated(trace: Trace, *, join: Join = None) -> Callable[..., Any]:
       >>> float(jax.grad(loss)({"w": 1.0})["w"])
       6.0
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
     blocks(trace, join=join)
     programs: dict[tuple[str, ...], Any] = {}
 
@@ -214,6 +215,11 @@ def gate_penalty(
       >>> js.structured.gate_penalty(gates, costs, budget=0.75)
       GatePenalty(polarization=Array(0.0625, dtype=float32), excess=Array(0.015625, ...
     """
+    _checks.check_mapping(gates=gates)
+    for name, gate in gates.items():
+        _checks.check_arrays(**{f"gates[{name!r}]": gate})
+    _checks.check_numbers(costs=costs)
+    _checks.check_number(budget=budget)
     if set(gates) != set(costs):
         differ = sorted(set(gates) ^ set(costs))
         raise ValueError(f"gates and costs must have the same blocks: {differ[:4]}.")

@@ -51,6 +51,8 @@ def router_similarity(logits: Array) -> Array:
       >>> js.structured.router_similarity(logits)[0, :2].round(5).tolist()
       [1.0, 1.0]
     """
+    _checks.check_arrays(logits=logits)
+    _checks.check_all_numbers(logits=logits)
     if jnp.ndim(logits) < 2:
         raise ValueError(
             f"logits has shape {jnp.shape(logits)}, expected [..., tokens, experts]."
@@ -101,6 +103,7 @@ def group_experts(
       >>> found.labels.tolist(), found.dominant.tolist()
       ([0, 0, 1], [0, 2])
     """
+    _checks.check_arrays(usage=usage, similarity=similarity)
     _checks.same_structure(similarity, usage, name="similarity", of="usage")
     shares = [_share(p, u) for p, u in leaves_with_paths(usage)]
     alike = [np.asarray(on_host(s), np.float64) for s in jax.tree.leaves(similarity)]

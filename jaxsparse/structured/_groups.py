@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse.structured._copies import batches
 from jaxsparse.structured._once import once
 from jaxsparse.structured._zeros import Masked, masked_in
@@ -194,6 +195,7 @@ def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
       >>> [(m.path, m.axis, m.role) for m in found["up[1]"].members]
       [('down', 0, 'input'), ('up', 1, 'output')]
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
     allowed = frozenset(allow)
     if allowed - FLAGS or allowed & NEVER:
         raise ValueError(
@@ -203,6 +205,11 @@ def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
         name: dataclasses.replace(group, allowed=allowed)
         for name, (group, _) in found_in(trace).items()
     })
+
+
+def check_groups(groups: Any) -> None:
+    """Raises a TypeError unless `groups` are groups by name."""
+    _checks.check_mapping(Group, "js.structured.groups(trace)", groups=groups)
 
 
 Found = dict[str, tuple[Group, algebra.Axis]]

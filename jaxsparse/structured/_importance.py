@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
+from jaxsparse.calibration._finite import check_batch
 from jaxsparse.structured._blocks import Block, Join, blocks
 from jaxsparse.structured._branches import flat_of
 from jaxsparse.structured._flat import Flat
@@ -65,6 +67,9 @@ def block_similarity(
       >>> round(found["w"], 4)  # (cos(45 degrees) + 1) / 2
       0.8536
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    _checks.check_arrays(params=params)
+    _checks.check_batches(batches)
     names = list(blocks(trace, join=join))
 
     def build(at: Trace) -> Callable[..., Any]:
@@ -163,6 +168,9 @@ def output_losses(
       >>> js.structured.output_losses(trace, params, [x])  # 6 becomes 3, 6 becomes 2
       {'0': 9.0, '1': 16.0}
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    _checks.check_arrays(params=params)
+    _checks.check_batches(batches)
     names = tuple(blocks(trace, join=join))
 
     def build(at: Trace) -> Callable[..., Any]:
@@ -222,10 +230,11 @@ def _summed(
         program, _ = program_for(leaves, inputs)
         return program(leaves, jax.tree.leaves(inputs))
 
-    found = [
-        run(leaves, batch if isinstance(batch, tuple) else (batch,))
-        for batch in batches
-    ]
+    found = []
+    for number, batch in enumerate(batches):
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        check_batch(inputs, number)
+        found.append(run(leaves, inputs))
     if not found:
         raise ValueError("batches: there are none. Was the iterator used up before?")
     sums, counts = (

@@ -54,6 +54,8 @@ def align_experts(experts: PyTree, to: Any, *, hidden: Mapping[str, int]) -> PyT
       >>> aligned["up"].tolist(), aligned["down"][..., 0].tolist()
       ([[[1.0, 2.0]], [[1.0, 2.0]]], [[3.0, 4.0], [3.0, 4.0]])
     """
+    _checks.check_arrays(experts=experts)
+    _checks.check_mapping(hidden=hidden)
     from scipy import optimize  # slow to import, and needed here alone
 
     n = count_experts(experts)
@@ -114,6 +116,7 @@ def _hidden_axes(
         )
     axes = {}
     for path, axis in hidden.items():
+        _checks.check_positive_int(axis, name=f"hidden[{path!r}]", least=-99)
         ndim = leaves[path].ndim
         if not -ndim <= axis < ndim or axis % ndim == 0:
             raise ValueError(
@@ -162,6 +165,7 @@ def merge_experts(
       >>> js.structured.merge_experts(experts, np.array([0, 0, 1]), usage=usage)
       {'up': Array([[2.], [7.]], dtype=float32)}
     """
+    _checks.check_arrays(experts=experts)
     n = count_experts(experts)
     labels, groups = check_labels(labels, n)
     if usage is None:
@@ -226,6 +230,7 @@ def merge_gates(gates: Array, labels: Any) -> Array:
       >>> js.structured.merge_gates(gates, np.array([0, 1, 0])).tolist()
       [[0.75, 0.25]]
     """
+    _checks.check_arrays(gates=gates)
     if jnp.ndim(gates) < 1:
         raise ValueError("gates must be `[..., experts]`, got a scalar.")
     labels, groups = check_labels(labels, jnp.shape(gates)[-1])

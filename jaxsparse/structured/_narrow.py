@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse._typing import PyTree
 from jaxsparse.structured._arrays import cut_array, put_array
 from jaxsparse.structured._cut import Cut
@@ -100,6 +101,8 @@ def narrow(
       >>> small.sizes
       {('down', 0): 8, ('up', 1): 8}
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    _checks.check_arrays(abstract=True, params=params)
     wanted = plan(trace, drop, allow=allow, norms=norms, positions=positions)
     leaves = checked_leaves(trace, params)
     cut = wanted.cut
@@ -150,6 +153,8 @@ def widen(
       >>> js.structured.widen(trace, small.params, {"up[1]": [1]})["down"].tolist()
       [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    _checks.check_arrays(abstract=True, params=params)
     cut = plan(trace, drop, allow=(*allow, "zeros")).cut
     leaves, treedef = jax.tree.flatten(params)
     _check_structure(trace, treedef)
@@ -195,6 +200,7 @@ def masks(
       >>> masks["up"].tolist(), masks["down"].tolist()
       ([[True, False, True]], [[True], [False], [True]])
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
     cut = plan(trace, drop, allow=allow, masks=True).cut
     found = []
     for dims in trace.dims.values():

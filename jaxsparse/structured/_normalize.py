@@ -8,6 +8,7 @@ each copy has its own, which is what the layers of a scanned model want.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -210,6 +211,7 @@ def lamp(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
       >>> js.structured.lamp({"up[1]": jnp.array([1.0, 4.0, 3.0])})
       {'up[1]': Array([0.125     , 1.        , 0.42857143], dtype=float32)}
     """
+    _check(scores)
     for name, x in scores.items():
         if _checks.is_concrete(x) and np.any((known := on_host(x)) < 0):
             raise ValueError(
@@ -263,6 +265,8 @@ def per_parameter(
       >>> js.structured.per_parameter(groups, scores, params)
       {'up[1]': Array([1., 1., 1.], dtype=float32)}
     """
+    _checks.check_arrays(abstract=True, params=params)
+    _check(scores)
     slices = slices_that_count(groups, params, where)
     shapes = {path: np.shape(x) for path, x in leaves_with_paths(params)}
     result = {}
@@ -287,10 +291,18 @@ def per_parameter(
     return result
 
 
+def _check(scores: Any) -> None:
+    _checks.check_mapping(made_by="js.structured.group_scores(...)", scores=scores)
+    for name, x in scores.items():
+        _checks.check_arrays(**{f"scores[{name!r}]": x})
+
+
 def _each(
     f: Callable[[Array], Array], scores: Scores, per_copy: bool
 ) -> dict[str, Array]:
     """`f` over the last axis: of each copy, or of all of them as one."""
+    _check(scores)
+    _checks.check_bool(per_copy=per_copy)
 
     def one(name: str, x: Array) -> Array:
         _checks.check_floating(name, x)

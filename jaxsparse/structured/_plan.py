@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse.structured._cut import Cut
 from jaxsparse.structured._drop import Drop
 from jaxsparse.structured._groups import NEVER, Group, found_in
@@ -51,12 +52,10 @@ def plan(
     Raises:
       ValueError: see `narrow`.
     """
-    for name, value, known in (
-        ("norms", norms, ("masked", "resized")),
-        ("positions", positions, ("slice", "renumber")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}: expected one of {known}.")
+    _checks.check_choice(("masked", "resized"), norms=norms)
+    _checks.check_choice(("slice", "renumber"), positions=positions)
+    if not isinstance(drop, Drop):
+        _checks.check_mapping(made_by="or js.structured.select(...)", drop=drop)
     found = found_in(trace)
     sizes = drop.sizes if isinstance(drop, Drop) else {}
     indices = drop.indices if isinstance(drop, Drop) else drop

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse._typing import PyTree, Where
 from jaxsparse.structured._blocks import Block, Join, chosen
 from jaxsparse.structured._branches import flat_for
@@ -71,6 +72,9 @@ def remove_blocks(
       >>> small.apply_fn(small.params, x)[0].tolist()
       [33.0, 33.0, 33.0, 33.0]
     """
+    _checks.check_batches(names, name="names")
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    _checks.check_arrays(abstract=True, params=params)
     chosen(trace, names, join)
 
     def plan(at: Trace) -> "_Plan":
@@ -126,6 +130,9 @@ def share_blocks(
       >>> shared.apply_fn(shared.params, x).tolist(), shared.params[1]["w"].shape
       ([[9.0, 9.0]], (0,))
     """
+    _checks.check_mapping(str, followers=followers)
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    _checks.check_arrays(abstract=True, params=params)
     chosen(trace, [*followers, *followers.values()], join)
     for name, leader in followers.items():
         if leader in followers:

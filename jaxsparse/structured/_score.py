@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.structured._groups import Group
+from jaxsparse.structured._groups import Group, check_groups
 from jaxsparse.structured._slices import ROLES, Part, Slices, check_fits, slices_of
 from jaxsparse.structured._sums import Reduce, combined, ordered_part_sum
 from jaxsparse.tree import leaves_with_paths, nearest, select
@@ -72,6 +72,7 @@ def group_scores(
       >>> js.structured.group_scores(groups, js.scores.magnitude(params))
       {'up[1]': Array([ 5., 13.,  6.], dtype=float32)}
     """
+    _checks.check_arrays(scores=scores)
     slices = slices_that_count(groups, scores, where)
     options: Any = {"reduce": reduce, "absolute": absolute}
     return combined(slices, scores, ordered_part_sum, **options)
@@ -100,6 +101,7 @@ def slices_that_count(
         another shape.
       TypeError: a member that is not real floating-point.
     """
+    check_groups(groups)
     prunable = {name: group for name, group in groups.items() if group.prunable}
     if not prunable:
         raise ValueError(

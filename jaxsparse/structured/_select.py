@@ -128,6 +128,7 @@ def dropped_fraction(drop: Drop) -> float:
       >>> js.structured.dropped_fraction(drop)
       0.25
     """
+    _checks.check_is(Drop, "js.structured.select(...)", drop=drop)
     whole = sum(
         drop.sizes[name] * math.prod(np.shape(gone)[:-1])
         for name, gone in drop.indices.items()

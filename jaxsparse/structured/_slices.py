@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.structured._groups import Group, Member
+from jaxsparse.structured._groups import Group, Member, check_groups
 from jaxsparse.tree import leaves_with_paths, nearest, path_str
 
 ROLES = ("input", "output", "batch", "other")
@@ -65,6 +65,7 @@ def slices_of(
       ValueError: no groups, one that is not prunable, unknown roles, or a group without
         members of these roles.
     """
+    check_groups(groups)
     if isinstance(roles, str) or not roles or set(roles) - set(ROLES):
         raise ValueError(f"roles={roles!r}: expected a tuple of some of {ROLES}.")
     if not groups:

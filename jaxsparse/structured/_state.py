@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _checks
 from jaxsparse._typing import PyTree
 from jaxsparse.structured._arrays import cut_array
 from jaxsparse.structured._drop import Drop
@@ -53,6 +54,7 @@ def narrow_like(
       >>> state[0].mu["up"].shape, state[0].nu["down"].shape
       ((4, 4), (4, 3))
     """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
     cut = plan(trace, drop, allow=allow, masks=True).cut
     whole = jax.tree.unflatten(trace.treedef, list(range(len(trace.paths))))
     places = {_key(path): i for path, i in jax.tree_util.tree_leaves_with_path(whole)}

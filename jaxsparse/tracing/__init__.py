@@ -2,6 +2,6 @@
 
 from jaxsparse.tracing._found import Kernel as Kernel
 from jaxsparse.tracing._found import Unfollowed as Unfollowed
+from jaxsparse.tracing._retrace import retrace as retrace
 from jaxsparse.tracing._trace import Trace as Trace
-from jaxsparse.tracing._trace import retrace as retrace
 from jaxsparse.tracing._trace import trace as trace

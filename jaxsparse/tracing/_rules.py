@@ -248,6 +248,11 @@ def by_einsum(equation: str) -> Rule:
     Returns:
       A rule.
     """
+    if not isinstance(equation, str) or equation.count("->") != 1:
+        raise ValueError(
+            f"rules: {equation!r} is no equation such as 'btd,df->btf', in which equal "
+            "letters are the same axis."
+        )
     left, right = equation.replace(" ", "").split("->")
     operands, results = left.split(","), right.split(",")
 

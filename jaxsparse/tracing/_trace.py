@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jaxsparse import _checks
 from jaxsparse._typing import PyTree
 from jaxsparse.tracing import _axes
 from jaxsparse.tracing._axes import Axis
@@ -20,6 +21,7 @@ from jaxsparse.tree import (
     Axes,
     has_plain_name,
     leaves_with_paths,
+    nearest,
     why_dense,
 )
 
@@ -171,8 +173,10 @@ def trace(
       A `Trace`.
 
     Raises:
-      TypeError: `params` have no arrays.
-      ValueError: an equation in `rules` does not fit.
+      TypeError: `params` have no arrays, or hold something else; a TypeError of
+        `apply_fn` itself, with the shapes that it was called on.
+      ValueError: an equation in `rules` cannot be read or does not fit, or is for a
+        primitive that the model does not have; a ValueError of `apply_fn` itself.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -186,6 +190,10 @@ def trace(
       >>> t.kernels["query"].flops == 2 * 5 * 16 * 32
       True
     """
+    _checks.check_callable(1 + len(example_inputs), apply_fn=apply_fn)
+    _checks.check_arrays(abstract=True, params=params)
+    if rules is not None:
+        _checks.check_mapping(rules=rules)
     found = leaves_with_paths(params)
     if not found:
         raise TypeError("params: there are no arrays in them.")
@@ -194,10 +202,12 @@ def trace(
     inputs = jax.tree.map(
         lambda x: abstract(x) if hasattr(x, "shape") else x, example_inputs
     )
-    program, out_shape = jax.make_jaxpr(
+    traced = jax.make_jaxpr(
         lambda leaves, inputs: apply_fn(jax.tree.unflatten(treedef, leaves), *inputs),
         return_shape=True,
-    )(shapes, inputs)
+    )
+    with _checks.explained("apply_fn", params=shapes, inputs=inputs):
+        program, out_shape = traced(shapes, inputs)
     walk = Walk(rules or {})
     paths = tuple(path for path, _ in found)
     args = []
@@ -208,6 +218,12 @@ def trace(
             value = value._replace(origin=own, past=Past(frozenset({paths[i]})))
         args.append(value)
     results = walk.whole(program, args)
+    for name in rules or ():
+        if name not in walk.seen:
+            raise ValueError(
+                f"rules: {name!r} is no primitive of this model; the nearest: "
+                f"{nearest(name, sorted(walk.seen))}."
+            )
     for name, values in (("input", args[len(paths) :]), ("output", results)):
         for axis in (axis for value in values for axis in value.dims):
             _axes.flag(axis, name)
@@ -232,42 +248,6 @@ def trace(
         walk.layers,
         walk.sites,
     )
-
-
-def retrace(trace_: Trace, params: PyTree, inputs: tuple[Any, ...]) -> Trace:
-    """The same model with inputs of other shapes; the trace itself where they agree.
-
-    Args:
-      trace_: a trace.
-      params: the parameters.
-      inputs: arrays.
-
-    Returns:
-      A `Trace`.
-
-    Raises:
-      ValueError: parameters of another structure or other shapes.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> params = {"w": jnp.ones((3, 2))}
-      >>> t = js.trace(lambda p, x: x @ p["w"], params, jnp.ones((5, 3)))
-      >>> js.tracing.retrace(t, params, (jnp.ones((7, 3)),)).flops / t.flops
-      1.4
-    """
-    treedef = jax.tree.structure(params)
-    shapes = [abstract(x) for x in jax.tree.leaves(params)]
-    traced = [v.aval for v in trace_.program.jaxpr.invars[: len(trace_.paths)]]
-    if treedef != trace_.treedef:
-        raise ValueError("params have another structure than those that were traced.")
-    for path, s, t in zip(trace_.paths, shapes, traced, strict=True):
-        if s.shape != t.shape:
-            raise ValueError(f"{path}: traced with shape {t.shape}, got {s.shape}.")
-    same = lambda a, b: jax.tree.map(abstract, a) == jax.tree.map(abstract, b)
-    types = [s.dtype == t.dtype for s, t in zip(shapes, traced, strict=True)]
-    if all(types) and same(inputs, trace_.inputs):
-        return trace_
-    return trace(trace_.apply_fn, params, *inputs, rules=trace_.rules)
 
 
 def _own(path: str, walk: Walk, shape: tuple[int, ...]) -> Any:

@@ -25,7 +25,7 @@ class Walk:
     """The state of one walk: what it found so far.
 
     Attributes:
-      sites: contractions of parameters.
+      seen, sites: the names of all primitives; contractions of parameters.
       stops: other ends of parameters.
       lookups: paths of parameters that are indexed (embeddings).
       nodes: the axes at every equation.
@@ -40,7 +40,7 @@ class Walk:
         self.constants: dict[Address, tuple[Dims, ...]] = {}
         self.layers: dict[Address, Axis] = {}
         self._foreign = {k: _rules.by_einsum(v) for k, v in rules.items()}
-        self._equations = dict(rules)
+        self._equations, self.seen = dict(rules), set[str]()
         self._known: dict[Any, int] = {}
         self._count = iter(range(1 << 62))
         self._around: tuple[Visit, ...] = ()  # what leads to where it is
@@ -195,10 +195,10 @@ class Walk:
     def _foreign_name(self, eqn: Any) -> str | None:
         names = [eqn.primitive.name]
         for key in ("name", "target_name", "name_and_src_info"):
-            found = eqn.params.get(key)
-            found = getattr(found, "name", found)
+            found = getattr(eqn.params.get(key), "name", eqn.params.get(key))
             if isinstance(found, str):
                 names.append(f"{names[0]}[{found}]")
+        self.seen.update(names)
         return next((n for n in reversed(names) if n in self._foreign), None)
 
     def _value_number(self, eqn: Any, ins: list[Value]) -> int:

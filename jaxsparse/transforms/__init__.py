@@ -31,5 +31,6 @@ from jaxsparse.transforms._state import find_states as find_states
 from jaxsparse.transforms._state import masks_of as masks_of
 from jaxsparse.transforms._straight_through import straight_through as straight_through
 from jaxsparse.transforms._wgsef import wgsef_prox as wgsef_prox
+from jaxsparse.transforms._windowed_obs import GradientSums as GradientSums
 from jaxsparse.transforms._windowed_obs import GradientWindow as GradientWindow
 from jaxsparse.transforms._windowed_obs import windowed_obs as windowed_obs

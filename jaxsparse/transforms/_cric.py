@@ -1,5 +1,6 @@
 """CRIC: cycles of trial removals that correct which indices are redundant."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from jaxsparse.structured._slices import (
 from jaxsparse.structured._sums import sums
 from jaxsparse.transforms._hesso import Criteria, lowest, removed_by, saliency
 from jaxsparse.transforms._penalties import check_strength
+from jaxsparse.transforms._state import check_transformation
 
 
 class Redundancy(NamedTuple):
@@ -117,6 +119,10 @@ def cric(
       >>> found.drop.indices["up[1]"].tolist()   # not the smallest, it is used most
       [1]
     """
+    _checks.check_callable(2, loss_fn=loss_fn)
+    _checks.check_arrays(params=params)
+    _checks.check_batches(batches)
+    check_transformation(optimizer=optimizer)
     slices = slices_of(groups, roles=roles)
     _checks.check_sparsity(sparsity)
     _checks.check_positive_int(steps, name="steps")
@@ -155,7 +161,12 @@ def cric(
     def mean_loss(params: PyTree) -> float:
         return float(np.mean([np.asarray(compiled(params, b)) for b in data]))
 
-    before = mean_loss(params)
+    with _checks.explained("loss_fn", params=params, batch=data[0]):
+        before = mean_loss(params)
+    if not math.isfinite(before):
+        raise ValueError(
+            f"batches: the mean of loss_fn over them is {before}. Is one of them empty?"
+        )
 
     def trial(violators: dict[str, np.ndarray], turn: int):
         """The mean saliency on the way to zero, the loss's increase, and by whom."""

@@ -12,6 +12,7 @@ from jaxsparse.transforms._moments import reset_moments
 from jaxsparse.transforms._project import add_change, project
 from jaxsparse.transforms._state import (
     NO_STATE,
+    check_transformation,
     find_states,
     masks_like,
     put_states,
@@ -65,6 +66,7 @@ def enforce(
       Array([[False,  True],
              [ True, False]], dtype=bool)
     """
+    check_transformation(tx=tx)
     inner = optax.with_extra_args_support(tx)
 
     def init_fn(params: PyTree) -> optax.OptState:

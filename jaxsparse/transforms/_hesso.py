@@ -27,6 +27,7 @@ from jaxsparse.structured._slices import (
     wide_leaves,
 )
 from jaxsparse.structured._sums import entry_counts, sums
+from jaxsparse.transforms._state import check_transformation
 from jaxsparse.tree import leaves_with_paths, map_with_path, unwrap_variables
 
 
@@ -157,6 +158,7 @@ def hesso(
       >>> js.transforms.dropped(state).indices
       {'up[1]': array([1, 3], dtype=int32)}
     """
+    check_transformation(optimizer=optimizer)
     slices = slices_of(groups, roles=roles)
     _checks.check_sparsity(sparsity)
     for name, value in (("periods", periods), ("duration", duration)):

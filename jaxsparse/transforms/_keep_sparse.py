@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from jaxsparse import patterns
+from jaxsparse import _checks, patterns
 from jaxsparse._typing import PyTree
 from jaxsparse.transforms._project import project
 from jaxsparse.transforms._prune_schedule import PruneSchedule
@@ -43,6 +43,8 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
       >>> optax.apply_updates(params, updates)
       {'w': Array([[2.9, 0. ]], dtype=float32)}
     """
+    if not isinstance(masks, PruneSchedule):
+        _checks.check_bools(masks)
     inner: Any = masks if isinstance(masks, PruneSchedule) else _fixed(masks)
 
     def init_fn(params: PyTree) -> Any:
@@ -55,6 +57,7 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
         del extra_args
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
+        _checks.check_like(params, updates=updates)
         _, state = inner.update(None, state, params)
         return project(updates, state.masks, params), state
 

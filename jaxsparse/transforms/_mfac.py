@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsparse import _checks
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature import MFacWindow, window_init, window_mask, window_update_ihvp
@@ -132,6 +133,10 @@ def mfac(
       >>> tx.update(grads, tx.init(params), params)[0]     # -g / (damping + |g|^2)
       {'w': Array([-0.1, -0.2], dtype=float32)}
     """
+    if not callable(learning_rate):
+        _checks.check_number(learning_rate=learning_rate)
+    if momentum is not None:
+        _checks.check_scalar(momentum=momentum)
     if momentum is not None and not 0 <= momentum < 1:
         raise ValueError(
             f"momentum must lie in [0, 1), got {momentum}: the average of the products "

@@ -1,5 +1,6 @@
 """What the penalties of groups share: their strengths, adding and thresholding."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,16 +26,17 @@ def check_strength(strength: Any, *, name: str = "strength") -> None:
       TypeError: neither a number nor callable.
       ValueError: negative or NaN.
     """
-    if callable(strength) or not _checks.is_concrete(strength):
+    if callable(strength):
         return
+    if isinstance(strength, float) and strength == math.inf:
+        return  # growing_regularization's limit is none
     try:
-        value = float(strength)
-    except (TypeError, ValueError):
+        _checks.check_number(least=0, **{name: strength})
+    except TypeError:
         raise TypeError(
-            f"{name}: a number or a schedule step -> number; got {strength!r}."
+            f"{name}: a number or a schedule step -> number; got "
+            f"{_checks.shown(strength)}."
         ) from None
-    if not value >= 0:
-        raise ValueError(f"{name} must be at least 0, got {value!r}.")
 
 
 def add_scaled(

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import patterns
+from jaxsparse import _checks, patterns
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree, Tree
 from jaxsparse.transforms._state import (
     NO_STATE,
     PruneScheduleState,
+    check_transformation,
     find_states,
     masks_like,
 )
@@ -87,7 +88,8 @@ def apply_updates(params: Tree, updates: PyTree, opt_state: PyTree) -> Tree:
       The new parameters.
 
     Raises:
-      ValueError: `opt_state` holds no pruning transformation.
+      ValueError: `opt_state` holds no pruning transformation; updates of another
+        structure or shape.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
@@ -99,6 +101,7 @@ def apply_updates(params: Tree, updates: PyTree, opt_state: PyTree) -> Tree:
     """
     if not find_states(opt_state):
         raise ValueError(NO_STATE)
+    _checks.check_like(params, updates=updates)
     moved: Any = optax.apply_updates(cast(Any, params), updates)
     moved = add_change(moved, find_states(opt_state))
     return patterns.apply(moved, masks_like(params, opt_state))
@@ -122,6 +125,8 @@ def init_sparse(
 
     Raises:
       ValueError: `tx` holds no pruning transformation.
+      TypeError: `tx` is no transformation, or `params` holds what is no array; as when
+        the two are swapped.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
@@ -130,6 +135,8 @@ def init_sparse(
       >>> params
       {'w': Array([[3., 0.]], dtype=float32)}
     """
+    check_transformation(tx=tx)
+    _checks.check_arrays(params=params)
     opt_state = tx.init(cast(Any, params))
     if not find_states(opt_state):
         raise ValueError(NO_STATE)

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from optax._src.base import NO_PARAMS_MSG
 
-from jaxsparse import patterns, scores
+from jaxsparse import _checks, patterns, scores
 from jaxsparse._checks import is_concrete
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
@@ -185,7 +185,14 @@ def prune_schedule(
       ...     total_steps=12_000)
       >>> tx = js.enforce(optax.chain(prune_schedule, optax.adam(1e-3)))
     """
+    _checks.check_pattern(patterns.Pattern, pattern)
+    _checks.check_where(where)
+    _checks.check_axes(axes)
+    _checks.check_positive_int(min_keep, name="min_keep", least=0)
+    _checks.check_choice(("hold", "train"), zeros=zeros)
     cadence = as_cadence(every)
+    if sparsity is None and not isinstance(pattern, patterns.NM):
+        raise ValueError(f"{pattern} needs a sparsity, the fraction to remove.")
     check_horizon(sparsity, cadence, total_steps)
     scorer = scores.as_score(score)
 
@@ -264,7 +271,9 @@ def prune_schedule(
         warn_of_regrowth(masks, params, values, cadence, step)
         if adopted is None and _starts_sparse(params):
             given = (params, None, score_state)
-            return select(ask(scorer.score, given, params, masks, 0), 0)
+            scored = ask(scorer.score, given, params, masks, 0)
+            _checks.check_like(params, scores=scored)
+            return select(scored, 0)
         if adopted is None and zeros == "hold":
             warn_of_zeros(masks)
         return masks
@@ -290,6 +299,8 @@ def prune_schedule(
             )
         if state.updated is None:  # enforce has them already
             return _hide(updates, state.masks), state
+        if updates is not None:
+            _checks.check_like(params, updates=updates)
         # Masks have no derivative; without this, one could not differentiate through
         # a training step.
         frozen, grads = lax.stop_gradient((params, updates))
@@ -301,7 +312,9 @@ def prune_schedule(
             select_now = lambda scored: select(scored, step)
             given = (params, grads, score_state)
             if scorer.prune is None:
-                new = select_now(ask(scorer.score, given, params, old, step))
+                scored = ask(scorer.score, given, params, old, step)
+                _checks.check_like(params, scores=scored)
+                new = select_now(scored)
             else:
                 given = (*given, select_now)
                 new, change = ask(scorer.prune, given, params, old, step)

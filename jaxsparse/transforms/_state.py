@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import patterns
+from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array, PyTree
 from jaxsparse._zeros import nonzero
 from jaxsparse.tree import leaves_with_paths, unwrap_variables
@@ -162,6 +162,12 @@ def _prunes(state: PruneScheduleState) -> bool:
     return any(not bool(jnp.all(mask)) for mask in jax.tree.leaves(state.masks))
 
 
+def check_transformation(**transformations: Any) -> None:
+    """Raises a TypeError unless each is a gradient transformation of optax."""
+    kind = optax.GradientTransformation
+    _checks.check_is(kind, "optax.adam(1e-3) or another", **transformations)
+
+
 NO_STATE = (
     "No pruning transformation in this optimizer state. Put js.prune_schedule(...) "
     "into the chain, for instance js.enforce(optax.chain(js.prune_schedule(...), "
@@ -209,6 +215,7 @@ def check(opt_state: PyTree, params: PyTree = None) -> None:
     leaked = max(int(jnp.max(s.leaked)) for s in states)
     if params is not None:
         params = unwrap_variables(params)
+        _checks.check_arrays(params=params)
         patterns.check_masks(masks_like(params, opt_state), params)
         masks = jax.tree.leaves(masks_like(params, opt_state))
         counts = {

@@ -1,10 +1,12 @@
 """Which axes of a kernel are contracted, produced, or merely carried."""
 
 import dataclasses
+import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from jaxsparse import _checks
 from jaxsparse._typing import PyTree
 from jaxsparse.tree._classes import by_class
 from jaxsparse.tree._paths import leaves_with_paths
@@ -35,6 +37,18 @@ class Axes:
     input: tuple[int, ...]
     output: tuple[int, ...]
     batch: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("input", "output", "batch"):
+            axes = getattr(self, name)
+            if not isinstance(axes, tuple | list) or not all(
+                isinstance(a, numbers.Integral) for a in axes
+            ):
+                raise TypeError(
+                    f"Axes: {name} must be a tuple of integers, such as (0,); got "
+                    f"{axes!r}."
+                )
+            object.__setattr__(self, name, tuple(axes))
 
     def normalised(self, path: str, ndim: int) -> "Axes":
         """The same axes counted from the front, checked against a parameter.
@@ -83,6 +97,8 @@ def default_axes(path: str, leaf: Any) -> Axes:
       >>> js.tree.default_axes("conv/kernel", jnp.ones((3, 3, 8, 16)))
       Axes(input=(0, 1, 2), output=(3,), batch=())
     """
+    if not hasattr(leaf, "ndim"):
+        _checks.check_arrays(abstract=True, leaf=leaf)
     if leaf.ndim == 3:
         raise ValueError(
             f"{path}: a kernel of three axes, here {tuple(leaf.shape)}, may be a "
@@ -100,7 +116,7 @@ def default_axes(path: str, leaf: Any) -> Axes:
 
 
 def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
-    """The axes that the caller stated, by path.
+    """The axes that the caller stated, by path. Leaves that are no arrays have none.
 
     Args:
       params: the parameters, or anything of their structure and shapes.
@@ -112,7 +128,9 @@ def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
       where the class of a layer does (Equinox's modules).
 
     Raises:
-      ValueError: an expression matches no path, or axes do not fit their parameter.
+      ValueError: an expression matches no path or cannot be read, or axes do not fit
+        their parameter.
+      TypeError: neither `Axes` nor a mapping from expressions to such.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -120,6 +138,7 @@ def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
       >>> js.tree.resolve_axes(params, {"query": js.Axes(input=(0,), output=(-2, -1))})
       {'query': Axes(input=(0,), output=(1, 2), batch=())}
     """
+    _checks.check_axes(axes)
     leaves = [(p, x) for p, x in leaves_with_paths(params) if hasattr(x, "ndim")]
     if not leaves:
         return {}
@@ -163,6 +182,7 @@ def kernel_axes(path: str, leaf: Any, stated: Mapping[str, Axes]) -> Axes:
       >>> js.tree.kernel_axes("dense", jnp.ones((2, 3)), {})
       Axes(input=(0,), output=(1,), batch=())
     """
+    _checks.check_mapping(Axes, "js.tree.resolve_axes(params, axes)", stated=stated)
     if path in stated:
         return stated[path]
     found = default_axes(path, leaf)

@@ -61,7 +61,8 @@ def why_dense(path: str, leaf: Any) -> str | None:
 
     Args:
       path: the parameter's path as text.
-      leaf: the parameter; only its shape and dtype are looked at.
+      leaf: the parameter; only its shape and dtype are looked at. What has none counts
+        as having fewer than two axes.
 
     Returns:
       A few words, such as "an embedding"; None for a parameter that takes part.
@@ -73,6 +74,7 @@ def why_dense(path: str, leaf: Any) -> str | None:
       >>> js.tree.why_dense("encoder/cls_token", jnp.ones((1, 1, 4)))
       'a token'
     """
+    _check_path(path)
     if not hasattr(leaf, "ndim") or leaf.ndim < 2:
         return "fewer than two axes"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -100,8 +102,14 @@ def has_plain_name(path: str) -> bool:
       >>> js.tree.has_plain_name("wte/weight"), js.tree.has_plain_name("cls_token")
       (True, False)
     """
+    _check_path(path)
     own = _words(path.rsplit("/", 1)[-1])
     return len(own) == 1 and own[0] in _PLAIN
+
+
+def _check_path(path: str) -> None:
+    if not isinstance(path, str):
+        raise TypeError(f"path must be text, such as 'up/kernel'; got {path!r}.")
 
 
 def _leaf(own: list[str]) -> str | None:

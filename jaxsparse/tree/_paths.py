@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxsparse import _checks
 from jaxsparse._text import path_text, shown
 from jaxsparse._typing import PyTree
 
@@ -33,6 +34,8 @@ def path_str(key_path: tuple[Any, ...]) -> str:
       >>> [js.tree.path_str(path) for path, _ in leaves]
       ['a/0', 'a/1/b']
     """
+    if not isinstance(key_path, tuple | list):
+        raise TypeError(f"key_path must be a tuple of keys, got {key_path!r}.")
     return shown(path_text(key_path))
 
 
@@ -80,6 +83,7 @@ def map_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
       >>> js.tree.map_with_path(lambda path, x: f"{path}={x}", {"a": {"b": 1}})
       {'a': {'b': 'a/b=1'}}
     """
+    _checks.check_callable(2 + len(rest), f=f)
     named, treedef = leaves_with_paths(tree), jax.tree.structure(tree)
     others = [treedef.flatten_up_to(other) for other in rest]
     each = zip(named, *others, strict=True)

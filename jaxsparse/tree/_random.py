@@ -4,6 +4,7 @@ import hashlib
 
 import jax
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.tree._paths import map_with_path
 
@@ -28,6 +29,7 @@ def keys_like(key: Array, tree: PyTree) -> PyTree:
       >>> bool(jax.numpy.all(keys["b"] == more["b"]))
       True
     """
+    _checks.check_key(key)
 
     def fold(path: str, _):
         digest = hashlib.blake2s(path.encode(), digest_size=4).digest()

@@ -19,15 +19,18 @@ def select(params: PyTree, where: Where = None) -> PyTree:
     Args:
       params: the parameters, or anything of their structure and shapes.
       where: None for `default_where`; a regular expression that is searched in the
-        path; a predicate `(path, leaf) -> bool`; or a tree of Python bools, which may
+        path; a predicate `(path, leaf) -> bool` (what it returns counts as true or
+        false, as in an `if`); or a tree of Python bools, which may
         be a prefix of `params`.
 
     Returns:
       A tree of Python bools with the structure of `params`.
 
     Raises:
-      ValueError: nothing is selected; the message lists the nearest paths.
-      TypeError: `where` is none of the above.
+      ValueError: nothing is selected, the message lists the nearest paths; an
+        expression that cannot be read.
+      TypeError: `where` is none of the above, or a predicate of other arguments; a leaf
+        of `params` that is no array.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -35,6 +38,8 @@ def select(params: PyTree, where: Where = None) -> PyTree:
       >>> js.tree.select(params, r"kernel$")
       {'dense': {'bias': False, 'kernel': True}}
     """
+    _checks.check_arrays(abstract=True, params=params)
+    _checks.check_where(where)
     if where is None:
         selected = _by_default(params)
     elif isinstance(where, str):
@@ -71,12 +76,6 @@ def _by_default(params: PyTree) -> PyTree:
 
 
 def _from_bools(params: PyTree, where: PyTree) -> PyTree:
-    leaves = jax.tree.leaves(where)
-    if not leaves or not all(isinstance(x, bool) for x in leaves):
-        raise TypeError(
-            "`where` must be None, a regular expression, a predicate (path, leaf) -> "
-            f"bool or a tree of Python bools; got {where!r}."
-        )
     try:
         return jax.tree.map(
             lambda keep, sub: jax.tree.map(lambda _: keep, sub), where, params
@@ -118,6 +117,10 @@ def nearest(wanted: str, paths: list[str], *, most: int = 5) -> list[str]:
       >>> js.tree.nearest("dense/kernal", ["dense/bias", "dense/kernel"], most=1)
       ['dense/kernel']
     """
+    if not isinstance(wanted, str):
+        raise TypeError(f"wanted must be a path as text, got {wanted!r}.")
+    if isinstance(paths, str) or not all(isinstance(p, str) for p in paths or [0]):
+        raise TypeError(f"paths must be a list of paths as text, got {paths!r}.")
     plain = re.sub(r"[\^$.*+?()\[\]{}|\\]+", "", wanted).lower()
 
     def likeness(path: str) -> float:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from jaxsparse import _checks
 from jaxsparse.tree._axes import Axes
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
@@ -91,6 +93,12 @@ def matrix_view(
       >>> js.tree.matrix_view((8, 4, 2), js.Axes(input=(0,), output=(1, 2))).d_out
       8
     """
+    for name, sizes in (("shape", shape), ("split", shape if split is None else split)):
+        if not isinstance(sizes, tuple | list):
+            raise TypeError(f"{name} must be a tuple of integers, got {sizes!r}.")
+        for n in sizes:
+            _checks.check_positive_int(n, name=name, least=0)
+    _checks.check_is(Axes, "js.Axes(input=(0,), output=(1,))", axes=axes)
     split = tuple(shape) if split is None else tuple(split)
     if math.prod(split) != math.prod(shape):
         raise ValueError(f"split {split} holds not as much as the shape {shape}.")
@@ -113,6 +121,7 @@ def to_matrices(w: AnyArray, view: MatrixView) -> AnyArray:
       >>> js.tree.to_matrices(jnp.ones((2, 3)), view).shape
       (3, 2)
     """
+    _check_array("w", w, view, lambda view: view.shape)
     ordered = w.reshape(view.split).transpose(view.order)
     return ordered.reshape(*view.batch, view.d_out, view.d_in)  # pyrefly: ignore
 
@@ -133,7 +142,18 @@ def from_matrices(matrices: AnyArray, view: MatrixView) -> AnyArray:
       >>> js.tree.from_matrices(jnp.ones((3, 2)), view).shape
       (2, 3)
     """
+    shape = lambda view: (*view.batch, view.d_out, view.d_in)
+    _check_array("matrices", matrices, view, shape)
     order = view.order
     w = matrices.reshape([view.split[a] for a in order])
     inverse = [order.index(a) for a in range(len(order))]
     return w.transpose(inverse).reshape(view.shape)  # pyrefly: ignore
+
+
+def _check_array(name: str, x: Any, view: Any, shape: Callable[[Any], Any]) -> None:
+    _checks.check_is(MatrixView, "js.tree.matrix_view(shape, axes)", view=view)
+    _checks.check_arrays(**{name: x})
+    if tuple(x.shape) != tuple(shape(view)):
+        raise ValueError(
+            f"{name} has the shape {tuple(x.shape)}, the view is of {shape(view)}."
+        )

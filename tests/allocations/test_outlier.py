@@ -355,7 +355,7 @@ def test_als_refuses_a_block_without_redundancy():
     some = {k: r for k, r in REDUNDANCY.items() if k != "block_2/up"}
     with pytest.raises(ValueError, match=r"nothing for the blocks \['block_2/up'\]"):
         js.allocations.als(scores(), some, 0.5, lower=0.1, upper=0.9)
-    with pytest.raises(ValueError, match="finite numbers"):
+    with pytest.raises(ValueError, match="finite number"):
         js.allocations.als(
             scores(), REDUNDANCY | {"block_2/up": math.nan}, 0.5, lower=0.1, upper=0.9
         )

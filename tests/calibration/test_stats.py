@@ -281,7 +281,7 @@ def test_gradient_norms_of_a_stream_of_gradients():
     loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2) / 2
     params = {"w": jnp.asarray(np.ones((2, 1), np.float32))}
     batches = np.array([[[1, 0], [1, 2]], [[-1, 1], [0, 1]]], np.float32)
-    stream = js.curvature.stream_grads(loss, params, batches)
+    stream = js.curvature.stream_grads(loss, params, list(batches))
     norms = c.gradient_norms(stream, order=1)
     np.testing.assert_allclose(norms["w"], [[1 + 3 + 0 + 0], [0 + 6 + 0 + 1]])
 

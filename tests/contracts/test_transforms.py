@@ -125,6 +125,12 @@ TRANSFORMS = {
         schedule(score=t.windowed_obs(window=2, block_size=8, damping=1e-3)).wrap,
         masked,
     ),
+    "windowed_obs, summed": Row(
+        schedule(
+            score=t.windowed_obs(window=2, block_size=8, damping=1e-3, summed=True)
+        ).wrap,
+        masked,
+    ),
     "keep_sparse": Row(
         lambda optimizer: optax.chain(optimizer, js.keep_sparse(fixed_masks())), masked
     ),

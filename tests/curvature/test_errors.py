@@ -92,10 +92,12 @@ def test_leaves_disagree_about_m(kind):
 
 
 @kinds
-@pytest.mark.parametrize("leaf", [ones((4, 6), int), 1.0, ones((4, 6), bool)])
+@pytest.mark.parametrize("leaf", [ones((4, 6), int), ones((4, 6), bool)])
 def test_gradients_that_are_no_floating_arrays(kind, leaf):
     with raises("x/w: ", "floating", "where", error=TypeError):
         KINDS[kind]({"x": {"w": leaf}})
+    with raises("x/w: grads must hold arrays", error=TypeError):
+        KINDS[kind]({"x": {"w": 1.0}})
 
 
 @kinds
@@ -133,7 +135,7 @@ def test_relative_damping_that_is_not_positive(kind):
 @kinds
 @pytest.mark.parametrize("damping", [True, "1e-7", 1j, ones(2)])
 def test_damping_that_is_no_number(kind, damping):
-    with raises("damping must be a positive number", error=TypeError):
+    with raises("damping must be a number", error=TypeError):
         KINDS[kind](damping=damping)
 
 
@@ -267,7 +269,7 @@ def test_trees_that_lack_a_parameter_or_have_another_shape(kind):
     masks = jax.tree.map(lambda w: np.ones(w.shape, bool), PARAMS)
     with raises("params lacks ['a/kernel']"):
         curvature.eliminate(fisher, {"b": ones(3)}, masks)
-    with raises("masks lacks ['a/kernel']"):
+    with raises("removed lacks ['a/kernel']"):
         curvature.eliminate(fisher, PARAMS, {"b": masks["b"]})
     with raises("(5, 6)"):
         curvature.restrict(fisher, {"a": {"kernel": ones((5, 6), bool)}})
@@ -357,7 +359,7 @@ def test_parameters_of_integers_that_where_selects():
 def test_masks_of_another_model():
     with raises("masks", "structure"):
         curvature.per_example_grads(
-            loss, PARAMS, ones((4, 6)), masks={"a": {"kernel": True}}
+            loss, PARAMS, ones((4, 6)), masks={"a": {"kernel": np.ones((), bool)}}
         )
 
 

@@ -102,7 +102,7 @@ def test_a_sparsity_outside_its_range_is_refused(make, sparsity):
         (lambda: js.schedules.polynomial(final=0.5, begin=-1, end=9), "begin must be"),
         (
             lambda: js.schedules.polynomial(final=0.5, begin=0, end=9, power=0),
-            "power=0",
+            "power must be positive",
         ),
         (lambda: js.schedules.one_shot(0.5, step=-1), "step must be at least 0"),
         (

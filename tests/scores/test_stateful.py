@@ -83,5 +83,5 @@ def test_an_average_of_an_average_is_one(x64):
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
 def test_a_decay_outside_its_range_is_refused(decay):
-    with pytest.raises(ValueError, match="decay="):
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\)"):
         js.scores.moving_average(js.scores.taylor, decay=decay)

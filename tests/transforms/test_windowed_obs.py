@@ -101,6 +101,49 @@ def test_a_window_that_is_not_full_counts_what_it_has():
     jax.tree.map(close, found, expected)
 
 
+@pytest.mark.parametrize(("window", "counted"), [(50, 7), (3, 4), (7, 7)])
+def test_summed_blocks_are_those_of_the_last_gradients(window, counted):
+    """Of all there were, and then of the last `window` to twice as many."""
+    rng = np.random.default_rng(3)
+    params = params_of(rng)
+    grads = gradients(rng, params, 7)
+    tx = schedule(at=[6], window=window, summed=True).wrap(optax.sgd(0.0))
+    found, state = run(tx, params, grads)
+    expected = solved(params, grads[-counted:])
+    jax.tree.map(np.testing.assert_array_equal, js.masks_of(state), expected.masks)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, found, expected.params)
+
+
+def test_summed_blocks_forget_what_was_pruned():
+    """Two choices, against the window of gradients, which masks them itself."""
+    rng = np.random.default_rng(4)
+    params = params_of(rng)
+    grads = gradients(rng, params, 6)
+    sparsity = js.schedules.polynomial(init=0.25, final=0.5, begin=3, end=5, power=1)
+    options = {"at": [3, 5], "sparsity": sparsity, "window": 9}
+    one, _ = run(schedule(**options).wrap(optax.sgd(0.0)), params, grads)
+    other, _ = run(schedule(**options, summed=True).wrap(optax.sgd(0.0)), params, grads)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, other, one)
+
+
+def test_a_window_that_does_not_fit_says_its_bytes():
+    """4,096 gradients of 16 million weights; nothing is made of that size."""
+    shape = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    small = {"kernel": np.zeros((2, 2), np.float32)}
+    score = js.transforms.windowed_obs(window=10**15, block_size=2, damping=1e-3)
+    with pytest.raises(ValueError, match=r"weights: 1\.6e\+07 GB.*summed=True.* GB"):
+        score.init(small)
+    score = js.transforms.windowed_obs(window=10**9, block_size=2, damping=1e-3)
+    with pytest.warns(UserWarning, match=r"6\.71e\+07 GB, and there are"):
+        jax.eval_shape(score.init, {"kernel": shape})
+    with pytest.raises(ValueError, match="dtype is that of kept gradients"):
+        js.transforms.windowed_obs(
+            window=2, damping=1.0, summed=True, dtype=jnp.bfloat16
+        )
+
+
 def test_gradual_steps_are_optimal_for_what_is_left():
     """Twice: the second update leaves out what the first one removed."""
     rng = np.random.default_rng(2)

@@ -96,7 +96,7 @@ def test_axes_that_do_not_fit_are_refused():
 
 def test_arrays_that_do_not_fit_are_refused():
     view = js.tree.matrix_view((5, 3), js.Axes((0,), (1,)))
-    with pytest.raises(ValueError, match="reshape"):
+    with pytest.raises(ValueError, match=r"w has the shape \(4, 3\), .* \(5, 3\)"):
         js.tree.to_matrices(np.zeros((4, 3)), view)
-    with pytest.raises(ValueError, match="reshape"):
+    with pytest.raises(ValueError, match=r"matrices .* \(3, 4\), .* \(3, 5\)"):
         js.tree.from_matrices(np.zeros((3, 4)), view)

@@ -1,0 +1,169 @@
+"""Checks of trees that callers pass: arrays by path, and trees like the parameters.
+
+They look at structures, shapes and types, and never at values.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _text
+from jaxsparse._checks._values import shown
+from jaxsparse._typing import PyTree
+
+
+def check_arrays(*, abstract: bool = False, **trees: PyTree) -> None:
+    """Raises unless each is an array or a tree of arrays.
+
+    Args:
+      abstract: whether `jax.ShapeDtypeStruct`s do too: where only shapes count.
+      **trees: by the arguments' names.
+
+    Raises:
+      TypeError: None, or a leaf that is a Python number, a string, an object or, where
+        values are needed, abstract; with its path.
+    """
+    for name, tree in trees.items():
+        if tree is None:
+            raise TypeError(f"{name} must be a tree of arrays, got None.")
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not _is_array(leaf, abstract):
+                raise TypeError(_no_array(name, keys, leaf))
+
+
+def _is_array(x: Any, abstract: bool) -> bool:
+    if isinstance(x, jax.Array):
+        return True
+    if isinstance(x, np.ndarray | np.generic):
+        # Custom types, as bfloat16, are of kind V.
+        return x.dtype.kind in "biufcV" and x.dtype.names is None
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return abstract
+    return hasattr(x, "__jax_array__") or (abstract and hasattr(x, "shape"))
+
+
+def _no_array(name: str, keys: Any, leaf: Any) -> str:
+    path = _path(keys)
+    which = f"{path}: {name} must hold arrays" if path else f"{name} must be arrays"
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return (
+            f"{which}; this one is abstract (jax.ShapeDtypeStruct), it has no values. "
+            "Pass arrays, or call this within jax.eval_shape."
+        )
+    if isinstance(keys[-1] if keys else None, jax.tree_util.SequenceKey):
+        advice = "A list is a tree of its entries: write jnp.asarray(list)."
+    elif isinstance(leaf, bool | int | float | complex):
+        advice = f"Write jnp.asarray({leaf!r})."
+    else:
+        advice = "What is no array is kept apart (eqx.partition, nnx.split) or is None."
+    return f"{which}; got {shown(leaf)}. {advice}"
+
+
+def check_like(
+    params: PyTree,
+    *,
+    of: str = "params",
+    extra: int = 0,
+    abstract: bool = False,
+    **trees: PyTree,
+) -> None:
+    """Raises unless trees of arrays have the structure and shapes of another one.
+
+    Args:
+      params: a tree of arrays.
+      of: what the message calls it.
+      extra: how many leading axes the leaves have besides.
+      abstract: whether `params` may be abstract.
+      **trees: by the arguments' names.
+
+    Raises:
+      TypeError: a leaf that is no array, in any of them.
+      ValueError: another structure, or a leaf of another shape, with its path.
+    """
+    check_arrays(abstract=abstract, **{of: params})
+    leaves = jax.tree.leaves(params)
+    for name, tree in trees.items():
+        check_arrays(abstract=abstract, **{name: tree})
+        same_structure(tree, params, name=name, of=of)
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        for (keys, leaf), w in zip(found, leaves, strict=True):
+            if jnp.shape(leaf)[extra:] != jnp.shape(w):
+                raise ValueError(
+                    f"{_path(keys)}: {name} has the shape {jnp.shape(leaf)}, {of} has "
+                    f"{jnp.shape(w)}. Was {name} made for another model?"
+                )
+
+
+def check_bools(masks: PyTree, *, name: str = "masks") -> None:
+    """Raises unless `masks` is a tree of arrays of bools.
+
+    Args:
+      masks: what should be masks.
+      name: the argument's name.
+
+    Raises:
+      TypeError: None, or a leaf that is no array of bools, with its path.
+    """
+    if masks is None:
+        raise TypeError(f"{name} must be a tree of arrays of bools, got None.")
+    for keys, mask in jax.tree_util.tree_leaves_with_path(masks):
+        said = f"{_path(keys) or name}: a mask holds bools, True = kept; got"
+        if isinstance(mask, bool):
+            raise TypeError(f"{said} the Python bool {mask}. Write jnp.array({mask}).")
+        if not isinstance(
+            mask, jax.Array | np.ndarray | np.bool_ | jax.ShapeDtypeStruct
+        ):
+            raise TypeError(f"{said} {shown(mask)}.")
+        if mask.dtype != np.bool_:
+            raise TypeError(f"{said} {mask.dtype}. For 0 and 1 write `mask != 0`.")
+
+
+def _path(keys: Any) -> str:
+    """As `jaxsparse.tree.path_str` writes it."""
+    return _text.shown(_text.path_text(keys))
+
+
+def same_structure(
+    got: PyTree, expected: PyTree, *, name: str, of: str = "params"
+) -> None:
+    """Raises unless two trees have the same structure, naming what differs.
+
+    Args:
+      got: the tree that was passed.
+      expected: the tree whose structure it must have.
+      name: what the message calls `got`.
+      of: what the message calls `expected`.
+
+    Raises:
+      ValueError: the structures differ.
+    """
+    if jax.tree.structure(got) == jax.tree.structure(expected):
+        return
+
+    def paths(tree):
+        return {_path(p): None for p, _ in jax.tree_util.tree_leaves_with_path(tree)}
+
+    got_paths, expected_paths = paths(got), paths(expected)
+    missing = [p for p in expected_paths if p not in got_paths]
+    extra = [p for p in got_paths if p not in expected_paths]
+    said = []
+    if missing:
+        said.append(f"missing {_few(missing)}")
+    if extra:
+        said.append(f"not in {of} {_few(extra)}")
+    if not said:
+        said.append(
+            f"the containers differ: {jax.tree.structure(got)} against "
+            f"{jax.tree.structure(expected)}"
+        )
+    raise ValueError(
+        f"{name} must have exactly the structure of {of}: {'; '.join(said)}. "
+        f"Was {name} made for another model?"
+    )
+
+
+def _few(paths: list[str], most: int = 4) -> str:
+    shown = ", ".join(repr(p) for p in paths[:most])
+    return shown if len(paths) <= most else f"{shown} and {len(paths) - most} more"
