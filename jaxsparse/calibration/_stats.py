@@ -81,7 +81,8 @@ def update(state: RunningStats, x: Array, weight: Array | None = None) -> Runnin
 
     Rows are counted by weight: the share of a timestep of a diffusion model, 0 for
     padding and for the tokens that a router does not send to an expert. What is in a
-    row of weight 0, NaN included, does not matter.
+    row of weight 0, NaN included, does not matter. In other rows nobody looks for NaN,
+    which would wait for the device: it stays in the statistics.
 
     Args:
       state: the statistics so far.

@@ -49,7 +49,7 @@ def distill(
         is 0; a traced value needs the labels.
 
     Returns:
-      The loss, `[...]`.
+      The loss, `[...]`, NaN where logits are.
 
     Raises:
       TypeError: logits that are not floating, labels that are no integers; a

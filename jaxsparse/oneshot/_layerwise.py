@@ -148,20 +148,18 @@ def layerwise(
       >>> list(pruned.info), int(pruned.masks["in"].sum())
       (['in', 'out'], 64)
     """
+    from jaxsparse import report  # rich: not every program needs it
+
     _checks.check_callable(None, apply_fn=apply_fn)
     _checks.check_arrays(params=params)
     _checks.check_batches(batches)
     _checks.check_callable(3, "pattern", solver=solver)
-    _checks.check_pattern(patterns.Pattern, pattern)
-    _checks.check_where(where)
-    from jaxsparse import report  # rich: not every program needs it
-
-    if unseen not in ("magnitude", "dense"):
-        raise ValueError(f"unseen must be 'magnitude' or 'dense', got {unseen!r}.")
-    data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     for name, function in (("share", share), ("weight", weight)):
         if function is not None:
             _checks.check_callable(None, **{name: function})
+    _checks.check_pattern(patterns.Pattern, pattern)
+    _checks.check_choice(("magnitude", "dense"), unseen=unseen)
+    data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not data:
         raise ValueError("batches: there are none. Was the iterator used up before?")
     if masks is not None:

@@ -69,7 +69,7 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
 
     Args:
       masks: what should be a tree of bools.
-      params: the parameters.
+      params: the parameters; only their shapes are looked at.
 
     Raises:
       ValueError: another structure, or a mask that does not broadcast to its parameter.

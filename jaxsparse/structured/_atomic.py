@@ -72,7 +72,8 @@ def atomic_update(
     adding zeros there and differentiating with respect to them:
     `jax.grad(lambda zeros: loss(params, batch, zeros))(zeros)`. A loss that is summed
     over tokens keeps its squares far from the smallest float32; the order of the scores
-    does not depend on it.
+    does not depend on it. NaN is not looked for, which would wait for the device: it
+    stays in the sums.
 
     Args:
       sums: the sums so far.

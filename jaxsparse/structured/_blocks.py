@@ -117,8 +117,8 @@ def chosen(trace: Trace, names: Collection[str], join: Join) -> dict[str, Block]
       TypeError: one text instead of several.
       ValueError: a name that no block has.
     """
-    if isinstance(names, str):
-        raise TypeError(f"Expected a collection of names, got the text {names!r}.")
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise TypeError(f"names: expected a collection of names, got {names!r}.")
     found = blocks(trace, join=join)
     for name in names:
         if not isinstance(name, str):

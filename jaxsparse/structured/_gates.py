@@ -217,7 +217,8 @@ def gate_penalty(
     """
     _checks.check_mapping(gates=gates)
     for name, gate in gates.items():
-        _checks.check_arrays(**{f"gates[{name!r}]": gate})
+        if not isinstance(gate, int | float):
+            _checks.check_arrays(**{f"gates[{name!r}]": gate})
     _checks.check_numbers(costs=costs)
     _checks.check_number(budget=budget)
     if set(gates) != set(costs):

@@ -134,7 +134,7 @@ def widen(
 
     Args:
       trace: of the model with all its channels.
-      params: narrowed parameters, maybe trained further.
+      params: narrowed parameters, maybe trained further; or `jax.ShapeDtypeStruct`s.
       drop: what `narrow` was given.
       allow: what `narrow` was given.
 

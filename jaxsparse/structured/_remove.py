@@ -72,7 +72,6 @@ def remove_blocks(
       >>> small.apply_fn(small.params, x)[0].tolist()
       [33.0, 33.0, 33.0, 33.0]
     """
-    _checks.check_batches(names, name="names")
     _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
     _checks.check_arrays(abstract=True, params=params)
     chosen(trace, names, join)
@@ -103,7 +102,7 @@ def share_blocks(
 
     Args:
       trace: of `js.trace`.
-      params: the parameters.
+      params: the parameters: arrays or `jax.ShapeDtypeStruct`s.
       followers: by the name of a block that of its leader, whose parameters it shall
         read.
       own: which parameters of a follower it keeps; see `jaxsparse.tree.select`; False

@@ -15,7 +15,7 @@ def retrace(trace_: Trace, params: PyTree, inputs: tuple[Any, ...]) -> Trace:
 
     Args:
       trace_: a trace.
-      params: the parameters.
+      params: the parameters; only their shapes are looked at.
       inputs: arrays.
 
     Returns:

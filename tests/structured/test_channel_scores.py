@@ -298,7 +298,7 @@ def test_errors_name_the_kernel():
         ValueError, match=r"up\[1\]: has the indices 0 to 1, got 0 to 2"
     ):
         compensate({"up[1]": [0, 2]})
-    with pytest.raises(ValueError, match="missing='zero': expected"):
+    with pytest.raises(ValueError, match="missing must be one of"):
         compensate({}, missing="zero")
     some = js.calibration.run(trace, params, [x], gram=False, where="up")
     with pytest.raises(ValueError, match="down: selected by `where`, but there are no"):

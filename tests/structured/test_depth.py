@@ -241,7 +241,7 @@ def test_errors_of_the_knapsack():
         s.knapsack({"a": 1.0}, {"a": 3}, at_least=4)
     with pytest.raises(ValueError, match="same blocks"):
         s.knapsack({"a": 1.0}, {"b": 3}, at_least=1)
-    with pytest.raises(ValueError, match=r"losses\['a'\] is NaN"):
+    with pytest.raises(ValueError, match=r"losses\['a'\] must be a finite number"):
         s.knapsack({"a": float("nan")}, {"a": 3}, at_least=1)
     with pytest.raises(TypeError, match="integer"):
         s.knapsack({"a": 1.0}, {"a": 3.5}, at_least=1)

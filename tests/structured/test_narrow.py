@@ -417,7 +417,7 @@ def test_bad_parameters():
         js.structured.widen(trace, PARAMS, {"a[1]": [0]})
     with pytest.raises(ValueError, match="another structure"):
         js.structured.narrow(trace, {"a": PARAMS["a"]}, {"a[1]": [0]})
-    with pytest.raises(ValueError, match=re.escape("norms='new': expected one of")):
+    with pytest.raises(ValueError, match=re.escape("norms must be one of")):
         js.structured.narrow(trace, PARAMS, {"a[1]": [0]}, norms="new")
 
 
