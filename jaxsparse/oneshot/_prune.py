@@ -93,12 +93,12 @@ def prune(
     shapes = score_shapes(params)
     sparsity, where = by_rules(shapes, sparsity, where)
     options = {"pattern": pattern, "where": where, "axes": axes, "min_keep": min_keep}
-    selected = select(shapes, where)
-    gone = None
+    selected = gone = None
     if masks is not None:
         masks = like(masks, params, name="masks")
         check_further(params, masks, sparsity, **options)
         params = patterns.apply(params, masks)
+        selected = select(shapes, where)
         gone = gone_before(masks, params, pattern, selected, axes)
     every = jnp.ones((), bool)
     for cut, target in enumerate(targets(gone, sparsity, steps, pattern, selected)):

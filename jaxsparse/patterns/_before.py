@@ -147,7 +147,7 @@ def score_shapes(params: PyTree) -> PyTree:
     """
 
     def one(w: Array) -> Any:
-        if not jnp.issubdtype(w.dtype, jnp.complexfloating):
+        if not jnp.iscomplexobj(w):
             return w
         return jax.ShapeDtypeStruct(jnp.shape(w), jnp.finfo(w.dtype).dtype)
 

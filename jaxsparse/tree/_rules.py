@@ -117,6 +117,8 @@ def by_rules(
     if not is_rules(params, values):
         return values, where
     named = leaves_with_paths(params)
+    if not named:  # optax's placeholder
+        return rest, where
     selected = select(params, where)
     pairs = zip(named, jax.tree.leaves(selected), strict=True)
     taken = [path for (path, _), take in pairs if take]
@@ -135,7 +137,8 @@ def is_rules(params: PyTree, values: Any) -> bool:
       values: what `by_rules` may be given.
 
     Returns:
-      True for a flat mapping whose keys are text, of another structure than `params`.
+      True for a flat mapping whose keys are text, but for one like `params`: of their
+        structure, or with just their paths.
 
     Example:
       >>> import jaxsparse as js
@@ -148,5 +151,8 @@ def is_rules(params: PyTree, values: Any) -> bool:
         return False
     if not all(isinstance(key, str) for key in values):
         return False
-    flat = jax.tree_util.all_leaves(list(values.values()))
-    return flat and jax.tree.structure(values) != jax.tree.structure(params)
+    if not jax.tree_util.all_leaves(list(values.values())):
+        return False
+    if jax.tree.structure(values) == jax.tree.structure(params):
+        return False
+    return set(values) != {path for path, _ in leaves_with_paths(params)}

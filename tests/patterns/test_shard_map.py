@@ -184,3 +184,25 @@ def test_a_schedule_in_shards_trains_what_one_device_trains():
     jax.tree.map(np.testing.assert_array_equal, masks_of_shards, masks)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, params_of_shards, one)
+
+
+@pytest.mark.parametrize("pattern", [GLOBAL, js.Channel(scope="global")], ids=str)
+def test_what_is_gone_is_gone_in_all_shards(pattern):
+    """Also a channel of which a shard has lost its part alone: it is not gone."""
+    rng = np.random.default_rng(1)
+    before = {k: rng.random(x.shape) > 0.2 for k, x in scores().items()}
+    before["last"][:, :3] = before["first"][:4] = False
+    axes = {"stacked": STACKED}
+    choose = functools.partial(js.patterns.masks, pattern=pattern, axes=axes)
+    shard = lambda tree, s, masks: choose(tree, s, masks=masks, axis_name=SPECS)
+    many = jax.jit(
+        jax.shard_map(shard, mesh=mesh(), in_specs=(SPECS, P(), SPECS), out_specs=SPECS)
+    )
+    half = np.float32(0.5)
+    one = jax.jit(lambda tree, s, masks: choose(tree, s, masks=masks))
+    for got, expected in zip(
+        jax.tree.leaves(many(scores(), half, before)),
+        jax.tree.leaves(one(scores(), half, before)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, expected)

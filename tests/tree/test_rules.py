@@ -135,6 +135,21 @@ def test_a_tree_like_the_parameters_is_one():
     }
 
 
+def test_a_tree_without_leaves_has_nothing_to_match():
+    """Optax shows transformations such trees."""
+    tx = js.prune_schedule({"w": 0.5}, every=1)
+    optax.chain(tx, optax.sgd(0.1)).init({})
+    assert js.tree.by_rules({}, {"w": 0.5}) == (0.0, None)
+
+
+def test_a_mapping_with_all_paths_is_a_tree():
+    """So is one for a list, or for the variables of an NNX state."""
+    params = [jnp.ones((2, 2)), jnp.ones(2)]
+    every = {"0": 0.5, "1": 0.0}  # the second takes no part
+    assert js.tree.by_rules(params, every) == (every, None)
+    assert reached(js.prune(params, every).masks) == {"0": 0.5}
+
+
 @pytest.mark.parametrize("rule", ["l0/kernal", "attn/v", "bias"])
 def test_a_rule_that_matches_nothing_is_an_error_with_the_nearest_paths(rule):
     """The bias does not take part."""
