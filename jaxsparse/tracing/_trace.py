@@ -148,9 +148,9 @@ def trace(
     which are produced (output), and which are carried along (batch: experts, layers
     stacked for a scan, groups of a convolution); through reshapes, transposes, slices,
     reversals, concatenations and casts, and through jit, remat, custom derivatives,
-    scan, while, cond and vmap. `w[i]` counts as a layer where `i` counts the turns of a
-    loop, `(x * a).sum(-1)` as a contraction, and parts of one kernel that read different
-    inputs as a batch of matrices.
+    scan, while, cond and vmap. `w[i]` counts as a layer where `i` counts the turns of
+    a loop, `(x * a).sum(-1)` as a contraction, and parts of one kernel that read
+    different inputs as a batch of matrices.
 
     Differs from Torch-Pruning's and OTO's graphs: they hook module classes or walk
     autograd nodes, and take what they do not know for elementwise. Here nothing depends
