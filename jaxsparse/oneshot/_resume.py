@@ -85,8 +85,10 @@ def resumed(directory: Any, state: Progress, trace: Trace, stages: Any) -> Progr
     # In one order in all processes, which gather them together.
     masks = {path: on_host(every[path]) for path in solved}
     try:
-        layers = {path: _layer(info[path]) for path in solved}
-    except (KeyError, TypeError, ValueError) as error:
+        layers = {path: _layer(said) for path, said in info.items()}
+        if layers.keys() != masks.keys():
+            raise ValueError(f"it is of {sorted(layers)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{directory}: what its checkpoint says of the layers that are solved is "
             f"not what layerwise wrote ({type(error).__name__}: {error}). Give another "

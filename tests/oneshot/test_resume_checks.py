@@ -209,9 +209,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         run(tmp_path)
 
 
+def test_infos_stay_in_the_order_of_solving(tmp_path):
+    fn = lambda p, x: apply_fn({**p, "a": p["b"], "b": p["a"]}, x)
+    params = {"b": PARAMS["a"], "a": PARAMS["b"], "bias": PARAMS["bias"]}
+    for _ in range(2):  # and from the checkpoint
+        assert list(run(tmp_path, fn=fn, params=params).info) == ["b", "a"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"layerwise": {}}, r"is not what layerwise wrote.*it is of \[\]"),
         ({"solved": None}, r"a checkpoint of another run: it has solved None"),
         ({"layerwise": {"a": [[1, "getpid"]] * 7 + [0.0]}}, r"is not what layerwise w"),
         ({"layerwise": {"a": {}}}, r"is not what layerwise wrote"),
