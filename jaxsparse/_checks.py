@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxsparse._together import each
 from jaxsparse._typing import PyTree
 
 
@@ -89,25 +91,30 @@ def check_floating(path: str, x: Any) -> None:
         )
 
 
-def check_no_nan(path: str, x: Any) -> None:
+def check_no_nan(named: Mapping[str, Any]) -> None:
     """Raises when a concrete array holds a NaN; traced arrays pass.
 
     Args:
-      path: the parameter's path, for the message.
-      x: an array.
+      named: arrays by the paths of their parameters, for the message.
 
     Raises:
       ValueError: at least one NaN.
     """
-    if not is_concrete(x):
-        return
-    nans = int(jnp.sum(jnp.isnan(x)))
-    if nans:
-        raise ValueError(
-            f"{path}: {nans} of {x.size} scores are NaN, so an order of the weights "
-            "does not exist. Look for NaN in the parameters or the gradients. (Under "
-            "jit, where values cannot be looked at, NaN counts as the lowest score.)"
-        )
+    looked_at = {path: x for path, x in named.items() if is_concrete(x)}
+    counts = jax.device_get(each(_nans, list(looked_at.values())))
+    for (path, x), nans in zip(looked_at.items(), counts, strict=True):
+        if nans:
+            raise ValueError(
+                f"{path}: {nans} of {x.size} scores are NaN, so an order of the "
+                "weights does not exist. Look for NaN in the parameters or the "
+                "gradients. (Under jit, where values cannot be looked at, NaN counts "
+                "as the lowest score.)"
+            )
+
+
+@jax.jit
+def _nans(x: Any) -> Any:
+    return jnp.sum(jnp.isnan(x))
 
 
 def same_structure(

@@ -79,6 +79,7 @@ def prune(
             axes=axes,
             min_keep=min_keep,
         )
+        del scores  # before there is memory for what is left
         params = patterns.apply(params, masks)
     return patterns.Pruned(params, masks)
 

@@ -2,9 +2,11 @@
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse import _checks
 from jaxsparse._sharded import sharded_like
@@ -12,6 +14,7 @@ from jaxsparse._typing import Array, PyTree, Sparsity, Where
 from jaxsparse.patterns._counts import count_dtype, removed_count
 from jaxsparse.patterns._floor import top_k_with_floor
 from jaxsparse.patterns._nm import group_inputs, nm_mask
+from jaxsparse.patterns._rows import together, top_k_masks_of_each
 from jaxsparse.patterns._shards import (
     AxisName,
     Split,
@@ -110,22 +113,26 @@ def masks(
     ]
     for _, path, x in chosen:
         _checks.check_floating(path, x)
-        _checks.check_no_nan(path, x)
+    _checks.check_no_nan({path: x for _, path, x in chosen})
     _checks.check_positive_int(min_keep, name="min_keep", least=0)
     sparsities = _sparsities(scores, sparsity, pattern)
     stated = resolve_axes(scores, axes)
-    result: list[Array] = [jnp.ones((), bool) for _ in named]
+    result: list[Array] = [jnp.asarray(np.True_) for _ in named]
     named_chosen = [(path, x) for _, path, x in chosen]
     splits = splits_of(scores, named_chosen, axis_name, pattern)
     if isinstance(pattern, NM) or pattern.scope != "global":
-        previous = jnp.ones((), bool)
-        for (i, path, x), split in zip(chosen, splits, strict=True):
-            keep_axes = _axes_for(path, x, pattern, stated)
-            n = _group_size(path, x, pattern, keep_axes, split)
-            keep = _keep(path, n, sparsities[i], pattern, min_keep)
-            if isinstance(pattern, Unstructured):
-                keep = keep + _after(previous, keep.dtype)
-            result[i] = previous = _mask_one(x, keep, pattern, keep_axes, split)
+        found = _masks_of_each(
+            [
+                _Part(x, keep, kernel, split)
+                for (i, path, x), split in zip(chosen, splits, strict=True)
+                for kernel in [_axes_for(path, x, pattern, stated)]
+                for n in [_group_size(path, x, pattern, kernel, split)]
+                for keep in [_keep(path, n, sparsities[i], pattern, min_keep)]
+            ],
+            pattern,
+        )
+        for (i, _, _), mask in zip(chosen, found, strict=True):
+            result[i] = mask
     elif chosen:
         leaf_axes = tuple(_axes_for(p, x, pattern, stated) for _, p, x in chosen)
         arrays = [x for _, _, x in chosen]
@@ -142,16 +149,62 @@ def masks(
     return jax.tree.unflatten(jax.tree.structure(scores), result)
 
 
-def _after(previous: Array, dtype) -> Array:
-    """Zero, once the mask of the previous parameter is there.
+class _Part(NamedTuple):
+    """A parameter that takes part: its scores, and how many of a group stay."""
+
+    x: Array
+    keep: Array
+    axes: Axes | None
+    split: Split
+
+
+def _masks_of_each(parts: list[_Part], pattern: Pattern) -> list[Array]:
+    """Masks of parameters that do not compete with each other."""
+    found: list[Any] = [None] * len(parts)
+    for group in _joint(parts, pattern):
+        xs, keep, axes, _ = zip(*(parts[i] for i in group), strict=True)
+        for i, mask in zip(group, _mask_many(xs, keep, pattern, axes), strict=True):
+            found[i] = mask
+    previous = None
+    for i, (x, keep, axes, split) in enumerate(parts):
+        if found[i] is None:
+            if previous is not None and isinstance(pattern, Unstructured):
+                keep = _after(previous, keep)
+            found[i] = previous = _mask_one(x, keep, pattern, axes, split)
+    return found
+
+
+def _joint(parts: list[_Part], pattern: Pattern) -> list[list[int]]:
+    """Which parameters go through one program; see `together`."""
+
+    def whole(part: _Part) -> bool:
+        competing = _competing(part.x.ndim, pattern, part.axes)
+        return len(competing) == part.x.ndim
+
+    if isinstance(pattern, NM):
+        return []
+    fit = [i for i, part in enumerate(parts) if whole(part)]
+    units = [
+        jax.eval_shape(
+            lambda x, axes=parts[i].axes: _units("", x, pattern, axes),
+            jax.ShapeDtypeStruct(parts[i].x.shape, parts[i].x.dtype),
+        )
+        for i in fit
+    ]
+    groups = together([parts[i].x for i in fit], units)
+    return [[fit[i] for i in group] for group in groups]
+
+
+def _after(previous: Array, keep: Array) -> Array:
+    """`keep`, once the mask of the previous parameter is there.
 
     Under jit XLA would otherwise work on all parameters at once, and hold the scratch
     memory of each of them. (Where there is a mesh, one entry is not at hand.)
     """
     spread = not jax.typeof(previous).sharding.mesh.empty
     if _checks.is_concrete(previous) or spread or not previous.size:
-        return jnp.zeros((), dtype)
-    return jnp.minimum(previous[(0,) * previous.ndim].astype(dtype), 0)
+        return keep
+    return keep + jnp.minimum(previous[(0,) * previous.ndim].astype(keep.dtype), 0)
 
 
 def _sparsities(scores: PyTree, sparsity: Sparsity, pattern: Pattern) -> list:
@@ -196,7 +249,11 @@ def _keep(path: str, n: int, sparsity, pattern: Pattern, min_keep: int) -> Array
                 f"of {pattern.sparsity:g}; asked for {sparsity:g}. Leave the sparsity "
                 "out, or choose another pattern."
             )
-        removed = jnp.minimum(removed, most)
+        removed = (
+            min(removed, most)
+            if isinstance(removed, int)
+            else jnp.minimum(removed, most)
+        )
     elif isinstance(removed, int):
         removed = min(removed, max(0, n - min_keep))
     else:
@@ -301,6 +358,18 @@ def _mask_one(
         return [_expand(mask, x.shape, pattern)]
 
     return sharded_like(one, [x], keep)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "axes"))
+def _mask_many(
+    xs: tuple[Array, ...],
+    keep: tuple[Array, ...],
+    pattern: Pattern,
+    axes: tuple[Axes | None, ...],
+) -> list[Array]:
+    units = [_units("", x, pattern, a) for x, a in zip(xs, axes, strict=True)]
+    kept = top_k_masks_of_each(units, keep)
+    return [_expand(m, x.shape, pattern) for m, x in zip(kept, xs, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "axes", "splits", "min_keep"))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxsparse._together import each
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.scores._range import wide_type, widened
 from jaxsparse.tree import keys_like
@@ -29,10 +30,13 @@ def magnitude(params: PyTree) -> PyTree:
       >>> js.scores.magnitude({"w": jnp.array([-2.0, 1.0])})
       {'w': Array([2., 1.], dtype=float32)}
     """
-    return jax.tree.map(lambda w: w if _is_key(w) else _size(w), params)
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(each(_size, leaves))
 
 
 def _size(w: Array) -> Array:
+    if _is_key(w):
+        return w
     eight_bits = jnp.issubdtype(w.dtype, jnp.floating) and w.dtype.itemsize < 2
     return jnp.abs(widened(w) if eight_bits else w)
 

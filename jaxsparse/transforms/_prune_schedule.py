@@ -271,30 +271,32 @@ def prune_schedule(
         score_state = scorer.update(grads, state.score_state, frozen)
 
         def choose(carry, params, grads, score_state, step):
-            old, _, leaked, change = carry
+            old, _, change = carry
             select_now = lambda scored: select(scored, step)
             if scorer.prune is None:
                 new = select_now(scorer.score(params, grads, score_state))
             else:
                 new, change = scorer.prune(params, grads, score_state, select_now)
             new = jax.tree.map(lambda n, o: n.reshape(o.shape), new, old)
+            return new, _regrew(new, old, axis_name), change
+
+        def look_and_choose(carry, updated, params, grads, score_state, step):
+            chosen, leaked = carry
             # Before the first step nothing has been projected yet.
-            found = _most_leaked(leaked, params, old, axis_name)
-            now = jnp.where(step > 0, found, leaked)
-            return new, _regrew(new, old, axis_name), now, change
+            found = _most_leaked(leaked, params, chosen[0], axis_name)
+            leaked = jnp.where(step > 0, found, leaked)
+            read = params, grads, score_state, step
+            return when(updated, choose, chosen, *read), leaked
 
         updated = jnp.asarray(cadence(state.step), bool)
-        masks, regrew, leaked, change = when(
-            updated,
-            choose,
-            (state.masks, jnp.zeros((), bool), state.leaked, state.change),
-            *(frozen, grads if scorer.needs_grads else None, score_state, state.step),
+        look = state.updated | (state.step % _LOOK_FOR_LEAKS_EVERY == 0)
+        (masks, regrew, change), leaked = when(
+            updated | look,
+            look_and_choose,
+            ((state.masks, jnp.zeros((), bool), state.change), state.leaked),
+            *(updated, frozen, grads if scorer.needs_grads else None),
+            *(score_state, state.step),
         )
-        # The masks of the step before are gone by now (another reader would make XLA
-        # copy them in every step); where none were chosen, the new ones are the same.
-        look = ~updated & (state.updated | (state.step % _LOOK_FOR_LEAKS_EVERY == 0))
-        most = functools.partial(_most_leaked, axis_name=axis_name)
-        leaked = when(look & (state.step > 0), most, leaked, frozen, masks)
         state = PruneScheduleState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             masks=masks,
