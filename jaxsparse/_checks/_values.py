@@ -2,12 +2,15 @@
 
 import math
 import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+from jaxsparse._together import each
 
 
 def is_concrete(x: Any) -> bool:
@@ -184,10 +187,8 @@ def check_all_numbers(**trees: Any) -> None:
             for keys, x in jax.tree_util.tree_leaves_with_path(tree)
             if is_concrete(x) and jnp.issubdtype(x.dtype, jnp.inexact)
         ]
-        counts = _nans([x for _, x in known]) if known else None
-        if counts is None or not is_concrete(counts):
-            continue
-        for (keys, x), nans in zip(known, np.asarray(counts).tolist(), strict=True):
+        counts = _nan_counts([x for _, x in known])
+        for (keys, x), nans in zip(known, counts, strict=True):
             if nans:
                 path = jax.tree_util.keystr(keys, simple=True, separator="/")
                 raise ValueError(
@@ -196,28 +197,35 @@ def check_all_numbers(**trees: Any) -> None:
                 )
 
 
-@jax.jit
-def _nans(leaves: list[jax.Array]) -> jax.Array:
-    """How many entries of each array are NaN, in one program."""
-    return jnp.stack([jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in leaves])
-
-
-def check_no_nan(path: str, x: Any) -> None:
-    """Raises when a concrete array holds a NaN; traced arrays pass.
+def check_no_nan(named: Mapping[str, Any]) -> None:
+    """Raises when a concrete array of scores holds a NaN; traced arrays pass.
 
     Args:
-      path: the parameter's path, for the message.
-      x: an array.
+      named: arrays by the paths of their parameters, for the message.
 
     Raises:
       ValueError: at least one NaN.
     """
-    if not is_concrete(x):
-        return
-    nans = jnp.sum(jnp.isnan(x))  # traced, where x is a constant of a traced function
-    if is_concrete(nans) and int(nans):
-        raise ValueError(
-            f"{path}: {int(nans)} of {x.size} scores are NaN, so an order of weights "
-            "does not exist. Look for NaN in the parameters or the gradients. (Under "
-            "jit, where values cannot be looked at, NaN counts as the lowest score.)"
-        )
+    known = {path: x for path, x in named.items() if is_concrete(x)}
+    counts = _nan_counts(list(known.values()))
+    for (path, x), nans in zip(known.items(), counts, strict=True):
+        if nans:
+            raise ValueError(
+                f"{path}: {nans} of {x.size} scores are NaN, so an order of weights "
+                "does not exist. Look for NaN in the parameters or the gradients. "
+                "(Under jit, where values cannot be looked at, NaN counts as the "
+                "lowest score.)"
+            )
+
+
+def _nan_counts(arrays: Sequence[Any]) -> list[int]:
+    """How many entries of each array are NaN, in few programs and one transfer."""
+    counts = each(_nans, arrays)
+    if not all(map(is_concrete, counts)):
+        return [0] * len(counts)  # constants of a function that is traced
+    return [int(n) for n in jax.device_get(counts)]
+
+
+@jax.jit
+def _nans(x: Any) -> Any:
+    return jnp.sum(jnp.isnan(x), dtype=jnp.int32)

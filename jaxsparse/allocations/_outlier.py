@@ -301,4 +301,4 @@ def _check_scores(blocks: Blocks) -> None:
     for leaves in blocks.values():
         for path, x in leaves:
             _checks.check_floating(path, x)
-            _checks.check_no_nan(path, x)
+            _checks.check_no_nan({path: x})

@@ -89,6 +89,23 @@ def _ragged_weights(sizes: Array, rows: int) -> Array:
     return ((at >= end - sizes[:, None]) & (at < end)).astype(jnp.float32)
 
 
+def reading_key(reading: Reading, depth: int) -> Any:
+    """What the statistics of a reading depend on, beside its equation's text.
+
+    Args:
+      reading: how the equation reads the kernel.
+      depth: how much of the equation's address its place in the program is.
+
+    Returns:
+      A hashable value.
+    """
+    site = reading.site
+    inside = site.address[depth:], tuple(scan[depth:] for scan in reading.scans)
+    operands = site.primitive, site.operand, site.other
+    axes = site.batch, site.of_input, site.groups
+    return inside, operands, axes, reading.inputs.tobytes()
+
+
 def contribution(
     reading: Reading,
     eqn: Any,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._compiled import Keyed
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration._capture import capture
@@ -19,12 +20,13 @@ from jaxsparse.calibration._finite import (
     input_flags,
     not_finite,
 )
-from jaxsparse.calibration._rows import contribution
+from jaxsparse.calibration._rows import contribution, reading_key
 from jaxsparse.calibration._selected import selected_kernels
 from jaxsparse.calibration._statistics import Statistics
 from jaxsparse.calibration._stats import RunningStats, finalize, init, merge, unseen
 from jaxsparse.calibration._weights import batch_weight, weight_of_rows
 from jaxsparse.tracing import Kernel, Trace, retrace
+from jaxsparse.tracing._steps import flatten, key_of
 
 
 def run(
@@ -106,7 +108,9 @@ def run(
         if key not in compiled:
             here = retrace(trace, params, jax.tree.map(jnp.asarray, inputs))
             again = {name: here.kernels[k.path] for name, k in by_input.items()}
-            compiled[key] = jax.jit(_flagged(pass_over(here, again, gram=gram), names))
+            run_batch = _flagged(pass_over(here, again, gram=gram), names)
+            own = _key(here, again, names, gram=gram, weighted=weight is not None)
+            compiled[key] = Keyed(run_batch, own)
         by_row = batch_weight(weight, inputs, number)
         found, flag = compiled[key](leaves, inputs, by_row)
         flags.append(flag)
@@ -197,6 +201,27 @@ def pass_over(
         return states
 
     return statistics
+
+
+def _key(
+    trace: Trace,
+    kernels: dict[str, Kernel],
+    names: list[str],
+    *,
+    gram: bool,
+    weighted: bool,
+) -> Any:
+    """All that the statistics of a batch depend on, beside parameters and inputs."""
+    flat = flatten(trace.program, len(trace.paths), (), ())
+    looks = tuple(
+        (name, k.view.batch, k.view.d_in, reading_key(r, 0), r.batch.tobytes())
+        for name, k in kernels.items()
+        for r in k.readings
+    )
+    constants = tuple(map(id, trace.program.consts))
+    steps = key_of(flat.steps, (*flat.arguments, *flat.constants), flat.results)
+    # Which sample a row is of, the trace knows alone.
+    return steps, constants, looks, tuple(names), gram, trace if weighted else None
 
 
 def _flagged(

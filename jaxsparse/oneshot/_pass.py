@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._compiled import Keyed
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.calibration import InputStats, RunningStats, finalize, init, merge
@@ -17,7 +18,7 @@ from jaxsparse.calibration._finite import (
     input_flags,
     not_finite,
 )
-from jaxsparse.calibration._rows import contribution
+from jaxsparse.calibration._rows import contribution, reading_key
 from jaxsparse.calibration._weights import batch_weight, weight_of_rows
 from jaxsparse.oneshot._effective import NoScale, scales_of
 from jaxsparse.oneshot._segments import Pieces
@@ -201,20 +202,18 @@ class Pass:
             for x, v in zip(step.ins, step.eqn.invars, strict=True)
         ]
         fixed = [r for r, k in zip(rest, keep, strict=True) if not k]
-        direct = step.address == reading.site.address
         key = (
             "see",
             step.name,
             step.text,
             str(fixed),
-            reading.inputs.tobytes(),
-            reading.site.of_input,
             None if sample is None else sample.tobytes(),
-            None if direct else (id(step.eqn), reading.site.address, reading.scans),
+            self._gram,
+            reading_key(reading, len(step.address)),
         )
         if key not in self._compiled:
             see = _seeing(step, reading, rest, keep, sample, self._gram)
-            self._compiled[key] = jax.jit(see)
+            self._compiled[key] = Keyed(see, key)
         return self._compiled[key](arrays, weight)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse import _checks, patterns, scores
 from jaxsparse._checks import check_positive_int
@@ -100,11 +101,12 @@ def prune(
         params = patterns.apply(params, masks)
         selected = select(shapes, where)
         gone = gone_before(masks, params, pattern, selected, axes)
-    every = jnp.ones((), bool)
+    every = jnp.asarray(np.True_)
     for cut, target in enumerate(targets(gone, sparsity, steps, pattern, selected)):
         so_far = jax.tree.map(lambda _: every, params) if masks is None else masks
         scored = scores.ask(score, params, masks=so_far, step=cut, sparsity=target)
         _checks.check_like(params, scores=scored)
         masks, _ = choose(scored, target, masks=masks, **options)
+        del scored  # before there is memory for what is left
         params = patterns.apply(params, masks)
     return patterns.Pruned(params, masks)

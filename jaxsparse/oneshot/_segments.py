@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core
 
-from jaxsparse.tracing._steps import Step, Steps
+from jaxsparse._compiled import Keyed
+from jaxsparse.tracing._steps import Step, Steps, key_of
 
 
 class Segment(NamedTuple):
@@ -66,9 +66,10 @@ class Pieces:
                 stack.extend(y for y in step.ins if isinstance(y, int))
         steps = [self.flat.steps[i] for i in sorted(taken)]
         arguments = _in_order(steps, ins, wanted)
-        key = _key(steps, arguments, wanted)
+        key = key_of(steps, arguments, wanted)
         if key not in self.compiled:
-            self.compiled[key] = jax.jit(_function(steps, arguments, wanted))
+            run = _function(steps, arguments, wanted)
+            self.compiled[key] = Keyed(run, ("segment", key))
         return Segment(self.compiled[key], arguments, wanted)
 
     def live_at(self, begin: int, needed: Iterable[int]) -> set[int]:
@@ -123,18 +124,6 @@ def _in_order(
             known.discard(x)
             order.append(x)
     return tuple(order)
-
-
-def _key(steps: list[Step], arguments: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
-    numbers: dict[int, int] = {}
-    number = lambda x: numbers.setdefault(x, len(numbers))
-    name = lambda x: f"{x.val!r}:{x.aval}" if isinstance(x, core.Literal) else number(x)
-    head = tuple(map(number, arguments))
-    body = tuple(
-        (s.name, s.text, tuple(map(name, s.ins)), tuple(map(number, s.outs)))
-        for s in steps
-    )
-    return head, body, tuple(map(number, wanted))
 
 
 def _function(

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsparse import _checks
 from jaxsparse._sharded import sharded_like
+from jaxsparse._together import each
 from jaxsparse._typing import Array, PyTree, Tree
 from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.tree import leaves_with_paths, like, map_with_path
@@ -54,7 +55,8 @@ def apply(params: Tree, masks: PyTree) -> Tree:
     _checks.check_arrays(params=params)
     masks = like(masks, params, name="masks")
     check_masks(masks, params)
-    return jax.tree.map(_where_kept, params, masks)
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(each(_where_kept, leaves, jax.tree.leaves(masks)))
 
 
 def _where_kept(w: Array, mask: Array) -> Array:

@@ -1,21 +1,27 @@
 """Selection: scores, a sparsity and a pattern become masks."""
 
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse import _checks
-from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
 from jaxsparse.patterns._asked import keep_of, sparsities_of
 from jaxsparse.patterns._before import Revived, check_budget, sink, without_gone
 from jaxsparse.patterns._counts import count_dtype, removed_count
-from jaxsparse.patterns._floor import top_k_with_floor
 from jaxsparse.patterns._masks import check_masks
-from jaxsparse.patterns._nm import group_inputs, nm_mask
+from jaxsparse.patterns._nm import group_inputs
+from jaxsparse.patterns._programs import (
+    Part,
+    competing_axes,
+    masks_of_all,
+    masks_of_each,
+    split_of_units,
+    units_of,
+)
 from jaxsparse.patterns._shards import (
     AxisName,
     Split,
@@ -23,14 +29,7 @@ from jaxsparse.patterns._shards import (
     pieces,
     splits_of,
 )
-from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
-from jaxsparse.patterns._threshold import top_k_masks
-from jaxsparse.patterns._units import (
-    batch_axes,
-    block_scores,
-    channel_scores,
-    expand_blocks,
-)
+from jaxsparse.patterns._spec import NM, Block, Pattern, Unstructured
 from jaxsparse.tree import (
     Axes,
     AxesRule,
@@ -193,14 +192,16 @@ def choose(
         for i, ((path, x), take) in enumerate(zip(named, selected, strict=True))
         if take
     ]
-    for i, path, x in chosen:
+    for _, path, x in chosen:
         _checks.check_floating(path, x)
-        stays = x if before is None else jnp.where(before[i], x, 0)
-        _checks.check_no_nan(path, stays)
+    _checks.check_no_nan({
+        path: x if before is None else jnp.where(before[i], x, 0)
+        for i, path, x in chosen
+    })
     _checks.check_positive_int(min_keep, name="min_keep", least=0)
     sparsities = sparsities_of(scores, sparsity, pattern)
     stated = resolve_axes(scores, axes)
-    result: list[Array] = [jnp.ones((), bool) for _ in named]
+    result: list[Array] = [jnp.asarray(np.True_) for _ in named]
     named_chosen = [(path, x) for _, path, x in chosen]
     splits = splits_of(scores, named_chosen, axis_name, pattern)
     gone: dict[int, Array] = {}
@@ -213,14 +214,18 @@ def choose(
             sunk.append((i, path, x))
         chosen = sunk
     if isinstance(pattern, NM) or pattern.scope != "global":
-        previous = jnp.ones((), bool)
-        for (i, path, x), split in zip(chosen, splits, strict=True):
-            keep_axes = _axes_for(path, x, pattern, stated)
-            n = _group_size(path, x, pattern, keep_axes, split)
-            keep = keep_of(path, n, sparsities[i], pattern, min_keep)
-            if isinstance(pattern, Unstructured):
-                keep = keep + _after(previous, keep.dtype)
-            result[i] = previous = _mask_one(x, keep, pattern, keep_axes, split)
+        found = masks_of_each(
+            [
+                Part(x, keep, kernel, split)
+                for (i, path, x), split in zip(chosen, splits, strict=True)
+                for kernel in [_axes_for(path, x, pattern, stated)]
+                for n in [_group_size(path, x, pattern, kernel, split)]
+                for keep in [keep_of(path, n, sparsities[i], pattern, min_keep)]
+            ],
+            pattern,
+        )
+        for (i, _, _), mask in zip(chosen, found, strict=True):
+            result[i] = mask
     elif chosen:
         leaf_axes = tuple(_axes_for(p, x, pattern, stated) for _, p, x in chosen)
         arrays = [x for _, _, x in chosen]
@@ -231,7 +236,7 @@ def choose(
         keep = n - removed_count(sparsities[chosen[0][0]], n)
         keep = jnp.asarray(keep, count_dtype(n))
         static = pattern, leaf_axes, tuple(splits), min_keep
-        together = _mask_all(arrays, keep, *static)
+        together = masks_of_all(arrays, keep, *static)
         for (i, _, _), mask in zip(chosen, together, strict=True):
             result[i] = mask
     revived: Revived = []
@@ -241,18 +246,6 @@ def choose(
             revived.append((path, sparsities[i], back))
         result = [kept if i in gone else before[i] for i, kept in enumerate(result)]
     return jax.tree.unflatten(jax.tree.structure(scores), result), revived
-
-
-def _after(previous: Array, dtype) -> Array:
-    """Zero, once the mask of the previous parameter is there.
-
-    Under jit XLA would otherwise work on all parameters at once, and hold the scratch
-    memory of each of them. (Where there is a mesh, one entry is not at hand.)
-    """
-    spread = not jax.typeof(previous).sharding.mesh.empty
-    if _checks.is_concrete(previous) or spread or not previous.size:
-        return jnp.zeros((), dtype)
-    return jnp.minimum(previous[(0,) * previous.ndim].astype(dtype), 0)
 
 
 def _axes_for(path: str, x: Array, pattern: Pattern, stated) -> Axes | None:
@@ -268,8 +261,8 @@ def _group_size(
 ) -> int:
     """How many units compete in one group of this parameter.
 
-    Says which parameter it is that a pattern does not fit; the jitted functions below
-    do not know its path, so that parameters of equal shape share one compilation.
+    Says which parameter it is that a pattern does not fit; the programs do
+    not know its path, so that parameters of equal shape share one compilation.
     """
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     match pattern:
@@ -281,12 +274,12 @@ def _group_size(
         case Unstructured():
             units, split_units = shape, split
         case _:
-            units = jax.eval_shape(lambda x: _units(path, x, pattern, axes), shape)
-            split_units = _split_of_units(split, pattern, axes)
+            units = jax.eval_shape(lambda x: units_of(path, x, pattern, axes), shape)
+            split_units = split_of_units(split, pattern, axes)
     if pattern.scope == "global":
         competing = tuple(range(x.ndim))
     else:
-        competing = _competing(x.ndim, pattern, axes)
+        competing = competing_axes(x.ndim, pattern, axes)
     here = math.prod(units.shape[a] for a in competing)
     return here * pieces(names_along(split_units, competing))
 
@@ -301,93 +294,3 @@ def _check_groups_lie_on_one_device(
             f"{pattern} along axis {axes.input[-1]}. Split it at multiples of "
             f"{pattern.of}."
         )
-
-
-def _split_of_units(split: Split, pattern: Pattern, axes: Axes | None) -> Split:
-    """How the units' scores are split: what a `Channel` adds up is so no more."""
-    if not isinstance(pattern, Channel):
-        return split
-    ndim = len(split)
-    apart = (pattern.axis % ndim, *batch_axes(pattern, ndim, axes))
-    return tuple(names if a in apart else () for a, names in enumerate(split))
-
-
-def _competing(ndim: int, pattern: Pattern, axes: Axes | None) -> tuple[int, ...]:
-    """The axes along which units compete; the others number the groups."""
-    if isinstance(pattern, Unstructured) and pattern.scope == "output":
-        assert axes is not None
-        return tuple(sorted(axes.input))
-    batch = batch_axes(pattern, ndim, axes)
-    return tuple(a for a in range(ndim) if a not in batch)
-
-
-def _units(
-    path: str,
-    x: Array,
-    pattern: Pattern,
-    axes: Axes | None,
-    split: Split | None = None,
-) -> Array:
-    match pattern:
-        case Channel():
-            return channel_scores(path, x, pattern, axes, split)
-        case Block():
-            assert axes is not None
-            return block_scores(path, x, pattern, axes)
-        case _:
-            return x
-
-
-def _expand(mask: Array, shape: tuple[int, ...], pattern: Pattern) -> Array:
-    return expand_blocks(mask, shape) if isinstance(pattern, Block) else mask
-
-
-# Jitted, so that an eager caller compiles once for each shape: a loop whose body is a
-# fresh closure would compile at every call. Inside the caller's jit this is inlined.
-@functools.partial(jax.jit, static_argnames=("pattern", "axes", "split"))
-def _mask_one(
-    x: Array, keep: Array, pattern: Pattern, axes: Axes | None, split: Split
-) -> Array:
-    def one(xs: list[Array], keep: Array) -> list[Array]:
-        (x,) = xs
-        if isinstance(pattern, NM):
-            assert axes is not None
-            return [nm_mask("", x, keep, pattern, axes)]
-        units = _units("", x, pattern, axes, split)
-        competing = _competing(x.ndim, pattern, axes)
-        splits = [_split_of_units(split, pattern, axes)]
-        (mask,) = top_k_masks([units], keep, axes=competing, splits=splits)
-        return [_expand(mask, x.shape, pattern)]
-
-    return sharded_like(one, [x], keep)[0]
-
-
-@functools.partial(jax.jit, static_argnames=("pattern", "axes", "splits", "min_keep"))
-def _mask_all(
-    xs: list[Array],
-    keep: Array,
-    pattern: Pattern,
-    axes: tuple[Axes | None, ...],
-    splits: tuple[Split, ...],
-    min_keep: int,
-) -> list[Array]:
-    def together(xs: list[Array], keep: Array) -> list[Array]:
-        units = [
-            _units("", x, pattern, a, split)
-            for x, a, split in zip(xs, axes, splits, strict=True)
-        ]
-        # Parameters of different types compete in the type that holds them all. Types
-        # of 8 bits have none with others; float32 holds them.
-        units = [u.astype(jnp.float32) if u.dtype.itemsize < 2 else u for u in units]
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.result_type(*units)
-        units = [u.astype(dtype) for u in units]
-        layers = [_competing(x.ndim, pattern, a) for x, a in zip(xs, axes, strict=True)]
-        apart = [
-            _split_of_units(split, pattern, a)
-            for split, a in zip(splits, axes, strict=True)
-        ]
-        kept = top_k_with_floor(units, keep, layers, apart, min_keep)
-        return [_expand(m, x.shape, pattern) for m, x in zip(kept, xs, strict=True)]
-
-    return sharded_like(together, xs, keep)

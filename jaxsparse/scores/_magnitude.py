@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _checks
 from jaxsparse._sharded import laid_out_like
+from jaxsparse._together import each
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.scores._range import wide_type, widened
 from jaxsparse.tree import keys_like
@@ -32,10 +33,13 @@ def magnitude(params: PyTree) -> PyTree:
       {'w': Array([2., 1.], dtype=float32)}
     """
     _checks.check_arrays(params=params)
-    return jax.tree.map(lambda w: w if _is_key(w) else _size(w), params)
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(each(_size, leaves))
 
 
 def _size(w: Array) -> Array:
+    if _is_key(w):
+        return w
     eight_bits = jnp.issubdtype(w.dtype, jnp.floating) and w.dtype.itemsize < 2
     return jnp.abs(widened(w) if eight_bits else w)
 

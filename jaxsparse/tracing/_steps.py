@@ -5,7 +5,7 @@ there each turn of the scan becomes steps of its own. Variables are numbers.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -93,10 +93,44 @@ def text_of(eqn: Any) -> str:
         if key in {"jvp_jaxpr_fun", "jvp", "fwd", "bwd", "fwd_jaxpr_thunk"}:
             continue
         parts.append(f"{key}={value}")
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, core.ClosedJaxpr):
-                parts.extend(str(id(const)) for const in part.consts)
+        parts.extend(str(id(const)) for const in _constants(value))
     return " ".join(parts)
+
+
+def _constants(value: Any) -> Iterator[Any]:
+    """The constants of all jaxprs in an equation's parameter, at any depth."""
+    for part in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(part, core.ClosedJaxpr):
+            yield from part.consts
+        jaxpr = part.jaxpr if isinstance(part, core.ClosedJaxpr) else part
+        if isinstance(jaxpr, core.Jaxpr):
+            for eqn in jaxpr.eqns:
+                for inside in eqn.params.values():
+                    yield from _constants(inside)
+
+
+def key_of(
+    steps: Sequence[Step], arguments: Sequence[int], wanted: Sequence[Any]
+) -> Any:
+    """What tells pieces of programs from those that compute something else.
+
+    Args:
+      steps: in order.
+      arguments: the numbers of the variables that are handed in.
+      wanted: those of the results, or literals.
+
+    Returns:
+      A hashable value. It holds constants within equations by `id`.
+    """
+    numbers: dict[int, int] = {}
+    number = lambda x: numbers.setdefault(x, len(numbers))
+    name = lambda x: f"{x.val!r}:{x.aval}" if isinstance(x, core.Literal) else number(x)
+    head = tuple(map(number, arguments))
+    body = tuple(
+        (s.name, s.text, tuple(map(name, s.ins)), tuple(map(number, s.outs)))
+        for s in steps
+    )
+    return head, body, tuple(map(name, wanted))
 
 
 class _Flattening:

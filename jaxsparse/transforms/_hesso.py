@@ -372,7 +372,7 @@ def check_scores(
             got = np.shape(scores[name]) if name in scores else "none"
             raise ValueError(f"scores: {name!r} needs shape {s.shape}, got {got}.")
         found[name] = jnp.asarray(scores[name], wide)
-        _checks.check_no_nan(f"scores: {name}", found[name])
+        _checks.check_no_nan({f"scores: {name}": found[name]})
     return found
 
 

@@ -1,6 +1,5 @@
 """`prune_schedule`: gradual pruning as the first member of an optax chain."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -308,7 +307,7 @@ def prune_schedule(
         score_state = ask(scorer.update, given, frozen, state.masks, state.step)
 
         def choose(carry, params, grads, score_state, step):
-            old, _, leaked, change = carry
+            old, _, change = carry
             select_now = lambda scored: select(scored, step)
             given = (params, grads, score_state)
             if scorer.prune is None:
@@ -319,23 +318,25 @@ def prune_schedule(
                 given = (*given, select_now)
                 new, change = ask(scorer.prune, given, params, old, step)
             new = jax.tree.map(lambda n, o: n.reshape(o.shape), new, old)
+            return new, regrew_in(new, old, axis_name), change
+
+        def look_and_choose(carry, updated, params, grads, score_state, step):
+            chosen, leaked = carry
             # Before the first step nothing has been projected yet.
-            found = most_leaked(leaked, params, old, axis_name)
-            most = jnp.where(step > 0, found, leaked)
-            return new, regrew_in(new, old, axis_name), most, change
+            found = most_leaked(leaked, params, chosen[0], axis_name)
+            leaked = jnp.where(step > 0, found, leaked)
+            read = params, grads, score_state, step
+            return when(updated, choose, chosen, *read), leaked
 
         updated = jnp.asarray(cadence(state.step), bool)
-        masks, regrew, leaked, change = when(
-            updated,
-            choose,
-            (state.masks, jnp.zeros((), bool), state.leaked, state.change),
-            *(frozen, grads if scorer.needs_grads else None, score_state, state.step),
+        look = state.updated | (state.step % _LOOK_FOR_LEAKS_EVERY == 0)
+        (masks, regrew, change), leaked = when(
+            updated | look,
+            look_and_choose,
+            ((state.masks, jnp.zeros((), bool), state.change), state.leaked),
+            *(updated, frozen, grads if scorer.needs_grads else None),
+            *(score_state, state.step),
         )
-        # The masks of the step before are gone by now (another reader would make XLA
-        # copy them in every step); where none were chosen, the new ones are the same.
-        look = ~updated & (state.updated | (state.step % _LOOK_FOR_LEAKS_EVERY == 0))
-        most = functools.partial(most_leaked, axis_name=axis_name)
-        leaked = when(look & (state.step > 0), most, leaked, frozen, masks)
         state = PruneScheduleState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             masks=masks,
