@@ -12,7 +12,6 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import of_two
 import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
@@ -56,6 +55,8 @@ def main(directory, port, rank):
     check(got.params["w"], w)
     check(got.masks["w"], w > 0)
     damaged(pathlib.Path(directory), w, params)
+    import of_two  # beside this script
+
     of_two.main(directory)
     print("as saved")
 
