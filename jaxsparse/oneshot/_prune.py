@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import patterns, scores
+from jaxsparse import _calls, patterns, scores
 from jaxsparse._checks import check_positive_int
 from jaxsparse._typing import PyTree, Sparsity, Where
 from jaxsparse.patterns._before import gone_before, score_shapes, targets
@@ -99,7 +99,7 @@ def prune(
     every = jnp.ones((), bool)
     for cut, target in enumerate(targets(gone, sparsity, steps, pattern, selected)):
         so_far = jax.tree.map(lambda _: every, params) if masks is None else masks
-        scored = scores.ask(score, params, masks=so_far, step=cut, sparsity=target)
+        scored = _calls.ask(score, params, masks=so_far, step=cut, sparsity=target)
         masks, _ = choose(scored, target, masks=masks, **options)
         params = patterns.apply(params, masks)
     return patterns.Pruned(params, masks)

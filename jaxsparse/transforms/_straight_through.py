@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse import patterns, scores
+from jaxsparse import _calls, patterns, scores
 from jaxsparse._typing import Array, PyTree, Sparsity, Tree, Where
 from jaxsparse.tree import AxesRule
 
@@ -59,7 +59,7 @@ def straight_through(
     """
     frozen = lax.stop_gradient(params)
     masks = patterns.masks(
-        scores.ask(score, frozen, sparsity=sparsity),
+        _calls.ask(score, frozen, sparsity=sparsity),
         sparsity,
         pattern=pattern,
         where=where,
