@@ -11,6 +11,7 @@ from jaxsparse._checks._kinds import check_key as check_key
 from jaxsparse._checks._kinds import check_mapping as check_mapping
 from jaxsparse._checks._kinds import check_numbers as check_numbers
 from jaxsparse._checks._kinds import check_pattern as check_pattern
+from jaxsparse._checks._kinds import check_score as check_score
 from jaxsparse._checks._kinds import check_where as check_where
 from jaxsparse._checks._kinds import explained as explained
 from jaxsparse._checks._memory import check_fits as check_fits

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._calls import asked_for
 from jaxsparse._checks._values import check_number, shown
 
 
@@ -72,6 +73,19 @@ def check_callable(takes: int | None, *keywords: str, **functions: Any) -> None:
                 f"{shown(function)} has the signature {signature}: {error}. Bind the "
                 "others with functools.partial."
             ) from None
+
+
+def check_score(score: Any) -> None:
+    """Raises unless `score` is a function of params, and of what it may ask for.
+
+    Args:
+      score: what the caller passed.
+
+    Raises:
+      TypeError: not callable, or with other required arguments.
+    """
+    check_callable(None, score=score)
+    check_callable(1, *sorted(asked_for(score, 1)), score=score)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import _checks, patterns, scores
+from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._checks import check_positive_int
 from jaxsparse._typing import PyTree, Sparsity, Where
 from jaxsparse.patterns._before import gone_before, score_shapes, targets
@@ -81,7 +81,7 @@ def prune(
       >>> pruned.params["kernel"].tolist(), pruned.params["bias"].tolist()
       ([[3.0, 0.0], [0.0, -4.0]], [1.0, 1.0])
     """
-    _checks.check_callable(1, score=score)
+    _checks.check_score(score)
     _checks.check_arrays(params=params)
     _checks.check_pattern(patterns.Pattern, pattern)
     check_positive_int(steps, name="steps")
@@ -104,7 +104,7 @@ def prune(
     every = jnp.asarray(np.True_)
     for cut, target in enumerate(targets(gone, sparsity, steps, pattern, selected)):
         so_far = jax.tree.map(lambda _: every, params) if masks is None else masks
-        scored = scores.ask(score, params, masks=so_far, step=cut, sparsity=target)
+        scored = _calls.ask(score, params, masks=so_far, step=cut, sparsity=target)
         _checks.check_like(params, scores=scored)
         masks, _ = choose(scored, target, masks=masks, **options)
         del scored  # before there is memory for what is left

@@ -14,7 +14,5 @@ from jaxsparse.scores._second_order import obd as obd
 from jaxsparse.scores._second_order import obs as obs
 from jaxsparse.scores._stateful import Score as Score
 from jaxsparse.scores._stateful import as_score as as_score
-from jaxsparse.scores._stateful import ask as ask
-from jaxsparse.scores._stateful import asked_for as asked_for
 from jaxsparse.scores._stateful import moving_average as moving_average
 from jaxsparse.scores._synflow import synflow as synflow

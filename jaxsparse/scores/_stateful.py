@@ -1,6 +1,5 @@
 """Scores with a memory, and how a plain function becomes one without."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._calls import ask, asked_for
 from jaxsparse._typing import PyTree
-
-_KNOWN = frozenset(("masks", "step", "sparsity"))
 
 
 class Score(NamedTuple):
@@ -117,53 +115,6 @@ def _takes(function: Callable[..., Any], positional: int) -> bool:
     except TypeError:
         return False
     return True
-
-
-def ask(function: Callable[..., Any], *args: Any, **known: Any) -> Any:
-    """Calls a function with those of the things known that it asks for by name.
-
-    Args:
-      function: a score, or a function of a `Score`.
-      *args: its positional arguments.
-      **known: what it may ask for: `masks`, `step`, `sparsity`.
-
-    Returns:
-      What it returns.
-
-    Example:
-      >>> import jaxsparse as js
-      >>> js.scores.ask(lambda params, *, step: (params, step), 1, masks=2, step=3)
-      (1, 3)
-    """
-    wanted = asked_for(function, len(args))
-    return function(*args, **{k: x for k, x in known.items() if k in wanted})
-
-
-def asked_for(function: Callable[..., Any], positional: int) -> frozenset[str]:
-    """Which of `masks`, `step` and `sparsity` a function asks for by name.
-
-    Args:
-      function: a score, or a function of a `Score`.
-      positional: how many arguments it is given by position.
-
-    Returns:
-      Names; none that `functools.partial` has bound.
-
-    Example:
-      >>> import jaxsparse as js
-      >>> js.scores.asked_for(lambda params, *, step: params, 1)
-      frozenset({'step'})
-    """
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:  # some built-in functions have none
-        return frozenset()
-    by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    given = [p for p in parameters[:positional] if p.kind != by_name[1]]
-    names = {p.name for p in parameters if p.kind in by_name and p not in given}
-    if isinstance(function, functools.partial):
-        names -= set(function.keywords)
-    return frozenset(names & _KNOWN)
 
 
 def moving_average(

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from optax._src.base import NO_PARAMS_MSG
 
-from jaxsparse import _checks, patterns, scores
+from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._checks import is_concrete
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
@@ -203,11 +203,11 @@ def prune_schedule(
     def ask(function: Any, given: tuple, params: PyTree, masks: PyTree, step: Any):
         """Calls a function of the score with what it asks for."""
         known = {"masks": masks, "step": step}
-        if "sparsity" in scores.asked_for(function, len(given)):
+        if "sparsity" in _calls.asked_for(function, len(given)):
             value = at(score_shapes(params), step)[0]
             own = value is None and isinstance(pattern, patterns.NM)
             known["sparsity"] = pattern.sparsity if own else value
-        return scores.ask(function, *given, **known)
+        return _calls.ask(function, *given, **known)
 
     def select(scored: PyTree, step: Any) -> PyTree:
         asked, taken = at(scored, step)

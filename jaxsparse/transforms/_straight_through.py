@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse import _checks, patterns, scores
+from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._typing import Array, PyTree, Sparsity, Tree, Where
 from jaxsparse.tree import AxesRule
 
@@ -57,11 +57,11 @@ def straight_through(
       >>> jax.value_and_grad(loss)(jnp.array([[1.0, 3.0]]))
       (Array(4.5, dtype=float32), Array([[0., 3.]], dtype=float32))
     """
-    _checks.check_callable(1, score=score)
+    _checks.check_score(score)
     _checks.check_arrays(params=params)
     _checks.check_pattern(patterns.Pattern, pattern)
     frozen = lax.stop_gradient(params)
-    scored = scores.ask(score, frozen, sparsity=sparsity)
+    scored = _calls.ask(score, frozen, sparsity=sparsity)
     _checks.check_like(frozen, scores=scored)
     masks = patterns.masks(
         scored,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contracts.conftest import compilations as compilations
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -213,3 +214,14 @@ def test_many_devices_give_the_masks_of_one(kind):
         for k in one:
             np.testing.assert_array_equal(one[k], many[k])
             assert many[k].sharding.is_equivalent_to(spread, 2)
+
+
+def test_the_second_call_compiles_nothing(compilations):
+    half = js.prune(draw(0), 0.5)
+    call = lambda seed, s: js.prune(
+        draw(seed), s, masks=half.masks, steps=2, pattern=js.Block((4, 2))
+    )
+    call(1, 0.5)
+    with compilations() as found:
+        call(2, 0.75)
+    assert found.names == []

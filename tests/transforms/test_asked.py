@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxsparse as js
+from jaxsparse._calls import ask
 
 SHAPE = (8, 16)
 
@@ -167,10 +168,10 @@ def test_one_shot_scores_see_them_too():
 
 def test_what_the_caller_has_bound_stays_bound():
     bound = functools.partial(lambda params, *, step, masks: (step, masks), step=7)
-    assert js.scores.ask(bound, 1, masks=2, step=3) == (7, 2)
+    assert ask(bound, 1, masks=2, step=3) == (7, 2)
     positional = lambda params, grads, step: (params, grads, step)
-    assert js.scores.ask(positional, 1, 2, 3, masks=0, step=9) == (1, 2, 3)
-    assert js.scores.ask(max, 1, 2, step=3) == 2
+    assert ask(positional, 1, 2, 3, masks=0, step=9) == (1, 2, 3)
+    assert ask(max, 1, 2, step=3) == 2
 
 
 def test_a_score_with_other_arguments_is_refused():
