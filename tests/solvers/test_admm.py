@@ -58,7 +58,7 @@ def test_counts_and_dead_inputs(solve):
     [
         ({"sparsity": -0.1}, ValueError, r"must lie in \[0, 1\)"),
         ({"pattern": js.Block((4, 4))}, TypeError, "prunes js.Unstructured and js.NM"),
-        ({"rho": 0.0}, ValueError, "rho must be a number above 0"),
+        ({"rho": 0.0}, ValueError, "rho must be positive"),
         ({"iterations": 0}, ValueError, "iterations must be at least 1"),
         ({"rel_damping": float("nan")}, ValueError, "rel_damping must be"),
     ],

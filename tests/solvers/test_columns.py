@@ -187,7 +187,7 @@ def test_a_matrix_that_is_not_positive_definite():
         ({"pattern": js.NM(2, 16)}, ValueError, "16 does not divide d_in = 40"),
         ({"pattern": TWO_OF_FOUR, "sparsity": 0.75}, ValueError, "at most 2 of 4"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1"),
-        ({"rel_damping": -1.0}, ValueError, "rel_damping must be a number of at least"),
+        ({"rel_damping": -1.0}, ValueError, "rel_damping must be at least"),
         ({"mask": np.ones((16, 40))}, TypeError, "mask holds bools"),
         ({"mask": np.zeros((16, 40), bool)}, ValueError, "has removed 640 of"),
         ({"gram": eye(39)}, ValueError, r"gram must be \[40, 40\].*\(39, 39\)"),
