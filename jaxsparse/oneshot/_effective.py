@@ -190,7 +190,7 @@ def unscaled(
     new = jnp.where(solved.mask, jnp.where(stays, matrices, moved), 0)
     info = solved.info
     if gram is not None:
-        square = lambda x: jnp.einsum("pij,pjk,pik->p", x, gram.astype(x.dtype), x)
+        square = lambda x: energies(x, gram.astype(x.dtype))
         error, whole = square(acts - before), square(before)
         kind = info.error.dtype
         relative = jnp.where(whole > 0, error / jnp.where(whole > 0, whole, 1), 0)
@@ -198,3 +198,8 @@ def unscaled(
             error=error.astype(kind), relative_error=relative.astype(kind)
         )
     return solved._replace(w=new.astype(matrices.dtype), info=info)
+
+
+def energies(matrices: Array, gram: Array) -> Array:
+    """`tr(W G W^T)` of each matrix `[p, d_out, d_in]`, whatever of it is sharded."""
+    return jnp.sum((matrices @ gram) * matrices, axis=(1, 2))

@@ -17,7 +17,13 @@ from jaxsparse.calibration._finite import check_params
 from jaxsparse.calibration._selected import selected_kernels
 from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._before import check_takes_mask, masks_before
-from jaxsparse.oneshot._effective import matrices_at, scaled, unscaled, unsolvable
+from jaxsparse.oneshot._effective import (
+    energies,
+    matrices_at,
+    scaled,
+    unscaled,
+    unsolvable,
+)
 from jaxsparse.oneshot._fingerprint import fingerprint
 from jaxsparse.oneshot._pass import Pass, solvable_pass
 from jaxsparse.oneshot._results import (
@@ -348,9 +354,8 @@ def _solve_places(matrices, before, evidence, sparsity, gram, solver, pattern):
     if gram is None:
         return solved, solved.info.relative_error, kept
     lost = jnp.where(solved.mask, 0, matrices.astype(gram.dtype))
-    energy = lambda x: jnp.einsum("pij,pjk,pik->p", x, gram, x, optimize="optimal")
-    whole = energy(matrices.astype(gram.dtype))
-    return solved, energy(lost) / jnp.where(whole > 0, whole, 1), kept
+    whole = energies(matrices.astype(gram.dtype), gram)
+    return solved, energies(lost, gram) / jnp.where(whole > 0, whole, 1), kept
 
 
 def _check(unit: Unit, solved: solvers.Solved, stats: InputStats) -> None:
