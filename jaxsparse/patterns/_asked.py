@@ -74,9 +74,10 @@ def keep_of(path: str, n: int, sparsity, pattern: Pattern, min_keep: int) -> Arr
                 f"of {pattern.sparsity:g}; asked for {sparsity:g}. Leave the sparsity "
                 "out, or choose another pattern."
             )
-        removed = jnp.minimum(removed, most)
-    elif isinstance(removed, int):
-        removed = min(removed, max(0, n - min_keep))
     else:
-        removed = jnp.minimum(removed, max(0, n - min_keep))
+        most = max(0, n - min_keep)
+    if isinstance(removed, int):  # of a number, for which nothing is compiled
+        removed = min(removed, most)
+    else:
+        removed = jnp.minimum(removed, most)
     return jnp.asarray(n - removed, count_dtype(n))

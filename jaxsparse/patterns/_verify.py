@@ -6,8 +6,10 @@ import numpy as np
 
 from jaxsparse import _checks
 from jaxsparse._sharded import sharded_like
+from jaxsparse._together import each
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.patterns._masks import check_masks, kept_count
+from jaxsparse.patterns._counts import count_dtype
+from jaxsparse.patterns._masks import check_masks
 from jaxsparse.patterns._nm import group_inputs
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern
 from jaxsparse.patterns._units import block_scores, channel_scores
@@ -44,10 +46,18 @@ def sparsity_of(masks: PyTree, params: PyTree) -> PyTree:
     masks = like(masks, params, name="masks")
     check_masks(masks, params)
 
-    def one(mask, w):
-        return 1.0 - int(kept_count(mask, jnp.shape(w))) / max(1, np.size(w))
+    leaves, treedef = jax.tree.flatten(masks)
+    counts = jax.device_get(each(_count, leaves))
 
-    return jax.tree.map(one, masks, params)
+    def one(count, mask, w):
+        size = np.size(w)
+        return 1.0 - int(count) * (size // max(1, np.size(mask))) / max(1, size)
+
+    return jax.tree.map(one, treedef.unflatten(counts), masks, params)
+
+
+def _count(mask: Array) -> Array:
+    return jnp.sum(mask, dtype=count_dtype(np.size(mask)))
 
 
 def verify(

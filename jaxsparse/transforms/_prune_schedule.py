@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from optax._src.base import NO_PARAMS_MSG
@@ -12,8 +13,8 @@ from optax._src.base import NO_PARAMS_MSG
 from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._checks import is_concrete
 from jaxsparse._loops import when
+from jaxsparse._together import each
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
-from jaxsparse._zeros import nonzero
 from jaxsparse.patterns._before import score_shapes
 from jaxsparse.transforms._enforce import enforce
 from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
@@ -25,7 +26,7 @@ from jaxsparse.transforms._sparse_start import (
     warn_of_regrowth,
     warn_of_zeros,
 )
-from jaxsparse.transforms._state import PruneScheduleState
+from jaxsparse.transforms._state import PruneScheduleState, leaked_weights
 from jaxsparse.tree import AxesRule, by_rules, leaves_with_paths, like
 
 _LOOK_FOR_LEAKS_EVERY = 100
@@ -228,9 +229,10 @@ def prune_schedule(
             step=jnp.asarray(step, jnp.int32),
             masks=first,
             score_state=score_state,
-            updated=jnp.zeros((), bool),
-            regrew=jnp.zeros((), bool),
-            leaked=jnp.zeros((), jnp.int32),
+            # Of NumPy's numbers, for which nothing is compiled.
+            updated=jnp.asarray(np.zeros((), np.bool_)),
+            regrew=jnp.asarray(np.zeros((), np.bool_)),
+            leaked=jnp.asarray(np.zeros((), np.int32)),
             change=_no_change(params, score_state, first),
         )
 
@@ -255,7 +257,7 @@ def prune_schedule(
         # Shapes do not depend on values, so this works for abstract parameters, and
         # says here what is wrong with the model.
         shapes = jax.eval_shape(lambda p: select(p, 0), score_shapes(params))
-        masks = jax.tree.map(_all_kept, shapes, params)
+        masks = _all_kept(shapes, params)
         leaves = jax.tree.leaves(params)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
             return masks
@@ -353,9 +355,9 @@ def prune_schedule(
 
 def _check_masked(params: PyTree, masks: PyTree) -> None:
     patterns.check_masks(masks, params)
-    named = zip(leaves_with_paths(params), jax.tree.leaves(masks), strict=True)
-    for (path, w), mask in named:
-        leaked = jnp.sum(nonzero(w) & ~mask)
+    named = leaves_with_paths(params)
+    counts = each(leaked_weights, [w for _, w in named], jax.tree.leaves(masks))
+    for (path, _), leaked in zip(named, counts, strict=True):
         if is_concrete(leaked) and int(leaked):
             raise ValueError(
                 f"{path}: {int(leaked)} weights are not zero under the adopted mask. "
@@ -363,11 +365,22 @@ def _check_masked(params: PyTree, masks: PyTree) -> None:
             )
 
 
-def _all_kept(shape: jax.ShapeDtypeStruct, w: Array) -> Array:
-    """A mask of ones that follows its parameter's sharding where it has its shape."""
-    if shape.shape == jnp.shape(w) and shape.shape:
-        return jnp.ones_like(w, dtype=bool)
-    return jnp.ones(shape.shape, bool)
+def _all_kept(shapes: PyTree, params: PyTree) -> PyTree:
+    """Masks of ones that follow their parameters' shardings where they have a shape."""
+    leaves, treedef = jax.tree.flatten(shapes)
+    pairs = zip(leaves, jax.tree.leaves(params), strict=True)
+    like = {
+        i: w for i, (s, w) in enumerate(pairs) if s.shape == jnp.shape(w) and s.shape
+    }
+    found = dict(zip(like, each(_ones_like, list(like.values())), strict=True))
+    small = lambda shape: jnp.asarray(np.ones(shape, np.bool_))
+    return treedef.unflatten([
+        found[i] if i in found else small(s.shape) for i, s in enumerate(leaves)
+    ])
+
+
+def _ones_like(w: Array) -> Array:
+    return jnp.ones_like(w, dtype=bool)
 
 
 def _hide(grads: PyTree, masks: PyTree) -> PyTree:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxsparse import patterns
 from jaxsparse._checks import is_concrete
+from jaxsparse._together import each
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity
 from jaxsparse._zeros import nonzero
 from jaxsparse.schedules import At, Every
@@ -25,7 +26,6 @@ _FEW = 0.01  # of exact zeros; fewer are chance, as 16 bits have them
 _FAR = 10_000  # steps to look ahead for the first choice of a cadence of any kind
 
 
-@jax.jit
 def masks_of_zeros(masks: PyTree, params: PyTree) -> PyTree:
     """Masks that hold the exact zeros of a model that is pruned already.
 
@@ -39,11 +39,22 @@ def masks_of_zeros(masks: PyTree, params: PyTree) -> PyTree:
     Returns:
       Masks of the same shapes.
     """
+    sparse = _is_sparse(masks, params)
+    if is_concrete(sparse) and not sparse:
+        return masks
+    return _of_zeros(masks, params, sparse)
+
+
+@jax.jit
+def _is_sparse(masks: PyTree, params: PyTree) -> Array:
     kept = [_kept(mask, w) for mask, w in _pairs(masks, params)]
     zeros = sum((1 - jnp.mean(k, dtype=jnp.float32)) * k.size for k in kept)
     size = sum(k.size for k in kept)
-    sparse = jnp.asarray(zeros > _FEW * size)
+    return jnp.asarray(zeros > _FEW * size)
 
+
+@jax.jit
+def _of_zeros(masks: PyTree, params: PyTree, sparse: Array) -> PyTree:
     def one(mask: Array, w: Array) -> Array:
         return _kept(mask, w) | ~sparse if jnp.ndim(mask) else mask
 
@@ -73,7 +84,8 @@ def warn_of_zeros(masks: PyTree) -> None:
     named = [(path, m) for path, m in leaves_with_paths(masks) if jnp.ndim(m)]
     if not all(is_concrete(m) for _, m in named):
         return
-    counts = {path: int(m.size - jnp.sum(m)) for path, m in named}
+    removed = jax.device_get(each(_removed, [m for _, m in named]))
+    counts = {path: int(n) for (path, _), n in zip(named, removed, strict=True)}
     found = [f"{path}: {n:,}" for path, n in counts.items() if n]
     if found:
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
@@ -84,6 +96,10 @@ def warn_of_zeros(masks: PyTree) -> None:
             "prune_schedule(..., zeros='train').",
             stacklevel=4,
         )
+
+
+def _removed(mask: Array) -> Array:
+    return mask.size - jnp.sum(mask)
 
 
 def warn_of_regrowth(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import _checks, patterns
+from jaxsparse._together import each
 from jaxsparse._typing import Array, PyTree
 from jaxsparse._zeros import nonzero
 from jaxsparse.tree import leaves_with_paths, unwrap_variables
@@ -159,7 +160,12 @@ def masks_of(opt_state: PyTree) -> PyTree:
 
 def _prunes(state: PruneScheduleState) -> bool:
     """Whether any mask removes anything."""
-    return any(not bool(jnp.all(mask)) for mask in jax.tree.leaves(state.masks))
+    return not all(jax.device_get(each(jnp.all, jax.tree.leaves(state.masks))))
+
+
+def leaked_weights(w: Array, mask: Array) -> Array:
+    """How many weights are not zero where their mask is False."""
+    return jnp.sum(nonzero(w) & ~mask)
 
 
 def check_transformation(**transformations: Any) -> None:
@@ -218,10 +224,9 @@ def check(opt_state: PyTree, params: PyTree = None) -> None:
         _checks.check_arrays(params=params)
         patterns.check_masks(masks_like(params, opt_state), params)
         masks = jax.tree.leaves(masks_like(params, opt_state))
-        counts = {
-            path: int(jnp.sum(nonzero(w) & ~mask))
-            for (path, w), mask in zip(leaves_with_paths(params), masks, strict=True)
-        }
+        named = leaves_with_paths(params)
+        leaks = jax.device_get(each(leaked_weights, [w for _, w in named], masks))
+        counts = {path: int(n) for (path, _), n in zip(named, leaks, strict=True)}
         found = {path: n for path, n in counts.items() if n}
         if found:
             leaked = sum(found.values())
