@@ -36,12 +36,19 @@ def nonzero(w: Any) -> Array:
     # The least number of what is narrower than a byte is no subnormal where it is read.
     if not jnp.issubdtype(x.dtype, np.floating) or jnp.finfo(x.dtype).bits < 8:
         return x != np.zeros((), x.dtype)
-    unsigned = np.dtype(f"u{x.dtype.itemsize}")
     if isinstance(x, jax.Array):
-        bits = lax.bitcast_convert_type(x, unsigned)
-    else:
-        bits = np.asarray(x).view(unsigned)
-    differs = [bits != zero for zero in _bits_of_zeros(np.dtype(x.dtype))]
+        return _differs(x)
+    return _unlike_zeros(np.asarray(x).view(f"u{x.dtype.itemsize}"), x.dtype)
+
+
+@jax.jit
+def _differs(x: Array) -> Array:
+    bits = lax.bitcast_convert_type(x, np.dtype(f"u{x.dtype.itemsize}"))
+    return _unlike_zeros(bits, x.dtype)
+
+
+def _unlike_zeros(bits: Any, dtype: Any) -> Any:
+    differs = [bits != zero for zero in _bits_of_zeros(np.dtype(dtype))]
     return functools.reduce(lambda a, b: a & b, differs, bits == bits)
 
 
