@@ -10,6 +10,7 @@ from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxsparse import _checks, patterns
@@ -121,7 +122,7 @@ def save(
         if tree is not None
     }
     if masks is not None:
-        patterns.check_masks(leaves["masks"], leaves["params"])
+        patterns.check_masks(leaves["masks"], jax.tree.map(_shape_of, leaves["params"]))
     encoded = {
         item: {
             name: _leaves.encode(shown(f"{item} {name}"), x)
@@ -171,6 +172,11 @@ def save(
 
         by_the_first(finish, "save")
     return directory / str(step)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """Of arrays, and of the Python numbers that a stamp keeps."""
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.bool_)
 
 
 def restore(

@@ -582,6 +582,7 @@ CALLS = {
     "structured.normalize_max": lambda: {"scores": channel_scores()},
     "structured.normalize_mean": lambda: {"scores": channel_scores()},
     "structured.normalize_norm": lambda: {"scores": channel_scores()},
+    "structured.normalize_quantile": lambda: {"scores": channel_scores(), "q": 0.5},
     "structured.normalize_range": lambda: {"scores": channel_scores()},
     "structured.standardize": lambda: {"scores": channel_scores()},
     "structured.per_parameter": lambda: {

@@ -342,6 +342,7 @@ KINDS = {
     "damping": POSITIVE,
     "rel_damping": POSITIVE,
     "eps": POSITIVE,
+    "q": {k: v for k, v in SPARSITY.items() if k != "one"},
     "decay": POSITIVE | {"one": 1.0},
     "outlier": POSITIVE,
     "spread": POSITIVE,

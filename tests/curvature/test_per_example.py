@@ -12,7 +12,8 @@ import jaxsparse as js
 
 per_example_grads = js.curvature.per_example_grads
 N = 12
-KEPT = {"a": {"kernel": True, "bias": True}, "b": {"kernel": True}}
+ALL = np.True_
+KEPT = {"a": {"kernel": ALL, "bias": ALL}, "b": {"kernel": ALL}}
 
 
 def loss(params, batch):
