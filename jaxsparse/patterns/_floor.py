@@ -58,7 +58,7 @@ def top_k_with_floor(
 
     def again(masks: list[Array], scores: list[Array], keep: Array) -> list[Array]:
         first = [
-            _best(x, axes, split, n)
+            _best(x, axes, split, n, keep)
             for x, axes, split, n in zip(scores, layers, splits, least, strict=True)
         ]
         keep = jnp.maximum(keep, jnp.asarray(in_all, keep.dtype))
@@ -86,10 +86,12 @@ def _is_short(mask: Array, axes: tuple[int, ...], split: Split, least: int) -> A
     return lax.pmax(short, apart) if apart else short
 
 
-def _best(x: Array, axes: tuple[int, ...], split: Split, least: int) -> Array:
+def _best(
+    x: Array, axes: tuple[int, ...], split: Split, least: int, now: Array
+) -> Array:
     """The `least` largest of each layer; of equal ones those with lower positions."""
     keys, over = ordered_keys(x), names_along(split, axes)
-    position = positions(x, axes, split)
+    position = positions(x, axes, split, now=now)  # else made in every step
     none = jnp.iinfo(position.dtype).max
 
     def add(_, taken: Array) -> Array:
