@@ -68,6 +68,8 @@ def top_k_masks_of_each(scores: Sequence[Array], keep: Sequence[Array]) -> list[
       comes first.
     """
     scores = lax.stop_gradient(list(scores))
+    if jnp.finfo(scores[0].dtype).bits < _DIGIT:
+        scores = [x.astype(jnp.float32) for x in scores]  # which has the same order
     rows = [-(-x.size // _ROW) for x in scores]
     most = max(rows)
     dtype = count_dtype(most * _ROW)
