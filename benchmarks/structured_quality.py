@@ -171,7 +171,7 @@ def bn_scale(model: Model, groups: Mapping[str, Any]) -> Scores:
 
 
 def errors(model: Model, groups: Mapping[str, Any]) -> Scores:
-    found = js.oneshot.channel_errors(groups, model.params, model.stats)
+    found = js.channels.obs_errors(groups, model.params, model.stats)
     return S.normalize_mean(found)
 
 
@@ -181,7 +181,7 @@ def random(model: Model, groups: Mapping[str, Any]) -> Scores:
 
 
 def refit(model: Model, groups: Mapping[str, Any], drop: S.Drop) -> Any:
-    return js.oneshot.refit_channels(groups, model.params, model.stats, drop)
+    return js.channels.obs_refit(groups, model.params, model.stats, drop)
 
 
 def flap_bias(model: Model, groups: Mapping[str, Any], drop: S.Drop) -> Any:
@@ -200,7 +200,7 @@ def by(score: Callable[..., Scores], **options: Any) -> Choose:
 
 
 def greedy(model: Model, groups: Mapping[str, Any], sparsity: float) -> S.Drop:
-    return js.oneshot.greedy_channels(
+    return js.channels.obs_greedy(
         groups, model.params, model.stats, sparsity, at_once=1
     )
 

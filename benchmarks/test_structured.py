@@ -35,7 +35,7 @@ def test_groups(name, compare):
     fresh = lambda: example(name, next(sizes))[1]
 
     def ours():
-        found = js.structured.groups(js.trace(apply_fn, params, fresh()))
+        found = js.coupling.groups(js.trace(apply_fn, params, fresh()))
         assert len(found.prunable) > 100
 
     calls = {
@@ -49,9 +49,9 @@ def test_narrowing_a_densenet(compare):
     params, x = example("DenseNet-121", 1)
     params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), params)
     trace = js.trace(MODELS["DenseNet-121"], params, x)
-    found = js.structured.groups(trace).prunable
+    found = js.coupling.groups(trace).prunable
     drop = {name: range(g.size // 2) for name, g in found.items()}
-    narrow = lambda: js.structured.narrow(trace, params, drop).params
+    narrow = lambda: js.narrowing.narrow(trace, params, drop).params
     compare("half of every group of DenseNet-121", {"narrow": narrow})
 
 
@@ -101,11 +101,11 @@ def test_narrowed_against_built_at_that_width(name, compare):
     model, x = make(), jax.random.normal(jax.random.key(1), shape)
     variables = jax.jit(model.init)(jax.random.key(0), x)
     trace = js.trace(model.apply, variables, x)
-    found = js.structured.groups(trace).prunable
+    found = js.coupling.groups(trace).prunable
     # All but the width of heads: that a builder takes from their number.
     drop = {n: range(g.size // 2) for n, g in found.items() if not g.copies}
-    small = js.structured.narrow(trace, variables, drop, norms="resized")
-    masks = js.structured.masks(trace, drop)
+    small = js.narrowing.narrow(trace, variables, drop, norms="resized")
+    masks = js.narrowing.drop_masks(trace, drop)
     zeroed = jax.jit(js.patterns.apply)(variables, masks)
     dense, narrowed, by_hand = map(jax.jit, (model.apply, small.apply_fn, built.apply))
     got, want = narrowed(small.params, x), by_hand(small.params, x)
@@ -125,7 +125,7 @@ def test_scores_without_an_order(compare):
     make, _, shape = WIDE[name]
     model, x = make(), jax.random.normal(jax.random.key(1), shape)
     variables = jax.jit(model.init)(jax.random.key(0), x)
-    found = js.structured.groups(js.trace(model.apply, variables, x)).prunable
+    found = js.coupling.groups(js.trace(model.apply, variables, x)).prunable
     leaves = dict(leaves_with_paths(variables))
 
     @jax.jit
@@ -137,7 +137,7 @@ def test_scores_without_an_order(compare):
         at = lambda m: [axis for axis, _ in m.copies]
         return [[total(m) for m in g.members] for g in found.values()]
 
-    ours = jax.jit(lambda v: js.structured.group_scores(found, js.scores.magnitude(v)))
+    ours = jax.jit(lambda v: js.channels.channel_scores(found, js.scores.magnitude(v)))
     calls = {
         "ordinary sums of each member": lambda: plain(leaves),
         "group_scores": lambda: ours(variables),

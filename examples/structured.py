@@ -61,9 +61,9 @@ params, stats = load(weights)
 variables = {"params": params, "stats": stats}
 apply_fn = lambda v, images: forward(v["params"], v["stats"], images)[0]
 trace = js.trace(apply_fn, variables, jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8))
-groups = js.structured.groups(trace)
+groups = js.coupling.groups(trace)
 print("\n".join(line[:110] for line in str(groups).splitlines()[:12]))
-whole = js.structured.cost(trace)
+whole = js.narrowing.cost(trace)
 print(f"{len(groups.prunable)} groups may lose channels; {whole}")
 
 # %% [markdown]
@@ -83,15 +83,15 @@ saliency = {
     "params": js.scores.taylor(params, grads),
     "stats": jax.tree.map(jnp.zeros_like, stats),
 }
-scores = js.structured.group_scores(groups, saliency)
-scores = js.structured.normalize_mean(scores)
+scores = js.channels.channel_scores(groups, saliency)
+scores = js.channels.normalize_mean(scores)
 
 
 def choose(budget, round_to):
-    return js.structured.select_to(
+    return js.channels.drop_to_budget(
         groups,
         scores,
-        cost=lambda drop: js.structured.cost(trace, drop).flops,
+        cost=lambda drop: js.narrowing.cost(trace, drop).flops,
         budget=budget * whole.flops,
         scope="global",
         min_keep=4,
@@ -110,7 +110,7 @@ selected = {budget: choose(budget, 4) for budget in BUDGETS}
 # %%
 inputs = js.calibration.run(trace, variables, [sample["x"]])
 refitted = {
-    budget: js.oneshot.refit_channels(groups, variables, inputs, drop)
+    budget: js.channels.obs_refit(groups, variables, inputs, drop)
     for budget, drop in selected.items()
 }
 
@@ -143,15 +143,15 @@ def milliseconds(rows, size=64):
 
 rows = [("dense", 1.0, apply_fn, variables)]
 for budget, drop in selected.items():
-    masks = js.structured.masks(trace, drop)
+    masks = js.narrowing.drop_masks(trace, drop)
     masked = js.patterns.apply(refitted[budget], masks)
-    narrowed = js.structured.narrow(trace, refitted[budget], drop)
+    narrowed = js.narrowing.narrow(trace, refitted[budget], drop)
     run, small = narrowed.apply_fn, narrowed.params
     error = jnp.max(jnp.abs(apply_fn(masked, x[:64]) - run(small, x[:64])))
     assert error < 1e-3, error
     rows.append(("masked", budget, apply_fn, masked))
     rows.append(("narrowed", budget, run, small))
-odd = js.structured.narrow(trace, variables, choose(0.45, 1))
+odd = js.narrowing.narrow(trace, variables, choose(0.45, 1))
 rows.append(("as scored, not rounded", 0.45, odd.apply_fn, odd.params))
 
 # %% [markdown]
@@ -168,7 +168,7 @@ train_trace = js.trace(train_fn, variables, x_train[:BATCH])
 
 
 def fine_tune(variables, drop, name):
-    narrow_train = js.structured.narrow(
+    narrow_train = js.narrowing.narrow(
         train_trace, variables, drop, allow={"output", "zeros"}
     )
     forward_train, variables = narrow_train.apply_fn, narrow_train.params
@@ -204,7 +204,7 @@ def fine_tune(variables, drop, name):
 
 
 for budget, drop in selected.items():
-    run = js.structured.narrow(trace, variables, drop).apply_fn
+    run = js.narrowing.narrow(trace, variables, drop).apply_fn
     tuned = fine_tune(refitted[budget], drop, f"{budget:.0%} of the operations")
     rows.append(("trained", budget, run, tuned))
     js.checkpoint.export(args.out / f"narrow_{budget}.npz", tuned, drop=drop)

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from jaxsparse import allocations as allocations
 from jaxsparse import calibration as calibration
+from jaxsparse import channels as channels
+from jaxsparse import coupling as coupling
 from jaxsparse import curvature as curvature
+from jaxsparse import depth as depth
+from jaxsparse import experts as experts
 from jaxsparse import losses as losses
+from jaxsparse import narrowing as narrowing
 from jaxsparse import oneshot as oneshot
 from jaxsparse import patterns as patterns
 from jaxsparse import recipes as recipes
 from jaxsparse import schedules as schedules
 from jaxsparse import scores as scores
 from jaxsparse import solvers as solvers
-from jaxsparse import structured as structured
 from jaxsparse import tracing as tracing
 from jaxsparse import transforms as transforms
 from jaxsparse import tree as tree
@@ -46,8 +50,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # They bring rich, matplotlib and orbax, which not every program needs.
-    if name in {"report", "checkpoint"}:
+    # They bring rich, matplotlib and orbax, which not every program needs; the last is
+    # a place of old names.
+    if name in {"report", "checkpoint", "structured"}:
         return importlib.import_module(f"jaxsparse.{name}")
     raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")
 

@@ -112,6 +112,6 @@ def test_a_channel_of_them_is_not_empty():
         "down": jax.device_put(np.ones((3, 1), np.float32)),
     }
     x = jax.ShapeDtypeStruct((2, 1), np.float32)
-    groups = js.structured.groups(js.trace(apply_fn, params, x))
-    drop = js.structured.zero_indices(params, groups.prunable)
+    groups = js.coupling.groups(js.trace(apply_fn, params, x))
+    drop = js.channels.zero_indices(params, groups.prunable)
     assert drop.indices["up[1]"].tolist() == [1]

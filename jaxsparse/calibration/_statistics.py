@@ -10,7 +10,7 @@ import jax
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array
-from jaxsparse.tracing._changes import Change, check_plain
+from jaxsparse.tracing.changes import Change, check_plain
 from jaxsparse.tree import Axes, MatrixView
 
 

@@ -21,7 +21,7 @@ from jaxsparse.checkpoint._leaves import named_leaves
 from jaxsparse.checkpoint._many import by_the_first
 from jaxsparse.checkpoint._npz import Npz, TooLarge, write_npz
 from jaxsparse.checkpoint._safetensors import Safetensors, write_safetensors
-from jaxsparse.structured import Drop
+from jaxsparse.coupling import Drop
 
 
 class Exported(NamedTuple):
@@ -58,7 +58,7 @@ def export(
       params: any pytree of arrays or Python numbers; numbers become arrays. Arrays that
         lie on several processes are gathered: then all of them call it, and the first
         one writes.
-      drop: what was dropped, of `js.structured.select`.
+      drop: what was dropped, of `js.channels.drop_lowest`.
 
     Raises:
       ValueError: another ending; a mask (in `masks` of a tree that has `params`) that

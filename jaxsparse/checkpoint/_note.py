@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxsparse.checkpoint._types import type_of
-from jaxsparse.structured import Drop
+from jaxsparse.coupling import Drop
 
 
 def of_drop(drop: Drop | None) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def of_drop(drop: Drop | None) -> dict[str, Any]:
         return {}
     if not isinstance(drop, Drop):
         raise TypeError(
-            f"drop: expected a js.structured.Drop, as js.structured.select returns, "
+            f"drop: expected a js.coupling.Drop, as js.channels.drop_lowest returns, "
             f"got {type(drop).__name__}."
         )
     indices = {n: np.asarray(i).tolist() for n, i in drop.indices.items()}

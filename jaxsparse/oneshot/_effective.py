@@ -16,7 +16,7 @@ from jaxsparse import solvers
 from jaxsparse._typing import Array
 from jaxsparse.oneshot._segments import Pieces
 from jaxsparse.tracing import Kernel
-from jaxsparse.tracing._changes import check_solvable
+from jaxsparse.tracing.changes import check_solvable
 from jaxsparse.tree import MatrixView, to_matrices
 
 

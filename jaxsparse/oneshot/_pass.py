@@ -11,15 +11,15 @@ from jaxsparse._compiled import Keyed
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.calibration import InputStats, RunningStats, finalize, init, merge
-from jaxsparse.calibration._capture import capture_at
-from jaxsparse.calibration._finite import (
+from jaxsparse.calibration.capture import capture_at
+from jaxsparse.calibration.finite import (
     check_batch,
     finite,
     input_flags,
     not_finite,
 )
-from jaxsparse.calibration._rows import contribution, reading_key
-from jaxsparse.calibration._weights import batch_weight, weight_of_rows
+from jaxsparse.calibration.rows import contribution, reading_key
+from jaxsparse.calibration.weights import batch_weight, weight_of_rows
 from jaxsparse.oneshot._effective import NoScale, scales_of
 from jaxsparse.oneshot._segments import Pieces
 from jaxsparse.oneshot._stages import Bundle, Look, Stage, flat_program, stages_of

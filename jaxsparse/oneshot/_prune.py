@@ -42,7 +42,7 @@ def prune(
 
     The parameters stay dense arrays with zeros in them: a masked dense layer is neither
     faster nor smaller than before. What is faster and smaller is a model out of which
-    whole channels, heads, experts or blocks are cut: `js.structured.narrow`.
+    whole channels, heads, experts or blocks are cut: `js.narrowing.narrow`.
 
     Args:
       params: a tree of arrays.

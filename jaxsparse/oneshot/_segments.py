@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jax.extend import core
 
 from jaxsparse._compiled import Keyed
-from jaxsparse.tracing._steps import Step, Steps, key_of
+from jaxsparse.program import Step, Steps, key_of
 
 
 class Segment(NamedTuple):

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxsparse.program import Step, Steps, called, flatten
+from jaxsparse.program import equations as all_equations
 from jaxsparse.tracing import Kernel
-from jaxsparse.tracing._jaxprs import called
-from jaxsparse.tracing._jaxprs import equations as all_equations
-from jaxsparse.tracing._kernels import Reading
-from jaxsparse.tracing._steps import Step, Steps, flatten
+from jaxsparse.tracing.kernels import Reading
 
 Address = tuple[int, ...]
 

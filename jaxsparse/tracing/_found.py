@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse.tracing._changes import Change
-from jaxsparse.tracing._kernels import NotFollowed, Reading, view_of
-from jaxsparse.tracing._values import Site
-from jaxsparse.tracing._walk import Walk
+from jaxsparse.tracing.changes import Change
+from jaxsparse.tracing.kernels import NotFollowed, Reading, view_of
+from jaxsparse.tracing.values import Site
+from jaxsparse.tracing.walk import Walk
 from jaxsparse.tree import MatrixView
 
 

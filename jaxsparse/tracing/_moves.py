@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsparse.tracing import _axes
-from jaxsparse.tracing._axes import Axis, leaf
-from jaxsparse.tracing._unify import Dims, freeze, frozen, out_shapes, unify
+from jaxsparse.tracing import axes as algebra
+from jaxsparse.tracing.axes import Axis, leaf
+from jaxsparse.tracing.dims import Dims, freeze, frozen, out_shapes, unify
 
 
 def transpose(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
@@ -62,7 +62,7 @@ def _regroup(dims: Dims, shape: tuple[int, ...], eqn: Any) -> Dims:
         if big and len(big) == len(source) == 1:
             new = [source[0] if x is big[0] else x for x in new]
         elif big:
-            unify(_axes.product(source), _axes.product(big), eqn)
+            unify(algebra.product(source), algebra.product(big), eqn)
         out.extend(new)
     return tuple(out)
 
@@ -74,7 +74,7 @@ def concatenate(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
         for i, (a, b) in enumerate(zip(ins[0], dims, strict=True)):
             if i != at:
                 unify(a, b, eqn)
-    joined = _axes.concatenation([dims[at] for dims in ins if dims[at].size])
+    joined = algebra.concatenation([dims[at] for dims in ins if dims[at].size])
     return [(*ins[0][:at], joined, *ins[0][at + 1 :])]
 
 
@@ -93,8 +93,8 @@ def unstack(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     rest = ins[0][at]
     for _ in range(ins[0][at].size - 1):
         try:
-            rest = _axes.cut(rest, 1)[1]
-        except _axes.Incompatible as error:
+            rest = algebra.cut(rest, 1)[1]
+        except algebra.Incompatible as error:
             freeze(ins[0][at], f"unstack ({error})", eqn)
             break
     kept = (*ins[0][:at], *ins[0][at + 1 :])
@@ -108,10 +108,10 @@ def split(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     try:
         for n in sizes[:-1]:
             # What is empty, or all that is left, is not cut off.
-            part, rest = _axes.cut(rest, n) if 0 < n < rest.size else _ends(rest, n)
+            part, rest = algebra.cut(rest, n) if 0 < n < rest.size else _ends(rest, n)
             parts.append(part)
         parts.append(rest)
-    except _axes.Incompatible as error:
+    except algebra.Incompatible as error:
         freeze(ins[0][at], f"split ({error})", eqn)
         parts = [frozen(n, "split", eqn) for n in sizes]
     return [(*ins[0][:at], part, *ins[0][at + 1 :]) for part in parts]
@@ -141,13 +141,13 @@ def _slice_axis(axis: Axis, start: int, limit: int, stride: int, eqn: Any) -> Ax
     try:
         if stride == 1 and size:
             if start:
-                axis = _axes.cut(axis, start)[1]
-            return _axes.cut(axis, size)[0] if size < axis.size else axis
+                axis = algebra.cut(axis, start)[1]
+            return algebra.cut(axis, size)[0] if size < axis.size else axis
         if size and n % stride == 0 and size == n // stride:
-            major, minor = _axes.split_minor(axis, stride)
+            major, minor = algebra.split_minor(axis, stride)
             freeze(minor, "strides", eqn)
             return major
-    except _axes.Incompatible:
+    except algebra.Incompatible:
         pass
     freeze(axis, "slice", eqn)
     return frozen(size, "slice", eqn)
@@ -165,7 +165,7 @@ def pad(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
             out.append(frozen(size, "pad", eqn))
             continue
         parts = [leaf(low)] * bool(low) + [axis] + [leaf(high)] * bool(high)
-        out.append(_axes.concatenation(parts))
+        out.append(algebra.concatenation(parts))
     return [tuple(out)]
 
 
@@ -174,7 +174,7 @@ def tile(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     reps = eqn.params["reps"]
     reps = (1,) * (len(ins[0]) - len(reps)) + tuple(reps)
     dims = (*(leaf(1) for _ in range(len(reps) - len(ins[0]))), *ins[0])
-    repeat = lambda n, d: d if n == 1 else _axes.product([frozen(n, "tile", eqn), d])
+    repeat = lambda n, d: d if n == 1 else algebra.product([frozen(n, "tile", eqn), d])
     return [tuple(repeat(n, d) for n, d in zip(reps, dims, strict=True))]
 
 
@@ -203,7 +203,7 @@ def gather(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
         else:
             freeze(operand[source], "gather", eqn)
     for source in numbers.collapsed_slice_dims:
-        _axes.flag(operand[source], "gathered", eqn=eqn)
+        algebra.flag(operand[source], "gathered", eqn=eqn)
     rows = [i for i in range(len(shape)) if i not in numbers.offset_dims]
     for at, axis in zip(rows, indices[:-1], strict=True):
         out[at] = axis
@@ -225,7 +225,7 @@ def scatter(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
             freeze(operand[source], "scatter", eqn)
             freeze(updates[at], "scatter", eqn)
     for source in numbers.inserted_window_dims:
-        _axes.flag(operand[source], "gathered", eqn=eqn)
+        algebra.flag(operand[source], "gathered", eqn=eqn)
     rows = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
     for at, axis in zip(rows, indices[:-1], strict=True):
         unify(updates[at], axis, eqn)

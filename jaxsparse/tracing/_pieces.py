@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsparse.tracing import _axes
-from jaxsparse.tracing._axes import Axis
-from jaxsparse.tracing._counters import Counter
-from jaxsparse.tracing._values import Origin, Value
+from jaxsparse.program import Counter
+from jaxsparse.tracing import axes as algebra
+from jaxsparse.tracing.axes import Axis
+from jaxsparse.tracing.values import Origin, Value
 
 
 def piece_of(eqn: Any, ins: Sequence[Value]) -> Origin | None:
@@ -27,7 +27,7 @@ def piece_of(eqn: Any, ins: Sequence[Value]) -> Origin | None:
     try:
         if name == "rev":
             for at in eqn.params["dimensions"]:
-                dims[at] = _axes.taken(dims[at], reversed(range(dims[at].size)))
+                dims[at] = algebra.taken(dims[at], reversed(range(dims[at].size)))
             return origin._replace(dims=tuple(dims))
         for at, size in enumerate(eqn.params["slice_sizes"]):
             start = ins[1 + at].counter
@@ -39,7 +39,7 @@ def piece_of(eqn: Any, ins: Sequence[Value]) -> Origin | None:
             dims[at], turned = taken
             if start is not None and start.scan is not None and turned is not None:
                 loops.append((start.scan, turned))
-    except _axes.Incompatible:
+    except algebra.Incompatible:
         return None
     # Outermost first, whichever was taken first.
     loops.sort(key=lambda loop: len(loop[0]))
@@ -53,8 +53,8 @@ def _sliced(axis: Axis, size: int, at: Counter) -> tuple[Axis, Axis | None] | No
     if not size or places.min() < 0 or places.max() + size > axis.size:
         return None
     if at.scan is None or not at.step:
-        return _axes.taken(axis, range(at.start, at.start + size)), None
+        return algebra.taken(axis, range(at.start, at.start + size)), None
     if at.step % size or at.start % size or axis.size % size:
         return None
-    major, minor = _axes.split_minor(axis, size)
-    return minor, _axes.taken(major, places // size)
+    major, minor = algebra.split_minor(axis, size)
+    return minor, algebra.taken(major, places // size)

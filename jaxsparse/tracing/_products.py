@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from jaxsparse.tracing import _axes
-from jaxsparse.tracing._jaxprs import Address
-from jaxsparse.tracing._values import Origin, Site, Value, Visit
+from jaxsparse.program import Address
+from jaxsparse.tracing import axes as algebra
+from jaxsparse.tracing.values import Origin, Site, Value, Visit
 
 PASSES = frozenset({"convert_element_type", "copy"})
 """What may lie between the product and the sum."""
@@ -88,9 +88,9 @@ class Product:
             id(x)
             for _, dims in origin.sources
             for axis in dims
-            for x in _axes.leaves(axis)
+            for x in algebra.leaves(axis)
         }
-        has = lambda axis: any(id(x) in mine for x in _axes.leaves(axis))
+        has = lambda axis: any(id(x) in mine for x in algebra.leaves(axis))
         return [i for i, d in enumerate(origin.dims) if d.size > 1 and has(d)]
 
 

@@ -6,7 +6,7 @@ import jax
 
 from jaxsparse import _checks
 from jaxsparse._typing import PyTree
-from jaxsparse.tracing._jaxprs import abstract
+from jaxsparse.program import abstract
 from jaxsparse.tracing._trace import Trace, trace
 
 

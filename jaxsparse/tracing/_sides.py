@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsparse.tracing import _rules
+from jaxsparse.tracing import rules as _rules
 
 Sides = tuple[
     int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]

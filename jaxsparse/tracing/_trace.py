@@ -9,14 +9,14 @@ import jax
 
 from jaxsparse import _checks
 from jaxsparse._typing import PyTree
-from jaxsparse.tracing import _axes
-from jaxsparse.tracing._axes import Axis
-from jaxsparse.tracing._changes import Past
+from jaxsparse.program import Address, abstract
+from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing._found import Kernel, Unfollowed, kernels_of
-from jaxsparse.tracing._jaxprs import Address, abstract
-from jaxsparse.tracing._unify import Dims
-from jaxsparse.tracing._values import Node, Origin, Site
-from jaxsparse.tracing._walk import Walk
+from jaxsparse.tracing.axes import Axis
+from jaxsparse.tracing.changes import Past
+from jaxsparse.tracing.dims import Dims
+from jaxsparse.tracing.values import Node, Origin, Site
+from jaxsparse.tracing.walk import Walk
 from jaxsparse.tree import (
     Axes,
     has_plain_name,
@@ -226,7 +226,7 @@ def trace(
             )
     for name, values in (("input", args[len(paths) :]), ("output", results)):
         for axis in (axis for value in values for axis in value.dims):
-            _axes.flag(axis, name)
+            algebra.flag(axis, name)
     kernels, unfollowed = kernels_of(walk, dict(zip(paths, shapes, strict=True)))
     lookups = {path: tuple(lines) for path, lines in walk.lookups.items()}
     return Trace(

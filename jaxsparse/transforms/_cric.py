@@ -11,17 +11,17 @@ import optax
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.structured import Group
-from jaxsparse.structured._drop import Drop, drop_of
-from jaxsparse.structured._scaling import factors_of, scaled_updates
-from jaxsparse.structured._slices import (
+from jaxsparse.channels.scaling import factors_of, scaled_updates
+from jaxsparse.channels.slices import (
     PRODUCERS,
     check_params,
     dtype_of,
     slices_of,
     wide_leaves,
 )
-from jaxsparse.structured._sums import sums
+from jaxsparse.channels.sums import sums
+from jaxsparse.coupling import Group
+from jaxsparse.coupling.drop import Drop, drop_of
 from jaxsparse.transforms._hesso import Criteria, lowest, removed_by, saliency
 from jaxsparse.transforms._penalties import check_strength
 from jaxsparse.transforms._state import check_transformation
@@ -113,7 +113,7 @@ def cric(
       >>> x = jnp.linspace(-1, 1, 20)[:, None]
       >>> y = apply_fn(params, x)
       >>> loss_fn = lambda params, x: jnp.mean((apply_fn(params, x) - y) ** 2)
-      >>> groups = js.structured.groups(js.trace(apply_fn, params, x)).prunable
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, x)).prunable
       >>> found = js.transforms.cric(loss_fn, params, groups, [x], sparsity=0.4,
       ...                            optimizer=optax.sgd(0.0), steps=5)
       >>> found.drop.indices["up[1]"].tolist()   # not the smallest, it is used most

@@ -9,17 +9,17 @@ import optax
 from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.structured import Group
-from jaxsparse.structured._nesting import nesting
-from jaxsparse.structured._scaling import factors_of, scaled_updates
-from jaxsparse.structured._slices import (
+from jaxsparse.channels.nesting import nesting
+from jaxsparse.channels.scaling import factors_of, scaled_updates
+from jaxsparse.channels.slices import (
     PRODUCERS,
     Slices,
     check_params,
     paths_of,
     slices_of,
 )
-from jaxsparse.structured._sums import entry_counts, squared_norms, sums
+from jaxsparse.channels.sums import entry_counts, squared_norms, sums
+from jaxsparse.coupling import Group
 from jaxsparse.transforms._horizon import evaluate
 from jaxsparse.transforms._penalties import (
     add_scaled,
@@ -70,7 +70,7 @@ def group_lasso(
     heads hold those of the entries of heads.
 
     Args:
-      groups: groups by name, all prunable: `js.structured.groups(trace).prunable`, or a
+      groups: groups by name, all prunable: `js.coupling.groups(trace).prunable`, or a
         dictionary with some of them.
       strength: a number, or a schedule step -> number.
       roles: which members of a group take part, of "input", "output", "batch",
@@ -89,7 +89,7 @@ def group_lasso(
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
       >>> params = {"up": jnp.array([[3.0, 0.0], [4.0, 0.0]]), "down": jnp.ones((2, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
-      >>> groups = js.structured.groups(js.trace(apply_fn, params, jnp.ones((5, 2))))
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 2))))
       >>> tx = js.transforms.group_lasso(groups.prunable, strength=0.1)
       >>> zeros = jax.tree.map(jnp.zeros_like, params)
       >>> grads, state = tx.update(zeros, tx.init(params), params)
@@ -154,7 +154,7 @@ def group_norm_decay(
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
       >>> params = {"up": jnp.array([[4.0, 2.0, 3.0]]), "down": jnp.ones((3, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
-      >>> groups = js.structured.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
       >>> tx = js.transforms.group_norm_decay(groups.prunable, strength=1.0)
       >>> zeros = jax.tree.map(jnp.zeros_like, params)
       >>> grads, _ = tx.update(zeros, tx.init(params), params)
@@ -206,7 +206,7 @@ def prox_group_lasso(
     sum of both penalties (Jenatton et al. 2011, arXiv:1009.2139). Slices of consumers
     (role "input") cross those of the next layer's producers: an error.
 
-    `js.structured.zero_indices(params, groups)` finds what has become zero.
+    `js.channels.zero_indices(params, groups)` finds what has become zero.
 
     Args:
       groups: groups by name, all prunable.
@@ -223,7 +223,7 @@ def prox_group_lasso(
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
       >>> params = {"up": jnp.array([[3.0, 0.1], [4.0, 0.1]]), "down": jnp.ones((2, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
-      >>> groups = js.structured.groups(js.trace(apply_fn, params, jnp.ones((5, 2))))
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 2))))
       >>> tx = optax.chain(optax.sgd(0.1), js.transforms.prox_group_lasso(
       ...     groups.prunable, strength=0.5**0.5))
       >>> zeros = jax.tree.map(jnp.zeros_like, params)

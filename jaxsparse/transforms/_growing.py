@@ -9,9 +9,9 @@ from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, Cadence, PyTree
-from jaxsparse.structured import Group
-from jaxsparse.structured._slices import PRODUCERS, check_params, dtype_of, slices_of
-from jaxsparse.structured._sums import squared_norms
+from jaxsparse.channels.slices import PRODUCERS, check_params, dtype_of, slices_of
+from jaxsparse.channels.sums import squared_norms
+from jaxsparse.coupling import Group
 from jaxsparse.transforms._horizon import as_cadence
 from jaxsparse.transforms._penalties import add_scaled, check_strength, weakness
 
@@ -72,7 +72,7 @@ def growing_regularization(
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
       >>> params = {"up": jnp.array([[4.0, 2.0, 3.0]]), "down": jnp.ones((3, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
-      >>> groups = js.structured.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
       >>> tx = js.transforms.growing_regularization(
       ...     groups.prunable, increment=0.5, every=10)
       >>> zeros = jax.tree.map(jnp.zeros_like, params)

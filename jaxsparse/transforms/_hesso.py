@@ -14,10 +14,8 @@ from jaxsparse import _checks
 from jaxsparse._loops import when
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.structured import Group
-from jaxsparse.structured._drop import Drop, drop_of
-from jaxsparse.structured._scaling import factors_of, scaled_updates, spread
-from jaxsparse.structured._slices import (
+from jaxsparse.channels.scaling import factors_of, scaled_updates, spread
+from jaxsparse.channels.slices import (
     PRODUCERS,
     Slices,
     check_params,
@@ -26,7 +24,9 @@ from jaxsparse.structured._slices import (
     wide_dtype,
     wide_leaves,
 )
-from jaxsparse.structured._sums import entry_counts, sums
+from jaxsparse.channels.sums import entry_counts, sums
+from jaxsparse.coupling import Group
+from jaxsparse.coupling.drop import Drop, drop_of
 from jaxsparse.transforms._state import check_transformation
 from jaxsparse.tree import leaves_with_paths, map_with_path, unwrap_variables
 
@@ -96,7 +96,7 @@ def hesso(
         tx = js.transforms.hesso(optax.adam(1e-3), groups.prunable, sparsity=0.5,
                                  begin=1_000, periods=5, duration=200)
         ...                                        # train
-        drop = js.transforms.dropped(opt_state)    # for js.structured.narrow
+        drop = js.transforms.dropped(opt_state)    # for js.narrowing.narrow
 
     Saliency is a weighted sum of `Criteria`. By default x are the slices of the
     producers (outputs of kernels, the biases and scales along them), as in OTO's
@@ -120,7 +120,7 @@ def hesso(
 
     Args:
       optimizer: all of the optimizer: clipping, weight decay and so on inside.
-      groups: groups by name, all prunable: `js.structured.groups(trace).prunable`, or a
+      groups: groups by name, all prunable: `js.coupling.groups(trace).prunable`, or a
         dictionary with some of them. If heads and their entries are both there, an
         index of the one may lie in one of the other.
       sparsity: the fraction of all indices that goes.
@@ -145,7 +145,7 @@ def hesso(
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
       >>> params = {"up": jnp.array([[4.0, 1.0, 3.0, 2.0]]), "down": jnp.ones((4, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
-      >>> groups = js.structured.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
       >>> tx = js.transforms.hesso(optax.sgd(0.1), groups.prunable, sparsity=0.5,
       ...                          begin=0, periods=1, duration=2)
       >>> zeros, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
@@ -216,7 +216,7 @@ def dropped(opt_state: PyTree) -> Drop:
         `nnx.Optimizer`, with values.
 
     Returns:
-      For `js.structured.narrow`; groups that lost nothing are not in it.
+      For `js.narrowing.narrow`; groups that lost nothing are not in it.
 
     Raises:
       ValueError: no `HessoState` inside, or several.

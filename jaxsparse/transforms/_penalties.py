@@ -10,8 +10,8 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.structured._scaling import spread
-from jaxsparse.structured._slices import Slices, wide_leaves, widen
+from jaxsparse.channels.scaling import spread
+from jaxsparse.channels.slices import Slices, wide_leaves, widen
 from jaxsparse.tree import leaves_with_paths, map_with_path
 
 

@@ -12,11 +12,11 @@ from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.structured import Group
-from jaxsparse.structured._nesting import nesting
-from jaxsparse.structured._scaling import factors_of, scaled_updates
-from jaxsparse.structured._slices import PRODUCERS, Slices, check_params, slices_of
-from jaxsparse.structured._sums import entry_counts, sums
+from jaxsparse.channels.nesting import nesting
+from jaxsparse.channels.scaling import factors_of, scaled_updates
+from jaxsparse.channels.slices import PRODUCERS, Slices, check_params, slices_of
+from jaxsparse.channels.sums import entry_counts, sums
+from jaxsparse.coupling import Group
 from jaxsparse.transforms._group_lasso import PenaltyState
 from jaxsparse.transforms._horizon import evaluate
 from jaxsparse.transforms._penalties import check_strength, moved_leaves
@@ -58,7 +58,7 @@ def wgsef_prox(
             groups, sparsity=0.5, strength=rate * 0.1))
 
     A small strength empties few indices in one step; their u, and with it what is kept
-    of them in each step, goes down over many. `js.structured.zero_indices(params,
+    of them in each step, goes down over many. `js.channels.zero_indices(params,
     groups)` finds what has become zero.
 
     Complexity: the parameters are read twice; t by 50 halvings over the indices.
@@ -84,7 +84,7 @@ def wgsef_prox(
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
       >>> params = {"up": jnp.array([[4.0, 1.0, 3.0]]), "down": jnp.ones((3, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
-      >>> groups = js.structured.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
       >>> tx = optax.chain(optax.sgd(0.1), js.transforms.wgsef_prox(
       ...     groups.prunable, sparsity=1 / 3, strength=1.0))
       >>> zeros = jax.tree.map(jnp.zeros_like, params)

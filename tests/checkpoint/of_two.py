@@ -77,27 +77,27 @@ def layerwise(directory):
 def structured(kind):
     params = spread(kind)
     trace = js.trace(apply_fn, HOST, BATCHES[0])
-    groups = js.structured.groups(trace)
-    score = lambda p: js.structured.lamp(
-        js.structured.group_scores(groups, js.scores.magnitude(p))
+    groups = js.coupling.groups(trace)
+    score = lambda p: js.channels.lamp(
+        js.channels.channel_scores(groups, js.scores.magnitude(p))
     )
     scores, expected = score(params), score(HOST)
     same(scores, expected, rtol=1e-6)
-    drop = js.structured.select(groups, scores, 0.5)
-    same(drop.indices, js.structured.select(groups, expected, 0.5).indices)
-    small, whole = (js.structured.narrow(trace, p, drop) for p in (params, HOST))
+    drop = js.channels.drop_lowest(groups, scores, 0.5)
+    same(drop.indices, js.channels.drop_lowest(groups, expected, 0.5).indices)
+    small, whole = (js.narrowing.narrow(trace, p, drop) for p in (params, HOST))
     same(small.params, whole.params)
     assert not small.params["a"].is_fully_addressable
     if kind == AxisType.Explicit:  # the rest is the same
         return small.params, whole.params
     same(
-        js.structured.widen(trace, small.params, drop),
-        js.structured.widen(trace, whole.params, drop),
+        js.narrowing.widen(trace, small.params, drop),
+        js.narrowing.widen(trace, whole.params, drop),
     )
-    state = js.structured.narrow_like(trace, {"m": params}, drop)
+    state = js.narrowing.narrow_like(trace, {"m": params}, drop)
     same(state["m"], whole.params)
-    gone = js.structured.masks(trace, drop)
-    empty = js.structured.zero_indices(js.patterns.apply(params, gone), groups.prunable)
+    gone = js.narrowing.drop_masks(trace, drop)
+    empty = js.channels.zero_indices(js.patterns.apply(params, gone), groups.prunable)
     same(empty.indices, drop.indices)
     return small.params, whole.params
 

@@ -13,7 +13,7 @@ PARAMS = {
     "b": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3, jnp.bfloat16)},
     "a": [jnp.arange(3), jnp.array(True)],
 }
-DROP = js.structured.Drop(
+DROP = js.coupling.Drop(
     {"b/kernel[1]": np.array([[0, 2], [1, 3]]), "c[0]": np.array([4])},
     {"b/kernel[1]": 8, "c[0]": 5},
 )
@@ -60,14 +60,14 @@ def test_a_narrowed_model_in_another_process(tmp_path):
     params = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}
     x = jnp.ones((4, 3))
     trace = js.trace(apply_fn, params, x)
-    drop = js.structured.Drop({"a[1]": np.array([0, 5])}, {"a[1]": 8})
-    small = js.structured.narrow(trace, params, drop)
+    drop = js.coupling.Drop({"a[1]": np.array([0, 5])}, {"a[1]": 8})
+    small = js.narrowing.narrow(trace, params, drop)
     js.checkpoint.export(tmp_path / "m.npz", small.params, drop=drop)
 
     abstract = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), params)
     again = js.trace(apply_fn, abstract, x)
     read = js.checkpoint.load_export(tmp_path / "m.npz")
-    run = js.structured.narrow(again, abstract, read.drop).apply_fn
+    run = js.narrowing.narrow(again, abstract, read.drop).apply_fn
     loaded = jax.tree.unflatten(again.treedef, list(read.params.values()))
     np.testing.assert_array_equal(run(loaded, x), small.apply_fn(small.params, x))
 

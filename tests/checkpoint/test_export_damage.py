@@ -17,7 +17,7 @@ PARAMS = {
     "mask": RNG.random(40) < 0.5,
 }
 NAMES = ["b/half", "b/kernel", "mask"]
-DROP = js.structured.Drop({"b/kernel[1]": np.array([0, 2])}, {"b/kernel[1]": 14})
+DROP = js.coupling.Drop({"b/kernel[1]": np.array([0, 2])}, {"b/kernel[1]": 14})
 
 
 def same(read):

@@ -262,7 +262,7 @@ def test_what_is_no_drop(tmp_path):
     with pytest.raises(
         ValueError, match=r"drop: what is dropped of g is not different"
     ):
-        export(js.structured.Drop({"g": np.array([4])}, {"g": 4}))
+        export(js.coupling.Drop({"g": np.array([4])}, {"g": 4}))
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

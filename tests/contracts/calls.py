@@ -97,7 +97,7 @@ def trace():
 
 @functools.cache
 def groups():
-    return js.structured.groups(trace()).prunable
+    return js.coupling.groups(trace()).prunable
 
 
 @functools.cache
@@ -111,7 +111,7 @@ def channel_scores():
 
 
 def drop():
-    return js.structured.Drop({name(): np.array([1, 3])}, {name(): 16})
+    return js.coupling.Drop({name(): np.array([1, 3])}, {name(): 16})
 
 
 def input_stats(d):
@@ -190,7 +190,7 @@ def experts():
 
 @functools.cache
 def atomic():
-    return js.structured.atomic_init((4,), 8)
+    return js.experts.atomic_init((4,), 8)
 
 
 @functools.cache
@@ -350,18 +350,18 @@ CALLS = {
         "temperature": 2.0,
         "hardness": 1.0,
     },
-    "oneshot.channel_errors": lambda: {
+    "channels.obs_errors": lambda: {
         "groups": groups(),
         "params": params(),
         "stats": stats(),
     },
-    "oneshot.greedy_channels": lambda: {
+    "channels.obs_greedy": lambda: {
         "groups": groups(),
         "params": params(),
         "stats": stats(),
         "sparsity": 0.5,
     },
-    "oneshot.refit_channels": lambda: {
+    "channels.obs_refit": lambda: {
         "groups": groups(),
         "params": params(),
         "stats": stats(),
@@ -469,145 +469,145 @@ CALLS = {
         "mask": np.asarray(matrix()) > 0,
         "gram": gram(),
     },
-    "structured.atomic_init": lambda: {"batch": (4,), "size": 8},
-    "structured.atomic_merge": lambda: {"a": atomic(), "b": atomic()},
-    "structured.atomic_scores": lambda: {"sums": atomic()},
-    "structured.atomic_update": lambda: {
+    "experts.atomic_init": lambda: {"batch": (4,), "size": 8},
+    "experts.atomic_merge": lambda: {"a": atomic(), "b": atomic()},
+    "experts.atomic_scores": lambda: {"sums": atomic()},
+    "experts.atomic_update": lambda: {
         "sums": atomic(),
         "x": rows(4, 2, 8),
         "g": rows(4, 2, 3),
         "down": rows(4, 8, 3),
     },
-    "structured.atomic_update_ragged": lambda: {
+    "experts.atomic_update_ragged": lambda: {
         "sums": atomic(),
         "x": rows(4, 8),
         "g": rows(4, 3),
         "down": rows(4, 8, 3),
         "group_sizes": np.array([1, 1, 1, 1], np.int32),
     },
-    "structured.blocks": lambda: {"trace": of_residual()},
-    "structured.select_to": lambda: {
+    "depth.residual_blocks": lambda: {"trace": of_residual()},
+    "channels.drop_to_budget": lambda: {
         "groups": groups(),
         "scores": channel_scores(),
-        "cost": js.structured.dropped_fraction,
+        "cost": js.channels.dropped_fraction,
         "budget": 1.0,
     },
-    "structured.bn_scale": lambda: {
+    "channels.bn_scale": lambda: {
         "groups": groups(),
         "params": params(),
         "where": ".",
     },
-    "structured.fpgm": lambda: {"groups": groups(), "params": params()},
-    "structured.gate_scores": lambda: {
+    "channels.fpgm": lambda: {"groups": groups(), "params": params()},
+    "channels.gate_scores": lambda: {
         "groups": groups(),
         "loss_fn": loss_fn,
         "params": params(),
         "batch": batch(),
     },
-    "structured.cluster_experts": lambda: {
+    "experts.cluster_experts": lambda: {
         "distances": abs(np.arange(4.0)[:, None] - np.arange(4.0)),
         "clusters": 2,
     },
-    "structured.expert_distances": lambda: {"router": rows(4, 8)},
-    "structured.medoids": lambda: {"experts": experts(), "labels": LABELS},
-    "structured.merge_clusters": lambda: {
+    "experts.expert_distances": lambda: {"router": rows(4, 8)},
+    "experts.medoids": lambda: {"experts": experts(), "labels": LABELS},
+    "experts.merge_clusters": lambda: {
         "experts": experts(),
         "router": rows(4, 8),
         "labels": LABELS,
     },
-    "structured.cost": lambda: {"trace": trace(), "drop": drop()},
-    "structured.knapsack": lambda: {
+    "narrowing.cost": lambda: {"trace": trace(), "drop": drop()},
+    "depth.knapsack": lambda: {
         "losses": {"a": 1.0, "b": 2.0},
         "sizes": {"a": 10, "b": 20},
         "at_least": 10,
     },
-    "structured.nm_gates": lambda: {
+    "depth.nm_gates": lambda: {
         "logits": rows(2, 2),
         "key": key(),
         "keep": 1,
         "of": 2,
         "temperature": 1.0,
     },
-    "structured.nm_options": lambda: {"keep": 1, "of": 2},
-    "structured.zero_indices": lambda: {"params": params(), "groups": groups()},
-    "structured.flap": lambda: {
+    "depth.nm_options": lambda: {"keep": 1, "of": 2},
+    "channels.zero_indices": lambda: {"params": params(), "groups": groups()},
+    "channels.flap_scores": lambda: {
         "groups": groups(),
         "params": params(),
         "stats": stats(),
     },
-    "structured.flap_compensation": lambda: {
+    "channels.flap_compensation": lambda: {
         "groups": groups(),
         "params": params(),
         "stats": stats(),
         "drop": drop(),
     },
-    "structured.gate_penalty": lambda: {
+    "depth.gate_penalty": lambda: {
         "gates": {"a": jnp.ones(()), "b": jnp.ones(())},
         "costs": {"a": 1.0, "b": 2.0},
         "budget": 0.5,
     },
-    "structured.gated": lambda: {"trace": of_residual()},
-    "structured.group_experts": lambda: {
+    "depth.gated": lambda: {"trace": of_residual()},
+    "experts.group_experts": lambda: {
         "usage": np.arange(4.0),
         "similarity": np.eye(4),
         "groups": 2,
     },
-    "structured.router_similarity": lambda: {"logits": rows(6, 4)},
-    "structured.groups": lambda: {"trace": trace()},
-    "structured.block_similarity": lambda: {
+    "experts.router_similarity": lambda: {"logits": rows(6, 4)},
+    "coupling.groups": lambda: {"trace": trace()},
+    "depth.block_similarity": lambda: {
         "trace": of_residual(),
         "params": blocks(),
         "batches": [batch()],
     },
-    "structured.output_losses": lambda: {
+    "depth.output_losses": lambda: {
         "trace": of_residual(),
         "params": blocks(),
         "batches": [batch()],
     },
-    "structured.align_experts": lambda: {
+    "experts.align_experts": lambda: {
         "experts": experts(),
         "to": np.array([0, 0, 2, 2]),
         "hidden": {"up": 2, "down": 1},
     },
-    "structured.merge_experts": lambda: {"experts": experts(), "labels": LABELS},
-    "structured.merge_gates": lambda: {"gates": rows(2, 4), "labels": LABELS},
-    "structured.masks": lambda: {"trace": trace(), "drop": drop()},
-    "structured.narrow": lambda: {"trace": trace(), "params": params(), "drop": drop()},
-    "structured.widen": lambda: {
+    "experts.merge_experts": lambda: {"experts": experts(), "labels": LABELS},
+    "experts.merge_gates": lambda: {"gates": rows(2, 4), "labels": LABELS},
+    "narrowing.drop_masks": lambda: {"trace": trace(), "drop": drop()},
+    "narrowing.narrow": lambda: {"trace": trace(), "params": params(), "drop": drop()},
+    "narrowing.widen": lambda: {
         "trace": trace(),
-        "params": js.structured.narrow(trace(), params(), drop()).params,
+        "params": js.narrowing.narrow(trace(), params(), drop()).params,
         "drop": drop(),
     },
-    "structured.lamp": lambda: {"scores": channel_scores()},
-    "structured.normalize_max": lambda: {"scores": channel_scores()},
-    "structured.normalize_mean": lambda: {"scores": channel_scores()},
-    "structured.normalize_norm": lambda: {"scores": channel_scores()},
-    "structured.normalize_quantile": lambda: {"scores": channel_scores(), "q": 0.5},
-    "structured.normalize_range": lambda: {"scores": channel_scores()},
-    "structured.standardize": lambda: {"scores": channel_scores()},
-    "structured.per_parameter": lambda: {
+    "channels.lamp": lambda: {"scores": channel_scores()},
+    "channels.normalize_max": lambda: {"scores": channel_scores()},
+    "channels.normalize_mean": lambda: {"scores": channel_scores()},
+    "channels.normalize_norm": lambda: {"scores": channel_scores()},
+    "channels.normalize_quantile": lambda: {"scores": channel_scores(), "q": 0.5},
+    "channels.normalize_range": lambda: {"scores": channel_scores()},
+    "channels.standardize": lambda: {"scores": channel_scores()},
+    "channels.per_parameter": lambda: {
         "groups": groups(),
         "scores": channel_scores(),
         "params": params(),
     },
-    "structured.remove_blocks": lambda: {
+    "depth.remove_blocks": lambda: {
         "trace": of_residual(),
         "params": blocks(),
         "names": ["1"],
     },
-    "structured.share_blocks": lambda: {
+    "depth.share_blocks": lambda: {
         "trace": of_residual(),
         "params": blocks(),
         "followers": {"1": "0"},
     },
-    "structured.group_scores": lambda: {"groups": groups(), "scores": scores()},
-    "structured.dropped_fraction": lambda: {"drop": drop()},
-    "structured.select": lambda: {
+    "channels.channel_scores": lambda: {"groups": groups(), "scores": scores()},
+    "channels.dropped_fraction": lambda: {"drop": drop()},
+    "channels.drop_lowest": lambda: {
         "groups": groups(),
         "scores": channel_scores(),
         "sparsity": 0.5,
     },
-    "structured.narrow_like": lambda: {
+    "narrowing.narrow_like": lambda: {
         "trace": trace(),
         "tree": optax.adam(0.1).init(params()),
         "drop": drop(),

@@ -57,7 +57,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     tx = js.enforce(optax.chain(js.prune_schedule(0.5, every=1), optax.adam(1e-3)))
     state = functools.cache(lambda: tx.init(params))
     statistics = functools.cache(lambda: js.calibration.run(trace, params, batches))
-    groups = js.structured.groups(trace).prunable
+    groups = js.coupling.groups(trace).prunable
     return {
         "prune 40 shapes": lambda: js.prune(many, 0.9),
         "prune": lambda: prune(0.5),
@@ -72,7 +72,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "calibration": lambda: js.calibration.run(trace, params, batches),
         "wanda": lambda: js.scores.wanda(params, statistics()),
         "layerwise": lambda: js.oneshot.layerwise(model, params, batches, sparsity=0.5),
-        "group_scores": lambda: js.structured.group_scores(
+        "group_scores": lambda: js.channels.channel_scores(
             groups, js.scores.magnitude(params)
         ),
         "sparsity_of": lambda: js.patterns.sparsity_of(prune(0.5).masks, params),

@@ -256,12 +256,12 @@ def test_second_order(name):
 def test_narrow(name):
     lib = library(name)
     trace = js.trace(lib.apply_fn, lib.params, X)
-    groups = js.structured.groups(trace)
-    scores = js.structured.group_scores(groups, js.scores.magnitude(lib.params))
-    drop = js.structured.select(groups, scores, 0.5)
-    masks = js.structured.masks(trace, drop)
+    groups = js.coupling.groups(trace)
+    scores = js.channels.channel_scores(groups, js.scores.magnitude(lib.params))
+    drop = js.channels.drop_lowest(groups, scores, 0.5)
+    masks = js.narrowing.drop_masks(trace, drop)
     masked = js.patterns.apply(lib.params, masks)
-    small = js.structured.narrow(trace, lib.params, drop)
+    small = js.narrowing.narrow(trace, lib.params, drop)
     shapes = [w.shape for w in arrays_of(small.params, lib)]
     assert shapes == [(8, 8), (8,), (8, 4), (4,)]
     np.testing.assert_allclose(

@@ -52,7 +52,7 @@ def test_dir_has_public_names_alone():
 def test_help_says_what_is_faster():
     text = " ".join(inspect.getdoc(js.prune).split())
     assert "a masked dense layer is neither faster nor smaller" in text
-    assert "`js.structured.narrow`" in text
+    assert "`js.narrowing.narrow`" in text
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -49,7 +49,7 @@ def batch(step):
 @functools.cache
 def groups():
     shapes = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in SHAPES.items()}
-    return js.structured.groups(js.trace(apply_fn, shapes, batch(0))).prunable
+    return js.coupling.groups(js.trace(apply_fn, shapes, batch(0))).prunable
 
 
 @functools.cache

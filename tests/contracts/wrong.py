@@ -457,8 +457,8 @@ KINDS = {
     "curvature.mfac.grads": ALONE,
     "patterns.pack.masks": TREE | {"floats": MASKS["floats"]},
     "keep_sparse.masks": TREE | {"floats": MASKS["floats"]},
-    "structured.group_experts.groups": INTEGER,
-    "structured.narrow_like.tree": {},  # anything, of which parameters' parts are cut
+    "experts.group_experts.groups": INTEGER,
+    "narrowing.narrow_like.tree": {},  # anything, of which parameters' parts are cut
     "tree.leaves_with_paths.tree": {},  # any pytree
     "tree.map_with_path.tree": {},
     "tree.keys_like.tree": {},
@@ -473,13 +473,13 @@ KINDS = {
     "tree.to_matrices.w": SHAPED,
     "tree.from_matrices.matrices": SHAPED,
     "scores.bias_compensation.mean": SHAPED | {"another width": np.ones(5, np.float32)},
-    "structured.expert_distances.router": FLAT,
-    "structured.router_similarity.logits": FLAT,
+    "experts.expert_distances.router": FLAT,
+    "experts.router_similarity.logits": FLAT,
     "solvers.magnitude.gram": GRAM,
     "solvers.wanda.gram": GRAM,
     "calibration.init.gram": SWITCH,
     "calibration.init.batch": SHAPE,
-    "structured.atomic_init.batch": SHAPE,
+    "experts.atomic_init.batch": SHAPE,
     "allocations.evolve.batches": {"None": None, "a number": 3, "empty": []},
     "allocations.evolve.sizes": {
         "None": None,
@@ -504,16 +504,16 @@ KINDS = {
         "too short": np.ones(3, bool),
         "a string": "k",
     },
-    "structured.merge_gates.gates": MATRIX,
-    "structured.normalize_max.scores": ANY_SIZE,
-    "structured.select.scores": BY_GROUP,
-    "structured.select_to.scores": BY_GROUP,
-    "structured.per_parameter.scores": BY_GROUP,
-    "structured.lamp.scores": ANY_SIZE,
-    "structured.normalize_mean.scores": ANY_SIZE,
-    "structured.normalize_norm.scores": ANY_SIZE,
-    "structured.normalize_range.scores": ANY_SIZE,
-    "structured.standardize.scores": ANY_SIZE,
+    "experts.merge_gates.gates": MATRIX,
+    "channels.normalize_max.scores": ANY_SIZE,
+    "channels.drop_lowest.scores": BY_GROUP,
+    "channels.drop_to_budget.scores": BY_GROUP,
+    "channels.per_parameter.scores": BY_GROUP,
+    "channels.lamp.scores": ANY_SIZE,
+    "channels.normalize_mean.scores": ANY_SIZE,
+    "channels.normalize_norm.scores": ANY_SIZE,
+    "channels.normalize_range.scores": ANY_SIZE,
+    "channels.standardize.scores": ANY_SIZE,
     "schedules.at.*": {
         "text": ("a",),
         "fractions": (1.5,),
@@ -572,8 +572,8 @@ TAKEN = [
     ("losses.distill", ".*_logits", "NaN", "the loss is NaN, as any would be"),
     ("curvature.span_ihvp", "coefficients", "NaN", "a product, and no choice"),
     ("scores.bias_compensation", "w", "NaN", "a product, and no choice"),
-    ("structured.merge_gates", "gates", "NaN", "a sum within a model, and no choice"),
-    ("structured.nm_gates", "logits", "NaN", "within a model, under jit"),
+    ("experts.merge_gates", "gates", "NaN", "a sum within a model, and no choice"),
+    ("depth.nm_gates", "logits", "NaN", "within a model, under jit"),
 ]
 # Only these look at shapes alone.
 OF_SHAPES = {
@@ -583,11 +583,11 @@ OF_SHAPES = {
     *(
         "curvature.window_init",
         "scores.random",
-        "structured.narrow",
-        "structured.widen",
+        "narrowing.narrow",
+        "narrowing.widen",
     ),
-    *("structured.per_parameter", "structured.remove_blocks"),
-    *("structured.share_blocks", "trace", "tracing.retrace", "tree.select"),
+    *("channels.per_parameter", "depth.remove_blocks"),
+    *("depth.share_blocks", "trace", "tracing.retrace", "tree.select"),
     "report.table",
 }
 

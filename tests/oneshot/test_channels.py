@@ -46,7 +46,7 @@ def refitted_by_hand(apply_fn, params, x, gone):
 def setting(damping=1e-9):
     apply_fn, params, x = two_readers()
     trace = js.trace(apply_fn, params, x)
-    groups = js.structured.groups(trace)
+    groups = js.coupling.groups(trace)
     stats = js.calibration.run(trace, params, [x], where=r"^[abc]$")
     return apply_fn, params, x, trace, groups, stats, {"rel_damping": damping}
 
@@ -54,7 +54,7 @@ def setting(damping=1e-9):
 def test_scores_are_the_rise_of_the_error_after_a_refit():
     with jax.enable_x64(True):
         apply_fn, params, x, _, groups, stats, options = setting()
-        scores = js.oneshot.channel_errors(groups, params, stats, **options)
+        scores = js.channels.obs_errors(groups, params, stats, **options)
         (name,) = scores
         for i in range(8):
             new = refitted_by_hand(apply_fn, params, x, [i])
@@ -65,13 +65,13 @@ def test_scores_are_the_rise_of_the_error_after_a_refit():
 def test_refits_are_least_squares_and_what_is_narrowed_then():
     with jax.enable_x64(True):
         apply_fn, params, x, trace, groups, stats, options = setting()
-        drop = js.structured.Drop({"up[1]": np.array([1, 4, 6])}, {"up[1]": 8})
-        new = js.oneshot.refit_channels(groups, params, stats, drop, **options)
+        drop = js.coupling.Drop({"up[1]": np.array([1, 4, 6])}, {"up[1]": 8})
+        new = js.channels.obs_refit(groups, params, stats, drop, **options)
         by_hand = refitted_by_hand(apply_fn, params, x, [1, 4, 6])
         for name in params:
             np.testing.assert_allclose(new[name], by_hand[name], atol=1e-5)
         np.testing.assert_array_equal(new["up"], params["up"])
-        small = js.structured.narrow(trace, new, drop)
+        small = js.narrowing.narrow(trace, new, drop)
         error = outputs_error(small.apply_fn, small.params, small.params, x)
         assert error == 0
         got = outputs_error(
@@ -93,9 +93,9 @@ def test_greedy_is_the_best_of_each_step():
         _, params, x = two_readers()
         params = {k: params[k] for k in ("up", "a", "b")}
         trace = js.trace(apply_fn, params, x)
-        groups = js.structured.groups(trace)
+        groups = js.coupling.groups(trace)
         stats = js.calibration.run(trace, params, [x], where=r"^[ab]$")
-        drop = js.oneshot.greedy_channels(groups, params, stats, 0.5, rel_damping=1e-9)
+        drop = js.channels.obs_greedy(groups, params, stats, 0.5, rel_damping=1e-9)
         h, gone = np.tanh(x @ params["up"]), []
         both = np.concatenate([params["a"], params["b"]], 1)
         for _ in range(4):
@@ -123,23 +123,23 @@ def test_on_whole_models_refitting_helps(name):
         rng = np.random.default_rng(3)
         more = tuple(jnp.asarray(rng.normal(size=(24, *x.shape[1:]))) for x in inputs)
         trace = js.trace(apply_fn, params, *more)
-        groups = js.structured.groups(trace).prunable
+        groups = js.coupling.groups(trace).prunable
         stats = js.calibration.run(
             trace, params, [more[0]], where=r"kernel|gate|up|down"
         )
         # What no kernel reads alone (the width of queries) has no score.
-        scores = js.oneshot.channel_errors(groups, params, stats)
-        drop = js.oneshot.greedy_channels(groups, params, stats, 0.4)
+        scores = js.channels.obs_errors(groups, params, stats)
+        drop = js.channels.obs_greedy(groups, params, stats, 0.4)
         assert drop.indices.keys() == scores.keys()
         for name, gone in drop.indices.items():
             size, copies = groups[name].size, groups[name].copies
             assert gone.shape == (*copies, int(np.floor(0.4 * size + 0.5)))
         drops = [
-            js.structured.Drop({n: i}, {n: groups[n].size})
+            js.coupling.Drop({n: i}, {n: groups[n].size})
             for n, i in drop.indices.items()
             if i.size
         ]
-        refit = functools.partial(js.oneshot.refit_channels, groups, params, stats)
+        refit = functools.partial(js.channels.obs_refit, groups, params, stats)
         refitted = [refit(drop) for drop in drops]
 
         @jax.jit  # all at once: most of the time is compilation
@@ -148,7 +148,7 @@ def test_on_whole_models_refitting_helps(name):
             lost = lambda p, masks: jnp.sum(
                 (apply_fn(js.patterns.apply(p, masks), *more) - dense) ** 2
             )
-            masks = [js.structured.masks(trace, drop) for drop in drops]
+            masks = [js.narrowing.drop_masks(trace, drop) for drop in drops]
             return (
                 jnp.stack([lost(p, m) for p, m in zip(refitted, masks, strict=True)]),
                 jnp.stack([lost(params, m) for m in masks]),
@@ -162,8 +162,8 @@ def test_errors_name_the_kernel():
     _, params, x, trace, groups, stats, _ = setting()
     without = js.calibration.run(trace, params, [x], where=r"^[abc]$", gram=False)
     with pytest.raises(ValueError, match=r"[abc]: its statistics are without a gram"):
-        js.oneshot.channel_errors(groups, params, without)
+        js.channels.obs_errors(groups, params, without)
     fewer = js.calibration.run(trace, params, [x], where=r"^a$")
     with pytest.raises(ValueError, match=r"reads up\[1\] but has no statistics"):
-        js.oneshot.channel_errors(groups, params, fewer, where=r"^[abc]$")
+        js.channels.obs_errors(groups, params, fewer, where=r"^[abc]$")
     assert stats.paths == ("a", "b", "c")

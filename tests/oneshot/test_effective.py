@@ -150,7 +150,7 @@ def channels(weight):
     params, x = numbers()
     apply_fn = lambda p, x: jax.nn.relu(x @ p["v"]) @ weight(p)
     trace = js.trace(apply_fn, params, x)
-    groups = js.structured.groups(trace)
+    groups = js.coupling.groups(trace)
     return groups, params, js.calibration.run(trace, params, [x])
 
 
@@ -163,13 +163,13 @@ def test_channels_and_scores_of_what_is_changed_are_refused(weight):
     groups, params, stats = channels(weight)
     pattern = r"^o: `(sub|mul)` at .*test_effective.py:\d+ .*`where`, or fold it"
     with pytest.raises(ValueError, match=pattern):
-        js.oneshot.channel_errors(groups, params, stats)
+        js.channels.obs_errors(groups, params, stats)
     with pytest.raises(ValueError, match=pattern):
-        js.oneshot.greedy_channels(groups, params, stats, 0.5)
+        js.channels.obs_greedy(groups, params, stats, 0.5)
     name = next(n for n in groups if n.startswith("v"))
-    drop = js.structured.Drop({name: np.array([0])}, {name: 8})
+    drop = js.coupling.Drop({name: np.array([0])}, {name: 8})
     with pytest.raises(ValueError, match=pattern):
-        js.oneshot.refit_channels(groups, params, stats, drop)
+        js.channels.obs_refit(groups, params, stats, drop)
     for score in (js.scores.wanda, js.scores.flap):
         with pytest.raises(ValueError, match=pattern):
             score(params, stats, where="^o$")

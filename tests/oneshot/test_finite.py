@@ -105,8 +105,8 @@ def test_rows_that_do_not_count_may_be_nan():
 def test_channel_recipes_name_a_kernel_with_nan():
     params, batches = numbers()
     trace = js.trace(apply_fn, params, batches[0])
-    groups = js.structured.groups(trace)
+    groups = js.coupling.groups(trace)
     stats = js.calibration.run(trace, params, batches)
     broken, _ = spoiled("down", np.nan)
     with pytest.raises(ValueError, match=r"^down: 1 of its entries are NaN"):
-        js.oneshot.channel_errors(groups, broken, stats)
+        js.channels.obs_errors(groups, broken, stats)

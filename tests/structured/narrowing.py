@@ -33,7 +33,7 @@ def close(got, want, message=""):
 
 
 def masked(trace, params, drop, allow=ALLOW):
-    return js.patterns.apply(params, js.structured.masks(trace, drop, allow=allow))
+    return js.patterns.apply(params, js.narrowing.drop_masks(trace, drop, allow=allow))
 
 
 def assert_narrowed_equals_masked(
@@ -53,15 +53,15 @@ def assert_narrowed_equals_masked(
       For each drop whether it changes the outputs: else nothing has been shown.
     """
     trace = js.trace(apply_fn, params, *inputs)
-    chosen = drops(js.structured.groups(trace, allow=ALLOW).prunable)
-    narrow = lambda p, drop: js.structured.narrow(trace, p, drop, allow=ALLOW)
+    chosen = drops(js.coupling.groups(trace, allow=ALLOW).prunable)
+    narrow = lambda p, drop: js.narrowing.narrow(trace, p, drop, allow=ALLOW)
     loss = lambda f: lambda p: jnp.sum(jnp.sin(f(p, *inputs)))
     sizes = []
 
     def both(params, drop):
         small, zeroed = narrow(params, drop), masked(trace, params, drop)
         sizes.append(small.sizes)
-        back = js.structured.widen(trace, small.params, drop, allow=ALLOW)
+        back = js.narrowing.widen(trace, small.params, drop, allow=ALLOW)
         got, want = small.apply_fn(small.params, *inputs), apply_fn(zeroed, *inputs)
         slopes = ()
         if gradients:

@@ -12,7 +12,7 @@ from tracing.models import ResNet, llama, llama_params
 
 import jaxsparse as js
 
-blocks = js.structured.blocks
+blocks = js.depth.residual_blocks
 
 
 @functools.cache

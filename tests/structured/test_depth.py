@@ -223,7 +223,7 @@ def test_the_knapsack_in_coarse_units_still_removes_enough(monkeypatch):
     total = lambda gone: sum(losses[n] for n in gone)
     assert total(exact) <= total(by_hand)
     # A table of few cells is made coarser by itself.
-    monkeypatch.setattr("jaxsparse.structured._depth.CELLS", 1000)
+    monkeypatch.setattr("jaxsparse.depth._depth.CELLS", 1000)
     for at_least in (1, 9000, 20_000, sum(sizes.values())):
         gone = s.knapsack(losses, sizes, at_least=at_least)
         assert sum(sizes[n] for n in gone) >= at_least

@@ -47,8 +47,8 @@ def test_a_rule_may_mix_copies_that_lose_the_same(rule, drop):
         apply_fn, params = heads(ruled(jnp.tanh, backward))
         x = np.random.default_rng(2).normal(size=(3, 5))
         trace = js.trace(apply_fn, params, x)
-        (name,) = (n for n, g in js.structured.groups(trace).items() if g.size == 6)
-        small = js.structured.narrow(trace, params, {name: drop})
+        (name,) = (n for n, g in js.coupling.groups(trace).items() if g.size == 6)
+        small = js.narrowing.narrow(trace, params, {name: drop})
         loss = lambda run: lambda p: jnp.sum(run(p, x) ** 2)
         slope = jax.grad(loss(small.apply_fn))
         if drop is DIFFERENT and not apart:
@@ -58,9 +58,9 @@ def test_a_rule_may_mix_copies_that_lose_the_same(rule, drop):
 
         @jax.jit
         def both(small_params, params):
-            masks = js.structured.masks(trace, {name: drop})
+            masks = js.narrowing.drop_masks(trace, {name: drop})
             whole = jax.grad(loss(apply_fn))(js.patterns.apply(params, masks))
-            want = js.structured.narrow(trace, whole, {name: drop}).params
+            want = js.narrowing.narrow(trace, whole, {name: drop}).params
             return slope(small_params), want
 
         slopes, want = both(small.params, params)
@@ -87,12 +87,12 @@ def test_a_rule_of_a_function_that_closes_over_arrays(kind):
     params, x = {"in": draw(size=(5, 6)), "out": draw(size=(6, 2))}, draw(size=(3, 5))
     trace = js.trace(apply_fn, params, x)
     drop = {"in[1]": [1, 4]}
-    small = js.structured.narrow(trace, params, drop)
+    small = js.narrowing.narrow(trace, params, drop)
     loss = lambda run: lambda p: jnp.sum(run(p, x) ** 2)
     slopes = jax.jit(jax.grad(loss(small.apply_fn)))(small.params)
-    masked = js.patterns.apply(params, js.structured.masks(trace, drop))
+    masked = js.patterns.apply(params, js.narrowing.drop_masks(trace, drop))
     whole = jax.jit(jax.grad(loss(apply_fn)))(masked)
-    want = js.structured.narrow(trace, whole, drop).params
+    want = js.narrowing.narrow(trace, whole, drop).params
     for key, got in slopes.items():
         np.testing.assert_allclose(got, want[key], atol=1e-6 if "ode" in kind else 1e-9)
 
@@ -107,7 +107,7 @@ def test_a_parameter_that_a_rule_closes_over_has_no_derivative():
     params = {"in": draw(5, 6), "scale": draw(1, 6), "out": draw(6, 2)}
     x = draw(3, 5)
     trace = js.trace(apply_fn, params, x)
-    small = js.structured.narrow(trace, params, {"in[1]": [1]})
+    small = js.narrowing.narrow(trace, params, {"in[1]": [1]})
     loss = lambda p: jnp.sum(small.apply_fn(p, x))
     with pytest.raises(NotImplementedError, match=r"closes over an array of shape"):
         jax.grad(loss)(small.params)
@@ -137,11 +137,11 @@ def test_random_numbers_of_a_rule_within_a_scan():
     apply_fn, x, key = loosely(apply_fn), draw(size=(3, 5)), jax.random.key(0)
     trace = js.trace(apply_fn, params, x, key)
     drop = {"up[2]": [[0, 1], [2, 3], [4, 5]]}
-    small = js.structured.narrow(trace, params, drop)
+    small = js.narrowing.narrow(trace, params, drop)
 
     @jax.jit
     def both(small_params, params, key):
-        masked = js.patterns.apply(params, js.structured.masks(trace, drop))
+        masked = js.patterns.apply(params, js.narrowing.drop_masks(trace, drop))
         return small.apply_fn(small_params, x, key), apply_fn(masked, x, key)
 
     got, want = both(small.params, params, key)
@@ -162,7 +162,7 @@ def test_a_rule_that_couples_what_goes_with_what_stays():
     x = draw(size=(3, 5)).astype(np.float32)
     apply_fn = loosely(lambda p, x: function(x @ p["a"], x @ p["b"]))
     trace = js.trace(apply_fn, params, x)
-    small = js.structured.narrow(trace, params, {"a[1]": [1]})
+    small = js.narrowing.narrow(trace, params, {"a[1]": [1]})
     assert jax.eval_shape(small.apply_fn, small.params, x).shape == (3, 1)
     with pytest.raises(NotImplementedError, match="could not be followed"):
         jax.grad(lambda p: small.apply_fn(p, x).sum())(small.params)

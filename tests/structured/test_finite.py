@@ -186,7 +186,7 @@ def drop_of(group):
 def traced(name):
     with jax.enable_x64(True):
         trace = js.trace(loosely(MODELS[name][0]), parameters(), X)
-    return trace, js.structured.groups(trace)[MODELS[name][1]]
+    return trace, js.coupling.groups(trace)[MODELS[name][1]]
 
 
 @functools.cache
@@ -196,8 +196,8 @@ def run():
     def one(name, params):
         apply_fn, (trace, group) = loosely(MODELS[name][0]), traced(name)
         drop, allow = drop_of(group), ("nonfinite",)
-        narrow = lambda p: js.structured.narrow(trace, p, drop, allow=allow)
-        masks = js.structured.masks(trace, drop, allow=allow)
+        narrow = lambda p: js.narrowing.narrow(trace, p, drop, allow=allow)
+        masks = js.narrowing.drop_masks(trace, drop, allow=allow)
         small = narrow(params)
 
         def both(f, p):
@@ -239,8 +239,8 @@ def test_what_is_masked_is_finite_unless_it_is_flagged(name):
 def test_masks_and_narrow_refuse_it():
     trace, group = traced("weight norm")
     for change in (
-        lambda **options: js.structured.masks(trace, drop_of(group), **options),
-        lambda **options: js.structured.narrow(
+        lambda **options: js.narrowing.drop_masks(trace, drop_of(group), **options),
+        lambda **options: js.narrowing.narrow(
             trace, parameters(), drop_of(group), **options
         ),
     ):
@@ -255,7 +255,7 @@ def test_an_epsilon_that_is_zero_in_its_type():
         act = lambda h: h * lax.rsqrt(jnp.mean(h**2, 0) + eps)
         params = {k: np.ones(SHAPES[k], dtype) for k in ("in", "v", "o")}
         trace = js.trace(loosely(of_channels(act)), params, np.ones((5, 4), dtype))
-        return js.structured.groups(trace)["v[1]"].flags
+        return js.coupling.groups(trace)["v[1]"].flags
 
     assert flags(np.float16, 1e-2) == set()
     assert flags(np.float16, 1e-5) == {"nonfinite"}  # its derivative is 1.6e7
@@ -272,10 +272,10 @@ def test_whole_numbers_that_are_divided_by_zero():
             (lambda h: h * lax.div(whole(h), whole(h) + 1), set()),
         ):
             trace = js.trace(loosely(of_channels(act)), parameters(), X)
-            assert js.structured.groups(trace)["v[1]"].flags == flags
+            assert js.coupling.groups(trace)["v[1]"].flags == flags
 
 
 def test_parts_of_what_is_joined_are_apart():
     with jax.enable_x64(True):
         trace = js.trace(loosely(other_part), parameters(), X)
-    assert "nonfinite" not in js.structured.groups(trace)["v[1]"].flags
+    assert "nonfinite" not in js.coupling.groups(trace)["v[1]"].flags

@@ -24,7 +24,7 @@ def traced(name):
 
 def kinds(name, **options):
     """How many prunable groups there are of each size and number of copies."""
-    found = js.structured.groups(traced(name), **options).prunable.values()
+    found = js.coupling.groups(traced(name), **options).prunable.values()
     return collections.Counter((g.size, g.copies) for g in found)
 
 
@@ -83,10 +83,10 @@ def weights(params):
 def test_half_of_every_group_leaves_what_torch_pruning_leaves(name):
     model, count, whole, half = CASES[name]
     trace, params = of_linen(model, IMAGE)
-    found = js.structured.groups(trace).prunable
+    found = js.coupling.groups(trace).prunable
     assert (len(found), weights(params)) == (count, whole)
     drop = {name: range(g.size // 2) for name, g in found.items()}
-    small = js.structured.narrow(trace, params, drop)
+    small = js.narrowing.narrow(trace, params, drop)
     assert weights(small.params) == half
     assert jax.eval_shape(small.apply_fn, small.params, IMAGE).shape == (1, 1000)
 
@@ -94,18 +94,18 @@ def test_half_of_every_group_leaves_what_torch_pruning_leaves(name):
 def test_of_a_vision_transformer_heads_and_widths():
     trace, params = of_linen(ViT(), IMAGE)
     assert weights(params) == 86_567_656
-    found = js.structured.groups(trace).prunable
+    found = js.coupling.groups(trace).prunable
     sizes = collections.Counter((g.size, g.copies) for g in found.values())
     assert sizes == {(12, ()): 12, (64, (12,)): 24, (768, ()): 1, (3072, ()): 12}
     drop = {n: range(g.size // 2) for n, g in found.items() if g.size != 64}
-    assert weights(js.structured.narrow(trace, params, drop).params) == 22_050_664
+    assert weights(js.narrowing.narrow(trace, params, drop).params) == 22_050_664
 
 
 def test_a_deep_language_model():
     tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
     trace = js.trace(loosely(llama), llama_params(layers=4), tokens)
     sizes = collections.Counter(
-        (g.size, g.copies) for g in js.structured.groups(trace).prunable.values()
+        (g.size, g.copies) for g in js.coupling.groups(trace).prunable.values()
     )
     # In each layer heads of keys, their queries, the width of values, hidden units;
     # what queries and keys have in common has rotary positions.
@@ -114,7 +114,7 @@ def test_a_deep_language_model():
 
 
 def test_members_say_where_the_indices_are():
-    found = js.structured.groups(traced("attention_split"))
+    found = js.coupling.groups(traced("attention_split"))
     heads = next(g for g in found.prunable.values() if g.size == 4)
     kernel = [m for m in heads.members if m.path == "Dense_1/kernel"]
     # Heads occur in q, in k and in v: each has them in a third of the axis.
@@ -129,7 +129,7 @@ def test_members_say_where_the_indices_are():
 
 
 def test_copies_say_where_the_batching_group_is():
-    found = js.structured.groups(traced("scan"))
+    found = js.coupling.groups(traced("scan"))
     width = next(g for g in found.prunable.values() if g.copies == (4, 3))
     layers, heads = (found[name] for name in width.batched_by)
     assert (layers.size, layers.flags, heads.copies) == (4, {"layer"}, (4,))
@@ -142,7 +142,7 @@ def test_copies_say_where_the_batching_group_is():
 
 
 def test_isomorphic_groups_have_equal_keys():
-    found = js.structured.groups(traced("residual")).prunable
+    found = js.coupling.groups(traced("residual")).prunable
     by_key = collections.defaultdict(list)
     for name, group in found.items():
         by_key[group.key].append(name)
@@ -160,7 +160,7 @@ def test_reasons_name_the_line_of_the_model():
         return jax.nn.softmax(y @ params["b"]) @ params["c"]
 
     params = {"a": ones(3, 4), "b": ones(4, 5), "c": ones(5, 2)}
-    found = js.structured.groups(js.trace(apply_fn, params, ones(2, 3)))
+    found = js.coupling.groups(js.trace(apply_fn, params, ones(2, 3)))
     (reason,) = found["a[1]"].reasons
     assert (reason.flag, reason.detail) == ("frozen", "rev")
     assert "test_groups.py" in reason.source
@@ -181,7 +181,7 @@ def test_what_has_no_rule_is_frozen():
         return jnp.linalg.qr(y)[0] @ params["b"]
 
     params = {"a": ones(3, 4), "b": ones(4, 2)}
-    found = js.structured.groups(js.trace(apply_fn, params, ones(5, 3)))
+    found = js.coupling.groups(js.trace(apply_fn, params, ones(5, 3)))
     assert not found.prunable
     assert found["a[1]"].reasons[0].flag == "frozen"
 
@@ -191,11 +191,11 @@ def test_what_the_function_does_not_read_stays():
     params = {"a": ones(3, 4), "b": ones(4, 2), "other": ones(4, 4)}
     run = jax.jit(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
     trace = js.trace(run, params, ones(5, 3))
-    found = js.structured.groups(trace)
+    found = js.coupling.groups(trace)
     assert list(found.prunable) == ["a[1]"]
     assert [g.flags for n, g in found.items() if "other" in n] == [{"unread"}] * 2
     with pytest.raises(ValueError, match=r"unread: the traced function reads none"):
-        js.structured.narrow(trace, params, {"other[0]": [1]})
+        js.narrowing.narrow(trace, params, {"other[0]": [1]})
 
 
 def test_a_foreign_kernel_has_its_sizes():
@@ -207,14 +207,14 @@ def test_a_foreign_kernel_has_its_sizes():
     params = {"a": ones(3, 4), "b": ones(4, 2)}
     rules = {"pure_callback": "ij,jk->ik"}
     trace = js.trace(apply_fn, params, ones(5, 3), rules=rules)
-    group = js.structured.groups(trace)["a[1]"]
+    group = js.coupling.groups(trace)["a[1]"]
     assert group.flags == {"fixed"}
     assert "pure_callback at" in str(group.reasons[0])
-    assert js.structured.groups(trace, allow={"fixed"})["a[1]"].prunable
-    masks = js.structured.masks(trace, {"a[1]": [0]})
+    assert js.coupling.groups(trace, allow={"fixed"})["a[1]"].prunable
+    masks = js.narrowing.drop_masks(trace, {"a[1]": [0]})
     assert masks["b"].tolist() == [[False], [True], [True], [True]]
     with pytest.raises(ValueError, match=r"a\[1\].*\n  fixed: pure_callback"):
-        js.structured.narrow(trace, params, {"a[1]": [0]}, allow={"fixed"})
+        js.narrowing.narrow(trace, params, {"a[1]": [0]}, allow={"fixed"})
 
 
 # A number of means and variances: which of them masked channels leave as they are.
@@ -253,11 +253,11 @@ def test_zero_invariance_is_what_masking_and_cutting_agree_on(name):
     apply_fn = loosely(lambda p, x: act(x @ p["a"]) @ p["b"])
     x = draw(0, 5, 3).astype(np.float32)
     trace = js.trace(apply_fn, params, x)
-    group = js.structured.groups(trace)["a[1]"]
+    group = js.coupling.groups(trace)["a[1]"]
     cut = lambda keep: {"a": params["a"][:, keep], "b": params["b"][keep]}
-    masks = js.structured.masks(trace, {"a[1]": [1, 4]})
+    masks = js.narrowing.drop_masks(trace, {"a[1]": [1, 4]})
     masked = jax.tree.map(lambda w, m: np.where(m, w, 0), params, masks)
-    small = js.structured.narrow(
+    small = js.narrowing.narrow(
         trace, params, {"a[1]": [1, 4]}, allow=() if invariant else ("zeros",)
     )
     for one, other in zip(
@@ -276,7 +276,7 @@ def test_zero_invariance_is_what_masking_and_cutting_agree_on(name):
 def test_an_unknown_flag():
     trace = traced("mlp")
     with pytest.raises(ValueError, match=r"allow=\['frozen'\]"):
-        js.structured.groups(trace, allow=("frozen",))
+        js.coupling.groups(trace, allow=("frozen",))
 
 
 def test_a_recurrence_written_out_over_many_steps():
@@ -288,4 +288,4 @@ def test_a_recurrence_written_out_over_many_steps():
 
     params = {"in": array(5, 6), "w": array(6, 6, seed=1), "out": array(6, 2, seed=2)}
     trace = js.trace(apply_fn, params, np.zeros((2, 5), np.float32))
-    assert js.structured.groups(trace)["in[1]"].prunable
+    assert js.coupling.groups(trace)["in[1]"].prunable

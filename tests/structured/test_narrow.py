@@ -53,7 +53,7 @@ def test_derivatives_of_their_own_are_kept():
         return jax.nn.relu(x @ params["up"]) @ params["down"]
 
     params, x = UP_DOWN, np.zeros((1, 3), np.float32)
-    small = js.structured.narrow(js.trace(apply_fn, params, x), params, {"up[1]": [1]})
+    small = js.narrowing.narrow(js.trace(apply_fn, params, x), params, {"up[1]": [1]})
     slope = jax.jit(jax.grad(lambda x: small.apply_fn(small.params, x).sum()))(x)
     np.testing.assert_array_equal(slope, np.zeros((1, 3)))
 
@@ -70,7 +70,7 @@ def test_a_rule_that_changes_the_gradient_is_kept():
 
     apply_fn = lambda p, x: softsign(x @ p["up"], 2.0) @ p["down"]
     params, x = UP_DOWN, np.ones((1, 3), np.float32)
-    small = js.structured.narrow(js.trace(apply_fn, params, x), params, {"up[1]": [1]})
+    small = js.narrowing.narrow(js.trace(apply_fn, params, x), params, {"up[1]": [1]})
     slope = jax.jit(jax.grad(lambda x: small.apply_fn(small.params, x).sum()))(x)
     np.testing.assert_allclose(slope, np.full((1, 3), 7.0 * 3 * 2))
 
@@ -96,12 +96,12 @@ def test_resized_norms_are_those_of_a_module_of_that_width():
         apply_fn, params, inputs = linen(Norms(12), array(4, 5))
         params = on_host(params)
         trace = js.trace(apply_fn, params, *inputs)
-        (name,) = js.structured.groups(trace, allow=("zeros",)).prunable
-        small = js.structured.narrow(
+        (name,) = js.coupling.groups(trace, allow=("zeros",)).prunable
+        small = js.narrowing.narrow(
             trace, params, {name: range(0, 8, 2)}, norms="resized"
         )
         built, _, _ = linen(Norms(8), array(4, 5))
-        other = js.structured.narrow(
+        other = js.narrowing.narrow(
             trace, params, {name: range(0, 8, 2)}, allow=("zeros",)
         )
 
@@ -130,9 +130,7 @@ def test_ways_of_writing_a_mean(body):
         params = on_host({"a": array(3, 8), "b": array(8, 2)})
         x = array(4, 3, seed=5)
         trace = js.trace(apply_fn, params, x)
-        small = js.structured.narrow(
-            trace, params, {"a[1]": [0, 3, 4]}, norms="resized"
-        )
+        small = js.narrowing.narrow(trace, params, {"a[1]": [0, 3, 4]}, norms="resized")
         close(*jax.jit(lambda p: (small.apply_fn(p, x), apply_fn(p, x)))(small.params))
 
 
@@ -143,12 +141,12 @@ def test_experts_are_counted_anew():
         trace = js.trace(apply_fn, params, *inputs)
         # The router's columns and the experts know of each other by number alone.
         with pytest.raises(ValueError, match="its entries are sorted"):
-            js.structured.narrow(trace, params, {"router[1]": [1]})
+            js.narrowing.narrow(trace, params, {"router[1]": [1]})
         with pytest.raises(ValueError, match="its positions are used as numbers"):
-            js.structured.narrow(trace, params, {"gate[0]": [1]})
+            js.narrowing.narrow(trace, params, {"gate[0]": [1]})
         gone = {"router[1]": [1], "gate[0]": [1]}
         allow = {"sorted", "zeros", "position"}
-        small = js.structured.narrow(
+        small = js.narrowing.narrow(
             trace, params, gone, positions="renumber", allow=allow
         )
         # The same as a model of the other three experts.
@@ -186,7 +184,7 @@ def test_inputs_of_other_shapes_and_types_are_traced_anew_once():
         params = on_host(params)
         trace = js.trace(counted, params, x)
         drop = {"Dense_0/kernel[1]": [0, 5], "Dense_1/kernel[1.0]": [2]}
-        small = js.structured.narrow(trace, params, drop)
+        small = js.narrowing.narrow(trace, params, drop)
         longer = array(2, 9, 6, seed=3)
         # A new function each time: JAX has no trace of it.
         shape = lambda *args: jax.eval_shape(loosely(small.apply_fn), *args)
@@ -220,7 +218,7 @@ def test_inputs_for_which_the_model_leaves_parameters_out():
     params = {"a": array(3, 4), "scale": array(4, seed=1), "b": array(4, 2, seed=2)}
     params = on_host(params)
     trace = js.trace(apply_fn, params, array(2, 5, 3))
-    small = js.structured.narrow(trace, params, {"a[1]": [1]})
+    small = js.narrowing.narrow(trace, params, {"a[1]": [1]})
     zeroed = masked(trace, params, {"a[1]": [1]})
     both = jax.jit(
         lambda xs: [(small.apply_fn(small.params, x), apply_fn(zeroed, x)) for x in xs]
@@ -251,9 +249,9 @@ def test_layers_that_stay_keep_their_random_keys():
         lambda p, x, key: model.apply(p, x, None, rngs={"dropout": key})[0]
     )
     trace = js.trace(apply_fn, params, x, key)
-    found = js.structured.groups(trace, allow={"layer"}).prunable
+    found = js.coupling.groups(trace, allow={"layer"}).prunable
     (name,) = (n for n, g in found.items() if "layer" in g.flags)
-    small = js.structured.narrow(trace, params, {name: [0, 2]}, allow={"layer"})
+    small = js.narrowing.narrow(trace, params, {name: [0, 2]}, allow={"layer"})
     zeroed = masked(trace, params, {name: [0, 2]})
     got, want = jax.jit(
         lambda key: (small.apply_fn(small.params, x, key), apply_fn(zeroed, x, key))
@@ -266,12 +264,12 @@ def test_random_numbers_may_be_drawn_at_the_new_sizes(name):
     apply_fn, params, inputs = MODELS[name]()
     params = on_host(params)
     trace = js.trace(apply_fn, params, *inputs)
-    width = next(n for n, g in js.structured.groups(trace).items() if g.size == 8)
+    width = next(n for n, g in js.coupling.groups(trace).items() if g.size == 8)
     drop = {width: np.arange(3) + np.arange(4)[:, None]}
-    small = js.structured.narrow(trace, params, drop, positions="renumber")
+    small = js.narrowing.narrow(trace, params, drop, positions="renumber")
     drawn = lambda f, p: str(jax.make_jaxpr(f)(p, *inputs)).count("shape=(3, 5)")
     assert drawn(small.apply_fn, small.params) == 1
-    whole = js.structured.narrow(trace, params, drop)
+    whole = js.narrowing.narrow(trace, params, drop)
     assert drawn(whole.apply_fn, small.params) == 0
     got, want = jax.jit(lambda p: [f.apply_fn(p, *inputs) for f in (small, whole)])(
         small.params
@@ -289,14 +287,14 @@ def test_a_derivative_that_cannot_be_followed_is_an_error():
     reversing.defvjp(lambda x: (2 * x, None), lambda _, g: (jnp.flip(g, -1),))
     apply_fn = lambda p, x: reversing(x @ p["a"]) @ p["b"]
     params, x = PARAMS, X
-    small = js.structured.narrow(js.trace(apply_fn, params, x), params, {"a[1]": [1]})
+    small = js.narrowing.narrow(js.trace(apply_fn, params, x), params, {"a[1]": [1]})
     assert jax.eval_shape(small.apply_fn, small.params, x).shape == (4, 2)
     loss = lambda p: small.apply_fn(p, x).sum()
     with pytest.raises(NotImplementedError, match=r"test_narrow\.py.*rule of its own"):
         jax.eval_shape(jax.grad(loss), small.params)
     # JAX keeps what it has traced of `flip`, whose lines are none of the model's.
     flips = js.trace(lambda p, x: jnp.flip(x @ p["a"], -1) @ p["b"], params, x)
-    assert "test_narrow.py" in str(js.structured.groups(flips)["a[1]"].reasons)
+    assert "test_narrow.py" in str(js.coupling.groups(flips)["a[1]"].reasons)
 
 
 def test_shardings_within_the_model_hold_where_they_still_divide():
@@ -310,7 +308,7 @@ def test_shardings_within_the_model_hold_where_they_still_divide():
     params, x = on_host({"a": array(3, 16), "b": array(16, 2)}), array(4, 3)
     trace = js.trace(apply_fn, params, x)
     for gone in (range(8), range(5)):
-        small = js.structured.narrow(trace, params, {"a[1]": gone})
+        small = js.narrowing.narrow(trace, params, {"a[1]": gone})
         got = jax.jit(small.apply_fn)(small.params, x)
         kept = np.setdiff1d(np.arange(16), gone)
         hidden = np.tanh(np.asarray(x, np.float64) @ params["a"][:, kept])
@@ -322,7 +320,7 @@ def test_nothing_retraces_under_jit():
     apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
     params = on_host({"a": array(3, 8), "b": array(8, 2)})
     trace = js.trace(apply_fn, params, array(4, 3))
-    small = js.structured.narrow(trace, params, {"a[1]": [0, 3]})
+    small = js.narrowing.narrow(trace, params, {"a[1]": [0, 3]})
     run = jax.jit(small.apply_fn)
     for seed in range(3):
         run(small.params, array(4, 3, seed=seed))
@@ -333,7 +331,7 @@ def test_inputs_without_the_dropped_features():
     apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
     params, x = on_host({"a": array(5, 8), "b": array(8, 2)}), on_host(array(4, 5))
     trace = js.trace(apply_fn, params, x)
-    small = js.structured.narrow(trace, params, {"a[0]": [1, 2]}, allow=("input",))
+    small = js.narrowing.narrow(trace, params, {"a[0]": [1, 2]}, allow=("input",))
     kept = np.array([0, 3, 4])
     want = apply_fn({"a": params["a"][kept], "b": params["b"]}, x[:, kept])
     np.testing.assert_allclose(small.apply_fn(small.params, x[:, kept]), want, 1e-6)
@@ -345,12 +343,12 @@ def test_abstract_and_host_parameters():
     apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
     params = {"a": np.ones((3, 8), np.float32), "b": np.ones((8, 2), np.float32)}
     trace = js.trace(apply_fn, params, array(4, 3))
-    small = js.structured.narrow(trace, params, {"a[1]": [0, 3]})
+    small = js.narrowing.narrow(trace, params, {"a[1]": [0, 3]})
     assert all(isinstance(w, np.ndarray) for w in small.params.values())
     abstract = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), params)
-    shapes = js.structured.narrow(trace, abstract, {"a[1]": [0, 3]}).params
+    shapes = js.narrowing.narrow(trace, abstract, {"a[1]": [0, 3]}).params
     assert jax.tree.map(lambda w: w.shape, shapes) == {"a": (3, 6), "b": (6, 2)}
-    traced = jax.jit(lambda p: js.structured.narrow(trace, p, {"a[1]": [0, 3]}).params)
+    traced = jax.jit(lambda p: js.narrowing.narrow(trace, p, {"a[1]": [0, 3]}).params)
     jax.tree.map(np.testing.assert_array_equal, traced(params), small.params)
 
 
@@ -363,12 +361,12 @@ def test_shardings_are_kept_where_the_mesh_still_divides():
     apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
     trace = js.trace(apply_fn, whole, array(4, 16))
     for gone, spec in ((range(8), "m"), (range(5), None)):
-        small = js.structured.narrow(trace, params, {"a[1]": gone}).params
-        one = js.structured.narrow(trace, whole, {"a[1]": gone}).params
+        small = js.narrowing.narrow(trace, params, {"a[1]": gone}).params
+        one = js.narrowing.narrow(trace, whole, {"a[1]": gone}).params
         jax.tree.map(np.testing.assert_array_equal, small, one)
         assert small["a"].sharding.is_equivalent_to(on(None, spec), 2)
-        back = js.structured.widen(trace, small, {"a[1]": gone})
-        again = js.structured.widen(trace, one, {"a[1]": gone})
+        back = js.narrowing.widen(trace, small, {"a[1]": gone})
+        again = js.narrowing.widen(trace, one, {"a[1]": gone})
         jax.tree.map(np.testing.assert_array_equal, back, again)
 
 
@@ -376,7 +374,7 @@ PARAMS = {"a": np.ones((3, 8), np.float32), "b": np.ones((8, 2), np.float32)}
 X = np.ones((4, 3), np.float32)
 BAD = {
     "another model": (
-        js.structured.Drop({"a[1]": np.array([1])}, {"a[1]": 16}),
+        js.coupling.Drop({"a[1]": np.array([1])}, {"a[1]": 16}),
         r"a\[1\]: the drop was made for a group of 16 indices, here it has 8",
     ),
     "unknown": ({"c[1]": [1]}, r"c\[1\]: not a group of this model. Similar: .*a\[1\]"),
@@ -398,32 +396,32 @@ def test_bad_drops(name):
     apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
     trace = js.trace(apply_fn, PARAMS, X)
     with pytest.raises(ValueError, match=message):
-        js.structured.narrow(trace, PARAMS, drop)
+        js.narrowing.narrow(trace, PARAMS, drop)
     with pytest.raises(ValueError, match=message):
-        js.structured.masks(trace, drop)
+        js.narrowing.drop_masks(trace, drop)
 
 
 def test_bad_parameters():
     apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
     trace = js.trace(apply_fn, PARAMS, X)
-    small = js.structured.narrow(trace, PARAMS, {"a[1]": [0]})
+    small = js.narrowing.narrow(trace, PARAMS, {"a[1]": [0]})
     with pytest.raises(
         ValueError, match=r"a: traced with shape \(3, 8\), got \(3, 7\)"
     ):
-        js.structured.narrow(trace, small.params, {"a[1]": [0]})
+        js.narrowing.narrow(trace, small.params, {"a[1]": [0]})
     with pytest.raises(ValueError, match=r"a: the narrowed model has .*\(3, 7\)"):
         small.apply_fn(PARAMS, X)
     with pytest.raises(ValueError, match=r"a: expected the narrowed shape \(3, 7\)"):
-        js.structured.widen(trace, PARAMS, {"a[1]": [0]})
+        js.narrowing.widen(trace, PARAMS, {"a[1]": [0]})
     with pytest.raises(ValueError, match="another structure"):
-        js.structured.narrow(trace, {"a": PARAMS["a"]}, {"a[1]": [0]})
+        js.narrowing.narrow(trace, {"a": PARAMS["a"]}, {"a[1]": [0]})
     with pytest.raises(ValueError, match=re.escape("norms must be one of")):
-        js.structured.narrow(trace, PARAMS, {"a[1]": [0]}, norms="new")
+        js.narrowing.narrow(trace, PARAMS, {"a[1]": [0]}, norms="new")
 
 
 def test_frozen_axes_say_at_which_line():
     apply_fn = lambda p, x: jnp.flip(x @ p["a"], -1) @ p["b"]
     trace = js.trace(apply_fn, PARAMS, X)
     with pytest.raises(ValueError, match=r"frozen: rev at .*test_narrow\.py") as error:
-        js.structured.narrow(trace, PARAMS, {"a[1]": [0]}, allow=("frozen",))
+        js.narrowing.narrow(trace, PARAMS, {"a[1]": [0]}, allow=("frozen",))
     assert "takes them anyway" not in str(error.value)

@@ -37,9 +37,9 @@ CHAINS = {
 @pytest.mark.parametrize("name", CHAINS)
 def test_training_goes_on_as_that_of_the_masked_model(name):
     tx = CHAINS[name]
-    masks = js.structured.masks(TRACE, DROP)
+    masks = js.narrowing.drop_masks(TRACE, DROP)
     params = js.patterns.apply(PARAMS, masks)
-    small = js.structured.narrow(TRACE, params, DROP)
+    small = js.narrowing.narrow(TRACE, params, DROP)
 
     @functools.partial(jax.jit, static_argnums=0)
     @loosely
@@ -53,14 +53,14 @@ def test_training_goes_on_as_that_of_the_masked_model(name):
     for _ in range(3):
         params, state = step(apply_fn, params, state)
         # tanh(0) = 0: gradients of masked channels vanish, up to decay of zeros.
-    little = js.structured.narrow_like(TRACE, params, DROP)
-    own = js.structured.narrow_like(TRACE, state, DROP)
+    little = js.narrowing.narrow_like(TRACE, params, DROP)
+    own = js.narrowing.narrow_like(TRACE, state, DROP)
     shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
     assert shapes(own) == shapes(jax.eval_shape(tx.init, little))
     for _ in range(2):
         params, state = step(apply_fn, params, state)
         little, own = step(small.apply_fn, little, own)
-    cut = js.structured.narrow_like(TRACE, params, DROP)
+    cut = js.narrowing.narrow_like(TRACE, params, DROP)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), little, cut)
 
 
@@ -68,7 +68,7 @@ def test_masks_that_broadcast_and_states_of_pruning():
     schedule = js.prune_schedule(0.5, every=1, pattern=js.Channel(axis=1))
     tx = js.enforce(optax.chain(schedule, optax.adam(1e-2)))
     state = jax.jit(tx.init)(PARAMS)
-    cut = js.structured.narrow_like(TRACE, state, DROP)
+    cut = js.narrowing.narrow_like(TRACE, state, DROP)
     shapes = [m.shape for m in jax.tree.leaves(js.masks_of(cut))]
     whole = [m.shape for m in jax.tree.leaves(js.masks_of(state))]
     smaller = {8: 5}
@@ -80,7 +80,7 @@ def test_train_states_and_nnx_optimizers():
     state = train_state.TrainState.create(
         apply_fn=apply_fn, params=PARAMS, tx=optax.adam(1e-2)
     )
-    small = js.structured.narrow_like(TRACE, state, DROP)
+    small = js.narrowing.narrow_like(TRACE, state, DROP)
     assert small.params["a"].shape == small.opt_state[0].nu["a"].shape == (3, 5)
     assert small.step == 0
 
@@ -97,7 +97,7 @@ def test_train_states_and_nnx_optimizers():
     trace = js.trace(lambda p, x: nnx.merge(graph, p)(x), params, X)
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     whole = nnx.state(optimizer)
-    cut = js.structured.narrow_like(trace, whole, {"up/kernel[1]": [0]})
+    cut = js.narrowing.narrow_like(trace, whole, {"up/kernel[1]": [0]})
     sizes = [x.shape for x in jax.tree.leaves(cut) if x.ndim]
     assert set(sizes) == {(3, 7), (7,), (7, 2), (2,)}
 
@@ -108,4 +108,4 @@ def test_a_factored_moment_is_an_error_that_names_it():
     trace = js.trace(apply_fn, params, ones(1, 130))
     state = jax.jit(optax.adafactor(1e-2).init)(params)
     with pytest.raises(ValueError, match=r"v_row.*place of the parameter a of shape"):
-        js.structured.narrow_like(trace, state, {"a[1]": [0]})
+        js.narrowing.narrow_like(trace, state, {"a[1]": [0]})

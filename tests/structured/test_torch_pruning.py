@@ -93,7 +93,7 @@ def apply_fn(params, x):
 def found():
     with jax.enable_x64(True):
         trace = js.trace(apply_fn, *weights())
-        return trace, js.structured.groups(trace)
+        return trace, js.coupling.groups(trace)
 
 
 @pytest.mark.parametrize("share", RECORDED)
@@ -103,7 +103,7 @@ def test_the_same_channels_go_and_the_same_network_is_left(share):
         params, x = weights()
         trace, groups = found()
         scores = scores_of("magnitude 2 mean mean")
-        drop = js.structured.select(groups, scores, share)
+        drop = js.channels.drop_lowest(groups, scores, share)
         for name, channels in expected.items():
             (group,) = (
                 g
@@ -115,7 +115,7 @@ def test_the_same_channels_go_and_the_same_network_is_left(share):
             gone = drop.indices[group.name].tolist()
             assert gone == [int(i) for i in channels.split()]
         assert len(groups.prunable) == len(expected)
-        small = js.structured.narrow(trace, params, drop)
+        small = js.narrowing.narrow(trace, params, drop)
         learned = {k: w for k, w in small.params.items() if "running" not in k}
         assert sum(w.size for w in learned.values()) == count
         got = jax.jit(small.apply_fn)(small.params, x)[0, :5]
@@ -125,10 +125,10 @@ def test_the_same_channels_go_and_the_same_network_is_left(share):
 IMPORTANCES = json.loads(Path(__file__).with_name("torch_pruning.json").read_text())
 NORMALIZERS = {
     "none": dict,
-    "mean": js.structured.normalize_mean,
-    "max": js.structured.normalize_max,
-    "standarization": js.structured.normalize_range,
-    "gaussian": js.structured.standardize,
+    "mean": js.channels.normalize_mean,
+    "max": js.channels.normalize_max,
+    "standarization": js.channels.normalize_range,
+    "gaussian": js.channels.standardize,
 }
 
 
@@ -145,7 +145,7 @@ def scale(path, leaf):
 def group_scores(name, power, reduce):
     """Several normalizers are given the same; one program in place of hundreds."""
     kernel = lambda path, leaf: leaf.ndim > 1
-    one = functools.partial(js.structured.group_scores, found()[1], reduce=reduce)
+    one = functools.partial(js.channels.channel_scores, found()[1], reduce=reduce)
 
     @jax.jit
     def run(params, x):
@@ -162,7 +162,7 @@ def group_scores(name, power, reduce):
 def scores_of(kind):
     name, *options = kind.split()
     if name == "bn_scale":
-        return js.structured.bn_scale(found()[1], weights()[0], where=scale)
+        return js.channels.bn_scale(found()[1], weights()[0], where=scale)
     power, reduce, normalizer = options
     return jax.jit(NORMALIZERS[normalizer])(group_scores(name, power, reduce))
 

@@ -163,9 +163,9 @@ def test_results_are_sharded_as_the_models(model, kind):
     params, x = parameters(model), array(8, 4, seed=3)
     apply_fn, rng = loosely(model), np.random.default_rng(0)
     trace = js.trace(apply_fn, params, x)
-    found = js.structured.groups(trace).prunable
+    found = js.coupling.groups(trace).prunable
     drop = {n: choose(g, g.size // 3, rng) for n, g in found.items()}
-    small = js.structured.narrow(trace, params, drop)
+    small = js.narrowing.narrow(trace, params, drop)
     want = jax.device_get(jax.jit(small.apply_fn)(small.params, x))
     # An operation at a time is much to compile: of one model.
     runs = [jax.jit(small.apply_fn)] + [small.apply_fn] * (model is each_head)
@@ -188,8 +188,8 @@ def test_a_module_of_that_width_has_no_such_entries():
     with jax.enable_x64(True):
         params, x = parameters(layer_norm), array(8, 4, seed=3)
         trace = js.trace(loosely(layer_norm), params, x)
-        (name,) = (n for n, g in js.structured.groups(trace).items() if g.size == 12)
-        small = js.structured.narrow(trace, params, {name: range(5)}, norms="resized")
+        (name,) = (n for n, g in js.coupling.groups(trace).items() if g.size == 12)
+        small = js.narrowing.narrow(trace, params, {name: range(5)}, norms="resized")
         got, built = jax.jit(
             lambda p: (small.apply_fn(p, x), loosely(layer_norm)(p, x))
         )(small.params)
@@ -203,9 +203,9 @@ def test_a_softmax_still_counts_its_masked_entries():
     params = jax.tree.map(np.asarray, params)
     apply_fn = loosely(lambda p, x: jax.nn.softmax(x @ p["in"]) @ p["out"])
     trace = js.trace(apply_fn, params, x)
-    group = js.structured.groups(trace)["in[1]"]
+    group = js.coupling.groups(trace)["in[1]"]
     assert group.flags == {"zeros"}
-    small = js.structured.narrow(trace, params, {"in[1]": [0, 3]}, allow={"zeros"})
+    small = js.narrowing.narrow(trace, params, {"in[1]": [0, 3]}, allow={"zeros"})
     got, want = jax.jit(lambda p: (small.apply_fn(p, x), apply_fn(p, x)))(small.params)
     np.testing.assert_allclose(got, want, atol=1e-12)
 
@@ -219,4 +219,4 @@ def test_rules_for_derivatives_sum_over_what_they_like():
     params = {"in": array(4, 6), "out": array(6, 2, seed=1)}
     apply_fn = loosely(lambda p, x: norm(x @ p["in"]) @ p["out"])
     trace = js.trace(apply_fn, params, array(3, 4))
-    assert js.structured.groups(trace)["in[1]"].flags == {"zeros"}
+    assert js.coupling.groups(trace)["in[1]"].flags == {"zeros"}

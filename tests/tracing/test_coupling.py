@@ -12,7 +12,7 @@ import pytest
 from tracing.models import DenseNet, MobileNet, ResNet, ViT
 
 import jaxsparse as js
-from jaxsparse.tracing import _axes
+from jaxsparse.tracing import axes as algebra
 
 IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 STAYS = {"input", "output", "gathered", "sorted", "iota", "layer"}
@@ -29,7 +29,7 @@ def groups_of(model):
     found: dict = {}
     for path, dims in trace.dims.items():
         for axis, expression in enumerate(dims):
-            for leaf, index in _axes.coordinates(expression):
+            for leaf, index in algebra.coordinates(expression):
                 members = found.setdefault(id(leaf), (leaf, []))[1]
                 members.append((path, axis, index))
     stays = lambda x: x.flags & STAYS or any(f.startswith("frozen") for f in x.flags)

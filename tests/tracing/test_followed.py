@@ -208,7 +208,7 @@ def test_a_sum_of_products_costs_what_the_contraction_does():
     summed = lambda p, x: jnp.sum(jnp.tanh(x @ p["up"])[:, :, None] * p["out"][None], 1)
     plain = lambda p, x: jnp.tanh(x @ p["up"]) @ p["out"]
     traces = [js.trace(f, params, X) for f in (summed, plain)]
-    costs = [js.structured.cost(t, {"up[1]": [0, 3, 4]}) for t in traces]
+    costs = [js.narrowing.cost(t, {"up[1]": [0, 3, 4]}) for t in traces]
     assert costs[0] == costs[1]
     assert costs[0].flops * 2 == traces[0].flops == traces[1].flops
 

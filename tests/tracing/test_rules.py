@@ -14,9 +14,10 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxsparse.tracing import _axes
-from jaxsparse.tracing._axes import coordinates, find, leaf, leaves, product
-from jaxsparse.tracing._rules import (
+from jaxsparse.tracing import axes as algebra
+from jaxsparse.tracing.axes import coordinates, find, leaf, leaves, product
+from jaxsparse.tracing.dims import unify
+from jaxsparse.tracing.rules import (
     ELEMENTWISE,
     RULES,
     STRUCTURAL,
@@ -24,7 +25,6 @@ from jaxsparse.tracing._rules import (
     fresh,
     opaque,
 )
-from jaxsparse.tracing._unify import unify
 
 FLAT = np.arange(24, dtype=np.float32).reshape(4, 6)
 
@@ -374,8 +374,8 @@ def test_what_cannot_be_the_same_is_frozen():
         assert all(note.startswith("frozen: add (") for note in x.flags)
         assert list(x.notes.values()) == [eqn] * len(x.flags)
         assert x.flags
-    with pytest.raises(_axes.Incompatible):
-        _axes.unify(a, b)
+    with pytest.raises(algebra.Incompatible):
+        algebra.unify(a, b)
 
 
 def test_a_rule_from_an_equation():

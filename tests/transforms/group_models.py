@@ -71,7 +71,7 @@ def made(name, dtype, seed, scale):
     )
     params = {path: draw(shape, scale) for path, shape in SHAPES[name].items()}
     x = draw(INPUTS[name])
-    return params, x, js.structured.groups(js.trace(MODELS[name], params, x)).prunable
+    return params, x, js.coupling.groups(js.trace(MODELS[name], params, x)).prunable
 
 
 def with_values(params, f):

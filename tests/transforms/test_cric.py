@@ -28,7 +28,7 @@ def problem():
     y = np.asarray(jax.jit(apply_fn)(params, x))
     data = jax.device_put(list(zip(x, y, strict=True)))
     loss = lambda p, batch: 0.1 + jnp.mean((apply_fn(p, batch[0]) - batch[1]) ** 2)
-    groups = js.structured.groups(js.trace(apply_fn, params, x[0])).prunable
+    groups = js.coupling.groups(js.trace(apply_fn, params, x[0])).prunable
     return params, groups, data, loss
 
 

@@ -8,9 +8,9 @@ import pytest
 from transforms import group_models as gm
 
 import jaxsparse as js
-from jaxsparse.structured._scaling import factors_of, scaled_updates
-from jaxsparse.structured._slices import slices_of
-from jaxsparse.structured._sums import entry_counts, squared_norms
+from jaxsparse.channels.scaling import factors_of, scaled_updates
+from jaxsparse.channels.slices import slices_of
+from jaxsparse.channels.sums import entry_counts, squared_norms
 
 tr = js.transforms
 
@@ -275,7 +275,7 @@ def test_training_ends_with_exact_zeros(optimizer):
     for _ in range(300):
         params, state = step(params, state)
     assert len(traces) == 1
-    drop = js.structured.zero_indices(params, groups)
+    drop = js.channels.zero_indices(params, groups)
     assert sum(len(x) for x in drop.indices.values()) >= 2
     for name, gone in drop.indices.items():
         for index in gone:
@@ -293,12 +293,12 @@ def test_zero_indices_are_as_many_in_every_copy_and_never_all():
     params = gm.with_values(
         params, lambda p, w: np.where(kept, w, 0) if p in {"v", "v_bias"} else w
     )
-    drop = js.structured.zero_indices(params, groups)
+    drop = js.channels.zero_indices(params, groups)
     assert list(drop.indices) == [values.name]
     assert drop.indices[values.name].tolist() == [[1], [2]]
     assert drop.sizes == {values.name: 4}
     params = zeros(params)
-    drop = js.structured.zero_indices(params, groups)
+    drop = js.channels.zero_indices(params, groups)
     for name, group in groups.items():
         assert drop.indices[name].shape == (*group.copies, group.size - 1)
 
@@ -349,7 +349,7 @@ def test_sharded_parameters(kind):
 
 def test_bad_input_is_named():
     params, x, groups = gm.make("mlp")
-    every = js.structured.groups(js.trace(gm.mlp, params, x))
+    every = js.coupling.groups(js.trace(gm.mlp, params, x))
     with pytest.raises(ValueError, match=r"is not prunable.*input"):
         tr.group_lasso(every, strength=0.1)
     with pytest.raises(ValueError, match=r"strength must be at least 0, got -0\.1"):

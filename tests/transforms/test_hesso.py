@@ -10,7 +10,7 @@ import pytest
 from transforms import group_models as gm
 
 import jaxsparse as js
-from jaxsparse.structured._slices import slices_of
+from jaxsparse.channels.slices import slices_of
 from jaxsparse.transforms import _hesso
 
 tr = js.transforms
@@ -174,7 +174,7 @@ def test_the_narrowed_model_computes_what_the_trained_one_does(model):
     x = gm.make(model, scale=0.5)[1]
     params, state, _ = trained(model)
     trace = js.trace(gm.MODELS[model], params, x)
-    small = js.structured.narrow(trace, params, tr.dropped(state))
+    small = js.narrowing.narrow(trace, params, tr.dropped(state))
     sizes = lambda tree: sum(w.size for w in jax.tree.leaves(tree))
     assert sizes(small.params) < 0.6 * sizes(params)
     np.testing.assert_allclose(

@@ -188,7 +188,7 @@ def test_training_ends_with_exact_zeros(dtype):
     for _ in range(500):
         params, state = step(params, state)
     assert len(traces) == 1
-    drop = js.structured.zero_indices(params, groups)
+    drop = js.channels.zero_indices(params, groups)
     assert sum(len(x) for x in drop.indices.values()) >= 2
     for name, gone in drop.indices.items():
         held = gm.slices({name: groups[name]}, params)

@@ -1,0 +1,236 @@
+"""Scores of whole channels, heads and experts that are no sums of weight scores."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsparse import _checks
+from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.channels._score import slices_that_count
+from jaxsparse.channels.scaling import factors_of
+from jaxsparse.channels.slices import Part, Slices, is_plain, paths_of, wide_dtype
+from jaxsparse.channels.sums import Reduce, combined, ordered_part_sum
+from jaxsparse.coupling.grouping import Group, check_groups
+from jaxsparse.curvature import per_example_grads
+from jaxsparse.tree import leaves_with_paths, map_with_path
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+def fpgm(
+    groups: Mapping[str, Group],
+    params: PyTree,
+    *,
+    reduce: Reduce = "sum",
+    where: Where = None,
+) -> dict[str, Array]:
+    """FPGM: how far an index's filter is from all others, `sum_j ||w_c - w_j||_2`.
+
+    What is near the geometric median of the filters can be replaced by the others. He
+    et al. (2019, arXiv:1811.00250). `w_c` is all of a kernel that makes index c: the
+    members with the role "output". In a group with copies the filters of one copy are
+    compared.
+
+    The distances come from the products of the filters, about their mean: memory for
+    `size^2` numbers a copy, and not for `size^2` differences. What is nearer than about
+    3e-4 of the filters' deviation has, in float32, a distance of that order.
+
+    Differs from Torch-Pruning, which compares `|w|^p` (two filters of opposite sign are
+    equal there and far apart here), and adds the same of the kernels that read c.
+
+    Args:
+      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      params: the parameters.
+      reduce: of the members: their sum, their mean, or the largest.
+      where: which parameters count, see `jaxsparse.tree.select`; kernels by default.
+
+    Returns:
+      `[*copies, size]` by the groups' names, float32 at least, larger = keep. Groups
+      that no kernel makes are left out.
+
+    Raises:
+      ValueError: parameters that do not fit the groups, or nothing to score.
+      TypeError: kernels that are not real floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> up = jnp.array([[0.0, 3.0, 0.0], [0.0, 4.0, 1.0]])
+      >>> params = {"up": up, "down": jnp.ones((3, 1))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["up"]) @ params["down"]
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((2, 2))))
+      >>> [round(x, 3) for x in js.channels.fpgm(groups, params)["up[1]"].tolist()]
+      [6.0, 9.243, 5.243]
+    """
+    _checks.check_arrays(params=params)
+    slices = slices_that_count(groups, params, where, roles=("output",))
+    return combined(slices, params, _distances, reduce=reduce)
+
+
+def _distances(part: Part, w: Array, shape: tuple[int, ...]) -> Array:
+    """`[prod(shape)]`: the sum of the distances to the filters of the same copy."""
+    wide = wide_dtype(w.dtype)
+    others = [a for a in range(w.ndim) if a not in part.axes]
+    by_place = w.transpose([*part.axes, *others]).reshape(part.labels.size, -1)
+    by_place, labels = by_place.astype(wide), part.labels.ravel()
+    if not is_plain(part, math.prod(shape)):
+        # One more row, of zeros, for indices that have fewer places than others.
+        by_place = jnp.pad(by_place, ((0, 1), (0, 0)))
+        by_place = by_place[_places(labels, math.prod(shape))]
+    filters = by_place.reshape(-1, shape[-1], by_place.size // math.prod(shape))
+    filters = filters - jnp.mean(filters, axis=1, keepdims=True)
+    gram = jnp.einsum("cid,cjd->cij", filters, filters, precision=HIGHEST)
+    norm = jnp.diagonal(gram, axis1=1, axis2=2)
+    squared = norm[:, :, None] + norm[:, None, :] - 2 * gram
+    return jnp.sum(jnp.sqrt(jnp.maximum(squared, 0)), axis=2).ravel()
+
+
+def _places(labels: np.ndarray, total: int) -> np.ndarray:
+    """For each label its places, `[total, most]`; `len(labels)` where it has fewer."""
+    inside = np.flatnonzero(labels >= 0)
+    order = inside[np.argsort(labels[inside], kind="stable")]
+    count = np.bincount(labels[inside], minlength=total)
+    start = np.cumsum(count) - count
+    table = np.full((total, max(int(count.max()), 1)), len(labels))
+    rows = labels[order]
+    table[rows, np.arange(len(order)) - start[rows]] = order
+    return table
+
+
+def bn_scale(
+    groups: Mapping[str, Group],
+    params: PyTree,
+    *,
+    reduce: Reduce = "sum",
+    where: Where = r"scale$",
+) -> dict[str, Array]:
+    """Network slimming: the magnitude of the scales of norms, `sum |gamma_c|`.
+
+    It says something of networks that were trained with a penalty on the scales. Liu
+    et al. (2017, arXiv:1708.06519).
+
+    Args:
+      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      params: the parameters.
+      reduce: of the norms of one group: their sum, their mean, or the largest.
+      where: which parameters are scales; see `jaxsparse.tree.select`.
+
+    Returns:
+      `[*copies, size]` by the groups' names, larger = keep. Groups without a scale are
+      left out.
+
+    Raises:
+      ValueError: parameters that do not fit the groups, or no scale in any.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"up": jnp.ones((2, 3)), "scale": jnp.array([0.5, -2.0, 0.0]),
+      ...           "down": jnp.ones((3, 1))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["up"] * params["scale"][None]) @ params["down"]
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((2, 2))))
+      >>> js.channels.bn_scale(groups, params)["up[1]"]
+      Array([0.5, 2. , 0. ], dtype=float32)
+    """
+    _checks.check_arrays(params=params)
+    slices = slices_that_count(groups, params, where)
+    magnitude = lambda part, x, shape: ordered_part_sum(part, jnp.abs(x), shape)
+    return combined(slices, params, magnitude, reduce=reduce)
+
+
+def gate_scores(
+    groups: Mapping[str, Group],
+    loss_fn: Callable[[PyTree, Any], Array],
+    params: PyTree,
+    batch: Any,
+    *,
+    chunk: int | None = None,
+) -> dict[str, Array]:
+    """`E_x |dL(x) / d gate|`: how much the loss listens to an index, for each example.
+
+    A gate of 1 multiplies what a channel or head gives to those that read it: the
+    members with the role "input". Groups that no kernel reads (the width of queries and
+    keys, which meet each other) have it on the kernels that make them, on both sides of
+    the product. Michel, Levy & Neubig (2019, arXiv:1905.10650), for heads, who then
+    divide by the norm of a layer: see `normalize_norm`. The magnitude is taken for each
+    example, before the mean; that of the mean would be 0 at a minimum.
+
+    The gates are numbers that multiply parameters, so that any model can have them. It
+    costs the gradients of single examples with respect to those parameters.
+
+    Differs from the reference implementation, which takes the magnitude for each token
+    and divides by the number of tokens, in the last layer by that of examples.
+
+    Args:
+      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      loss_fn: `loss_fn(params, batch) -> scalar`, called with batches of one example.
+      params: the parameters.
+      batch: a tree of arrays whose leading axis numbers the examples.
+      chunk: how many examples are differentiated at once, which bounds the memory; all
+        by default. On a mesh it has to divide their number.
+
+    Returns:
+      `[*copies, size]` by the groups' names, float32 at least, larger = keep.
+
+    Raises:
+      ValueError: parameters that do not fit the groups, an empty batch, a loss that is
+        no scalar; gradients that are NaN or Inf (in eager use).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"up": jnp.eye(2), "down": jnp.array([[1.0], [2.0]])}
+      >>> def apply_fn(params, x):
+      ...     return (x @ params["up"]) @ params["down"]
+      >>> x = jnp.array([[1.0, 1.0], [-3.0, 0.0]])
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, x))
+      >>> loss_fn = lambda params, x: jnp.mean(apply_fn(params, x))
+      >>> js.channels.gate_scores(groups, loss_fn, params, x)
+      {'up[1]': Array([2., 1.], dtype=float32)}
+    """
+    _checks.check_callable(2, loss_fn=loss_fn)
+    _checks.check_arrays(params=params)
+    slices = _gated(groups, params)
+    gated = set(paths_of(slices))
+    dtype = wide_dtype(*[x.dtype for p, x in leaves_with_paths(params) if p in gated])
+    gates = {name: jnp.ones(s.shape, dtype) for name, s in slices.items()}
+
+    def loss(both: PyTree, batch: Any) -> Array:
+        factors = factors_of(slices, both["gates"], params)
+        gate = lambda path, w: _times(w, factors[path]) if path in factors else w
+        return loss_fn(map_with_path(gate, both["params"]), batch)
+
+    grads = per_example_grads(
+        loss,
+        {"gates": gates, "params": params},
+        batch,
+        chunk=chunk,
+        where={"gates": True, "params": False},
+    )["gates"]
+    return {name: jnp.mean(jnp.abs(grads[name]), axis=0) for name in slices}
+
+
+def _times(w: Array, factor: Array) -> Array:
+    # In float32 at least, so that the derivative by the gate is summed in it.
+    wide = wide_dtype(w.dtype)
+    return (w.astype(wide) * factor.astype(wide)).astype(w.dtype)
+
+
+def _gated(groups: Mapping[str, Group], params: PyTree) -> dict[str, Slices]:
+    check_groups(groups)
+    every = lambda path, leaf: True
+    members = {n: {m.role for m in g.members} for n, g in groups.items() if g.prunable}
+    read = {n: groups[n] for n, roles in members.items() if "input" in roles}
+    made = {
+        n: groups[n]
+        for n, roles in members.items()
+        if "input" not in roles and "output" in roles
+    }
+    found: dict[str, Slices] = {}
+    for part, role in ((read, "input"), (made, "output")):
+        if part or not (read or made):
+            found |= slices_that_count(part or groups, params, every, roles=(role,))
+    return {name: found[name] for name in groups if name in found}

@@ -1,0 +1,170 @@
+"""`drop_lowest`: which indices of which groups go, to a sparsity."""
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxsparse import _checks
+from jaxsparse.channels._chains import (
+    Chain,
+    GroupWhere,
+    Scope,
+    chains_of,
+    check_names,
+    drop_after,
+    limits_of,
+    scopes_of,
+    sorted_steps,
+)
+from jaxsparse.coupling.drop import Drop
+from jaxsparse.coupling.grouping import Group
+from jaxsparse.patterns import removed_count
+
+
+def drop_lowest(
+    groups: Mapping[str, Group],
+    scores: Mapping[str, Any],
+    sparsity: float | Mapping[str, float],
+    *,
+    scope: Scope = "group",
+    per_copy: bool = True,
+    round_to: int = 1,
+    min_keep: int = 1,
+    max_sparsity: float | None = None,
+    where: GroupWhere = None,
+) -> Drop:
+    """Chooses the indices with the lowest scores.
+
+    The count rule: of n indices that compete `floor(s * n + 1/2)` go; of equal scores
+    the lower index (the earlier group) is kept. Within a group, or within each scope.
+
+    Copies (heads, experts, layers of a scan) lose equally many indices each, each its
+    own. So the unit that competes is one index of every copy: the r-th unit of a group
+    has the mean over the copies of each copy's r-th lowest score, and it counts as many
+    indices as there are copies. A scope's counts are in units of their greatest common
+    divisor.
+
+    `round_to`, `min_keep` and `max_sparsity` come first: a scope goes on with other
+    groups where one may lose no more, or where its next unit is larger than what is
+    left of the count, and never removes more. It falls short of the count by less than
+    one unit of a group that may still lose some. What was reached is
+    `dropped_fraction(drop)`.
+
+    It runs on the host, in a time of n log n.
+
+    Differs from Torch-Pruning (Fang et al. 2023, arXiv:2301.12900), which removes all
+    scores up to a threshold (more where some are equal), and repeats the same indices
+    in each group or head (`per_copy=False`).
+
+    Args:
+      groups: of `js.coupling.groups`.
+      scores: `[*copies, size]` by name, larger = keep. Groups without scores stay.
+      sparsity: the fraction of indices that goes, or one for each group; those that a
+        mapping does not name stay. In a scope of several groups it is the sum of their
+        shares that goes. A layer's density d of single weights becomes channels by
+        `1 - sqrt(d)` (PreCropping, arXiv:2203.02549).
+      scope: who competes: the indices of a "group", all of them ("global"; scores need
+        a common scale, see `normalize_mean`), those of "isomorphic" groups (equal
+        `Group.key`; Fang et al. 2024, arXiv:2407.04616), or those of groups for which a
+        function has the same value.
+      per_copy: whether each copy loses indices of its own. If not, the copies' scores
+        are averaged and all lose the same.
+      round_to: the number that is kept is rounded up to a multiple of this. A group
+        with fewer indices is left alone.
+      min_keep: how many indices each group (in each copy) keeps at least.
+      max_sparsity: which fraction of each group may go at most.
+      where: which groups take part.
+
+    Returns:
+      A `Drop` with an entry for every group that took part, of k = 0 where none goes.
+
+    Raises:
+      ValueError: scores of what is no group, of one that is not prunable, of another
+        shape, or NaN; a sparsity outside [0, 1); options out of range; no group left.
+      TypeError: scores that are not known yet (under jit), or options of another type.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"up": jnp.ones((4, 3)), "down": jnp.array([[1.0], [-9.0], [2.0]])}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["up"]) @ params["down"]
+      >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((2, 4))))
+      >>> scores = js.channels.channel_scores(groups, js.scores.magnitude(params))
+      >>> js.channels.drop_lowest(groups, scores, 0.6)
+      Drop(indices={'up[1]': array([0, 2])}, sizes={'up[1]': 3})
+    """
+    limits = limits_of(round_to, min_keep, max_sparsity)
+    if isinstance(sparsity, Mapping):
+        check_names("sparsity", sparsity, groups)
+        scores = {name: x for name, x in scores.items() if name in sparsity}
+    named = sparsity if isinstance(sparsity, Mapping) else {"sparsity": sparsity}
+    for name, s in named.items():
+        _checks.check_sparsity(s, name=name)
+    chains = chains_of(groups, scores, per_copy, limits, where)
+    counts = [0] * len(chains)
+    for chosen in scopes_of(groups, chains, scope):
+        several = [chains[i] for i in chosen]
+        found = _fill(several, _total(several, sparsity))
+        for i, count in zip(chosen, found, strict=True):
+            counts[i] = count
+    return drop_after(chains, counts)
+
+
+def dropped_fraction(drop: Drop) -> float:
+    """Which fraction of the indices of its groups a specification removes.
+
+    Args:
+      drop: a specification.
+
+    Returns:
+      A number in [0, 1); each copy of a group counts its own indices. 0 for no groups.
+
+    Example:
+      >>> import numpy as np, jaxsparse as js
+      >>> drop = js.coupling.Drop({"up[1]": np.array([0, 2])}, {"up[1]": 8})
+      >>> js.channels.dropped_fraction(drop)
+      0.25
+    """
+    _checks.check_is(Drop, "js.channels.drop_lowest(...)", drop=drop)
+    whole = sum(
+        drop.sizes[name] * math.prod(np.shape(gone)[:-1])
+        for name, gone in drop.indices.items()
+    )
+    return sum(np.size(gone) for gone in drop.indices.values()) / max(whole, 1)
+
+
+def _total(chains: list[Chain], sparsity: Any) -> int:
+    """How many indices of a scope are to go, over all copies."""
+    unit = math.gcd(*(c.copies for c in chains))
+    sizes = [c.size * (c.copies // unit) for c in chains]
+    if isinstance(sparsity, Mapping):
+        each = [float(sparsity[c.name]) for c in chains]
+        if len(set(each)) > 1:
+            whole = math.fsum(map(operator.mul, each, sizes))
+            return math.floor(whole + 0.5) * unit
+        sparsity = sparsity[chains[0].name]
+    return int(removed_count(sparsity, sum(sizes))) * unit
+
+
+def _fill(chains: list[Chain], total: int) -> list[int]:
+    """How many indices of each go, to `total` at most over all copies."""
+    which, after, went = sorted_steps(chains)
+    counts = [0] * len(chains)
+    fits = int(np.searchsorted(np.cumsum(went), total, side="right"))
+    for g, n in zip(which[:fits].tolist(), after[:fits].tolist(), strict=True):
+        counts[g] = n
+    left, closed = total - int(went[:fits].sum()), set()
+    rest = zip(which[fits:], after[fits:], went[fits:], strict=True)
+    for g, n, more in rest if left else ():
+        if g in closed:
+            continue
+        if more > left:
+            closed.add(g)  # what comes after it in its group cannot go without it
+            if len(closed) == len(chains):
+                break
+            continue
+        counts[g], left = int(n), left - int(more)
+    return counts

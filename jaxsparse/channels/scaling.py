@@ -1,0 +1,103 @@
+"""Each index's number at the entries of its slices, and multiplying them by it."""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._sharded import sharded_like
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.channels.slices import Part, Slices, is_plain, others_of, widen
+from jaxsparse.tree import leaves_with_paths, map_with_path
+
+
+def spread(
+    slices: Mapping[str, Slices],
+    vectors: Mapping[str, Array],
+    ndims: Mapping[str, int],
+    *,
+    combine: Callable[[Array, Array], Array],
+    fill: float,
+) -> dict[str, Array]:
+    """Each index's number at all entries of its slices.
+
+    Args:
+      slices: of `slices_of`.
+      vectors: `[*copies, size]` by the groups' names.
+      ndims: the ranks of the parameters, by path; those that are missing are left out.
+      combine: of the numbers of two groups that share a parameter.
+      fill: where a group has no index; neutral to `combine`.
+
+    Returns:
+      By path an array that broadcasts to the parameter.
+    """
+    result: dict[str, Array] = {}
+    for name, s in slices.items():
+        flat = vectors[name].ravel()
+        for part in s.parts:
+            if part.path in ndims:
+                x = _at_entries(flat, part, ndims[part.path], fill)
+                before = result.get(part.path)
+                result[part.path] = x if before is None else combine(before, x)
+    return result
+
+
+def _at_entries(flat: Array, part: Part, ndim: int, fill: float) -> Array:
+    labels = part.labels
+    if is_plain(part, flat.size):
+        x = flat.reshape(labels.shape)
+    else:
+        if np.any(labels < 0):
+            flat = jnp.append(flat, jnp.asarray(fill, flat.dtype))
+            labels = np.where(labels < 0, flat.size - 1, labels)
+        x = flat[labels]
+    return jnp.expand_dims(x, others_of(part, ndim))
+
+
+def factors_of(
+    slices: Mapping[str, Slices], vectors: Mapping[str, Array], tree: PyTree
+) -> dict[str, Array]:
+    """What each parameter is multiplied by when each index's slices are.
+
+    Args:
+      slices: of `slices_of`.
+      vectors: `[*copies, size]` by the groups' names.
+      tree: parameters or gradients.
+
+    Returns:
+      By path an array that broadcasts to the leaf.
+    """
+    ndims = {path: np.ndim(x) for path, x in leaves_with_paths(tree)}
+    return spread(slices, vectors, ndims, combine=jnp.multiply, fill=1.0)
+
+
+def scaled_updates(
+    updates: PyTree, params: PyTree, factors: Mapping[str, Array]
+) -> PyTree:
+    """Updates `u'` such that `params + u' = factor * (params + u)`.
+
+    Exactly 0.0 where the factor is 0, and `u` itself where it is 1. They take the
+    parameter's dtype, without which neither would hold.
+
+    Args:
+      updates: what would be added to the parameters.
+      params: the parameters.
+      factors: of `factors_of`; other leaves are left as they are.
+
+    Returns:
+      A tree like `updates`.
+    """
+    leaves = dict(leaves_with_paths(params))
+
+    def one(path: str, u: Array) -> Array:
+        if path not in factors:
+            return u
+        return sharded_like(move, [u], leaves[path], factors[path])[0]
+
+    def move(us: list[Array], w: Array, factor: Array) -> list[Array]:
+        wide = widen(w)
+        moved = (wide + us[0].astype(wide.dtype)) * factor.astype(wide.dtype)
+        changed = jnp.where(factor == 0, -w, (moved - wide).astype(w.dtype))
+        return [jnp.where(factor == 1, us[0].astype(w.dtype), changed)]
+
+    return map_with_path(one, updates)

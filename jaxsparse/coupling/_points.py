@@ -1,0 +1,294 @@
+"""What a program of one entry gives at known numbers: is it finite there?
+
+A masked entry is mostly exactly zero, and what follows from it alone is a number too:
+`exp(0) - 1`, the predicate of a `jnp.where`. Others are unknown; they are finite, and
+nothing in particular. So 0 / 0 and log 0 are found without a model's weights. Values
+are computed here; derivatives are programs that JAX gives.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from jaxsparse.program import bind, called
+from jaxsparse.tracing.rules import ELEMENTWISE, REDUCTIONS
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+Number = float | None
+"""A known number, infinities and NaN among them; None if it is something finite."""
+
+# What unknown operands are given: what comes out of all of these alike is known.
+_SAMPLES = ((0.6, 1.7, 0.9), (-1.3, 0.4, -2.2), (2.1, -0.7, 1.2))
+_MOVED = _names(
+    """
+    broadcast_in_dim convert_element_type copy copy_p expand_dims name pcast pvary
+    reduce_precision reshape rev sharding_constraint slice squeeze stop_gradient
+    transpose optimization_barrier
+    """
+)
+GENTLE = _names(
+    """
+    abs add add_any and asinh atan ceil clamp convert_element_type copy copy_p cos cosh
+    eq erf erfc exp exp2 expm1 floor ge gt imag is_finite le logistic lt max min mul
+    name ne neg not or real reduce_precision round select_n sharding_constraint sign sin
+    sinh square stop_gradient sub tan tanh xor
+    """
+)
+"""Whose derivatives are finite wherever the operands are."""
+_UNORDERED = frozenset({"lt", "le", "gt", "ge", "lt_to", "le_to", "max", "min"})
+
+
+def _clamp(low: Any, x: Any, high: Any) -> Any:
+    return np.minimum(np.maximum(x, low), high)
+
+
+_VALUES: Mapping[str, Callable[..., Any]] = {
+    **{"abs": np.abs, "add": np.add, "add_any": np.add, "sub": np.subtract},
+    **{"mul": np.multiply, "div": np.divide, "neg": np.negative, "sign": np.sign},
+    **{"max": np.maximum, "min": np.minimum, "clamp": _clamp, "pow": np.power},
+    **{"exp": np.exp, "exp2": np.exp2, "expm1": np.expm1, "log": np.log},
+    **{"log1p": np.log1p, "sqrt": np.sqrt, "cbrt": np.cbrt, "square": np.square},
+    **{"rsqrt": lambda x: 1 / np.sqrt(x), "logistic": lambda x: 1 / (1 + np.exp(-x))},
+    **{"sin": np.sin, "cos": np.cos, "tan": np.tan, "tanh": np.tanh},
+    **{"sinh": np.sinh, "cosh": np.cosh, "asinh": np.arcsinh, "atan": np.arctan},
+    **{"rem": np.fmod, "atan2": np.arctan2, "floor": np.floor, "ceil": np.ceil},
+    **{"is_finite": np.isfinite, "eq": np.equal, "ne": np.not_equal, "lt": np.less},
+    **{"le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
+    **{"stop_gradient": np.positive, "copy": np.positive, "name": np.positive},
+}
+
+
+def is_bad(x: Number) -> bool:
+    """Whether it is known not to be finite."""
+    return x is not None and not math.isfinite(x)
+
+
+def value_at(eqn: Any, at: Sequence[Number]) -> Number:
+    """What an equation gives, entry by entry, at known and unknown numbers.
+
+    Args:
+      eqn: its primitive is elementwise.
+      at: of its operands.
+
+    Returns:
+      The result, if it is the same whatever the unknown ones are; NaN if it is finite
+      for none of them.
+    """
+    name = eqn.primitive.name
+    if all(x is None for x in at):
+        return None
+    if name == "select_n":
+        return _selected(at)
+    if name in {"convert_element_type", "reduce_precision"}:
+        return _rounded(at[0], eqn)
+    if any(x is None for x in at):
+        if name in {"eq", "ne"}:
+            return float(name == "ne")
+        if name in {"and", "or", "not", "xor"}:
+            return 0.0 if name == "and" and 0 in at else None
+        if name in _UNORDERED | {"clamp"}:  # an unknown one is of any size
+            return (
+                math.nan if any(x is not None and math.isnan(x) for x in at) else None
+            )
+    found = [_one(eqn, x) for x in _sampled(at)]
+    if any(x is None for x in found):
+        return None
+    if all(is_bad(x) for x in found):
+        return found[0] if len({*map(str, found)}) == 1 else math.nan
+    return found[0] if len({*found}) == 1 else None
+
+
+def steep_at(eqn: Any, at: Sequence[Number], which: tuple[int, ...]) -> bool:
+    """Whether the derivative is not finite there.
+
+    Args:
+      eqn: its primitive is elementwise, or it has a rule for derivatives of its own.
+      at: its operands, which are finite.
+      which: of the operands that are differentiated.
+
+    Returns:
+      Whether some result's is not, whatever the unknown operands are.
+    """
+    if eqn.primitive.name == "integer_pow" and eqn.params["y"] > 0:
+        return False
+    if called(eqn) is not None:
+        # A rule is not for what its function closes over.
+        which = tuple(i for i in which if i >= eqn.params.get("num_consts", 0))
+        if not which or _gentle(called(eqn)):
+            return False
+        program = _slope(eqn, [v.aval for v in eqn.invars], which)
+    else:
+        types = tuple(np.dtype(v.aval.dtype) for v in eqn.invars)
+        text = str(sorted(eqn.params.items(), key=lambda x: x[0]))
+        program = _slope_of_entries(
+            _Named(eqn, (str(eqn.primitive), text)), types, which
+        )
+    return program is not None and any(map(is_bad, run(program, at)))
+
+
+def run(program: Any, at: Sequence[Number]) -> list[Number]:
+    """The numbers that a program gives, one for each result.
+
+    Args:
+      program: a closed jaxpr. It is read as one of single entries: what it adds up
+        over an axis is unknown, unless some of it is not finite.
+      at: of its operands; those that are missing are unknown.
+
+    Returns:
+      Of its results.
+    """
+    env: dict[Any, Number] = dict(
+        itertools.zip_longest(program.jaxpr.invars, at[: len(program.jaxpr.invars)])
+    )
+    for var, value in zip(program.jaxpr.constvars, program.consts, strict=True):
+        env[var] = number(value)
+
+    def read(atom: Any) -> Number:
+        return number(atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in program.jaxpr.eqns:
+        name, values = eqn.primitive.name, [read(x) for x in eqn.invars]
+        if called(eqn) is not None:
+            outs = run(called(eqn), values)
+        elif name in _MOVED and name not in ELEMENTWISE:
+            outs = values[:1]
+        elif name in ELEMENTWISE:
+            outs = [value_at(eqn, values)]
+        else:
+            lost = name not in REDUCTIONS - {"reduce_sum"} and any(map(is_bad, values))
+            outs = [math.nan if lost else None] * len(eqn.outvars)
+        env.update(zip(eqn.outvars, outs, strict=False))
+        env.update(dict.fromkeys(eqn.outvars[len(outs) :]))
+    return [read(x) for x in program.jaxpr.outvars]
+
+
+def number(value: Any) -> Number:
+    """The number that a literal or a constant is; None for arrays of several."""
+    try:
+        return float(np.asarray(value).reshape(()))
+    except (TypeError, ValueError):
+        return None
+
+
+def _selected(at: Sequence[Number]) -> Number:
+    which, *cases = at
+    if which is not None:
+        return cases[int(which)] if 0 <= which < len(cases) else None
+    return cases[0] if len({*map(str, cases)}) == 1 else None
+
+
+def _sampled(at: Sequence[Number]) -> list[list[float]]:
+    if all(x is not None for x in at):
+        return [[x for x in at if x is not None]]
+    return [
+        [row[i % len(row)] if x is None else x for i, x in enumerate(at)]
+        for row in _SAMPLES
+    ]
+
+
+def _one(eqn: Any, at: Sequence[float]) -> Number:
+    name, of = eqn.primitive.name, eqn.invars[0].aval.dtype
+    whole = jnp.issubdtype(of, jnp.integer) or jnp.issubdtype(of, jnp.bool_)
+    try:
+        with np.errstate(all="ignore"):
+            if whole and name in {"div", "rem"} and at[1] == 0:
+                return math.nan  # a number that depends on the machine
+            if name in {"and", "or", "xor", "not"}:
+                return _logic(name, of, [int(x) for x in at])
+            if name == "integer_pow":
+                return _rounded(np.float64(at[0]) ** eqn.params["y"], eqn)
+            if name in _VALUES:
+                found = _VALUES[name](*map(np.float64, at))
+                return _rounded(
+                    math.trunc(found) if whole and name == "div" else found, eqn
+                )
+            with jax.ensure_compile_time_eval():
+                types = (v.aval.dtype for v in eqn.invars)
+                values = [jnp.asarray(x, t) for x, t in zip(at, types, strict=True)]
+                return float(bind(eqn, values)[0])
+    except (TypeError, ValueError, OverflowError, NotImplementedError):
+        return None
+
+
+def _logic(name: str, of: Any, at: Sequence[int]) -> Number:
+    if name == "not":
+        return float(1 - at[0] if jnp.issubdtype(of, jnp.bool_) else ~at[0])
+    a, b = at
+    return float(a & b if name == "and" else a | b if name == "or" else a ^ b)
+
+
+def _rounded(x: Any, eqn: Any) -> Number:
+    """As the type of the result holds it: an epsilon may be 0 in float16."""
+    to = eqn.outvars[0].aval.dtype
+    if x is None or not jnp.issubdtype(to, jnp.floating):
+        whole = x is not None and math.isfinite(x) and jnp.issubdtype(to, jnp.integer)
+        return float(math.trunc(x)) if whole else None if x is None else float(x)
+    with np.errstate(all="ignore"):
+        return float(np.asarray(x, np.float64).astype(to))
+
+
+def _gentle(program: Any) -> bool:
+    """Whether a program's own derivatives would be finite, as its rule's are then."""
+    return all(
+        _gentle(called(eqn))
+        if called(eqn) is not None
+        else eqn.primitive.name in GENTLE | _MOVED | REDUCTIONS
+        for eqn in program.jaxpr.eqns
+    )
+
+
+class _Named:
+    """An equation that equals those with the same primitive and parameters."""
+
+    def __init__(self, eqn: Any, name: Any):
+        self.eqn, self.name = eqn, name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Named) and self.name == other.name
+
+
+@functools.lru_cache(maxsize=1024)
+def _slope_of_entries(eqn: _Named, types: Any, which: tuple[int, ...]) -> Any:
+    shapes = [jax.ShapeDtypeStruct((), t) for t in types]
+    return _slope(eqn.eqn, shapes, which)
+
+
+def _slope(eqn: Any, shapes: Sequence[Any], which: tuple[int, ...]) -> Any:
+    """The program of a derivative; None where JAX has none.
+
+    Its operands are those of the equation, then a change of those in `which`.
+    """
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
+
+    def slope(values: Any, changes: Any) -> Any:
+        def moved(*some: Any) -> Any:
+            whole = list(values)
+            for at, x in zip(which, some, strict=True):
+                whole[at] = x
+            outs = bind(eqn, whole)
+            return [x for x in outs if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+        if eqn.primitive.name.startswith("custom_vjp"):
+            outs, back = jax.vjp(moved, *(values[i] for i in which))
+            return back([jnp.ones_like(x) for x in outs])
+        return jax.jvp(moved, tuple(values[i] for i in which), tuple(changes))[1]
+
+    try:  # what was traced is not to be judged by the types of today
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return jax.make_jaxpr(slope)(shapes, [shapes[i] for i in which])
+    except (TypeError, ValueError, NotImplementedError):
+        return None

@@ -1,0 +1,389 @@
+"""`groups`: which axes of which parameters must lose the same indices together."""
+
+import collections
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxsparse import _checks
+from jaxsparse.coupling.copies import batches
+from jaxsparse.coupling.zeros import Masked, masked_in
+from jaxsparse.program import inner
+from jaxsparse.tracing import Trace
+from jaxsparse.tracing import axes as algebra
+from jaxsparse.tracing.once import once
+
+Role = Literal["input", "output", "batch", "other"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of one parameter, as far as a group lies along it.
+
+    Attributes:
+      path: the parameter's path.
+      axis: which of its axes.
+      index: `[n]`, for each position along the axis the group's index there, -1 where
+        it has none.
+      copies: for each group that batches this one, in which of the parameter's axes it
+        lies, and its index at each position there.
+      role: what the axis is to a kernel; "other" for biases and scales.
+    """
+
+    path: str
+    axis: int
+    index: np.ndarray
+    copies: tuple[tuple[int, np.ndarray], ...]
+    role: Role
+
+
+class Reason(NamedTuple):
+    """Why a group is marked.
+
+    Attributes:
+      flag: one of `Group.flags`.
+      detail: what happens to the axis.
+      source: the line of the model, where it is one equation.
+    """
+
+    flag: str
+    detail: str
+    source: str
+
+    def __str__(self) -> str:
+        at = f" at {self.source}" if self.source else ""
+        return f"{self.flag}: {self.detail}{at}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Indices that live or die together in all of a group's members.
+
+    Attributes:
+      name: of the first kernel that has it as an output axis, or of its first member:
+        `"block_0/conv/kernel[3]"`; with a number for its place where several groups
+        share that axis, `"attn/query/kernel[1.0]"`.
+      size: how many indices it has.
+      members: all axes of parameters that it lies along.
+      batched_by: the groups (heads, experts, layers of a scan, groups of a convolution)
+        each of whose indices may lose its own indices of this one.
+      copies: their sizes.
+      flags: "input", "output": an axis of what goes in or comes out. "gathered": it is
+        looked up by index. "sorted": its order follows from the data. "position": its
+        positions are used as numbers. "layer": a scan runs along it. "frozen": a
+        primitive could not be followed, or fixes it. "fixed": a foreign kernel (see
+        `js.trace(..., rules=)`) has its size: masks can be had, not narrowing. "zeros":
+        masked indices still act (a softmax, a maximum). "nonfinite": masked indices
+        make NaN or Inf (0 / 0, log 0), in the result or in gradients. "unread": the
+        traced function reads none of its parameters. None of them for most.
+      reasons: for each flag what set it, and at which line of the model.
+      allowed: flags that the caller takes the responsibility for.
+      key: equal for isomorphic groups: as many axes of the same kinds of parameters.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    batched_by: tuple[str, ...]
+    copies: tuple[int, ...]
+    flags: frozenset[str]
+    reasons: tuple[Reason, ...]
+    allowed: frozenset[str]
+    key: Any
+
+    @property
+    def zero_invariant(self) -> bool:
+        """Whether masked indices leave no trace in the result."""
+        return not self.flags & {"zeros", "nonfinite"}
+
+    @property
+    def prunable(self) -> bool:
+        """Whether nothing speaks against removing some of its indices."""
+        return not self.flags - self.allowed
+
+
+FLAGS = frozenset({
+    "input",
+    "output",
+    "gathered",
+    "sorted",
+    "position",
+    "layer",
+    "frozen",
+    "fixed",
+    "unread",
+    "zeros",
+    "nonfinite",
+})
+NEVER = frozenset({"frozen", "gathered"})  # no one can take the responsibility
+
+
+class Groups(Mapping[str, Group]):
+    """Groups by name, in the order of the parameters; printed as a table."""
+
+    def __init__(self, groups: Mapping[str, Group]):
+        self._groups = dict(groups)
+
+    def __getitem__(self, name: str) -> Group:
+        return self._groups[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @property
+    def prunable(self) -> "Groups":
+        """Those that may lose indices."""
+        return Groups({name: g for name, g in self.items() if g.prunable})
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} groups, {len(self.prunable)} prunable>"
+
+    def __str__(self) -> str:
+        width = max([len(name) for name in self] + [5])
+        rows = [f"{'group':{width}}  {'size':>6} {'axes':>5}  copies      why not"]
+        for name, g in self.items():
+            copies = "x".join(map(str, g.copies))
+            why = "" if g.prunable else "; ".join(map(str, g.reasons))
+            row = f"{name:{width}}  {g.size:6} {len(g.members):5}  {copies:10}  {why}"
+            rows.append(row.rstrip())
+        return "\n".join(rows)
+
+
+def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
+    """Finds which axes of which parameters must lose the same indices together.
+
+    Two axes are coupled if some operation of the model makes them the same: what is
+    added, multiplied entry by entry, contracted with each other, reshaped or joined.
+    Each leaf of the axes of the trace is a group. Heads, the width of a head, experts,
+    channels of grouped convolutions and layers of a scan are groups of their own,
+    whichever way the model writes them.
+
+    Complexity: linear in the number of equations and their rank, whatever the widths.
+
+    Differs from Torch-Pruning (Fang et al. 2023, arXiv:2301.12900), which follows index
+    lists through the autograd graph of modules that it knows, and takes other ones for
+    elementwise: here what is not understood is frozen, and `Group.reasons` say where.
+
+    Args:
+      trace: of `js.trace`.
+      allow: flags of `Group` that shall not forbid: `{"position"}` for the width of
+        heads with rotary embeddings, `{"layer"}` for the layers of a scan, `{"zeros"}`
+        for groups whose masked indices still act, `{"nonfinite"}` for those that make
+        NaN where they are masked but can be narrowed. "frozen" and "gathered" axes can
+        never be narrowed.
+
+    Returns:
+      All groups with more than one index, prunable or not.
+
+    Raises:
+      ValueError: an unknown flag.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"up": jnp.ones((4, 16)), "down": jnp.ones((16, 3))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["up"]) @ params["down"]
+      >>> trace = js.trace(apply_fn, params, jnp.ones((2, 4)))
+      >>> found = js.coupling.groups(trace)
+      >>> list(found), list(found.prunable)
+      (['up[1]', 'down[1]', 'up[0]'], ['up[1]'])
+      >>> [(m.path, m.axis, m.role) for m in found["up[1]"].members]
+      [('down', 0, 'input'), ('up', 1, 'output')]
+    """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    allowed = frozenset(allow)
+    if allowed - FLAGS or allowed & NEVER:
+        raise ValueError(
+            f"allow={sorted(allowed)}: expected some of {sorted(FLAGS - NEVER)}."
+        )
+    return Groups({
+        name: dataclasses.replace(group, allowed=allowed)
+        for name, (group, _) in found_in(trace).items()
+    })
+
+
+def check_groups(groups: Any) -> None:
+    """Raises a TypeError unless `groups` are groups by name."""
+    _checks.check_mapping(Group, "js.coupling.groups(trace)", groups=groups)
+
+
+Found = dict[str, tuple[Group, algebra.Axis]]
+
+
+@once
+def found_in(trace: Trace) -> Found:
+    """All groups of a trace, each with its leaf."""
+    places: dict[int, list[tuple[str, int, int, np.ndarray]]] = {}
+    leaves: dict[int, algebra.Axis] = {}
+    cache: dict[int, list[tuple[algebra.Axis, np.ndarray]]] = {}
+    for path, dims in trace.dims.items():
+        for axis, expression in enumerate(dims):
+            node = algebra.find(expression)
+            if id(node) not in cache:
+                cache[id(node)] = [
+                    (x, index.astype(np.int32))
+                    for x, index in algebra.coordinates(node)
+                ]
+            for k, (x, index) in enumerate(cache[id(node)]):
+                if x.size == 1:
+                    continue
+                leaves[id(x)] = x
+                places.setdefault(id(x), []).append((path, axis, k, index))
+    covering, masked, read = batches(trace), masked_in(trace), _read(trace)
+    roles = _Roles(trace)
+    several = {
+        (path, axis): len(algebra.coordinates(expression)) > 1
+        for path, dims in trace.dims.items()
+        for axis, expression in enumerate(dims)
+    }
+    named: dict[int, list[Role]] = {
+        key: [roles.of(path, axis, index) for path, axis, _, index in found]
+        for key, found in places.items()
+    }
+    names: dict[int, str] = {}
+    for key, found in places.items():
+        first = named[key].index("output") if "output" in named[key] else 0
+        path, axis, k, _ = found[first]
+        names[key] = f"{path}[{axis}.{k}]" if several[path, axis] else f"{path}[{axis}]"
+    result: Found = {}
+    for key, x in leaves.items():
+        batched = tuple(b for b in covering.get(key, ()) if b in leaves)
+        members = tuple(
+            Member(path, axis, index, _copies(path, axis, batched, places), role)
+            for (path, axis, _, index), role in zip(
+                places[key], named[key], strict=True
+            )
+        )
+        reasons = _reasons(x, key, masked, key in read)
+        kinds = collections.Counter(
+            (len(trace.dims[m.path]), m.axis, m.role) for m in members
+        )
+        result[names[key]] = (
+            Group(
+                names[key],
+                x.size,
+                members,
+                tuple(names[b] for b in batched),
+                tuple(leaves[b].size for b in batched),
+                frozenset(r.flag for r in reasons),
+                reasons,
+                frozenset(),
+                tuple(sorted(kinds.items())),
+            ),
+            x,
+        )
+    return result
+
+
+def _read(trace: Trace) -> set[int]:
+    """The leaves that some equation meets that does something itself, or a scan."""
+    axes = {id(node): node for node in map(algebra.find, trace.layers.values())}
+    axes |= {
+        id(node): node
+        for found in trace.nodes.values()
+        if not inner(found.visit.eqn)
+        for dims in found.ins
+        for node in map(algebra.find, dims)
+    }
+    read = {id(x) for node in axes.values() for x in algebra.leaves(node)}
+    # What comes out as it came in is flagged as a result.
+    outs = (x for dims in trace.dims.values() for d in dims for x in algebra.leaves(d))
+    return read | {id(x) for x in outs if "output" in x.flags}
+
+
+def _copies(
+    path: str,
+    axis: int,
+    batched: tuple[int, ...],
+    places: Mapping[int, list[tuple[str, int, int, np.ndarray]]],
+) -> tuple[tuple[int, np.ndarray], ...]:
+    """Where in a parameter the indices lie of the groups that batch one of its axes."""
+    found = []
+    for b in batched:
+        own = [(a, index) for p, a, _, index in places[b] if p == path]
+        # Within the same axis if it is there (heads times their width), or elsewhere.
+        own.sort(key=lambda place: place[0] != axis)
+        found.append(own[0])
+    return tuple(found)
+
+
+_FLAG_OF = {"iota": "position"}
+_DETAIL = {
+    "input": "it is an axis of the model's inputs",
+    "output": "it is an axis of the model's result",
+    "gathered": "it is looked up by index",
+    "sorted": "its entries are sorted",
+    "position": "its positions are used as numbers",
+    "layer": "a scan runs along it",
+    "unread": "the traced function reads none of its parameters",
+}
+
+
+def _reasons(
+    x: algebra.Axis, key: int, masked: Masked, read: bool
+) -> tuple[Reason, ...]:
+    found = [] if read else [Reason("unread", _DETAIL["unread"], "")]
+    for note, visit in x.notes.items():
+        head, _, detail = note.partition(": ")
+        flag = _FLAG_OF.get(head, head)
+        if flag in FLAGS:
+            source = visit.source if visit is not None else ""
+            found.append(Reason(flag, detail or _DETAIL[flag], source))
+    acting, lost, steep = (
+        which.get(key) for which in (masked.acting, masked.lost, masked.steep)
+    )
+    if acting is not None:
+        detail = f"masked indices still act in {acting.primitive.name}"
+        found.append(Reason("zeros", detail, acting.source))
+    if lost is not None:
+        detail = f"masked indices make NaN or Inf in {_primitive(lost)}"
+        found.append(Reason("nonfinite", detail, lost.source))
+    elif steep is not None:
+        name = _primitive(steep)
+        detail = f"masked indices make NaN in gradients, in that of {name}"
+        found.append(Reason("nonfinite", detail, steep.source))
+    return tuple(found)
+
+
+def _primitive(visit: Any) -> str:
+    """The name of an equation's primitive, or of its function with its own rule."""
+    program = visit.params.get("call_jaxpr")
+    info = getattr(getattr(program, "jaxpr", program), "debug_info", None)
+    own = visit.primitive.name.startswith("custom_") and info is not None
+    return info.func_src_info.split(" ")[0] if own else visit.primitive.name
+
+
+class _Roles:
+    """What each axis of each kernel is."""
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+
+    def of(self, path: str, axis: int, index: np.ndarray) -> Role:
+        kernel = self.trace.kernels.get(path)
+        if kernel is None:
+            return "other"
+        view = kernel.view
+        names: list[Role] = ["other"] * len(view.split)
+        for role in ("input", "output", "batch"):
+            for i in getattr(view.axes, role):
+                names[i] = role
+        parts = view.parts[axis]
+        sizes = tuple(view.split[a] for a in parts)
+        return _part([names[a] for a in parts], sizes, index)
+
+
+def _part(names: list[Role], sizes: tuple[int, ...], index: np.ndarray) -> Role:
+    """The part of an axis that an index follows, the fastest that does."""
+    if len(names) <= 1:
+        return names[0] if names else "other"
+    whole = index.reshape(sizes)
+    for part in reversed(range(len(names))):
+        if np.any(np.diff(whole, axis=part) != 0):
+            return names[part]
+    return "other"

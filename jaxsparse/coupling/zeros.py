@@ -1,0 +1,367 @@
+"""Where a masked channel does not simply vanish: what is not invariant to zeros.
+
+A channel whose parameters are all zero can be cut out without changing a result if
+wherever its values are summed with others' they are zero, or multiplied by zeros. A
+second walk follows for each value along which axes masked entries are zero, and along
+which they are at least all the same, so that a sum can be told what it lacks. Softmax
+and maxima are where it fails.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxsparse.coupling._finite import (
+    Around,
+    Finite,
+    Point,
+    after_rule,
+    either,
+    finite,
+    same,
+)
+from jaxsparse.coupling._points import number, value_at
+from jaxsparse.coupling._vanishing import Effect, Leaf, Leaves, vanishing
+from jaxsparse.coupling.uniform import (
+    INLINED,
+    SUPPORTED,
+    Operand,
+    Uniform,
+    places,
+    uniform,
+)
+from jaxsparse.program import Address, called, closed, inner, scan_counts
+from jaxsparse.tracing import Trace
+from jaxsparse.tracing.dims import Dims
+from jaxsparse.tracing.once import once
+from jaxsparse.tracing.rules import ELEMENTWISE, REDUCTIONS
+
+_SAME = frozenset(
+    {"copy", "copy_p", "name", "optimization_barrier"}
+    | {"sharding_constraint", "pvary", "pcast"}
+)
+_ORDERS = frozenset(
+    {"sort", "top_k", "approx_top_k"}
+    | {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
+)
+
+
+class Masked(NamedTuple):
+    """What masked indices of a model do.
+
+    Attributes:
+      acting: by the identity of an axis, where masked indices of it still act: the
+        first visit.
+      uniform: the equations whose results are uniform where they are masked.
+      lost: by the identity of an axis, where masked indices of it make a number that is
+        not finite and that reaches a result.
+      steep: likewise where they make a derivative that is not.
+    """
+
+    acting: dict[Leaf, Any]
+    uniform: dict[Address, Uniform]
+    lost: Mapping[Leaf, Any] = {}
+    steep: Mapping[Leaf, Any] = {}
+
+
+@once
+def masked_in(trace: Trace) -> Masked:
+    """What masked indices of a trace do."""
+    walk = _Zeros(trace)
+    args = []
+    for var, path in zip(trace.program.jaxpr.invars, trace.paths, strict=False):
+        zero = walk.leaves.of_all(trace.dims[path])
+        args.append(Effect(zero, var, {}, finite=Finite({}, _is_inexact(var), zero)))
+    for var in trace.program.jaxpr.invars[len(trace.paths) :]:
+        args.append(Effect(frozenset(), var, {}, finite=Finite({}, _is_inexact(var))))
+    outs = walk.run(trace.program, args, ())
+    lost = {x: visit for e in outs for x, visit in e.finite.lost().items()}
+    steep = {x: visit for e in outs for x, visit in e.finite.steep.items()}
+    return Masked(walk.found, walk.uniform, lost, steep)
+
+
+class _Zeros:
+    """One walk."""
+
+    def __init__(self, trace: Trace):
+        self.trace, self.leaves = trace, Leaves()
+        self.found: dict[Leaf, Any] = {}
+        self.uniform: dict[Address, Uniform] = {}
+        self.silent = 0
+        self.ruled = 0  # within functions with derivatives of their own
+        self.layers: frozenset[Leaf] = frozenset()
+
+    def blame(self, leaves: frozenset[Leaf], address: Address) -> None:
+        if not self.silent:
+            for leaf in leaves:
+                self.found.setdefault(leaf, self.trace.nodes[address].visit)
+
+    def run(
+        self, program: Any, args: Sequence[Effect], address: Address
+    ) -> list[Effect]:
+        env: dict[Any, Effect] = dict(zip(program.jaxpr.invars, args, strict=True))
+        for var in program.jaxpr.constvars:
+            env[var] = Effect(frozenset(), object(), {})
+
+        def read(atom: Any) -> Effect:
+            if isinstance(atom, core.Literal):
+                return Effect(frozenset(), object(), {}, number(atom.val))
+            return env[atom]
+
+        for index, eqn in enumerate(program.jaxpr.eqns):
+            outs = self.eqn(eqn, [read(x) for x in eqn.invars], (*address, index))
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(x) for x in program.jaxpr.outvars]
+
+    def eqn(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
+        name = eqn.primitive.name
+        if inner(eqn):
+            return self.entered(eqn, ins, address)
+        if name in _SAME:
+            return [_lone(e) for e in ins[: len(eqn.outvars)]]
+        node = self.trace.nodes[address]
+        self.reductions(eqn, ins, node.ins, address)
+        zeros = [
+            vanishing(eqn, ins, node.ins, dims, self.leaves, self.layers)
+            for dims in node.outs
+        ]
+        same = self.same(eqn, ins, address, zeros[0]) if zeros else frozenset()
+        known = [
+            self.finite(eqn, ins, node, dims, zero)
+            for dims, zero in zip(node.outs, zeros, strict=True)
+        ]
+        return [
+            Effect(
+                zero,
+                object(),
+                self.unchanged(name, ins),
+                _constant(eqn, ins),
+                same,
+                finite_,
+            )
+            for zero, finite_ in zip(zeros, known, strict=True)
+        ]
+
+    def finite(
+        self, eqn: Any, ins: list[Effect], node: Any, after: Dims, zero: frozenset[Leaf]
+    ) -> Finite:
+        """What a result's masked entries are, if not zero, and their derivatives."""
+        special = frozenset().union(*(e.zero | e.finite.points.keys() for e in ins))
+        every = [e.finite for e in ins]
+        if not special and not any(x.moves for x in every):
+            return Finite()
+        of = [
+            self.layers | self.leaves.of_all(_left(eqn, at, dims))
+            for at, dims in enumerate(node.ins)
+        ]
+        here = self.layers | self.leaves.of_all(after)
+        twice, ruled = self.leaves.twice(after), self.ruled > 0
+        around = Around(node.visit, here, of, twice, ruled)
+        return finite(eqn, every, _reader(ins), special, zero, around)
+
+    def entered(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
+        """An equation with programs of its own."""
+        name = eqn.primitive.name
+        if name in INLINED:
+            return self.run(called(eqn), ins, (*address, 0))
+        ins = [_lone(e) for e in ins]
+        if name == "scan":
+            outs = self.scan(eqn, ins, address)
+        elif name == "while":
+            outs = self.loop(eqn, ins, address)
+        elif name == "cond":
+            branches = [
+                self.run(branch, ins[1:], (*address, i))
+                for i, branch in enumerate(inner(eqn))
+            ]
+            outs = [_either(effects) for effects in zip(*branches, strict=True)]
+        else:
+            # The program of a rule for derivatives sums over what it likes.
+            self.ruled += name.startswith("custom_")
+            outs = self.run(called(eqn), ins, (*address, 0))
+            self.ruled -= name.startswith("custom_")
+            if name.startswith("custom_") and not self.ruled:
+                outs = self.ruled_by(eqn, outs, ins, address)
+        return [_lone(e) for e in outs]
+
+    def ruled_by(
+        self, eqn: Any, outs: list[Effect], ins: list[Effect], address: Address
+    ) -> list[Effect]:
+        """What a rule says of derivatives, in the place of the function's program."""
+        special = frozenset().union(*(e.zero | e.finite.points.keys() for e in ins))
+        before, after = ([e.finite for e in some] for some in (ins, outs))
+        visit = self.trace.nodes[address].visit
+        found = after_rule(eqn, after, before, _reader(ins), special, visit)
+        return [e._replace(finite=x) for e, x in zip(outs, found, strict=True)]
+
+    def same(
+        self, eqn: Any, ins: list[Effect], address: Address, zero: frozenset[Leaf]
+    ) -> frozenset[int]:
+        """The axes of a result along which masked entries are all the same."""
+        if eqn.primitive.name not in SUPPORTED or self.ruled:
+            return frozenset()
+        node = self.trace.nodes[address]
+        after = node.outs[0]
+        operands = []
+        for at, (e, dims) in enumerate(zip(ins, node.ins, strict=True)):
+            to = places(eqn, at, dims, after)
+            none = [
+                i for i in to if e.constant == 0 or self.leaves.of(dims[i]) <= e.zero
+            ]
+            of = lambda which, to=to: frozenset(to[i] for i in which if i in to)
+            operands.append(Operand(of(to), of(none), of(e.uniform)))
+        acts = (at for at, d in enumerate(after) if not self.leaves.of(d) <= zero)
+        found = uniform(operands, frozenset(acts))
+        if found.axes:
+            self.uniform[address] = found
+        else:
+            self.uniform.pop(address, None)
+        return found.axes
+
+    def unchanged(self, name: str, ins: list[Effect]) -> dict[Leaf, object]:
+        if name not in {"add", "add_any", "sub"} or not self.layers:
+            return {}
+        a, b = ins
+        found = {}
+        for layer in self.layers:
+            if b.vanishes(layer):
+                found[layer] = a.same.get(layer, a.token)
+            elif a.vanishes(layer) and name != "sub":
+                found[layer] = b.same.get(layer, b.token)
+        return found
+
+    def reductions(
+        self, eqn: Any, ins: list[Effect], before: Sequence[Dims], address: Address
+    ) -> None:
+        name, p = eqn.primitive.name, eqn.params
+        gone = lambda dims, axes: self.leaves.of_all([dims[a] for a in axes])
+        if name == "dot_general":
+            leaves = gone(before[0], p["dimension_numbers"][0][0])
+        elif name == "conv_general_dilated":
+            leaves = self.leaves.of(before[1][p["dimension_numbers"].rhs_spec[1]])
+        elif name in {"ragged_dot", "ragged_dot_general"}:
+            leaves = self.leaves.of(before[0][-1])
+        elif name in REDUCTIONS:
+            axes = {*p["axes" if "axes" in p else "dimensions"]}
+            if name != "reduce_sum":
+                return self.blame(gone(before[0], axes), address)
+            leaves = gone(before[0], axes - ins[0].uniform)  # it is told what it lacks
+        elif name in _ORDERS:
+            at = p.get("axis", p.get("dimension", -1))
+            return self.blame(gone(before[0], [at]), address)
+        else:
+            return None
+        acting = (x for x in leaves if not any(e.vanishes(x) for e in ins[:2]))
+        return self.blame(frozenset(acting), address)
+
+    def scan(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
+        first, carried = scan_counts(eqn)
+        last = first + carried
+        body, layer = inner(eqn)[0], self.leaves.of(self.trace.layers[address])
+        outer, self.layers = self.layers, self.layers | layer
+        xs = [e._replace(token=object(), same={}) for e in ins[last:]]
+        turn = lambda carry: self.run(body, [*ins[:first], *carry, *xs], (*address, 0))
+        # In the first turn a carry has its own masked zeros, in the next its body's.
+        carry, outs = self.settle(turn, ins[first:last])
+        for before, after in zip(carry, outs, strict=False):
+            for leaf in layer:
+                if after.same.get(leaf, after.token) is not before.token:
+                    self.blame(frozenset([leaf]), address)
+        self.layers = outer
+        gone = lambda e: e.finite._replace(closed=e.finite.closed - layer)
+        carried_out = [e._replace(finite=gone(e)) for e in outs[:carried]]
+        outs = [*carried_out, *outs[carried:]]
+        return [e._replace(token=object(), same={}, constant=None) for e in outs]
+
+    def loop(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
+        p = eqn.params
+        tests, bodies = p["cond_nconsts"], p["body_nconsts"]
+        test, body = (closed(x) for x in inner(eqn))
+        constants = ins[tests : tests + bodies]
+        turn = lambda carry: self.run(body, [*constants, *carry], (*address, 1))
+        carry, outs = self.settle(turn, ins[tests + bodies :])
+        self.run(test, [*ins[:tests], *carry], (*address, 0))
+        return [e._replace(token=object(), same={}, constant=None) for e in outs]
+
+    def settle(
+        self, turn: Callable[[list[Effect]], list[Effect]], start: Sequence[Effect]
+    ) -> tuple[list[Effect], list[Effect]]:
+        """Runs a body until what is known of its carries no longer shrinks."""
+        fresh = lambda e: Effect(e.zero, object(), {}, e.constant, finite=e.finite)
+        carry = [fresh(e) for e in start]
+        while True:
+            self.silent += 1
+            outs = turn(carry)[: len(carry)]
+            self.silent -= 1
+            both = [_either(pair) for pair in zip(carry, outs, strict=True)]
+            if all(
+                (a.zero, str(a.constant)) == (b.zero, str(b.constant))  # NaN != NaN
+                and same(a.finite, b.finite)
+                for a, b in zip(both, carry, strict=True)
+            ):
+                return carry, turn(carry)
+            carry = [fresh(e) for e in both]
+
+
+def _lone(effect: Effect) -> Effect:
+    """What is known of a value where its masked entries are not computed any more."""
+    return effect._replace(uniform=frozenset())
+
+
+def _either(effects: Sequence[Effect]) -> Effect:
+    """What holds whichever of some values it is."""
+    constants = {str(e.constant): e.constant for e in effects}
+    constant = effects[0].constant if len(constants) == 1 else None
+    every = frozenset().union(*(e.zero for e in effects))
+    zero = frozenset(x for x in every if all(e.vanishes(x) for e in effects))
+    known = either([e.finite for e in effects], _reader(effects))
+    return Effect(zero, object(), {}, constant, finite=known)
+
+
+def _reader(effects: Sequence[Effect]) -> Callable[[int, Leaf], Point | None]:
+    """What masked entries of some values are, if they are numbers."""
+
+    def read(at: int, leaf: Leaf) -> Point | None:
+        e = effects[at]
+        if leaf in e.finite.points:
+            return e.finite.points[leaf]
+        if e.vanishes(leaf):
+            return _ZERO
+        return None if e.constant is None else Point(e.constant)
+
+    return read
+
+
+_ZERO = Point(0.0)
+
+
+def _constant(eqn: Any, ins: Sequence[Effect]) -> float | None:
+    """The one number of which all entries of a result are."""
+    if eqn.primitive.name in {"broadcast_in_dim", "reshape"}:
+        return ins[0].constant
+    if not ins or eqn.primitive.name not in ELEMENTWISE:
+        return None
+    if any(e.constant is None for e in ins):
+        return None
+    return value_at(eqn, [e.constant for e in ins])
+
+
+def _left(eqn: Any, at: int, dims: Dims) -> list[Any]:
+    """The axes of an operand that are not added up in a product."""
+    p, name = eqn.params, eqn.primitive.name
+    if name == "dot_general" and at < 2:
+        gone = {*p["dimension_numbers"][0][at]}
+        return [d for a, d in enumerate(dims) if a not in gone]
+    if name == "conv_general_dilated":
+        numbers = p["dimension_numbers"]
+        if at:
+            return [dims[numbers.rhs_spec[0]]]
+        grouped = [dims[numbers.lhs_spec[1]]] * (p["feature_group_count"] > 1)
+        return [dims[numbers.lhs_spec[0]], *grouped]
+    return list(dims)
+
+
+def _is_inexact(var: Any) -> bool:
+    return jnp.issubdtype(var.aval.dtype, jnp.inexact)

@@ -1,0 +1,226 @@
+"""`residual_blocks`: the residual branches of any model, by name."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Hashable, Sequence
+
+from jaxsparse import _checks
+from jaxsparse.depth._branches import flat_of, line
+from jaxsparse.depth._flat import Addition, Flat, own_units, unit_size
+from jaxsparse.program import Address, Step
+from jaxsparse.tracing import Trace
+from jaxsparse.tracing.once import once
+from jaxsparse.tree import nearest
+
+Join = Callable[["ResidualBlock"], Hashable] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualBlock:
+    """A residual branch y = f(x) of x + y.
+
+    Attributes:
+      name: the common path of its kernels, "layers/0/attn"; where other parameters lie
+        there too, with what follows, "layers/0/up+down"; in a scan over layers with
+        the turn, "layers/attn[2]".
+      paths: the parameters that nothing but this block uses; slices of stacked ones
+        with the turn, "layers/attn/out/kernel[2]".
+      source: the line of the model where the branch is added.
+      parameters: how many numbers `paths` hold: what goes with the block.
+      additions: where it is added: one place, more for blocks that were joined.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    source: str
+    parameters: int
+    additions: tuple[Addition, ...]
+
+
+def residual_blocks(trace: Trace, *, join: Join = None) -> dict[str, ResidualBlock]:
+    """The residual branches of a model: what can go without changing any shape.
+
+    A branch is what is added to a value x of its own shape and depends on x through at
+    least one contraction of a parameter: attention and feed-forward sublayers, before
+    or after a norm, side by side in a parallel layer, the two convolutions of a ResNet.
+    Nothing depends on classes or names. Branches of a stack that is run by a scan over
+    its parameters are found for each turn.
+
+    Not found are: a stage's first ResNet block, of which both paths have convolutions
+    (no shape would fit without it); the first cross-attention of a Perceiver, whose
+    stream is still the latent parameters and none of the inputs; a stack whose
+    parameters are indexed in the body of a `fori_loop` or `while_loop`; what lies in a
+    loop over time, in a `cond`, or inside of a function with a derivative of its own.
+
+    Branches may lie within each other (a U-Net's skips around everything inside). A
+    stacked parameter that is computed with before the scan takes it apart, other than
+    cast or transposed, stays whole and is counted to no block.
+
+    Args:
+      trace: of `js.trace`.
+      join: `join(block)` gives a key; consecutive blocks of equal keys become one, a
+        whole layer from its attention and its feed-forward branch. None leaves a block
+        alone. (Norms between the branches of a joined block stay.)
+
+    Returns:
+      By name, in the order in which they are added.
+
+    Raises:
+      ValueError: there are none.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> layer = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+      >>> params = {"layers": [layer, layer]}
+      >>> def apply_fn(params, x):
+      ...     for p in params["layers"]:
+      ...         x = x + jnp.tanh(x @ p["up"]) @ p["down"]
+      ...     return x
+      >>> trace = js.trace(apply_fn, params, jnp.ones((2, 4)))
+      >>> for block in js.depth.residual_blocks(trace).values():
+      ...     print(block.name, block.parameters, block.paths)
+      layers/0 64 ('layers/0/up', 'layers/0/down')
+      layers/1 64 ('layers/1/up', 'layers/1/down')
+    """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    if join is None:
+        return dict(_plain(trace))
+    groups: list[tuple[Addition, ...]] = []
+    last: Hashable = None
+    for block in residual_blocks(trace).values():
+        key = join(block)
+        if groups and key is not None and key == last:
+            groups[-1] += block.additions
+        else:
+            groups.append(block.additions)
+        last = key
+    return _named(trace, groups)
+
+
+@once
+def _plain(trace: Trace) -> dict[str, ResidualBlock]:
+    return _named(trace, [(a,) for a in flat_of(trace).additions])
+
+
+def chosen(
+    trace: Trace, names: Collection[str], join: Join
+) -> dict[str, ResidualBlock]:
+    """Some blocks by their names.
+
+    Args:
+      trace: of the model.
+      names: of blocks.
+      join: see `residual_blocks`.
+
+    Returns:
+      Those blocks, in the model's order.
+
+    Raises:
+      TypeError: one text instead of several.
+      ValueError: a name that no block has.
+    """
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise TypeError(f"names: expected a collection of names, got {names!r}.")
+    found = residual_blocks(trace, join=join)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names must be those of blocks, got {name!r}.")
+        if name not in found:
+            raise ValueError(
+                f"{name}: not a block of this model. Similar: "
+                f"{', '.join(nearest(name, list(found), most=3))}; "
+                "js.depth.residual_blocks(trace) lists them all."
+            )
+    wanted = set(names)
+    return {name: block for name, block in found.items() if name in wanted}
+
+
+def _named(
+    trace: Trace, groups: Sequence[tuple[Addition, ...]]
+) -> dict[str, ResidualBlock]:
+    found = flat_of(trace)
+    sites: dict[Address, list[str]] = {}
+    for site in trace.sites:
+        for i in range(1, len(site.address) + 1, 2):
+            paths = [path for path, _ in site.origin.sources]
+            sites.setdefault(site.address[:i], []).extend(paths)
+    result: dict[str, ResidualBlock] = {}
+    for additions in groups:
+        own = own_units(found, additions)
+        kernels: dict[str, None] = {}
+        for addition in additions:
+            for step in _between(found, addition):
+                if step.eqn is not None:
+                    kernels |= dict.fromkeys(sites.get(step.address, ()))
+        name = _name(trace, list(kernels), {unit.path for unit in own})
+        name = _unique(name + _turns(additions), result)
+        result[name] = ResidualBlock(
+            name,
+            tuple(map(str, own)),
+            trace.nodes[additions[0].address].visit.source,
+            sum(unit_size(trace, unit) for unit in own),
+            additions,
+        )
+    return result
+
+
+def _between(found: Flat, addition: Addition) -> list[Step]:
+    """The steps that lead from the stream to the branch."""
+    end = found.additions[addition]
+    last = found.steps.steps[end]
+    x, y = last.ins[addition.stream], last.ins[1 - addition.stream]
+    wanted, back = {y}, []
+    # Backwards to what makes x, or for branches side by side, the stream before it.
+    for i in range(end - 1, -1, -1):
+        step = found.steps.steps[i]
+        if not wanted.isdisjoint(step.outs):
+            if x in step.outs or not step.data:
+                continue
+            back.append(step)
+            wanted.update(z for z in step.ins if isinstance(z, int))
+    reached, between = {x}, []
+    for start in line(x, found.before):
+        reached = {start}
+        between = []
+        for step in back[::-1]:
+            if any(z in reached for z in step.ins if isinstance(z, int)):
+                reached.update(step.outs)
+                between.append(step)
+        if y in reached:
+            break
+    return between
+
+
+def _name(trace: Trace, kernels: list[str], own: set[str]) -> str:
+    """The path that holds the kernels and nothing else, or the parts below it."""
+    split = [path.split("/") for path in kernels]
+    common: list[str] = []
+    for parts in zip(*(path[:-1] for path in split), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    prefix = "/".join(common)
+    mine = own | set(kernels)
+    under = [p for p in trace.paths if p.startswith(prefix + "/")] if prefix else [""]
+    if mine.issuperset(under):
+        return prefix
+    parts = list(dict.fromkeys(path[len(common)] for path in split))
+    below = "+".join(parts) if len(parts) <= 4 else f"{parts[0]}..{parts[-1]}"
+    return f"{prefix}/{below}" if prefix else below
+
+
+def _turns(additions: tuple[Addition, ...]) -> str:
+    texts = dict.fromkeys(",".join(map(str, a.turns)) for a in additions if a.turns)
+    if not texts:
+        return ""
+    first, *_, last = (*texts, "") if len(texts) == 1 else texts
+    return f"[{first}..{last}]" if last else f"[{first}]"
+
+
+def _unique(name: str, known: Collection[str]) -> str:
+    if name not in known:
+        return name
+    return next(
+        candidate
+        for candidate in (f"{name}#{i}" for i in range(2, len(known) + 3))
+        if candidate not in known
+    )

@@ -1,0 +1,187 @@
+"""A flat program of a model: what it reads, and what it does without some branches.
+
+It is a list of steps with the scans over layers unrolled, so that each residual branch
+is added in a step of its own.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from jaxsparse.program import Address, Steps
+from jaxsparse.tracing import Trace
+
+
+class Addition(NamedTuple):
+    """Where a branch is added to the stream.
+
+    Attributes:
+      address: of the equation in the traced program.
+      turns: of the scans over layers around it.
+      stream: which of its two operands is the stream; the other is the branch.
+    """
+
+    address: Address
+    turns: tuple[int, ...]
+    stream: int
+
+
+class Unit(NamedTuple):
+    """A parameter, or the slice of it that some turns of scans are handed.
+
+    Attributes:
+      path: the parameter's path.
+      at: pairs of one of its axes and the index there; () for the whole parameter.
+    """
+
+    path: str
+    at: tuple[tuple[int, int], ...]
+
+    def __str__(self) -> str:
+        turns = ",".join(str(i) for _, i in self.at)
+        return f"{self.path}[{turns}]" if turns else self.path
+
+
+class Held(NamedTuple):
+    """A variable that is a parameter, or a slice, cast or transpose of one.
+
+    Attributes:
+      unit: what it holds.
+      axes: which of the parameter's axes its own are.
+    """
+
+    unit: Unit
+    axes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flat:
+    """A flat program and what was found in it.
+
+    Attributes:
+      steps: the program, scans over layers unrolled.
+      held: the variables that hold parameters.
+      unrolled: the scans that were unrolled.
+      calls: the calls that were inlined.
+      checkpoints: the calls whose values are computed again in the backward pass.
+      additions: of residual branches, each with the index of its step, in order.
+      before: for a value of a stream the one that it was before a branch was added, or
+        before it was scaled or cast.
+    """
+
+    steps: Steps
+    held: Mapping[int, Held]
+    unrolled: frozenset[Address]
+    calls: frozenset[Address]
+    checkpoints: Mapping[Address, Any]
+    additions: Mapping[Addition, int]
+    before: Mapping[int, int]
+
+
+def used(flat: Steps, replace: Mapping[int, int]) -> tuple[list[int], set[int]]:
+    """What a program computes and reads, with some variables in place of others.
+
+    Args:
+      flat: the program.
+      replace: for a variable the one that is read in its place.
+
+    Returns:
+      The indices of the steps that lead to the results, in order; the variables that
+      they or the results read.
+    """
+    read = {final(x, replace) for x in flat.results if isinstance(x, int)}
+    steps = []
+    for i in range(len(flat.steps) - 1, -1, -1):
+        step = flat.steps[i]
+        if not read.isdisjoint(step.outs):
+            steps.append(i)
+            read.update(final(x, replace) for x in step.ins if isinstance(x, int))
+    return steps[::-1], read
+
+
+def final(x: int, replace: Mapping[int, int]) -> int:
+    """What is read in place of a variable.
+
+    Args:
+      x: the variable.
+      replace: see `used`.
+
+    Returns:
+      A variable.
+    """
+    while x in replace:
+        x = replace[x]
+    return x
+
+
+def without(found: Flat, additions: Collection[Addition]) -> dict[int, int]:
+    """For the results of some additions the stream to be read in their place.
+
+    Args:
+      found: of `flat_of`.
+      additions: of its branches.
+
+    Returns:
+      What `used` takes.
+    """
+    steps = [(found.steps.steps[found.additions[a]], a.stream) for a in additions]
+    return {step.outs[0]: step.ins[stream] for step, stream in steps}
+
+
+def units_read(found: Flat, replace: Mapping[int, int]) -> dict[Unit, None]:
+    """The parameters and slices that a program reads, in the order it does.
+
+    Args:
+      found: of `flat_of`.
+      replace: see `used`.
+
+    Returns:
+      Units, as the keys of a dictionary.
+    """
+    steps, _ = used(found.steps, replace)
+    units: dict[Unit, None] = {}
+
+    def look(x: Any) -> None:
+        x = final(x, replace) if isinstance(x, int) else x
+        if x in found.held:
+            units[found.held[x].unit] = None
+
+    for i in steps:
+        step = found.steps.steps[i]
+        if step.outs[0] not in found.held:  # else it hands a parameter on
+            for x in step.ins:
+                if isinstance(x, int):
+                    look(x)
+    for x in found.steps.results:
+        if isinstance(x, int):
+            look(x)
+    return units
+
+
+def own_units(found: Flat, additions: Collection[Addition]) -> list[Unit]:
+    """What nothing reads any more without some branches.
+
+    Args:
+      found: of `flat_of`.
+      additions: of the branches.
+
+    Returns:
+      Units, in the order in which the program first reads them.
+    """
+    left = units_read(found, without(found, additions))
+    return [unit for unit in units_read(found, {}) if unit not in left]
+
+
+def unit_size(trace: Trace, unit: Unit) -> int:
+    """How many numbers a unit has.
+
+    Args:
+      trace: of the model.
+      unit: one of its units.
+
+    Returns:
+      The size of its array.
+    """
+    shape = [d.size for d in trace.dims[unit.path]]
+    return math.prod(shape) // math.prod(shape[axis] for axis, _ in unit.at)

@@ -1,0 +1,241 @@
+"""Gates on residual branches: what a model gives with a part of each, and training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from jaxsparse import _checks
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.depth._blocks import Join, chosen, residual_blocks
+from jaxsparse.narrowing.retracing import as_sharded, by_shape
+from jaxsparse.program import Address, bind, equations, inner, scan_counts
+from jaxsparse.tracing import Trace
+from jaxsparse.tracing.leaves import checked_leaves
+
+
+def gated(trace: Trace, *, join: Join = None) -> Callable[..., Any]:
+    """The model with a number before each residual branch: x + g f(x).
+
+    At 1 it is the model, at 0 the model without the branch (`remove_blocks`), and in
+    between it can be differentiated: for gates that are trained (Liu et al., FoldGPT,
+    2024, arXiv:2407.00928; `nm_gates`) and to ask what a block is worth. A joined block
+    has its gate before each of its branches. Scans and checkpoints stay what they are.
+
+    Args:
+      trace: of `js.trace`.
+      join: as given to `residual_blocks`.
+
+    Returns:
+      `apply_fn(params, gates, *inputs)`, a pure function. `gates` maps names of blocks
+      to scalars; a block without one has none. It raises a ValueError for a name that
+      no block has and a gate that is no scalar.
+
+    Raises:
+      ValueError: a model without residual branches.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
+      >>> def apply_fn(params, x):
+      ...     return x + x @ params["w"]
+      >>> params, x = {"w": 3 * jnp.ones((1, 1))}, jnp.ones((2, 1))
+      >>> trace = js.trace(apply_fn, params, x)
+      >>> list(js.depth.residual_blocks(trace))
+      ['w']
+      >>> with_gates = js.depth.gated(trace)
+      >>> with_gates(params, {"w": 0.5}, x).ravel().tolist()
+      [2.5, 2.5]
+      >>> loss = lambda gates: with_gates(params, gates, x).sum()
+      >>> float(jax.grad(loss)({"w": 1.0})["w"])
+      6.0
+    """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    residual_blocks(trace, join=join)
+    programs: dict[tuple[str, ...], Any] = {}
+
+    def apply_fn(params: PyTree, gates: Mapping[str, Any], *inputs: Any) -> Any:
+        names = tuple(sorted(gates))
+        if names not in programs:
+            chosen(trace, names, join)
+            build = lambda at: as_sharded(at, with_gates(at, names, join))
+            programs[names] = by_shape(trace, build)
+        for name in names:
+            if jnp.ndim(gates[name]):
+                raise ValueError(
+                    f"gates[{name!r}] must be a scalar, got the shape "
+                    f"{jnp.shape(gates[name])}."
+                )
+        leaves = checked_leaves(trace, params)
+        program, structure = programs[names](leaves, inputs)
+        values = [gates[name] for name in names]
+        outs = program(leaves, jax.tree.leaves(inputs), values)
+        return jax.tree.unflatten(structure, outs)
+
+    return apply_fn
+
+
+def with_gates(
+    trace: Trace, names: tuple[str, ...], join: Join
+) -> Callable[..., list[Any]]:
+    """The program of a trace with gates before some branches.
+
+    Args:
+      trace: of the model.
+      names: of the blocks.
+      join: as given to `residual_blocks`.
+
+    Returns:
+      A function of the parameters' leaves, the flat inputs and the gates; it gives the
+      flat results.
+    """
+    eqns = dict(equations(trace.program))
+    known = chosen(trace, names, join)
+    # By operand of an addition, for the turns of the scans around it, which gate.
+    places: dict[_Operand, dict[tuple[int, ...], int]] = {}
+    for i, name in enumerate(names):
+        for address, turns, stream in known[name].additions:
+            places.setdefault((address, 1 - stream), {})[turns] = i
+
+    def run(leaves: Any, inputs: Any, gates: Any) -> list[Any]:
+        values = {}
+        for (address, operand), mine in places.items():
+            around = (eqns[address[:i]] for i in range(1, len(address), 2))
+            shape = [e.params["length"] for e in around if e.primitive.name == "scan"]
+            dtype = eqns[address].invars[operand].aval.dtype
+            every = (mine.get(turns) for turns in np.ndindex(*shape))
+            found = [jnp.ones((), dtype) if i is None else gates[i] for i in every]
+            found = jnp.stack([jnp.asarray(g).astype(dtype) for g in found])
+            values[address, operand] = found.reshape(shape)
+        return _run(trace.program, [*leaves, *inputs], (), values)
+
+    return run
+
+
+_Operand = tuple[Address, int]
+
+
+def _run(
+    program: Any, args: Sequence[Any], address: Address, gates: dict[_Operand, Any]
+) -> list[Any]:
+    """Runs a jaxpr; gates have an axis for each scan between here and them."""
+    below = {place[: len(address) + 1] for place, _ in gates}
+    env: dict[Any, Any] = dict(zip(program.jaxpr.invars, args, strict=True))
+    env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
+    read = lambda x: x.val if isinstance(x, core.Literal) else env[x]
+    for index, eqn in enumerate(program.jaxpr.eqns):
+        ins, here = [read(x) for x in eqn.invars], (*address, index)
+        outs = _gated(eqn, ins, here, gates) if here in below else bind(eqn, ins)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(x) for x in program.jaxpr.outvars]
+
+
+def _gated(
+    eqn: Any, ins: list[Any], here: Address, gates: dict[_Operand, Any]
+) -> list[Any]:
+    """An addition of a branch, or what has some inside."""
+    inside = {key: g for key, g in gates.items() if key[0][: len(here)] == here}
+    if any(place == here for place, _ in inside):
+        gate = lambda i, x: x * inside[here, i] if (here, i) in inside else x
+        return bind(eqn, [gate(i, x) for i, x in enumerate(ins)])
+    body, p = inner(eqn)[0], eqn.params
+    run = lambda values, gates: _run(body, values, (*here, 0), gates)
+    if eqn.primitive.name != "scan":
+        if "policy" in p:
+            again = {"prevent_cse": p["prevent_cse"], "policy": p["policy"]}
+            run = jax.checkpoint(run, **again)
+        return run(ins, inside)
+    first, carried = scan_counts(eqn)
+    last = first + carried
+
+    def turn(carry: list[Any], now: Any) -> tuple[list[Any], list[Any]]:
+        outs = run([*ins[:first], *carry, *now[0]], now[1])
+        return outs[:carried], outs[carried:]
+
+    options = {name: p[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = jax.lax.scan(turn, ins[first:last], (ins[last:], inside), **options)
+    return [*carry, *ys]
+
+
+class GatePenalty(NamedTuple):
+    """Two terms of a loss that closes gates; both are 0 where nothing is left to do.
+
+    Attributes:
+      polarization: how far gates are from 0 and 1, at most 1/4.
+      excess: the squared distance of what is open from the budget.
+    """
+
+    polarization: Array
+    excess: Array
+
+
+def gate_penalty(
+    gates: Mapping[str, Any], costs: Mapping[str, float], *, budget: float
+) -> GatePenalty:
+    """What to add to the loss while gates are trained, so that some of them close.
+
+    With the shares `c_b = costs[b] / sum costs` of the blocks b,
+
+        polarization = sum_b c_b g_b (1 - g_b),
+        excess = (sum_b c_b g_b - budget)^2.
+
+    The second term closes gates, those first that the loss does without; the first one
+    decides what is half open. As it keeps a gate of 1 where it is, start without it or
+    with gates below 1, and let its weight grow::
+
+        def loss(params, logits, batch):
+            gates = {name: jax.nn.sigmoid(x) for name, x in logits.items()}
+            penalty = js.depth.gate_penalty(gates, sizes, budget=0.7)
+            of_gates = 10.0 * penalty.excess + weight * penalty.polarization
+            return model_loss(with_gates, params, gates, batch) + of_gates
+
+    Blocks of the lowest gates are then removed (`remove_blocks`). FoldGPT (Liu et al.
+    2024, arXiv:2407.00928) ranks blocks by gates that a polarising term and a target of
+    operations have trained. Its own formulas were not at hand: these are the plainest
+    ones with their minima.
+
+    Args:
+      gates: scalars in [0, 1] by the names of blocks, for `gated`.
+      costs: of the same blocks: parameters, bytes, FLOPs, microseconds.
+      budget: the fraction of the costs that stays.
+
+    Returns:
+      A `GatePenalty` of two scalars.
+
+    Raises:
+      ValueError: other blocks in the costs, costs below 0 or none above, a budget
+        outside [0, 1], gates that are no scalars.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> gates, costs = {"a": 1.0, "b": 0.5}, {"a": 300, "b": 100}
+      >>> js.depth.gate_penalty(gates, costs, budget=0.75)
+      GatePenalty(polarization=Array(0.0625, dtype=float32), excess=Array(0.015625, ...
+    """
+    _checks.check_mapping(gates=gates)
+    for name, gate in gates.items():
+        if not isinstance(gate, int | float):
+            _checks.check_arrays(**{f"gates[{name!r}]": gate})
+    _checks.check_numbers(costs=costs)
+    _checks.check_number(budget=budget)
+    if set(gates) != set(costs):
+        differ = sorted(set(gates) ^ set(costs))
+        raise ValueError(f"gates and costs must have the same blocks: {differ[:4]}.")
+    if _checks.is_concrete(budget) and not 0 <= float(budget) <= 1:
+        raise ValueError(f"budget={budget!r}: expected a fraction in [0, 1].")
+    names = list(gates)
+    shares = np.array([float(costs[name]) for name in names])
+    if not np.all(shares >= 0) or not shares.sum() > 0:
+        raise ValueError(f"costs must be at least 0 and some of them above: {costs}.")
+    for name in names:
+        if shape := jnp.shape(gates[name]):
+            raise ValueError(f"{name}: a gate is a scalar, got the shape {shape}.")
+    open_ = jnp.stack([jnp.asarray(gates[name]) for name in names])
+    open_ = open_ if jnp.issubdtype(open_.dtype, jnp.floating) else open_.astype(float)
+    shares = jnp.asarray(shares / shares.sum(), open_.dtype)
+    return GatePenalty(
+        jnp.sum(shares * open_ * (1 - open_)),
+        jnp.square(jnp.sum(shares * open_) - budget),
+    )

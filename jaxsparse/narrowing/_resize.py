@@ -1,0 +1,332 @@
+"""The traced program at other sizes: no module is built anew.
+
+The jaxpr is evaluated equation by equation, with the sizes in its static parameters
+(shapes of reshapes and broadcasts, limits of slices, groups of a convolution, the
+length of a scan) replaced by what the axes have left. Constants that the model captured
+are cut like parameters. What does not touch a changed axis runs as it was traced.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.extend import core
+
+from jaxsparse.coupling.known import Known
+from jaxsparse.coupling.uniform import completed, masked_entries
+from jaxsparse.coupling.zeros import Masked, masked_in
+from jaxsparse.narrowing._arrays import fitting
+from jaxsparse.narrowing._cut import Cut
+from jaxsparse.narrowing._derivatives import with_derivative
+from jaxsparse.narrowing._means import MEANS, resized_mean
+from jaxsparse.program import Address, bind, called, inner, scan_counts
+from jaxsparse.tracing import Trace
+from jaxsparse.tracing import axes as algebra
+from jaxsparse.tracing.values import Node
+
+Norms = Literal["masked", "resized"]
+Positions = Literal["slice", "renumber"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resized:
+    """A traced program at the sizes that a cut leaves.
+
+    Attributes:
+      trace: the program and the axes of all its values.
+      cut: what is kept.
+      norms: "masked" keeps the number that a mean divides by; "resized" takes the new.
+      positions: "slice" keeps the old numbers of positions; "renumber" counts anew.
+      touched: the equations in which an axis changes, or in whose inner programs.
+      masked: what masked indices do, so that sums are those of the masked model.
+      turns: of the scans around where it runs, the number of the turn.
+    """
+
+    trace: Trace
+    cut: Cut
+    norms: Norms
+    positions: Positions
+    touched: frozenset[Address]
+    masked: Masked
+    turns: Mapping[Address, Any]
+
+    def __call__(self, params: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        """The flat results from flat parameters of the new sizes and flat inputs."""
+        args = [Known(x) for x in (*params, *inputs)]
+        return [x.value for x in self.run(self.trace.program, args, ())]
+
+    def run(self, program: Any, args: Sequence[Known], address: Address) -> list[Known]:
+        env: dict[Any, Known] = dict(zip(program.jaxpr.invars, args, strict=True))
+        dims = self.trace.constants.get(address, ())
+        for var, value, axes in zip(
+            program.jaxpr.constvars, program.consts, dims, strict=True
+        ):
+            if self.cut.touches(axes):
+                value = self.cut.take(np.asarray(value), axes)
+            env[var] = Known(value)
+
+        def read(atom: Any) -> Known:
+            if isinstance(atom, core.Literal):
+                return Known(atom.val, number=_number(atom.val))
+            return env[atom]
+
+        for index, eqn in enumerate(program.jaxpr.eqns):
+            outs = self.eqn(eqn, [read(x) for x in eqn.invars], (*address, index))
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(x) for x in program.jaxpr.outvars]
+
+    def eqn(self, eqn: Any, ins: list[Known], address: Address) -> list[Known]:
+        if address not in self.touched and not any(x.summed for x in ins):
+            return self.as_it_was(eqn, ins)
+        if eqn.primitive.name in _LOOPS or called(eqn) is not None:
+            return self.entered(eqn, ins, address)
+        return self.at_new_sizes(eqn, ins, address)
+
+    def as_it_was(self, eqn: Any, ins: list[Known]) -> list[Known]:
+        values = [x.value for x in ins]
+        if any(x.number is None for x in ins) or not ins or called(eqn):
+            return [Known(x) for x in bind(eqn, values)]
+        with jax.ensure_compile_time_eval():  # numbers stay known
+            return [Known(x, number=_number(x)) for x in bind(eqn, values)]
+
+    def entered(self, eqn: Any, ins: list[Known], address: Address) -> list[Known]:
+        """An equation with programs of its own."""
+        name, values = eqn.primitive.name, [x.value for x in ins]
+        if name == "scan":
+            return [Known(x) for x in self.scan(eqn, values, address)]
+        inside = [
+            self.plain(program, (*address, i)) for i, program in enumerate(inner(eqn))
+        ]
+        if name == "while":
+            outs = _while(eqn, values, *inside)
+        elif name == "cond":
+            outs = lax.switch(values[0], inside, *values[1:])
+        elif name in {"checkpoint", "remat", "remat2"}:
+            settings = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
+            outs = jax.checkpoint(inside[0], **settings)(*values)
+        elif name in _WITH_DERIVATIVE:
+            node, whole = self.trace.nodes[address], (self.trace, self.cut)
+            outs = with_derivative(eqn, inside[0], *whole, node, self.other)(*values)
+        else:  # what is known of values goes in and comes out
+            return self.run(called(eqn), ins, (*address, 0))
+        return [Known(x) for x in outs]
+
+    def at_new_sizes(self, eqn: Any, ins: list[Known], address: Address) -> list[Known]:
+        """One operation, with the sizes in its parameters replaced."""
+        name, node = eqn.primitive.name, self.trace.nodes[address]
+        if name == "iota" and self.positions == "slice":
+            with jax.ensure_compile_time_eval():
+                whole = np.asarray(bind(eqn, [])[0])
+            return [Known(jnp.asarray(self.cut.take(whole, node.outs[0])))]
+        if name == "random_split" or (name in _RANDOM and self.positions == "slice"):
+            wholes = zip(bind(eqn, [x.value for x in ins]), node.outs, strict=True)
+            around = [(self.trace.layers[at], i) for at, i in self.turns.items()]
+            return [Known(self.cut.take_in_turn(x, d, around)) for x, d in wholes]
+        if self.norms == "resized" and name in MEANS:
+            ins = resized_mean(name, ins)
+        patched = _Patched(eqn, {**eqn.params, **self.patch(eqn, node)})
+        outs = bind(patched, [x.value for x in ins])
+        if name == "reduce_sum":
+            return [self.sum(eqn, ins[0], outs[0], node)]
+        summed = ins[0].summed if name in _CARRY_SUMS else None
+        if address in self.masked.uniform:
+            shape = self.cut.shape(node.outs[0])
+            masked = masked_entries(eqn, ins, self.masked.uniform[address], shape)
+            return [Known(outs[0], summed=summed, masked=masked)]
+        return [Known(x, summed=summed) for x in outs]
+
+    def sum(self, eqn: Any, x: Known, total: Any, node: Node) -> Known:
+        """A sum: that of all entries, and how many of them are left."""
+        axes, (dims, *_), size = eqn.params["axes"], node.ins, self.cut.size
+        if x.masked is not None:
+            # Where masked indices act, the user has taken them out with what they do.
+            told = [a for a in axes if not self.acts(dims[a])]
+            total = completed(total, x.masked, axes, told, dims, size)
+        old = math.prod(dims[a].size for a in axes)
+        new = math.prod(size(dims[a]) for a in axes)
+        return Known(total, summed=(old, new) if old != new else None)
+
+    def acts(self, axis: algebra.Axis) -> bool:
+        """Whether an axis loses indices that are not invariant to zeros."""
+        acting, kept = self.masked.acting, self.cut.kept
+        leaves = map(id, algebra.leaves(algebra.find(axis)))
+        return any(x in acting and x in kept for x in leaves)
+
+    def plain(self, program: Any, address: Address) -> Callable[..., list[Any]]:
+        """An inner program as a function of values."""
+
+        def run(*values: Any) -> list[Any]:
+            outs = self.run(program, [Known(x) for x in values], address)
+            return [jnp.asarray(x.value) for x in outs]
+
+        return run
+
+    def other(self, trace: Trace, cut: Cut) -> Callable[..., list[Any]]:
+        """Another program, with a cut of its own, as a function of values."""
+        return resized(trace, cut, self.norms, self.positions).plain(trace.program, ())
+
+    def patch(self, eqn: Any, node: Node) -> dict[str, Any]:
+        """The static parameters that hold sizes."""
+        name, p, shape = eqn.primitive.name, eqn.params, self.cut.shape
+        if name == "reshape":
+            return {"new_sizes": shape(node.outs[0])}
+        if name in {"broadcast_in_dim", "iota", "empty", "rng_uniform"}:
+            return {"shape": shape(node.outs[0])}
+        if name == "random_bits":  # for each of the keys
+            return {"shape": shape(node.outs[0])[len(node.ins[0]) :]}
+        if name == "rng_bit_generator":
+            return {"shape": shape(node.outs[1])}
+        if name == "sharding_constraint":
+            return {"sharding": fitting(p["sharding"], shape(node.outs[0]))}
+        if name == "split":
+            at = p["axis"]
+            return {"sizes": tuple(shape(dims)[at] for dims in node.outs)}
+        if name == "dynamic_slice":
+            return {"slice_sizes": shape(node.outs[0])}
+        if name == "slice":
+            sizes, strides = (
+                shape(node.outs[0]),
+                p["strides"] or (1,) * len(node.ins[0]),
+            )
+            # With a stride the start counts within the first stride, which stays; one
+            # index alone was sliced without a stride.
+            starts = tuple(
+                at if stride > 1 and out.size > 1 else self.cut.before(d, at)
+                for d, at, stride, out in zip(
+                    node.ins[0], p["start_indices"], strides, node.outs[0], strict=True
+                )
+            )
+            limits = tuple(
+                start + (size - 1) * stride + 1 if size else start
+                for start, size, stride in zip(starts, sizes, strides, strict=True)
+            )
+            return {"start_indices": starts, "limit_indices": limits}
+        if name == "pad":
+            return {"padding_config": self.padding(eqn, node)}
+        if name == "gather":
+            sizes = tuple(
+                new if size == d.size else size
+                for size, d, new in zip(
+                    p["slice_sizes"], node.ins[0], shape(node.ins[0]), strict=True
+                )
+            )
+            return {"slice_sizes": sizes}
+        if name == "conv_general_dilated":
+            spec = p["dimension_numbers"]
+            channels = shape(node.ins[0])[spec.lhs_spec[1]]
+            per_group = shape(node.ins[1])[spec.rhs_spec[1]]
+            return {"feature_group_count": channels // per_group}
+        return {}
+
+    def padding(self, eqn: Any, node: Node) -> tuple[tuple[int, int, int], ...]:
+        """What is added around axes, of which some indices may be gone as well."""
+        found = []
+        for (low, high, inside), before, after in zip(
+            eqn.params["padding_config"], node.ins[0], node.outs[0], strict=True
+        ):
+            if low >= 0 and high >= 0 and not inside:
+                low = self.cut.before(after, low)
+                high = self.cut.size(after) - self.cut.size(before) - low
+            found.append((low, high, inside))
+        return tuple(found)
+
+    def scan(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
+        first, carried = scan_counts(eqn)
+        consts, carry = values[:first], values[first : first + carried]
+        length, body = self.cut.size(self.trace.layers[address]), inner(eqn)[0]
+
+        def turn(carry: Any, now: Any) -> Any:
+            number, xs = now
+            within = dataclasses.replace(self, turns={**self.turns, address: number})
+            outs = within.plain(body, (*address, 0))(*consts, *carry, *xs)
+            return outs[:carried], outs[carried:]
+
+        carry, ys = lax.scan(
+            turn,
+            carry,
+            (jnp.arange(length, dtype=jnp.int32), values[first + carried :]),
+            length=length,
+            reverse=eqn.params["reverse"],
+            unroll=eqn.params["unroll"],
+        )
+        return [*carry, *ys]
+
+
+_LOOPS = frozenset({"scan", "while", "cond"})
+_RANDOM = frozenset({"random_bits", "rng_bit_generator", "rng_uniform"})
+_WITH_DERIVATIVE = frozenset((
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+))
+_CARRY_SUMS = frozenset((
+    "convert_element_type",
+    "broadcast_in_dim",
+    "reshape",
+    "squeeze",
+    "copy",
+))
+
+
+def _while(
+    eqn: Any, values: list[Any], test: Callable[..., Any], body: Callable[..., Any]
+) -> list[Any]:
+    p = eqn.params
+    tests, bodies = p["cond_nconsts"], p["body_nconsts"]
+    of_test, of_body = values[:tests], values[tests : tests + bodies]
+    return lax.while_loop(
+        lambda carry: test(*of_test, *carry)[0],
+        lambda carry: body(*of_body, *carry),
+        values[tests + bodies :],
+    )
+
+
+class _Patched:
+    """An equation with other parameters."""
+
+    def __init__(self, eqn: Any, params: Any):
+        self.primitive, self.params = eqn.primitive, params
+
+
+def resized(trace: Trace, cut: Cut, norms: Norms, positions: Positions) -> Resized:
+    """The program at the sizes of a cut.
+
+    Args:
+      trace: of the model.
+      cut: what is kept.
+      norms: see `Resized`.
+      positions: see `Resized`.
+
+    Returns:
+      A function of flat parameters and inputs.
+    """
+    touched: set[Address] = set()
+    for address, node in trace.nodes.items():
+        if any(map(cut.touches, (*node.ins, *node.outs))) or _within(
+            cut, trace, address
+        ):
+            touched.update(address[: n + 1] for n in range(0, len(address), 2))
+    # A module that is built anew sums over its own channels alone.
+    masked = masked_in(trace) if norms == "masked" else Masked({}, {})
+    return Resized(trace, cut, norms, positions, frozenset(touched), masked, {})
+
+
+def _within(cut: Cut, trace: Trace, address: Address) -> bool:
+    """Whether a scan's length changes."""
+    layer = trace.layers.get(address)
+    return layer is not None and cut.size(layer) != layer.size
+
+
+def _number(x: Any) -> float | None:
+    if np.ndim(x) or isinstance(x, Tracer):
+        return None
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        return None

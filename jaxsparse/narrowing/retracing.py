@@ -1,0 +1,105 @@
+"""Programs that were made of a trace, for inputs of other shapes than its own."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsparse._sharded import explicit_mesh
+from jaxsparse.narrowing._arrays import fitting
+from jaxsparse.tracing import Trace
+from jaxsparse.tracing import trace as trace_of
+
+Shape = tuple[int, ...]
+
+
+def by_shape(
+    trace: Trace,
+    build: Callable[[Trace], Any],
+    *,
+    whole: Callable[[int, Shape], Shape] = lambda i, shape: shape,
+) -> Callable[[Sequence[Any], Any], tuple[Any, Any]]:
+    """Traces a model anew for inputs of other shapes or types, once for each.
+
+    Args:
+      trace: of the model with the example inputs.
+      build: makes a program of a trace.
+      whole: for the number of an input and its shape the shape that the model takes.
+
+    Returns:
+      A function of the parameters' leaves (of which only the types count) and the
+      inputs; it gives the program for them, and the structure of the model's result.
+    """
+    known: dict[Any, tuple[Any, Any]] = {}
+    traced = [v.aval for v in trace.program.jaxpr.invars]
+    example = jax.tree.structure(tuple(trace.inputs))
+
+    def program_for(leaves: Sequence[Any], inputs: Any) -> tuple[Any, Any]:
+        flat, treedef = jax.tree.flatten(tuple(inputs))
+        shapes = [x.shape for x in traced[: len(leaves)]]
+        shapes += [whole(i, jax.typeof(x).shape) for i, x in enumerate(flat)]
+        types = [jax.typeof(x) for x in (*leaves, *flat)]
+        arrays = [
+            jax.ShapeDtypeStruct(shape, t.dtype, weak_type=t.weak_type)
+            for shape, t in zip(shapes, types, strict=True)
+        ]
+        key = treedef, tuple((x.shape, x.dtype, x.weak_type) for x in arrays)
+        if key not in known:
+            at = trace
+            kinds = [[(x.shape, x.dtype) for x in xs] for xs in (arrays, traced)]
+            if treedef != example or kinds[0] != kinds[1]:
+                at = trace_of(
+                    trace.apply_fn,
+                    jax.tree.unflatten(trace.treedef, arrays[: len(leaves)]),
+                    *jax.tree.unflatten(treedef, arrays[len(leaves) :]),
+                    rules=trace.rules,
+                )
+            known[key] = build(at), jax.tree.structure(at.out_shape)
+        return known[key]
+
+    return program_for
+
+
+def as_sharded(
+    trace: Trace, program: Callable[..., list[Any]]
+) -> Callable[..., list[Any]]:
+    """A program of a trace, where shardings are types.
+
+    A trace knows of no shardings. On a mesh with explicit axes the compiler decides
+    within, as on one with automatic axes, and the results are sharded as the model's.
+
+    Args:
+      trace: of the model, with inputs of these shapes.
+      program: of flat parameters, maybe of other sizes, flat inputs, and more.
+
+    Returns:
+      A function of them.
+    """
+    traced = [v.aval for v in trace.program.jaxpr.invars]
+
+    def run(leaves: Sequence[Any], flat: Sequence[Any], *rest: Any) -> list[Any]:
+        mesh = explicit_mesh([*leaves, *flat])
+        if mesh is None:
+            return program(leaves, flat, *rest)
+        whole = [
+            jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=_on(mesh, x, t.shape))
+            for x, t in zip((*leaves, *flat), traced, strict=True)
+        ]
+        n = len(leaves)
+        outs = jax.eval_shape(
+            trace.apply_fn,
+            jax.tree.unflatten(trace.treedef, whole[:n]),
+            *jax.tree.unflatten(jax.tree.structure(trace.inputs), whole[n:]),
+        )
+        none = NamedSharding(mesh, PartitionSpec())
+        shardings: Any = [x.sharding or none for x in jax.tree.leaves(outs)]
+        automatic: Any = jax.sharding.auto_axes(program, out_sharding=shardings)
+        return automatic(leaves, flat, *rest)
+
+    return run
+
+
+def _on(mesh: Any, x: Any, shape: Shape) -> NamedSharding:
+    spec = jax.typeof(x).sharding.spec
+    return fitting(NamedSharding(mesh, spec), shape)

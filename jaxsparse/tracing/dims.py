@@ -1,0 +1,57 @@
+"""What all rules share: to unify axes or freeze them, and to say which equation did."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxsparse.tracing import axes as algebra
+from jaxsparse.tracing.axes import Axis
+
+Dims = tuple[Axis, ...]
+Rule = Callable[[Any, Sequence[Dims]], list[Dims]]
+
+
+def unify(a: Axis, b: Axis, eqn: Any) -> None:
+    """Makes two axes the same, or freezes both.
+
+    Args:
+      a: an axis.
+      b: an axis.
+      eqn: the equation that asks.
+    """
+    try:
+        algebra.unify(a, b)
+    except algebra.Incompatible as error:
+        freeze(a, f"{eqn.primitive.name} ({error})", eqn)
+        freeze(b, f"{eqn.primitive.name} ({error})", eqn)
+
+
+def freeze(axis: Axis, why: str, eqn: Any) -> None:
+    """Says of an axis that its indices must stay.
+
+    Args:
+      axis: an axis.
+      why: the reason.
+      eqn: the equation.
+    """
+    algebra.flag(axis, f"frozen: {why}", eqn=eqn)
+
+
+def frozen(size: int, why: str, eqn: Any) -> Axis:
+    """A new axis whose indices must stay.
+
+    Args:
+      size: how many.
+      why: the reason.
+      eqn: the equation.
+
+    Returns:
+      The axis.
+    """
+    axis = algebra.leaf(size)
+    freeze(axis, why, eqn)
+    return axis
+
+
+def out_shapes(eqn: Any) -> list[tuple[int, ...]]:
+    """The shapes of an equation's results."""
+    return [tuple(v.aval.shape) for v in eqn.outvars]
