@@ -62,7 +62,6 @@ RESULTS = HERE / "results" / "structured_quality.json"
 KEY = ("model", "setting", "method", "sparsity")
 LARGEST = 1e-4  # difference between a narrowed and a masked model; it is 1e-6 or so
 
-S = js.structured
 Scores = Mapping[str, Any]
 Measure = Callable[[Any, Any], float]
 """`metric(apply_fn, params)` on the images or stories of the figure."""
@@ -106,7 +105,7 @@ class Model:
 
     def groups(self, expression: str) -> dict[str, Any]:
         """Those prunable groups whose names it matches."""
-        found = S.groups(self.trace).prunable
+        found = js.coupling.groups(self.trace).prunable
         return {n: g for n, g in found.items() if re.search(expression, n)}
 
 
@@ -141,38 +140,40 @@ def calibrated(
 
 def magnitude(model: Model, groups: Mapping[str, Any]) -> Scores:
     """Squares of all kernels, summed, in each group relative to their mean."""
-    return S.normalize_mean(_squares(model, groups))
+    return js.channels.normalize_mean(_squares(model, groups))
 
 
 def lamp(model: Model, groups: Mapping[str, Any]) -> Scores:
-    return S.lamp(_squares(model, groups))
+    return js.channels.lamp(_squares(model, groups))
 
 
 def _squares(model: Model, groups: Mapping[str, Any]) -> Scores:
-    return S.group_scores(groups, jax.tree.map(jnp.square, model.params))
+    return js.channels.channel_scores(groups, jax.tree.map(jnp.square, model.params))
 
 
 def taylor(model: Model, groups: Mapping[str, Any]) -> Scores:
     saliency = js.scores.taylor(model.params, model.grads)
-    return S.normalize_mean(S.group_scores(groups, saliency))
+    return js.channels.normalize_mean(js.channels.channel_scores(groups, saliency))
 
 
 def flap(model: Model, groups: Mapping[str, Any]) -> Scores:
-    return S.standardize(S.flap(groups, model.params, model.stats))
+    return js.channels.standardize(
+        js.channels.flap_scores(groups, model.params, model.stats)
+    )
 
 
 def fpgm(model: Model, groups: Mapping[str, Any]) -> Scores:
-    return S.normalize_mean(S.fpgm(groups, model.params))
+    return js.channels.normalize_mean(js.channels.fpgm(groups, model.params))
 
 
 def bn_scale(model: Model, groups: Mapping[str, Any]) -> Scores:
     """Raw in a global scope too: that is network slimming."""
-    return S.bn_scale(groups, model.params, where=r"bn\d\.weight$")
+    return js.channels.bn_scale(groups, model.params, where=r"bn\d\.weight$")
 
 
 def errors(model: Model, groups: Mapping[str, Any]) -> Scores:
     found = js.channels.obs_errors(groups, model.params, model.stats)
-    return S.normalize_mean(found)
+    return js.channels.normalize_mean(found)
 
 
 def random(model: Model, groups: Mapping[str, Any]) -> Scores:
@@ -180,26 +181,30 @@ def random(model: Model, groups: Mapping[str, Any]) -> Scores:
     return {n: rng.random((*g.copies, g.size)) for n, g in groups.items()}
 
 
-def refit(model: Model, groups: Mapping[str, Any], drop: S.Drop) -> Any:
+def refit(model: Model, groups: Mapping[str, Any], drop: js.coupling.Drop) -> Any:
     return js.channels.obs_refit(groups, model.params, model.stats, drop)
 
 
-def flap_bias(model: Model, groups: Mapping[str, Any], drop: S.Drop) -> Any:
+def flap_bias(model: Model, groups: Mapping[str, Any], drop: js.coupling.Drop) -> Any:
     bias = lambda path: path.removesuffix("weight") + "bias"
-    return S.flap_compensation(groups, model.params, model.stats, drop, bias=bias)
+    return js.channels.flap_compensation(
+        groups, model.params, model.stats, drop, bias=bias
+    )
 
 
-Choose = Callable[[Model, Mapping[str, Any], float], S.Drop]
+Choose = Callable[[Model, Mapping[str, Any], float], js.coupling.Drop]
 
 
 def by(score: Callable[..., Scores], **options: Any) -> Choose:
     """The lowest scores go."""
-    return lambda model, groups, sparsity: S.select(
+    return lambda model, groups, sparsity: js.channels.drop_lowest(
         groups, score(model, groups), sparsity, **options
     )
 
 
-def greedy(model: Model, groups: Mapping[str, Any], sparsity: float) -> S.Drop:
+def greedy(
+    model: Model, groups: Mapping[str, Any], sparsity: float
+) -> js.coupling.Drop:
     return js.channels.obs_greedy(
         groups, model.params, model.stats, sparsity, at_once=1
     )
@@ -217,10 +222,12 @@ def scored(
 # Measuring
 
 
-def narrowed(model: Model, params: Any, drop: S.Drop) -> tuple[Any, dict[str, Any]]:
+def narrowed(
+    model: Model, params: Any, drop: js.coupling.Drop
+) -> tuple[Any, dict[str, Any]]:
     """The narrowed model, and how far it is from the masked one."""
-    small = S.narrow(model.trace, params, drop)
-    masked = js.patterns.apply(params, S.masks(model.trace, drop))
+    small = js.narrowing.narrow(model.trace, params, drop)
+    masked = js.patterns.apply(params, js.narrowing.drop_masks(model.trace, drop))
     probe = model.inputs[0][:4]
     expected = jax.jit(model.apply_fn)(masked, probe)
     found = jax.jit(small.apply_fn)(small.params, probe)
@@ -248,7 +255,7 @@ def pruned(
     sparsity: float,
     choose: Choose,
     compensate: Callable[..., Any] | None,
-) -> tuple[S.Drop, Any]:
+) -> tuple[js.coupling.Drop, Any]:
     """What goes, and the parameters that make up for it."""
     drop = choose(model, groups, sparsity)
     if compensate is None:
@@ -280,7 +287,7 @@ def compare(
             )
             found, about = narrowed(model, params, drop)
             what = {"setting": setting, "method": name, "sparsity": sparsity}
-            fraction = round(S.dropped_fraction(drop), 4)
+            fraction = round(js.channels.dropped_fraction(drop), 4)
             rows.measure(found, what, removed=fraction, **about, seconds=seconds)
 
 
@@ -382,8 +389,8 @@ def run_stories(rows_for: Callable[[Model], Rows], small: bool) -> None:
     compare(rows, model, "mlp hidden", hidden, methods, sparsities)
 
     windows = jnp.concatenate(model.batches)
-    gates = lambda model, groups: S.normalize_norm(
-        S.gate_scores(groups, _each_window, model.params, windows, chunk=8)
+    gates = lambda model, groups: js.channels.normalize_norm(
+        js.channels.gate_scores(groups, _each_window, model.params, windows, chunk=8)
     )
     methods = {
         **scored("random", random),
@@ -459,12 +466,12 @@ def run_blocks(rows_for: Callable[[Model], Rows], small: bool) -> None:
     """Which of ten branches go: by similarity, by output loss, by knapsack."""
     model = stories_model(small)
     rows = rows_for(model)
-    known = S.blocks(model.trace)
+    known = js.depth.residual_blocks(model.trace)
     sizes = {name: block.parameters for name, block in known.items()}
     scores, orders, took = {}, {}, {}
     for name, of, sign in (
-        ("block_similarity", S.block_similarity, -1),  # the most similar first
-        ("output_losses", S.output_losses, 1),
+        ("block_similarity", js.depth.block_similarity, -1),  # the most similar first
+        ("output_losses", js.depth.output_losses, 1),
     ):
         args = model.trace, model.params, model.inputs
         values, took[name] = timed(of, *args)
@@ -475,7 +482,7 @@ def run_blocks(rows_for: Callable[[Model], Rows], small: bool) -> None:
     def add(
         setting: str, method: str, count: float, names: Iterable[str], **about: Any
     ) -> None:
-        found = S.remove_blocks(model.trace, model.params, tuple(names))
+        found = js.depth.remove_blocks(model.trace, model.params, tuple(names))
         about["parameters"] = sum(x.size for x in jax.tree.leaves(found.params))
         what = {"setting": setting, "method": method, "sparsity": count}
         about["blocks"] = sorted(name.removeprefix("layers/") for name in names)
@@ -487,7 +494,7 @@ def run_blocks(rows_for: Callable[[Model], Rows], small: bool) -> None:
     total, target = sum(sizes.values()), "share of the blocks' parameters"
     for share in some((0.1, 0.2, 0.3), small):
         least = round(share * total)
-        chosen = S.knapsack(scores["output_losses"], sizes, at_least=least)
+        chosen = js.depth.knapsack(scores["output_losses"], sizes, at_least=least)
         add(target, "knapsack", share, chosen, seconds=took["output_losses"])
         for name, order in orders.items():
             removed = np.cumsum([sizes[n] for n in order])

@@ -11,19 +11,41 @@ def _moved(package: str, names: str) -> dict[str, str]:
 
 
 _STRUCTURED = {
-    **_moved("coupling", """Drop Group Groups Member Reason groups"""),
-    **_moved("narrowing", """Cost cost Narrowed narrow widen narrow_like"""),
+    **_moved(
+        "coupling",
+        """
+        Drop Group Groups Member Reason groups
+        """,
+    ),
+    **_moved(
+        "narrowing",
+        """
+        Cost cost Narrowed narrow widen narrow_like
+        """,
+    ),
     **_moved(
         "channels",
-        """Selected bn_scale fpgm gate_scores zero_indices flap_compensation lamp normalize_max normalize_mean normalize_norm normalize_quantile normalize_range per_parameter standardize dropped_fraction""",
+        """
+        Selected bn_scale fpgm gate_scores zero_indices flap_compensation lamp
+        normalize_max normalize_mean normalize_norm normalize_quantile
+        normalize_range per_parameter standardize dropped_fraction
+        """,
     ),
     **_moved(
         "depth",
-        """knapsack nm_gates nm_options GatePenalty gate_penalty gated block_similarity output_losses remove_blocks share_blocks""",
+        """
+        knapsack nm_gates nm_options GatePenalty gate_penalty gated
+        block_similarity output_losses remove_blocks share_blocks
+        """,
     ),
     **_moved(
         "experts",
-        """AtomicSums atomic_init atomic_merge atomic_scores atomic_update atomic_update_ragged MergedExperts cluster_experts expert_distances medoids merge_clusters Grouping group_experts router_similarity align_experts merge_experts merge_gates""",
+        """
+        AtomicSums atomic_init atomic_merge atomic_scores atomic_update
+        atomic_update_ragged MergedExperts cluster_experts expert_distances
+        medoids merge_clusters Grouping group_experts router_similarity
+        align_experts merge_experts merge_gates
+        """,
     ),
     "masks": "narrowing.drop_masks",
     "select_to": "channels.drop_to_budget",

@@ -9,15 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
 
 from jaxsparse.calibration._stats import merge
 from jaxsparse.calibration.rows import zeros_like
-from jaxsparse.program import bind, called, inner, scan_counts
+from jaxsparse.program import (
+    Address,
+    bind,
+    called,
+    cond,
+    inner,
+    interpret,
+    scan,
+    while_loop,
+)
 
-Address = tuple[int, ...]
 Look = Callable[[Address, Any, list[Any]], Any]
 Found = dict[Address, Any]
 
@@ -75,20 +81,16 @@ class _Run:
     def run(
         self, program: Any, args: Sequence[Any], address: Address
     ) -> tuple[list[Any], Found]:
-        jaxpr = program.jaxpr
-        env = dict(zip(jaxpr.constvars, program.consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-        read = lambda x: x.val if isinstance(x, core.Literal) else env[x]
         found: Found = {}
-        for index, eqn in enumerate(jaxpr.eqns):
-            here, values = (*address, index), [read(x) for x in eqn.invars]
-            if here in self.prefixes:
-                outs, more = self.into(eqn, values, here)
-                found.update(more)
-            else:
-                outs = bind(eqn, values)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(x) for x in jaxpr.outvars], found
+
+        def meaning(eqn: Any, values: list[Any], here: Address) -> list[Any]:
+            if here not in self.prefixes:
+                return bind(eqn, values)
+            outs, more = self.into(eqn, values, here)
+            found.update(more)
+            return outs
+
+        return interpret(program, args, meaning, address), found
 
     def into(
         self, eqn: Any, values: list[Any], here: Address
@@ -108,67 +110,43 @@ class _Run:
     def _scan(
         self, eqn: Any, values: list[Any], here: Address
     ) -> tuple[list[Any], Found]:
-        p, body = eqn.params, inner(eqn)[0]
-        first, carried = scan_counts(eqn)
-        last = first + carried
-        consts, init, xs = values[:first], values[first:last], values[last:]
-
-        def once(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any], Found]:
-            outs, found = self.run(body, [*consts, *carry, *x], (*here, 0))
-            return outs[: last - first], outs[last - first :], found
-
-        at = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-        _, _, shapes = jax.eval_shape(once, init, [at(jnp.asarray(x)) for x in xs])
+        body = inner(eqn)[0]
+        once = lambda values: self.run(body, values, (*here, 0))
+        _, shapes = jax.eval_shape(once, [v.aval for v in body.jaxpr.invars])
         merged = {a: s for a, s in shapes.items() if here not in self.scans[a]}
 
-        def turn(carry: Any, x: list[Any]) -> Any:
-            state, total = carry
-            state, ys, found = once(state, x)
+        def turn(values: list[Any], total: Found, _: Any) -> Any:
+            outs, found = once(values)
             total = {a: _merge(total[a], found[a]) for a in total}
-            return (state, total), (ys, {a: found[a] for a in found if a not in total})
+            return outs, total, {a: found[a] for a in found if a not in total}
 
-        (state, total), (ys, stacked) = lax.scan(
-            turn,
-            (init, zeros_like(merged)),
-            xs,
-            length=p["length"],
-            reverse=p["reverse"],
-        )
-        return [*state, *ys], {**total, **stacked}
+        outs, total, stacked = scan(eqn, values, turn, carry=zeros_like(merged))
+        return outs, {**total, **stacked}
 
     def _while(
         self, eqn: Any, values: list[Any], here: Address
     ) -> tuple[list[Any], Found]:
-        p = eqn.params
-        tests, bodies = p["cond_nconsts"], p["body_nconsts"]
         test, body = inner(eqn)
-        consts, init = values[tests : tests + bodies], values[tests + bodies :]
-        once = lambda state: self.run(body, [*consts, *state], (*here, 1))
+        once = lambda values: self.run(body, values, (*here, 1))
+        _, shapes = jax.eval_shape(once, [v.aval for v in body.jaxpr.invars])
+
+        def turn(values: list[Any], total: Found) -> Any:
+            outs, found = once(values)
+            return outs, {a: _merge(total[a], found[a]) for a in total}
+
         goes_on = core.jaxpr_as_fun(test)
-        _, shapes = jax.eval_shape(once, init)
-
-        def turn(carry: Any) -> Any:
-            state, total = carry
-            state, found = once(state)
-            return state, {a: _merge(total[a], found[a]) for a in total}
-
-        return lax.while_loop(
-            lambda carry: goes_on(*values[:tests], *carry[0])[0],
-            turn,
-            (list(init), zeros_like(shapes)),
-        )
+        return while_loop(eqn, values, goes_on, turn, carry=zeros_like(shapes))
 
     def _cond(
         self, eqn: Any, values: list[Any], here: Address
     ) -> tuple[list[Any], Found]:
-        index, operands = values[0], values[1:]
         runs = [
             lambda *ops, i=i, b=b: self.run(b, ops, (*here, i))
             for i, b in enumerate(inner(eqn))
         ]
         shapes: Found = {}
         for run in runs:
-            shapes.update(jax.eval_shape(run, *operands)[1])
+            shapes.update(jax.eval_shape(run, *values[1:])[1])
 
         def branch(run: Any) -> Any:
             def full(*ops: Any) -> Any:
@@ -177,7 +155,7 @@ class _Run:
 
             return full
 
-        return lax.switch(index, [branch(run) for run in runs], *operands)
+        return cond(values, [branch(run) for run in runs])
 
 
 def _merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

@@ -53,8 +53,8 @@ def drop_to_budget(
     Indices go one unit after the other, each scope at the pace of its size: in the
     order in which a rising sparsity of `drop_lowest` would remove them. A bisection
     finds the first place in that order where `cost` is within the budget; it asks for
-    the cost some twenty times at most. One unit less would be beyond it, given that less
-    never costs more.
+    the cost some twenty times at most. One unit less would be beyond it, given that
+    less never costs more.
 
     Args:
       groups: of `js.coupling.groups`.

@@ -7,7 +7,6 @@ are computed here; derivatives are programs that JAX gives.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
-from jaxsparse.program import bind, called
+from jaxsparse.program import bind, called, interpret
 from jaxsparse.tracing.rules import ELEMENTWISE, REDUCTIONS
 
 
@@ -148,29 +146,29 @@ def run(program: Any, at: Sequence[Number]) -> list[Number]:
     Returns:
       Of its results.
     """
-    env: dict[Any, Number] = dict(
-        itertools.zip_longest(program.jaxpr.invars, at[: len(program.jaxpr.invars)])
+    missing = len(program.jaxpr.invars) - len(at)
+    return interpret(
+        program,
+        [*at, *[None] * missing][: len(program.jaxpr.invars)],
+        _numbers,
+        literal=lambda x: number(x.val),
+        constants=[number(x) for x in program.consts],
     )
-    for var, value in zip(program.jaxpr.constvars, program.consts, strict=True):
-        env[var] = number(value)
 
-    def read(atom: Any) -> Number:
-        return number(atom.val) if isinstance(atom, core.Literal) else env[atom]
 
-    for eqn in program.jaxpr.eqns:
-        name, values = eqn.primitive.name, [read(x) for x in eqn.invars]
-        if called(eqn) is not None:
-            outs = run(called(eqn), values)
-        elif name in _MOVED and name not in ELEMENTWISE:
-            outs = values[:1]
-        elif name in ELEMENTWISE:
-            outs = [value_at(eqn, values)]
-        else:
-            lost = name not in REDUCTIONS - {"reduce_sum"} and any(map(is_bad, values))
-            outs = [math.nan if lost else None] * len(eqn.outvars)
-        env.update(zip(eqn.outvars, outs, strict=False))
-        env.update(dict.fromkeys(eqn.outvars[len(outs) :]))
-    return [read(x) for x in program.jaxpr.outvars]
+def _numbers(eqn: Any, values: list[Number], _: Any) -> list[Number]:
+    """The numbers that an equation gives."""
+    name, count = eqn.primitive.name, len(eqn.outvars)
+    if called(eqn) is not None:
+        return run(called(eqn), values)
+    if name in ELEMENTWISE:
+        found = [value_at(eqn, values)]
+    elif name in _MOVED:
+        found = values[:1]
+    else:
+        lost = name not in REDUCTIONS - {"reduce_sum"} and any(map(is_bad, values))
+        return [math.nan if lost else None] * count
+    return [*found, *[None] * (count - len(found))]
 
 
 def number(value: Any) -> Number:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.extend import core
 
 from jaxsparse.coupling._finite import (
     Around,
@@ -32,7 +31,7 @@ from jaxsparse.coupling.uniform import (
     places,
     uniform,
 )
-from jaxsparse.program import Address, called, closed, inner, scan_counts
+from jaxsparse.program import Address, called, closed, inner, interpret, scan_counts
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing.dims import Dims
 from jaxsparse.tracing.once import once
@@ -101,19 +100,15 @@ class _Zeros:
     def run(
         self, program: Any, args: Sequence[Effect], address: Address
     ) -> list[Effect]:
-        env: dict[Any, Effect] = dict(zip(program.jaxpr.invars, args, strict=True))
-        for var in program.jaxpr.constvars:
-            env[var] = Effect(frozenset(), object(), {})
-
-        def read(atom: Any) -> Effect:
-            if isinstance(atom, core.Literal):
-                return Effect(frozenset(), object(), {}, number(atom.val))
-            return env[atom]
-
-        for index, eqn in enumerate(program.jaxpr.eqns):
-            outs = self.eqn(eqn, [read(x) for x in eqn.invars], (*address, index))
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(x) for x in program.jaxpr.outvars]
+        unknown = lambda number=None: Effect(frozenset(), object(), {}, number)
+        return interpret(
+            program,
+            args,
+            self.eqn,
+            address,
+            literal=lambda x: unknown(number(x.val)),
+            constants=[unknown() for _ in program.consts],
+        )
 
     def eqn(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
         name = eqn.primitive.name

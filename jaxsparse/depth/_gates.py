@@ -6,13 +6,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.depth._blocks import Join, chosen, residual_blocks
 from jaxsparse.narrowing.retracing import as_sharded, by_shape
-from jaxsparse.program import Address, bind, equations, inner, scan_counts
+from jaxsparse.program import (
+    Address,
+    bind,
+    call,
+    equations,
+    inner,
+    interpret,
+    scan,
+)
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing.leaves import checked_leaves
 
@@ -122,14 +129,11 @@ def _run(
 ) -> list[Any]:
     """Runs a jaxpr; gates have an axis for each scan between here and them."""
     below = {place[: len(address) + 1] for place, _ in gates}
-    env: dict[Any, Any] = dict(zip(program.jaxpr.invars, args, strict=True))
-    env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
-    read = lambda x: x.val if isinstance(x, core.Literal) else env[x]
-    for index, eqn in enumerate(program.jaxpr.eqns):
-        ins, here = [read(x) for x in eqn.invars], (*address, index)
-        outs = _gated(eqn, ins, here, gates) if here in below else bind(eqn, ins)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(x) for x in program.jaxpr.outvars]
+
+    def meaning(eqn: Any, ins: list[Any], here: Address) -> list[Any]:
+        return _gated(eqn, ins, here, gates) if here in below else bind(eqn, ins)
+
+    return interpret(program, args, meaning, address)
 
 
 def _gated(
@@ -140,23 +144,12 @@ def _gated(
     if any(place == here for place, _ in inside):
         gate = lambda i, x: x * inside[here, i] if (here, i) in inside else x
         return bind(eqn, [gate(i, x) for i, x in enumerate(ins)])
-    body, p = inner(eqn)[0], eqn.params
+    body = inner(eqn)[0]
     run = lambda values, gates: _run(body, values, (*here, 0), gates)
     if eqn.primitive.name != "scan":
-        if "policy" in p:
-            again = {"prevent_cse": p["prevent_cse"], "policy": p["policy"]}
-            run = jax.checkpoint(run, **again)
-        return run(ins, inside)
-    first, carried = scan_counts(eqn)
-    last = first + carried
-
-    def turn(carry: list[Any], now: Any) -> tuple[list[Any], list[Any]]:
-        outs = run([*ins[:first], *carry, *now[0]], now[1])
-        return outs[:carried], outs[carried:]
-
-    options = {name: p[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = jax.lax.scan(turn, ins[first:last], (ins[last:], inside), **options)
-    return [*carry, *ys]
+        return call(eqn, run)(ins, inside)
+    turn = lambda values, _, gates: (run(values, gates), (), ())
+    return scan(eqn, ins, turn, over=inside)[0]
 
 
 class GatePenalty(NamedTuple):

@@ -14,9 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
-from jax.extend import core
 
 from jaxsparse.coupling.known import Known
 from jaxsparse.coupling.uniform import completed, masked_entries
@@ -25,7 +23,17 @@ from jaxsparse.narrowing._arrays import fitting
 from jaxsparse.narrowing._cut import Cut
 from jaxsparse.narrowing._derivatives import with_derivative
 from jaxsparse.narrowing._means import MEANS, resized_mean
-from jaxsparse.program import Address, bind, called, inner, scan_counts
+from jaxsparse.program import (
+    Address,
+    bind,
+    call,
+    called,
+    cond,
+    inner,
+    interpret,
+    scan,
+    while_loop,
+)
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing.values import Node
@@ -62,24 +70,18 @@ class Resized:
         return [x.value for x in self.run(self.trace.program, args, ())]
 
     def run(self, program: Any, args: Sequence[Known], address: Address) -> list[Known]:
-        env: dict[Any, Known] = dict(zip(program.jaxpr.invars, args, strict=True))
         dims = self.trace.constants.get(address, ())
-        for var, value, axes in zip(
-            program.jaxpr.constvars, program.consts, dims, strict=True
-        ):
-            if self.cut.touches(axes):
-                value = self.cut.take(np.asarray(value), axes)
-            env[var] = Known(value)
-
-        def read(atom: Any) -> Known:
-            if isinstance(atom, core.Literal):
-                return Known(atom.val, number=_number(atom.val))
-            return env[atom]
-
-        for index, eqn in enumerate(program.jaxpr.eqns):
-            outs = self.eqn(eqn, [read(x) for x in eqn.invars], (*address, index))
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(x) for x in program.jaxpr.outvars]
+        cut = lambda x, axes: (
+            self.cut.take(np.asarray(x), axes) if self.cut.touches(axes) else x
+        )
+        return interpret(
+            program,
+            args,
+            self.eqn,
+            address,
+            literal=lambda x: Known(x.val, number=_number(x.val)),
+            constants=[Known(cut(*x)) for x in zip(program.consts, dims, strict=True)],
+        )
 
     def eqn(self, eqn: Any, ins: list[Known], address: Address) -> list[Known]:
         if address not in self.touched and not any(x.summed for x in ins):
@@ -104,12 +106,12 @@ class Resized:
             self.plain(program, (*address, i)) for i, program in enumerate(inner(eqn))
         ]
         if name == "while":
-            outs = _while(eqn, values, *inside)
+            test, body = inside
+            outs, _ = while_loop(eqn, values, test, lambda x, _: (body(*x), ()))
         elif name == "cond":
-            outs = lax.switch(values[0], inside, *values[1:])
+            outs = cond(values, inside)
         elif name in {"checkpoint", "remat", "remat2"}:
-            settings = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
-            outs = jax.checkpoint(inside[0], **settings)(*values)
+            outs = call(eqn, inside[0])(*values)
         elif name in _WITH_DERIVATIVE:
             node, whole = self.trace.nodes[address], (self.trace, self.cut)
             outs = with_derivative(eqn, inside[0], *whole, node, self.other)(*values)
@@ -237,25 +239,14 @@ class Resized:
         return tuple(found)
 
     def scan(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
-        first, carried = scan_counts(eqn)
-        consts, carry = values[:first], values[first : first + carried]
         length, body = self.cut.size(self.trace.layers[address]), inner(eqn)[0]
 
-        def turn(carry: Any, now: Any) -> Any:
-            number, xs = now
+        def turn(values: list[Any], _: Any, number: Any) -> Any:
             within = dataclasses.replace(self, turns={**self.turns, address: number})
-            outs = within.plain(body, (*address, 0))(*consts, *carry, *xs)
-            return outs[:carried], outs[carried:]
+            return within.plain(body, (*address, 0))(*values), (), ()
 
-        carry, ys = lax.scan(
-            turn,
-            carry,
-            (jnp.arange(length, dtype=jnp.int32), values[first + carried :]),
-            length=length,
-            reverse=eqn.params["reverse"],
-            unroll=eqn.params["unroll"],
-        )
-        return [*carry, *ys]
+        numbers = jnp.arange(length, dtype=jnp.int32)
+        return scan(eqn, values, turn, length=length, over=numbers)[0]
 
 
 _LOOPS = frozenset({"scan", "while", "cond"})
@@ -272,19 +263,6 @@ _CARRY_SUMS = frozenset((
     "squeeze",
     "copy",
 ))
-
-
-def _while(
-    eqn: Any, values: list[Any], test: Callable[..., Any], body: Callable[..., Any]
-) -> list[Any]:
-    p = eqn.params
-    tests, bodies = p["cond_nconsts"], p["body_nconsts"]
-    of_test, of_body = values[:tests], values[tests : tests + bodies]
-    return lax.while_loop(
-        lambda carry: test(*of_test, *carry)[0],
-        lambda carry: body(*of_body, *carry),
-        values[tests + bodies :],
-    )
 
 
 class _Patched:

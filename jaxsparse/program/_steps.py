@@ -14,6 +14,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxsparse.program._counters import carried_counters, number
+from jaxsparse.program._interpret import bind, interpret
 from jaxsparse.program._jaxprs import Address, called, inner, scan_counts
 
 
@@ -176,20 +177,17 @@ class _Flattening:
     def run(
         self, program: Any, args: Sequence[Any], address: Address, turns: tuple
     ) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(program.jaxpr.invars, args, strict=True))
-        for var, const in zip(program.jaxpr.constvars, program.consts, strict=True):
-            env[var] = self.constant(const)
-        read = lambda x: x if isinstance(x, core.Literal) else env[x]
-        for index, eqn in enumerate(program.jaxpr.eqns):
-            here, ins = (*address, index), [read(x) for x in eqn.invars]
+        def meaning(eqn: Any, ins: list[Any], here: Address) -> list[Any]:
             if here in self.unroll:
-                outs = self.scan(eqn, ins, here, turns)
-            elif here in self.enter and called(eqn) is not None:
-                outs = self.run(called(eqn), ins, (*here, 0), turns)
-            else:
-                outs = self.equation(eqn, ins, here, turns)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(x) for x in program.jaxpr.outvars]
+                return self.scan(eqn, ins, here, turns)
+            if here in self.enter and called(eqn) is not None:
+                return self.run(called(eqn), ins, (*here, 0), turns)
+            return self.equation(eqn, ins, here, turns)
+
+        constants = [self.constant(c) for c in program.consts]
+        return interpret(
+            program, args, meaning, address, literal=lambda x: x, constants=constants
+        )
 
     def add(self, name, run, text, ins, count, here, turns, eqn=None) -> list[int]:
         outs = tuple(self.new() for _ in range(count))
@@ -255,19 +253,3 @@ def _turn(x: Any, at: Any) -> list[Any]:
 
 def _turns(*values: Any) -> list[Any]:
     return [jnp.stack([jnp.asarray(v) for v in values])]
-
-
-def bind(eqn: Any, values: list[Any]) -> list[Any]:
-    """The results of one equation.
-
-    Args:
-      eqn: an equation.
-      values: its operands.
-
-    Returns:
-      Its results, evaluated as JAX would.
-    """
-    found = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = found if isinstance(found, tuple) else ((), found)
-    outs = eqn.primitive.bind(*functions, *values, **params)
-    return list(outs) if eqn.primitive.multiple_results else [outs]

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax.extend import core
 
 from jaxsparse.program import (
     Address,
@@ -13,6 +12,7 @@ from jaxsparse.program import (
     carried_counters,
     counted,
     inner,
+    interpret,
     number,
     scan_counts,
 )
@@ -68,33 +68,24 @@ class Walk:
         Returns:
           The values of its results.
         """
-        env: dict[Any, Value] = {}
-        for var, const in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
-            env[var] = self.new(var.aval.shape, data=False, token=("const", id(const)))
-        if jaxpr.consts:
-            found = tuple(env[var].dims for var in jaxpr.jaxpr.constvars)
-            self.constants[address] = found
-        env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+        constants = [
+            self.new(var.aval.shape, data=False, token=("const", id(const)))
+            for var, const in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)
+        ]
+        if constants:
+            self.constants[address] = tuple(value.dims for value in constants)
 
-        def read(atom: Any) -> Value:
-            if isinstance(atom, core.Literal):
-                aval: Any = atom.aval
-                token = ("literal", str(atom.val), str(aval))
-                value = self.new(aval.shape, data=False, token=token)
-                past = Past(zero=not np.any(atom.val))
-                return value._replace(past=past, counter=number(atom.val))
-            return env[atom]
-
-        for index, eqn in enumerate(jaxpr.jaxpr.eqns):
-            ins = [read(x) for x in eqn.invars]
+        def meaning(eqn: Any, ins: list[Value], here: Address) -> list[Value]:
             parts = eqn.primitive, eqn.params, eqn.invars, eqn.outvars, eqn
             visit = Visit(*parts, self._around)
-            here = (*address, index)
             outs = self._eqn(visit, ins, here, times)
             dims = [tuple(v.dims for v in values) for values in (ins, outs)]
             self.nodes[here] = Node(dims[0], dims[1], visit)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(x) for x in jaxpr.jaxpr.outvars]
+            return outs
+
+        return interpret(
+            jaxpr, args, meaning, address, literal=self._literal, constants=constants
+        )
 
     def whole(self, program: Any, args: Sequence[Value]) -> list[Value]:
         """Walks a whole program; then what became of its products is known.
@@ -125,6 +116,12 @@ class Walk:
             for x in products
             if x.site is None and x.origin.is_matrix
         )
+
+    def _literal(self, x: Any) -> Value:
+        token = ("literal", str(x.val), str(x.aval))
+        value = self.new(x.aval.shape, data=False, token=token)
+        past = Past(zero=not np.any(x.val))
+        return value._replace(past=past, counter=number(x.val))
 
     def new(self, shape: Sequence[int], *, data: bool, token: Any = None) -> Value:
         """A value of which nothing is known."""

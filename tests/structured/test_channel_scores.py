@@ -9,8 +9,6 @@ from structured.zoo import ZOO
 
 import jaxsparse as js
 
-s = js.structured
-
 
 def distances(w, mask, others):
     mine = w[mask]
@@ -35,14 +33,14 @@ def test_fpgm_is_the_sum_of_the_distances_to_all_filters_of_the_copy(name):
         if members:
             wanted[group.name] = total
     assert wanted
-    (got,) = compiled(lambda p: [s.fpgm(groups, p)], params)
+    (got,) = compiled(lambda p: [js.channels.fpgm(groups, p)], params)
     same(got, wanted, rtol=1e-7)
 
 
 def test_filters_of_opposite_sign_are_far_apart_and_equal_ones_are_not():
     groups = hand_made(("w", 1, range(4), (), "output"), size=4)
     w = np.array([[1, -1, 1, 1], [2, -2, 2, 2]], np.float32)
-    got = s.fpgm(groups, {"w": w})["g"]
+    got = js.channels.fpgm(groups, {"w": w})["g"]
     np.testing.assert_allclose(got, np.array([1, 3, 1, 1]) * 20**0.5, 1e-3)
 
 
@@ -50,14 +48,14 @@ def test_filters_with_fewer_places_are_filled_up_with_zeros():
     groups = hand_made(("w", 0, [0, 1, -1, 0], (), "output"), size=2)
     w = np.array([[1, 2], [3, 4], [99, 99], [5, 6]], np.float32)
     expected = np.linalg.norm([2, 2, 5, 6])
-    got = jax.jit(lambda w: s.fpgm(groups, {"w": w})["g"])(w)
+    got = jax.jit(lambda w: js.channels.fpgm(groups, {"w": w})["g"])(w)
     np.testing.assert_allclose(got, [expected, expected], 1e-6)
 
 
 def test_fpgm_needs_no_memory_for_all_differences():
     groups = hand_made(("w", 1, range(256), (), "output"), size=256)
     w = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
-    compiled = jax.jit(lambda w: s.fpgm(groups, {"w": w})).lower(w).compile()
+    compiled = jax.jit(lambda w: js.channels.fpgm(groups, {"w": w})).lower(w).compile()
     used = compiled.memory_analysis().temp_size_in_bytes
     assert used < 8 * 1024 * 256 * 4  # all differences are 256 times the kernel
 
@@ -68,12 +66,16 @@ def test_bn_scale_is_the_magnitude_of_the_scales():
     scales = lambda path, _: path.endswith("scale")
     rows = by_member(groups, params, lambda x, m: abs(x[m]).sum(), where=scales)
     total, most = compiled(
-        lambda p: [s.bn_scale(groups, p), s.bn_scale(groups, p, reduce="max")], params
+        lambda p: [
+            js.channels.bn_scale(groups, p),
+            js.channels.bn_scale(groups, p, reduce="max"),
+        ],
+        params,
     )
     same(total, {n: x.sum(0) for n, x in rows.items()}, rtol=1e-12)
     same(most, {n: x.max(0) for n, x in rows.items()}, rtol=1e-12)
     with pytest.raises(ValueError, match=r"'gamma\$' matches none"):
-        s.bn_scale(groups, params, where=r"gamma$")
+        js.channels.bn_scale(groups, params, where=r"gamma$")
 
 
 def loss_of(name):
@@ -113,7 +115,7 @@ def test_gates_are_the_mean_magnitude_of_each_example_s_difference_quotient(name
                 rows[(slice(None), *copy, i)] = change / (2 * h)
         wanted[group.name] = np.mean(abs(rows), axis=0)
         of_mean[group.name] = abs(np.mean(rows, axis=0))
-    gates = functools.partial(s.gate_scores, groups, loss_fn)
+    gates = functools.partial(js.channels.gate_scores, groups, loss_fn)
     got, chunked = compiled(lambda *x: [gates(*x), gates(*x, chunk=2)], params, batch)
     same(got, wanted, rtol=1e-5, atol=1e-6)
     # The magnitude of the mean is something else here.
@@ -129,17 +131,19 @@ def small():
     apply_fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
     x = np.array([[1, 5], [-3, 4], [2, 0.1]], np.float32)
     trace = js.trace(apply_fn, params, x)
-    return apply_fn, params, x, trace, s.groups(trace)
+    return apply_fn, params, x, trace, js.coupling.groups(trace)
 
 
 def test_gates_under_jit_and_of_sixteen_bit_parameters():
     apply_fn, params, x, _, groups = small()
     loss_fn = lambda params, x: jnp.sum(apply_fn(params, x))
     expected = np.mean(abs(np.tanh(np.asarray(x))) * [1, 2], axis=0)
-    jitted = jax.jit(functools.partial(s.gate_scores, groups, loss_fn))
+    jitted = jax.jit(functools.partial(js.channels.gate_scores, groups, loss_fn))
     np.testing.assert_allclose(jitted(params, x)["up[1]"], expected, 1e-6)
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
-    got = s.gate_scores(groups, loss_fn, half, x.astype(jnp.bfloat16))["up[1]"]
+    got = js.channels.gate_scores(groups, loss_fn, half, x.astype(jnp.bfloat16))[
+        "up[1]"
+    ]
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, 0.02)
 
@@ -151,9 +155,9 @@ def test_gates_of_a_batch_that_is_spread_over_devices(kind):
     params = {"up": draw(4, 6), "down": draw(6, 4)}
     apply_fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
     x = draw(16, 4)
-    groups = s.groups(js.trace(apply_fn, params, x))
+    groups = js.coupling.groups(js.trace(apply_fn, params, x))
     loss_fn = lambda p, x: jnp.sum(jnp.sin(apply_fn(p, x)))
-    wanted = s.gate_scores(groups, loss_fn, params, x)["up[1]"]
+    wanted = js.channels.gate_scores(groups, loss_fn, params, x)["up[1]"]
     types = (getattr(jax.sharding.AxisType, kind),) * 2
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=types)
     put = lambda x, *spec: jax.device_put(
@@ -163,10 +167,10 @@ def test_gates_of_a_batch_that_is_spread_over_devices(kind):
         "up": put(params["up"], None, None),
         "down": put(params["down"], None, "y"),
     }
-    got = s.gate_scores(groups, loss_fn, spread, put(x, "x", None))["up[1]"]
+    got = js.channels.gate_scores(groups, loss_fn, spread, put(x, "x", None))["up[1]"]
     np.testing.assert_allclose(got, wanted, 1e-5)
-    got = s.fpgm(groups, spread)["up[1]"]
-    wanted = jax.jit(lambda p: s.fpgm(groups, p)["up[1]"])(params)
+    got = js.channels.fpgm(groups, spread)["up[1]"]
+    wanted = jax.jit(lambda p: js.channels.fpgm(groups, p)["up[1]"])(params)
     np.testing.assert_allclose(got, wanted, 1e-5)
 
 
@@ -188,7 +192,7 @@ def test_flap_is_what_the_output_loses_when_a_channel_is_its_mean():
         without = hidden.copy()
         without[:, j] = hidden[:, j].mean()
         expected.append(np.mean(np.sum(((hidden - without) @ down) ** 2, axis=1)))
-    got = s.flap(groups, params, stats)
+    got = js.channels.flap_scores(groups, params, stats)
     np.testing.assert_allclose(got["up[1]"], expected, 1e-5)
 
 
@@ -215,7 +219,7 @@ def test_flap_adds_up_the_inputs_that_have_the_index_in_each_copy(name):
                     squares = js.tree.to_matrices(np.where(mask, w**2, 0), view)
                     total[(*copy, i)] += np.sum(squares * variance[..., None, :])
     assert wanted
-    (got,) = compiled(lambda p: [s.flap(groups, p, stats)], params)
+    (got,) = compiled(lambda p: [js.channels.flap_scores(groups, p, stats)], params)
     same(got, wanted, rtol=1e-10)
 
 
@@ -245,8 +249,10 @@ def test_compensation_adds_the_means_of_what_goes_to_the_biases(name):
         bias = path.replace("kernel", "bias")
         wanted[bias] = leaves[bias] + added.reshape(leaves[bias].shape)
         assert np.any(added)
-    drop = s.Drop(indices, {})
-    got = jax.jit(lambda p: s.flap_compensation(groups, p, stats, drop))(params)
+    drop = js.coupling.Drop(indices, {})
+    got = jax.jit(lambda p: js.channels.flap_compensation(groups, p, stats, drop))(
+        params
+    )
     assert len(gone) > 1
     for path, x in js.tree.leaves_with_paths(got):
         np.testing.assert_allclose(x, wanted[path], rtol=1e-10, err_msg=path)
@@ -266,10 +272,10 @@ def test_with_it_the_mean_of_the_outputs_stays():
 
     x = rng.normal(size=(50, 4))
     trace = js.trace(apply_fn, params, x)
-    groups = s.groups(trace)
+    groups = js.coupling.groups(trace)
     stats = js.calibration.run(trace, params, [x[:20], x[20:]], gram=False)
     drop = {"up[2]": [[0, 1], [2, 4], [1, 3]], "up[1]": [1]}
-    found = s.flap_compensation(
+    found = js.channels.flap_compensation(
         groups, params, stats, drop, bias=lambda path: path.replace("/w", "/b")
     )
     keep = np.ones((3, 5), bool)
@@ -279,14 +285,16 @@ def test_with_it_the_mean_of_the_outputs_stays():
     dense, pruned = np.asarray(run(params, x)), np.asarray(run(narrow, x))
     assert np.max(abs(dense - pruned)) > 0.1
     np.testing.assert_allclose(pruned.mean(0), dense.mean(0), 1e-12)
-    by_name = s.flap_compensation(groups, params, stats, drop, bias={"out/w": "out/b"})
+    by_name = js.channels.flap_compensation(
+        groups, params, stats, drop, bias={"out/w": "out/b"}
+    )
     np.testing.assert_array_equal(by_name["out"]["b"], found["out"]["b"])
 
 
 def test_errors_name_the_kernel():
     _, params, x, trace, groups = small()
     stats = js.calibration.run(trace, params, [x], gram=False)
-    compensate = functools.partial(s.flap_compensation, groups, params, stats)
+    compensate = functools.partial(js.channels.flap_compensation, groups, params, stats)
     with pytest.raises(ValueError, match=r"down: .* of \['up\[1\]'\] .* no 'bias'"):
         compensate({"up[1]": [0]})
     assert compensate({"up[1]": [0]}, missing="skip") == params
@@ -302,12 +310,12 @@ def test_errors_name_the_kernel():
         compensate({}, missing="zero")
     some = js.calibration.run(trace, params, [x], gram=False, where="up")
     with pytest.raises(ValueError, match="down: selected by `where`, but there are no"):
-        s.flap(groups, params, some)
+        js.channels.flap_scores(groups, params, some)
     with_bias = params | {"bias": np.ones(1, np.float32)}
     with pytest.raises(
         ValueError, match=r"down: .* of \['up\[1\]'\] that go, and its inp"
     ):
-        s.flap_compensation(groups, with_bias, some, {"up[1]": [0]})
+        js.channels.flap_compensation(groups, with_bias, some, {"up[1]": [0]})
     frozen = {n: g for n, g in groups.items() if not g.prunable}
     with pytest.raises(ValueError, match="none of the 1 is prunable"):
-        s.gate_scores(frozen, lambda p, x: 0.0, params, x)
+        js.channels.gate_scores(frozen, lambda p, x: 0.0, params, x)

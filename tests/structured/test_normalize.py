@@ -5,7 +5,6 @@ import pytest
 
 import jaxsparse as js
 
-s = js.structured
 PLAIN = np.array([3.0, 1.0, 1.0, 0.0, 5.0])
 COPIES = np.array([[1.0, 3.0], [2.0, 10.0]])
 SCORES = {"plain": PLAIN, "copies": COPIES}
@@ -39,7 +38,7 @@ PER_COPY = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", BY_HAND)
 def test_they_are_what_the_formulas_give_by_hand(name):
-    f = getattr(s, name)
+    f = getattr(js.channels, name)
     orders = []
 
     @jax.jit
@@ -60,18 +59,18 @@ def test_they_are_what_the_formulas_give_by_hand(name):
 @pytest.mark.usefixtures("x64")
 def test_without_jit_they_are_the_same():
     for name, (wanted, _) in BY_HAND.items():
-        found = getattr(s, name)({"plain": PLAIN})["plain"]
+        found = getattr(js.channels, name)({"plain": PLAIN})["plain"]
         np.testing.assert_allclose(found, wanted, rtol=1e-14)
 
 
 def test_a_quantile_of_zero_is_not_divided_by():
     scores = {"a": jnp.array([0.0, 0.0, 4.0, 2.0]), "b": jnp.zeros(4)}
-    found = s.normalize_quantile(scores, q=0.25)
+    found = js.channels.normalize_quantile(scores, q=0.25)
     np.testing.assert_array_equal(found["a"], [0, 0, 2, 1])
     np.testing.assert_array_equal(found["b"], 0)
-    assert float(s.normalize_quantile(scores, q=1.0)["a"][2]) == 1
+    assert float(js.channels.normalize_quantile(scores, q=1.0)["a"][2]) == 1
     with pytest.raises(ValueError, match=r"q must be between 0 and 1, got 1\.5"):
-        s.normalize_quantile(scores, q=1.5)
+        js.channels.normalize_quantile(scores, q=1.5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -80,7 +79,7 @@ def test_the_order_within_a_group_stays(name):
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.normal(size=20) - 1, [0.3, 0.3, -1.2, -1.2]])
     x = abs(x) if name == "lamp" else x
-    got = np.asarray(jax.jit(getattr(s, name))({"g": x})["g"])
+    got = np.asarray(jax.jit(getattr(js.channels, name))({"g": x})["g"])
     np.testing.assert_array_equal(np.sign(got[:, None] - got), np.sign(x[:, None] - x))
 
 
@@ -88,7 +87,7 @@ def test_the_order_within_a_group_stays(name):
 def test_equal_scores_are_no_division_by_zero(name):
     scores = {"zero": np.zeros(3), "equal": np.full((2, 3), 0.1), "one": np.ones(1)}
     scores = {n: x.astype(np.float32) for n, x in scores.items()}
-    found = jax.device_get(jax.jit(getattr(s, name))(scores))
+    found = jax.device_get(jax.jit(getattr(js.channels, name))(scores))
     for x in found.values():
         assert np.isfinite(x).all()
         assert np.ptp(x) == 0 or name == "lamp"
@@ -96,12 +95,12 @@ def test_equal_scores_are_no_division_by_zero(name):
 
 
 def test_numbers_that_are_very_small_have_a_norm():
-    found = s.normalize_norm({"g": np.array([3e-30, 4e-30], np.float32)})
+    found = js.channels.normalize_norm({"g": np.array([3e-30, 4e-30], np.float32)})
     np.testing.assert_allclose(found["g"], [0.6, 0.8], 1e-6)
 
 
 def test_sixteen_bit_scores_become_float32():
-    found = s.standardize({"g": np.array([1, 2, 3], jnp.bfloat16)})["g"]
+    found = js.channels.standardize({"g": np.array([1, 2, 3], jnp.bfloat16)})["g"]
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, [-1, 0, 1])
 
@@ -123,7 +122,7 @@ def groups_and_params():
         heads = jnp.einsum("nd,dhk->nhk", x, p["q"])
         return jnp.tanh(hidden) @ p["down"], jnp.einsum("nhk,hko->no", heads, p["o"])
 
-    return s.groups(js.trace(apply_fn, params, ones(2, 5))), params
+    return js.coupling.groups(js.trace(apply_fn, params, ones(2, 5))), params
 
 
 def test_per_parameter_counts_the_weights_that_where_selects():
@@ -134,24 +133,26 @@ def test_per_parameter_counts_the_weights_that_where_selects():
         "q[2]": (2, 4),
         "up/kernel[1]": (3,),
     }
-    found = s.per_parameter(groups, scores, params)
+    found = js.channels.per_parameter(groups, scores, params)
     np.testing.assert_allclose(found["up/kernel[1]"], np.full(3, 1 / 12))
     np.testing.assert_allclose(found["q[1]"], np.full(2, 1 / 24))
     np.testing.assert_allclose(found["q[2]"], np.full((2, 4), 1 / 6))
-    found = s.per_parameter(groups, scores, params, where=lambda path, _: True)
+    found = js.channels.per_parameter(
+        groups, scores, params, where=lambda path, _: True
+    )
     np.testing.assert_allclose(found["up/kernel[1]"], np.full(3, 1 / 13))
     shapes = jax.eval_shape(lambda: params)
-    found = s.per_parameter(groups, {"q[1]": scores["q[1]"]}, shapes)
+    found = js.channels.per_parameter(groups, {"q[1]": scores["q[1]"]}, shapes)
     np.testing.assert_allclose(found["q[1]"], np.full(2, 1 / 24))
 
 
 def test_errors_say_what_is_expected():
     groups, params = groups_and_params()
     with pytest.raises(ValueError, match=r"g: lamp needs .*the least is -1"):
-        s.lamp({"g": np.array([1, -1], np.float32)})
+        js.channels.lamp({"g": np.array([1, -1], np.float32)})
     with pytest.raises(TypeError, match="g: scores must be real floating-point"):
-        s.normalize_mean({"g": jnp.array([1, 2])})
+        js.channels.normalize_mean({"g": jnp.array([1, 2])})
     with pytest.raises(ValueError, match=r"up/kernel\[0\]: it has scores, but no prun"):
-        s.per_parameter(groups, {"up/kernel[0]": ones(5)}, params)
+        js.channels.per_parameter(groups, {"up/kernel[0]": ones(5)}, params)
     with pytest.raises(ValueError, match=r"q\[2\]: scores of shape \(4,\) for a group"):
-        s.per_parameter(groups, {"q[2]": ones(4)}, params)
+        js.channels.per_parameter(groups, {"q[2]": ones(4)}, params)

@@ -13,8 +13,6 @@ from structured.zoo import ZOO, array
 
 import jaxsparse as js
 
-s = js.structured
-
 # The parameters that a branch ends with: it gives zeros when they are zeros.
 LAST = {
     "residual": r"BatchNorm_2/",
@@ -56,9 +54,9 @@ def silenced(name, params, gone):
 @pytest.mark.parametrize("name", LAST)
 def test_equals_the_model_whose_branches_give_zeros(name):
     trace, params, inputs = model(name)
-    found = s.blocks(trace)
+    found = js.depth.residual_blocks(trace)
     names = list(found)[1::3] or list(found)
-    small = s.remove_blocks(trace, params, names)
+    small = js.depth.remove_blocks(trace, params, names)
     zeroed = silenced(name, params, [found[n] for n in names])
     run = jax.jit(trace.apply_fn)
     expected, whole = jax.device_get([run(p, *inputs) for p in (zeroed, params)])
@@ -92,9 +90,9 @@ def small_stack():
 @pytest.mark.usefixtures("x64")
 def test_derivatives_in_a_scan_with_checkpoints():
     trace, params, x = small_stack()
-    assert list(s.blocks(trace))[:3] == ["a+b[0]", "c[0]", "a+b[1]"]
+    assert list(js.depth.residual_blocks(trace))[:3] == ["a+b[0]", "c[0]", "a+b[1]"]
     # One branch of the second turn, and all of the last.
-    small = s.remove_blocks(trace, params, ["a+b[1]", "a+b[3]", "c[3]"])
+    small = js.depth.remove_blocks(trace, params, ["a+b[1]", "a+b[3]", "c[3]"])
     rows = {"a": [0, 2], "b": [0, 2], "c": [0, 1, 2]}
     assert small.sizes == {(k, 0): len(v) for k, v in rows.items()}
     b, c = with_zeros(params["b"], [1, 3]), with_zeros(params["c"], 3)
@@ -111,8 +109,12 @@ def test_derivatives_in_a_scan_with_checkpoints():
 @pytest.mark.usefixtures("x64")
 def test_checkpoints_stay_and_nothing_else_is_computed():
     trace, params, x = small_stack()
-    names = [name for name in s.blocks(trace) if name not in {"a+b[1]", "c[3]"}]
-    small = s.remove_blocks(trace, params, names)
+    names = [
+        name
+        for name in js.depth.residual_blocks(trace)
+        if name not in {"a+b[1]", "c[3]"}
+    ]
+    small = js.depth.remove_blocks(trace, params, names)
     program = jax.make_jaxpr(small.apply_fn)(small.params, x)
     again = [e for e in program.jaxpr.eqns if "remat" in e.primitive.name]
     counts = [str(e.params["jaxpr"]).count("dot_general") for e in again]
@@ -126,7 +128,7 @@ def test_checkpoints_stay_and_nothing_else_is_computed():
 @pytest.mark.usefixtures("x64")
 def test_vmap_and_inputs_of_other_shapes():
     trace, params, _ = small_stack()
-    small = s.remove_blocks(trace, params, ["c[1]"])
+    small = js.depth.remove_blocks(trace, params, ["c[1]"])
     zeroed = {**params, "c": with_zeros(params["c"], 1)}
     x = array(3, 5, 3, seed=5)  # traced with two rows
     run = lambda f: jax.vmap(f, (None, 0))
@@ -149,9 +151,9 @@ def test_results_are_sharded_as_the_models(kind):
 
     params, x = {"w": np.asarray(array(3, 6, 6))}, array(8, 6, seed=1)
     trace = js.trace(apply_fn, params, x)
-    name = list(s.blocks(trace))[1]
-    small, gates = s.remove_blocks(trace, params, [name]), {name: 0.5}
-    want = small.apply_fn(small.params, x), s.gated(trace)(params, gates, x)
+    name = list(js.depth.residual_blocks(trace))[1]
+    small, gates = js.depth.remove_blocks(trace, params, [name]), {name: 0.5}
+    want = small.apply_fn(small.params, x), js.depth.gated(trace)(params, gates, x)
     axis = getattr(jax.sharding.AxisType, kind)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis,))
     with jax.sharding.set_mesh(mesh):
@@ -159,7 +161,7 @@ def test_results_are_sharded_as_the_models(kind):
         spread = place(x, PartitionSpec("data"))
         got = (
             small.apply_fn(place(small.params, PartitionSpec()), spread),
-            s.gated(trace)(place(params, PartitionSpec()), gates, spread),
+            js.depth.gated(trace)(place(params, PartitionSpec()), gates, spread),
         )
     for a, b in zip(got, want, strict=True):
         assert a.sharding.spec[0] == "data"
@@ -169,11 +171,11 @@ def test_results_are_sharded_as_the_models(kind):
 @pytest.mark.usefixtures("x64")
 def test_abstract_parameters_and_those_of_the_host():
     trace, params, x = small_stack()
-    names = list(s.blocks(trace))[:3]
-    small = s.remove_blocks(trace, params, names)
-    on_device = s.remove_blocks(trace, jax.tree.map(jnp.asarray, params), names)
+    names = list(js.depth.residual_blocks(trace))[:3]
+    small = js.depth.remove_blocks(trace, params, names)
+    on_device = js.depth.remove_blocks(trace, jax.tree.map(jnp.asarray, params), names)
     shapes = jax.eval_shape(lambda: params)
-    abstract = s.remove_blocks(trace, shapes, names)
+    abstract = js.depth.remove_blocks(trace, shapes, names)
     for k in "abc":
         assert isinstance(small.params[k], np.ndarray)
         assert isinstance(on_device.params[k], jax.Array)
@@ -209,7 +211,9 @@ def assert_same(small, zeroed, x):
 def test_loops_within_loops_and_stacks_along_another_axis():
     params, x = loop_weights(), array(2, 4, seed=2)
     trace = js.trace(loops, params, x)
-    small = s.remove_blocks(trace, params, ["w[0,1]", "w[1,1]", "w[1,2]", "v[0]"])
+    small = js.depth.remove_blocks(
+        trace, params, ["w[0,1]", "w[1,1]", "w[1,2]", "v[0]"]
+    )
     assert small.sizes == {("w", 1): 2, ("v", 1): 2}  # w[0,2] is still read
     w = with_zeros(with_zeros(params["w"], slice(None), 1), 1, 2)
     zeroed = {"w": w, "v": with_zeros(params["v"], slice(None), 0)}
@@ -220,7 +224,7 @@ def test_loops_within_loops_and_stacks_along_another_axis():
 def test_scans_that_lose_nothing_stay_scans():
     params, x = loop_weights(), array(2, 4, seed=2)
     trace = js.trace(loops, params, x)
-    small = s.remove_blocks(trace, params, ["v[1]"])
+    small = js.depth.remove_blocks(trace, params, ["v[1]"])
     program = jax.make_jaxpr(small.apply_fn)(small.params, x)
     assert [e.primitive.name for e in program.jaxpr.eqns].count("scan") == 1
     assert_same(small, {**params, "v": with_zeros(params["v"], slice(None), 1)}, x)
@@ -235,7 +239,7 @@ def test_functions_with_derivatives_of_their_own_keep_them():
 
     rng, x = np.random.default_rng(0), np.zeros((1, 3))
     params = [rng.normal(size=(3, 3)) for _ in range(2)]
-    small = s.remove_blocks(js.trace(apply_fn, params, x), params, ["1"])
+    small = js.depth.remove_blocks(js.trace(apply_fn, params, x), params, ["1"])
     grad = jax.jit(jax.grad(lambda x: small.apply_fn(small.params, x).sum()))(x)
     # That of a plain maximum at 0 would be 1/2 in place of 0.
     np.testing.assert_array_equal(grad, np.zeros((1, 3)))
@@ -245,9 +249,11 @@ def test_functions_with_derivatives_of_their_own_keep_them():
 def test_sharing_equals_a_model_with_the_leaders_kernels():
     leader = 2  # it comes later
     trace, params, inputs = model("scan")
-    (attention,) = {n.split("[")[0] for n in s.blocks(trace) if "Multi" in n}
+    (attention,) = {
+        n.split("[")[0] for n in js.depth.residual_blocks(trace) if "Multi" in n
+    }
     followers = {f"{attention}[1]": f"{attention}[{leader}]"}
-    shared = s.share_blocks(trace, params, followers)
+    shared = js.depth.share_blocks(trace, params, followers)
 
     def one(path, x):
         kernel = "Multi" in path and "kernel" in path
@@ -271,7 +277,7 @@ def test_sharing_between_parameters_of_other_names():
     followers = {name(1): name(0)}
     run = jax.jit(trace.apply_fn)
     for own, keeps in ((None, {}), (False, {"norm2": theirs["norm2"]}), ("norm", {})):
-        shared = s.share_blocks(trace, params, followers, own=own)
+        shared = js.depth.share_blocks(trace, params, followers, own=own)
         expected["layers"][1] |= keeps
         want = run({**expected}, *inputs)
         got = jax.jit(shared.apply_fn)(shared.params, *inputs)
@@ -293,24 +299,26 @@ def test_sharing_that_does_not_fit():
     params = jax.tree.map(np.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
     trace = js.trace(apply_fn, params, array(2, 3))
     with pytest.raises(ValueError, match=r"b can not .* of a: b/up has shape \(3, 5\)"):
-        s.share_blocks(trace, params, {"b": "a"})
+        js.depth.share_blocks(trace, params, {"b": "a"})
     with pytest.raises(ValueError, match=r"c can not .* of a: it has 1 of"):
-        s.share_blocks(trace, params, {"c": "a"})
+        js.depth.share_blocks(trace, params, {"c": "a"})
     with pytest.raises(ValueError, match="b shall follow a, which itself follows c"):
-        s.share_blocks(trace, params, {"b": "a", "a": "c"})
+        js.depth.share_blocks(trace, params, {"b": "a", "a": "c"})
 
 
 @pytest.mark.usefixtures("x64")
 def test_errors():
     trace, params, inputs = model("rope_halves")
     with pytest.raises(ValueError, match=r"not a block.*Similar: layers/1/q\+kv\+o"):
-        s.remove_blocks(trace, params, ["layers/1/q+k+o"])
+        js.depth.remove_blocks(trace, params, ["layers/1/q+k+o"])
     with pytest.raises(TypeError, match="collection of names"):
-        s.remove_blocks(trace, params, "layers/1/q+kv+o")
+        js.depth.remove_blocks(trace, params, "layers/1/q+kv+o")
     with pytest.raises(ValueError, match="traced with shape"):
-        s.remove_blocks(trace, {**params, "norm": np.ones(3)}, ["layers/1/q+kv+o"])
-    small = s.remove_blocks(trace, params, ["layers/1/q+kv+o"])
+        js.depth.remove_blocks(
+            trace, {**params, "norm": np.ones(3)}, ["layers/1/q+kv+o"]
+        )
+    small = js.depth.remove_blocks(trace, params, ["layers/1/q+kv+o"])
     with pytest.raises(ValueError, match=r"layers/1/.*smaller model has the shape"):
         small.apply_fn(params, *inputs)
     with pytest.raises(ValueError, match="no residual branches"):
-        s.remove_blocks(*model("mlp")[:2], ["x"])
+        js.depth.remove_blocks(*model("mlp")[:2], ["x"])

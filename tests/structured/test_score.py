@@ -10,7 +10,6 @@ from structured.zoo import ZOO
 
 import jaxsparse as js
 
-s = js.structured
 MODELS = ["mlp", "residual", "grouped", "attention_separate", "attention_flax", "moe"]
 ALL = lambda path, leaf: True
 
@@ -23,7 +22,7 @@ def built(name):
         trace = js.trace(apply_fn, params, *inputs)
         rng = np.random.default_rng(7)
         scores = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape)), params)
-        return s.groups(trace), params, scores
+        return js.coupling.groups(trace), params, scores
 
 
 def entries(group, member, shape, copy, i):
@@ -96,7 +95,7 @@ def test_scores_are_what_zeroing_the_slices_takes_away(name):
     # What is made of the sums of the members knows nothing of the model.
     all_three = name in {"residual", "grouped"}
     reductions = ("sum", "mean", "max", "prod") if all_three else ("sum",)
-    one = functools.partial(s.group_scores, groups, where=ALL)
+    one = functools.partial(js.channels.channel_scores, groups, where=ALL)
     found = compiled(lambda x: [one(x, reduce=r) for r in reductions], scores)
     for reduce, got in zip(reductions, found, strict=True):
         wanted = {n: getattr(np, reduce)(x, axis=0) for n, x in rows.items()}
@@ -110,8 +109,8 @@ def test_by_default_kernels_count_and_where_chooses_others(name):
     default = by_member(groups, scores, lost, where=js.tree.default_where)
     kernels, got = compiled(
         lambda x: [
-            s.group_scores(groups, x),
-            s.group_scores(groups, x, where=r"scale$"),
+            js.channels.channel_scores(groups, x),
+            js.channels.channel_scores(groups, x, where=r"scale$"),
         ],
         scores,
     )
@@ -124,12 +123,14 @@ def test_by_default_kernels_count_and_where_chooses_others(name):
 
 def hand_made(*members, size, copies=()):
     found = tuple(
-        s.Member(path, axis, np.asarray(index, np.int32), at, role)
+        js.coupling.Member(path, axis, np.asarray(index, np.int32), at, role)
         for path, axis, index, at, role in members
     )
     none = frozenset()
     batched = tuple(f"b{i}" for i in range(len(copies)))
-    return {"g": s.Group("g", size, found, batched, copies, none, (), none, None)}
+    return {
+        "g": js.coupling.Group("g", size, found, batched, copies, none, (), none, None)
+    }
 
 
 def test_what_has_no_index_has_no_part_and_members_may_share_a_parameter():
@@ -143,7 +144,7 @@ def test_what_has_no_index_has_no_part_and_members_may_share_a_parameter():
     v = np.array([100, 100, 1, 2], np.float32)
     columns = np.array([w[:, 2].sum() + w[:, 4].sum(), w[:, 3].sum(), w[:, 0].sum()])
     rows = w.sum(1)
-    one = functools.partial(s.group_scores, groups, where=ALL)
+    one = functools.partial(js.channels.channel_scores, groups, where=ALL)
     total, mean, most, times, first, apart = compiled(
         lambda x, negative: [
             one(x),
@@ -173,14 +174,14 @@ def test_copies_may_come_in_any_order():
         ("w", 1, [2, 1, 0, 0, 1, 2], ((1, heads),), "output"), size=3, copies=(2,)
     )
     w = np.arange(12, dtype=np.float32).reshape(2, 6)
-    got = jax.jit(lambda w: s.group_scores(groups, {"w": w})["g"])(w)
+    got = jax.jit(lambda w: js.channels.channel_scores(groups, {"w": w})["g"])(w)
     np.testing.assert_array_equal(got, [[12, 14, 16], [10, 8, 6]])
     # The index along one axis, the head along a later one.
     groups = hand_made(
         ("w", 0, [0, 1, 2], ((1, np.arange(2)),), "output"), size=3, copies=(2,)
     )
     w = np.arange(6, dtype=np.float32).reshape(3, 2)
-    got = jax.jit(lambda w: s.group_scores(groups, {"w": w})["g"])(w)
+    got = jax.jit(lambda w: js.channels.channel_scores(groups, {"w": w})["g"])(w)
     np.testing.assert_array_equal(got, w.T)
 
 
@@ -191,7 +192,7 @@ def ones(*shape):
 def mlp_groups():
     params = {"up": ones(4, 256), "down": ones(256, 3)}
     apply_fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
-    return s.groups(js.trace(apply_fn, params, ones(2, 4))), params
+    return js.coupling.groups(js.trace(apply_fn, params, ones(2, 4))), params
 
 
 def normal(seed, tree):
@@ -203,9 +204,9 @@ def normal(seed, tree):
 def test_sixteen_bit_scores_are_added_up_in_float32():
     params = {"up": ones(4, 4), "down": ones(4, 512)}
     apply_fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
-    groups = s.groups(js.trace(apply_fn, params, ones(2, 4)))
+    groups = js.coupling.groups(js.trace(apply_fn, params, ones(2, 4)))
     scores = jax.tree.map(lambda w: np.full(w.shape, 1.0078125, jnp.bfloat16), params)
-    got = jax.jit(lambda x: s.group_scores(groups, x))(scores)["up[1]"]
+    got = jax.jit(lambda x: js.channels.channel_scores(groups, x))(scores)["up[1]"]
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, np.full(4, 516 * 1.0078125))
 
@@ -213,9 +214,11 @@ def test_sixteen_bit_scores_are_added_up_in_float32():
 def test_jitted_it_is_the_same_and_does_not_compile_again(compilations):
     groups, params = mlp_groups()
     scores, others = normal(0, params), normal(1, params)
-    jitted = jax.jit(lambda scores: s.group_scores(groups, scores))
+    jitted = jax.jit(lambda scores: js.channels.channel_scores(groups, scores))
     np.testing.assert_allclose(
-        jitted(scores)["up[1]"], s.group_scores(groups, scores)["up[1]"], 1e-5
+        jitted(scores)["up[1]"],
+        js.channels.channel_scores(groups, scores)["up[1]"],
+        1e-5,
     )
     with compilations() as found:
         jitted(others)
@@ -232,10 +235,10 @@ def test_sharded_scores_are_added_up_where_they_lie(kind):
         x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     )
     spread = {"up": put(scores["up"], "x", "y"), "down": put(scores["down"], "x", None)}
-    one = jax.jit(lambda scores: s.group_scores(groups, scores))
+    one = jax.jit(lambda scores: js.channels.channel_scores(groups, scores))
     wanted = one(scores)["up[1]"]
     exactly = np.testing.assert_array_equal
-    exactly(s.group_scores(groups, spread)["up[1]"], wanted)
+    exactly(js.channels.channel_scores(groups, spread)["up[1]"], wanted)
     compiled = one.lower(spread).compile().as_text()
     exactly(one(spread)["up[1]"], wanted)
     # Only the sums move: what is gathered is no matrix.
@@ -249,7 +252,7 @@ def test_scores_of_heads_are_the_same_on_one_device_and_on_many():
     groups = hand_made(*members, size=8)
     w = np.random.default_rng(2).normal(size=(64, 128)).astype(np.float32) ** 3
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    one = jax.jit(lambda scores: s.group_scores(groups, scores)["g"])
+    one = jax.jit(lambda scores: js.channels.channel_scores(groups, scores)["g"])
     for spec in ((None, "x"), ("x", None)):
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
         got = one({"w": jax.device_put(w, sharding)})
@@ -262,22 +265,22 @@ def test_scores_of_heads_are_the_same_on_one_device_and_on_many():
 def test_errors_say_what_is_expected():
     groups, params = mlp_groups()
     with pytest.raises(ValueError, match=r"reduce='gate': expected .*'first'"):
-        s.group_scores(groups, params, reduce="gate")
+        js.channels.channel_scores(groups, params, reduce="gate")
     with pytest.raises(ValueError, match=r"down: group 'up\[1\]' lies in it.*no such"):
-        s.group_scores(groups, {"up": params["up"]})
+        js.channels.channel_scores(groups, {"up": params["up"]})
     with pytest.raises(ValueError, match=r"down: .*sizes \(256,\) along .* \(0,\)"):
-        s.group_scores(groups, params | {"down": ones(255, 3)})
+        js.channels.channel_scores(groups, params | {"down": ones(255, 3)})
     with pytest.raises(ValueError, match="matches none of the 2 parameters"):
-        s.group_scores(groups, params, where="kernel")
+        js.channels.channel_scores(groups, params, where="kernel")
     integers = params | {"down": np.ones((256, 3), np.int32)}
     with pytest.raises(TypeError, match="down: scores must be real floating-point"):
-        s.group_scores(groups, integers, where="down")
+        js.channels.channel_scores(groups, integers, where="down")
     frozen = {name: g for name, g in groups.items() if not g.prunable}
     with pytest.raises(ValueError, match="none of the 2 is prunable"):
-        s.group_scores(frozen, params)
+        js.channels.channel_scores(frozen, params)
     bias = {"up": params["up"], "down": params["down"], "bias": ones(3)}
     with pytest.raises(ValueError, match=r"none of the 1 prunable ones has a member"):
-        s.group_scores(groups, bias, where="bias")
+        js.channels.channel_scores(groups, bias, where="bias")
 
 
 def test_both_axes_of_a_square_parameter_count():
@@ -286,5 +289,5 @@ def test_both_axes_of_a_square_parameter_count():
     groups = hand_made(
         ("w", 0, range(3), (), "input"), ("w", 1, range(3), (), "output"), size=3
     )
-    got = jax.jit(lambda w: s.group_scores(groups, {"w": w})["g"])(w)
+    got = jax.jit(lambda w: js.channels.channel_scores(groups, {"w": w})["g"])(w)
     np.testing.assert_allclose(got, w.sum(0) + w.sum(1))

@@ -10,14 +10,15 @@ from structured.zoo import ZOO
 
 import jaxsparse as js
 
-s = js.structured
 NONE = frozenset()
 
 
 def group(name, size, copies=(), key=None, flags=NONE):
     batched = tuple(f"{name}b{i}" for i in range(len(copies)))
-    reasons = tuple(s.Reason(f, "it is an axis of the result", "") for f in flags)
-    return s.Group(
+    reasons = tuple(
+        js.coupling.Reason(f, "it is an axis of the result", "") for f in flags
+    )
+    return js.coupling.Group(
         name, size, (), batched, copies, frozenset(flags), reasons, NONE, key
     )
 
@@ -41,7 +42,7 @@ def test_each_group_and_copy_loses_its_lowest_by_the_count_rule(sparsity):
     rng = np.random.default_rng(0)
     groups = named(group("a", 10), group("b", 7, (2, 3)))
     scores = {"b": rng.integers(0, 4, (2, 3, 7)) / 1.0, "a": rng.integers(0, 4, 10) / 1}
-    drop = s.select(groups, scores, sparsity)
+    drop = js.channels.drop_lowest(groups, scores, sparsity)
     assert list(drop.indices) == ["a", "b"]
     assert drop.sizes == {"a": 10, "b": 7}
     for name, gone in drop.indices.items():
@@ -56,11 +57,11 @@ def test_each_group_and_copy_loses_its_lowest_by_the_count_rule(sparsity):
 def test_one_choice_for_all_copies_is_that_of_their_mean():
     groups = named(group("heads", 3, (2,)))
     scores = {"heads": np.array([[1.0, 2.0, 9.0], [8.0, 2.0, 0.0]])}  # mean 4.5 2 4.5
-    own = s.select(groups, scores, 0.34)
+    own = js.channels.drop_lowest(groups, scores, 0.34)
     assert as_lists(own) == {"heads": [[0], [2]]}
-    same = s.select(groups, scores, 0.34, per_copy=False)
+    same = js.channels.drop_lowest(groups, scores, 0.34, per_copy=False)
     assert as_lists(same) == {"heads": [[1], [1]]}
-    same = s.select(groups, scores, 0.67, per_copy=False)
+    same = js.channels.drop_lowest(groups, scores, 0.67, per_copy=False)
     assert as_lists(same) == {"heads": [[1, 2], [1, 2]]}
 
 
@@ -77,7 +78,10 @@ def test_all_compete_globally_and_ties_go_to_the_earlier_group():
         {"a": [0, 1, 3], "b": [0, 1, 2]},
         {"a": [0, 1, 3], "b": [0, 1, 2]},  # each keeps one
     ]):
-        assert as_lists(s.select(groups, scores, k / 8, scope="global")) == wanted
+        assert (
+            as_lists(js.channels.drop_lowest(groups, scores, k / 8, scope="global"))
+            == wanted
+        )
 
 
 def brute_scope(chains, total, copies):
@@ -111,7 +115,7 @@ def test_a_unit_with_copies_has_their_mean_and_counts_as_many(seed):
     for sparsity in (0.1, 0.33, 0.5, 0.8):
         total = math.floor(sparsity * 48 + 0.5)
         counts = brute_scope(chains, total, weights)
-        drop = s.select(groups, scores, sparsity, scope="global")
+        drop = js.channels.drop_lowest(groups, scores, sparsity, scope="global")
         assert [gone.shape[-1] for gone in drop.indices.values()] == counts
         for name, gone in drop.indices.items():
             for copy in np.ndindex(*groups[name].copies):
@@ -121,14 +125,14 @@ def test_a_unit_with_copies_has_their_mean_and_counts_as_many(seed):
         # Short of it only where nothing that is left fits.
         fits = [w for w, k in zip(weights, counts, strict=True) if k < 5]
         assert 0 <= total - removed < min(fits)
-        assert s.dropped_fraction(drop) == removed / 48
+        assert js.channels.dropped_fraction(drop) == removed / 48
 
 
 def test_a_group_alone_in_its_scope_follows_the_count_rule_of_its_own():
     groups = named(group("a", 5, (2,)))
     scores = {"a": np.arange(10.0).reshape(2, 5)}
     for scope in ("group", "global", "isomorphic"):
-        drop = s.select(groups, scores, 0.5, scope=scope)
+        drop = js.channels.drop_lowest(groups, scores, 0.5, scope=scope)
         assert drop.indices["a"].shape == (2, 3)
 
 
@@ -137,22 +141,24 @@ def test_isomorphic_groups_and_those_of_a_function_compete():
         group("a", 4, key="x"), group("b", 4, key="y"), group("c", 4, key="x")
     )
     scores = {"a": np.arange(4.0), "b": np.arange(4.0), "c": np.arange(10.0, 14.0)}
-    drop = s.select(groups, scores, 0.25, scope="isomorphic")
+    drop = js.channels.drop_lowest(groups, scores, 0.25, scope="isomorphic")
     assert as_lists(drop) == {"a": [0, 1], "b": [0], "c": []}
-    drop = s.select(groups, scores, 0.25, scope=lambda g: g.name == "a")
+    drop = js.channels.drop_lowest(groups, scores, 0.25, scope=lambda g: g.name == "a")
     assert as_lists(drop) == {"a": [0], "b": [0, 1], "c": []}
 
 
 def test_a_mapping_has_a_sparsity_for_each_group_and_leaves_others_alone():
     groups = named(group("a", 4), group("b", 10), group("c", 4))
     scores = {"a": np.arange(4.0), "b": np.arange(10.0), "c": np.arange(4.0)}
-    drop = s.select(groups, scores, {"b": 0.2, "a": 0.5})
+    drop = js.channels.drop_lowest(groups, scores, {"b": 0.2, "a": 0.5})
     assert as_lists(drop) == {"a": [0, 1], "b": [0, 1]}
-    drop = s.select(groups, scores, {"b": 0.2, "a": 0.5}, scope="global")
+    drop = js.channels.drop_lowest(groups, scores, {"b": 0.2, "a": 0.5}, scope="global")
     assert as_lists(drop) == {"a": [0, 1], "b": [0, 1]}
-    drop = s.select(groups, scores, 0.5, where="a|c")
+    drop = js.channels.drop_lowest(groups, scores, 0.5, where="a|c")
     assert as_lists(drop) == {"a": [0, 1], "c": [0, 1]}
-    drop = s.select(groups, scores, 0.5, where=lambda name, g: g.size > 4)
+    drop = js.channels.drop_lowest(
+        groups, scores, 0.5, where=lambda name, g: g.size > 4
+    )
     assert as_lists(drop) == {"b": [0, 1, 2, 3, 4]}
 
 
@@ -169,14 +175,17 @@ def test_what_is_kept_is_rounded_up_to_multiples():
         (0.1, {"a": 64, "b": 20, "c": 7, "d": 8}),
         (0.99, {"a": 8, "b": 8, "c": 7, "d": 8}),
     ):
-        assert kept(s.select(groups, scores, sparsity, round_to=8)) == wanted
-    found = s.select(groups, scores, 0.9, round_to=8, min_keep=17)
+        assert (
+            kept(js.channels.drop_lowest(groups, scores, sparsity, round_to=8))
+            == wanted
+        )
+    found = js.channels.drop_lowest(groups, scores, 0.9, round_to=8, min_keep=17)
     assert kept(found) == {"a": 24, "b": 20, "c": 7, "d": 8}
-    found = s.select(groups, scores, 0.9, max_sparsity=0.7)
+    found = js.channels.drop_lowest(groups, scores, 0.9, max_sparsity=0.7)
     assert kept(found) == {"a": 20, "b": 6, "c": 3, "d": 3}
-    found = s.select(groups, scores, 0.9, max_sparsity=0.7, round_to=8)
+    found = js.channels.drop_lowest(groups, scores, 0.9, max_sparsity=0.7, round_to=8)
     assert kept(found) == {"a": 24, "b": 8, "c": 7, "d": 8}
-    found = s.select(groups, scores, 0.9, min_keep=7)
+    found = js.channels.drop_lowest(groups, scores, 0.9, min_keep=7)
     assert kept(found) == {"a": 7, "b": 7, "c": 7, "d": 7}
 
 
@@ -184,32 +193,34 @@ def test_a_global_count_is_met_in_spite_of_the_limits():
     rng = np.random.default_rng(0)
     groups = named(*(group(f"g{i}", 32) for i in range(4)))
     scores = {n: rng.random(32) * 10**i for i, n in enumerate(groups)}
-    free = s.select(groups, scores, 0.5, scope="global")
+    free = js.channels.drop_lowest(groups, scores, 0.5, scope="global")
     assert free.indices["g0"].size == 31
-    least = s.select(groups, scores, 0.5, scope="global", min_keep=12)
+    least = js.channels.drop_lowest(groups, scores, 0.5, scope="global", min_keep=12)
     assert sum(map(np.size, least.indices.values())) == 64
     assert least.indices["g0"].size == 20
-    most = s.select(groups, scores, 0.5, scope="global", max_sparsity=0.55)
+    most = js.channels.drop_lowest(
+        groups, scores, 0.5, scope="global", max_sparsity=0.55
+    )
     assert sum(map(np.size, most.indices.values())) == 64
     assert most.indices["g0"].size == 17
-    rounded = s.select(groups, scores, 0.5, scope="global", round_to=8)
+    rounded = js.channels.drop_lowest(groups, scores, 0.5, scope="global", round_to=8)
     assert sum(map(np.size, rounded.indices.values())) == 64
     assert all(k % 8 == 0 for k in kept(rounded).values())
     # No multiple of 8 is 51: the most that fits, and not more.
-    rounded = s.select(groups, scores, 0.4, scope="global", round_to=8)
+    rounded = js.channels.drop_lowest(groups, scores, 0.4, scope="global", round_to=8)
     assert sum(map(np.size, rounded.indices.values())) == 48
-    assert s.dropped_fraction(rounded) == 48 / 128
+    assert js.channels.dropped_fraction(rounded) == 48 / 128
 
 
 def test_blocks_compete_by_their_mean():
     groups = named(group("a", 4), group("b", 4))
     scores = {"a": np.array([0.0, 10, 11, 12]), "b": np.array([4.0, 4, 11, 12])}
-    assert as_lists(s.select(groups, scores, 0.25, scope="global")) == {
+    assert as_lists(js.channels.drop_lowest(groups, scores, 0.25, scope="global")) == {
         "a": [0],
         "b": [1],
     }
     # 5 and 4 are the means of the first two.
-    rounded = s.select(groups, scores, 0.25, scope="global", round_to=2)
+    rounded = js.channels.drop_lowest(groups, scores, 0.25, scope="global", round_to=2)
     assert as_lists(rounded) == {"a": [], "b": [0, 1]}
 
 
@@ -219,12 +230,18 @@ def test_what_is_selected_of_a_real_model_can_be_narrowed(name):
     groups, params, scores = built(name)
     apply_fn, _, inputs = ZOO[name]()
     trace = js.trace(apply_fn, params, *inputs)
-    drop = s.select(groups, s.group_scores(groups, scores), 0.5, scope="global")
+    drop = js.channels.drop_lowest(
+        groups, js.channels.channel_scores(groups, scores), 0.5, scope="global"
+    )
     # Units of up to 8 indices, of 52.
-    assert abs(s.dropped_fraction(drop) - 0.5) < 8 / 52
-    found = s.narrow(trace, params, drop)
+    assert abs(js.channels.dropped_fraction(drop) - 0.5) < 8 / 52
+    found = js.narrowing.narrow(trace, params, drop)
     left = sum(x.size for x in jax.tree.leaves(found.params))
-    assert left == weights_left(groups, params, drop) == s.cost(trace, drop).parameters
+    assert (
+        left
+        == weights_left(groups, params, drop)
+        == js.narrowing.cost(trace, drop).parameters
+    )
     assert left < sum(x.size for x in jax.tree.leaves(params))
 
 
@@ -254,7 +271,7 @@ def weights_left(groups, params, drop):
 @pytest.mark.parametrize("round_to", [1, 4])
 def test_a_budget_is_met_with_the_fewest_indices(scope, round_to):
     groups, params, raw = built("residual")
-    scores = s.group_scores(groups, jax.tree.map(jnp.abs, raw))
+    scores = js.channels.channel_scores(groups, jax.tree.map(jnp.abs, raw))
     asked = []
 
     def cost(drop):
@@ -262,19 +279,23 @@ def test_a_budget_is_met_with_the_fewest_indices(scope, round_to):
         return weights_left(groups, params, drop)
 
     options = {"scope": scope, "round_to": round_to, "min_keep": 2}
-    whole = weights_left(groups, params, s.Drop({}, {}))
+    whole = weights_left(groups, params, js.coupling.Drop({}, {}))
     for budget in (whole, whole - 1, 0.6 * whole, 0.4 * whole):
         asked.clear()
-        drop, reached = s.select_to(groups, scores, cost=cost, budget=budget, **options)
+        drop, reached = js.channels.drop_to_budget(
+            groups, scores, cost=cost, budget=budget, **options
+        )
         assert reached == weights_left(groups, params, drop) <= budget
         assert len(asked) < 9
         assert all(k >= 2 for k in kept(drop).values())
         if budget == whole:
-            assert s.dropped_fraction(drop) == 0
+            assert js.channels.dropped_fraction(drop) == 0
         # Of those that were asked none is smaller and within the budget.
         for other in asked:
             if weights_left(groups, params, other) <= budget:
-                assert s.dropped_fraction(other) >= s.dropped_fraction(drop)
+                assert js.channels.dropped_fraction(
+                    other
+                ) >= js.channels.dropped_fraction(drop)
 
 
 def test_it_is_the_first_place_in_the_order_of_a_rising_sparsity():
@@ -284,8 +305,13 @@ def test_it_is_the_first_place_in_the_order_of_a_rising_sparsity():
     price = {"g0": 7, "g1": 3, "g2": 1}
     cost = lambda drop: sum(price[n] * k for n, k in kept(drop).items())
     for scope, budget in itertools.product(("global", "group"), (70, 50, 33, 20)):
-        found = s.select_to(groups, scores, cost=cost, budget=budget, scope=scope)
-        path = [s.select(groups, scores, k / 1000, scope=scope) for k in range(1000)]
+        found = js.channels.drop_to_budget(
+            groups, scores, cost=cost, budget=budget, scope=scope
+        )
+        path = [
+            js.channels.drop_lowest(groups, scores, k / 1000, scope=scope)
+            for k in range(1000)
+        ]
         first = next(drop for drop in path if cost(drop) <= budget)
         # Within a step of the sparsity several groups may lose one each.
         assert found.reached == cost(found.drop) <= budget
@@ -300,16 +326,20 @@ def test_a_budget_out_of_reach_says_what_can_be_reached():
     scores = {"a": np.arange(10.0)}
     cost = lambda drop: 100 * kept(drop)["a"]
     with pytest.raises(ValueError, match=r"budget=99: .* 100 is left, of 1000"):
-        s.select_to(groups, scores, cost=cost, budget=99)
+        js.channels.drop_to_budget(groups, scores, cost=cost, budget=99)
     with pytest.raises(ValueError, match=r"500 is left, of 1000"):
-        s.select_to(groups, scores, cost=cost, budget=499, min_keep=5)
+        js.channels.drop_to_budget(groups, scores, cost=cost, budget=499, min_keep=5)
     with pytest.raises(ValueError, match=r"cost\(drop\) is NaN"):
-        s.select_to(groups, scores, cost=lambda drop: math.nan, budget=499)
+        js.channels.drop_to_budget(
+            groups, scores, cost=lambda drop: math.nan, budget=499
+        )
     with pytest.raises(TypeError, match=r"cost\(drop\) must be one number, got \(1, 2"):
-        s.select_to(groups, scores, cost=lambda drop: (1, 2), budget=499)
+        js.channels.drop_to_budget(groups, scores, cost=lambda drop: (1, 2), budget=499)
     with pytest.raises(TypeError, match="budget must be a number, got '5'"):
-        s.select_to(groups, scores, cost=cost, budget="5")
-    found = s.select_to(groups, scores, cost=lambda d: jnp.asarray(cost(d)), budget=250)
+        js.channels.drop_to_budget(groups, scores, cost=cost, budget="5")
+    found = js.channels.drop_to_budget(
+        groups, scores, cost=lambda d: jnp.asarray(cost(d)), budget=250
+    )
     assert (kept(found.drop)["a"], found.reached) == (2, 200)
 
 
@@ -319,55 +349,59 @@ def test_errors_name_the_group():
     )
     a = np.arange(4.0)
     with pytest.raises(ValueError, match=r"b: scores names it.*nearest: \['a'"):
-        s.select(groups, {"b": a}, 0.5)
+        js.channels.drop_lowest(groups, {"b": a}, 0.5)
     with pytest.raises(ValueError, match=r"out: .*not prunable: output: it is an axis"):
-        s.select(groups, {"a": a, "out": np.ones(3)}, 0.5)
+        js.channels.drop_lowest(groups, {"a": a, "out": np.ones(3)}, 0.5)
     with pytest.raises(
         ValueError, match=r"a: scores of shape \(3,\) for a group of \(4"
     ):
-        s.select(groups, {"a": np.ones(3)}, 0.5)
+        js.channels.drop_lowest(groups, {"a": np.ones(3)}, 0.5)
     with pytest.raises(ValueError, match=r"h: scores of shape \(2,\) .* of \(2, 2\)"):
-        s.select(groups, {"h": np.ones(2)}, 0.5)
+        js.channels.drop_lowest(groups, {"h": np.ones(2)}, 0.5)
     with pytest.raises(ValueError, match="a: 1 of 4 scores are NaN"):
-        s.select(groups, {"a": np.array([1, math.nan, 2, 3])}, 0.5)
+        js.channels.drop_lowest(groups, {"a": np.array([1, math.nan, 2, 3])}, 0.5)
     with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\)"):
-        s.select(groups, {"a": a}, 1.0)
+        js.channels.drop_lowest(groups, {"a": a}, 1.0)
     with pytest.raises(ValueError, match=r"a must lie in \[0, 1\)"):
-        s.select(groups, {"a": a}, {"a": -0.5})
+        js.channels.drop_lowest(groups, {"a": a}, {"a": -0.5})
     with pytest.raises(ValueError, match="c: sparsity names it"):
-        s.select(groups, {"a": a}, {"c": 0.5})
+        js.channels.drop_lowest(groups, {"a": a}, {"c": 0.5})
     with pytest.raises(ValueError, match="scope='layer': expected"):
-        s.select(groups, {"a": a}, 0.5, scope="layer")
+        js.channels.drop_lowest(groups, {"a": a}, 0.5, scope="layer")
     with pytest.raises(ValueError, match="round_to must be at least 1"):
-        s.select(groups, {"a": a}, 0.5, round_to=0)
+        js.channels.drop_lowest(groups, {"a": a}, 0.5, round_to=0)
     with pytest.raises(ValueError, match="min_keep must be at least 1"):
-        s.select(groups, {"a": a}, 0.5, min_keep=0)
+        js.channels.drop_lowest(groups, {"a": a}, 0.5, min_keep=0)
     with pytest.raises(ValueError, match=r"max_sparsity must lie in \[0, 1\]"):
-        s.select(groups, {"a": a}, 0.5, max_sparsity=1.5)
+        js.channels.drop_lowest(groups, {"a": a}, 0.5, max_sparsity=1.5)
     with pytest.raises(TypeError, match="max_sparsity must be a number"):
-        s.select(groups, {"a": a}, 0.5, max_sparsity="half")
+        js.channels.drop_lowest(groups, {"a": a}, 0.5, max_sparsity="half")
     with pytest.raises(ValueError, match="No group takes part"):
-        s.select(groups, {"a": a}, 0.5, where="kernel")
+        js.channels.drop_lowest(groups, {"a": a}, 0.5, where="kernel")
     with pytest.raises(TypeError, match="`where` must be None, a regular expression"):
-        s.select(groups, {"a": a}, 0.5, where=3)
+        js.channels.drop_lowest(groups, {"a": a}, 0.5, where=3)
     with pytest.raises(TypeError, match=r"a: .*call select outside of jit"):
-        jax.jit(lambda a: s.select(groups, {"a": a}, 0.5))(jnp.arange(4.0))
+        jax.jit(lambda a: js.channels.drop_lowest(groups, {"a": a}, 0.5))(
+            jnp.arange(4.0)
+        )
 
 
 def test_scores_of_sixteen_bits_and_without_end_are_ordered():
     groups = hand_made(("w", 0, range(3), (), "input"), size=3)
     scores = {"g": jnp.array([jnp.inf, 1, -jnp.inf], jnp.bfloat16)}
-    assert as_lists(s.select(groups, scores, 0.34)) == {"g": [2]}
-    assert as_lists(s.select(groups, scores, jnp.float32(0.67))) == {"g": [1, 2]}
+    assert as_lists(js.channels.drop_lowest(groups, scores, 0.34)) == {"g": [2]}
+    assert as_lists(js.channels.drop_lowest(groups, scores, jnp.float32(0.67))) == {
+        "g": [1, 2]
+    }
 
 
 def test_a_hundred_thousand_indices_are_chosen_in_no_time():
     rng = np.random.default_rng(0)
     groups = named(*(group(f"g{i}", 1000, (10,)) for i in range(20)))
     scores = {n: rng.random((10, 1000)) for n in groups}
-    drop = s.select(groups, scores, 0.5, scope="global", round_to=8)
-    assert abs(s.dropped_fraction(drop) - 0.5) < 0.001
-    found = s.select_to(
-        groups, scores, cost=lambda d: 1 - s.dropped_fraction(d), budget=0.3
+    drop = js.channels.drop_lowest(groups, scores, 0.5, scope="global", round_to=8)
+    assert abs(js.channels.dropped_fraction(drop) - 0.5) < 0.001
+    found = js.channels.drop_to_budget(
+        groups, scores, cost=lambda d: 1 - js.channels.dropped_fraction(d), budget=0.3
     )
     assert found.reached <= 0.3 < found.reached + 1 / 20_000
