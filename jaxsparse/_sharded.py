@@ -1,5 +1,6 @@
 """Functions with reshapes on arrays whose sharding is part of their type."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -155,3 +156,23 @@ def varying_is_known(name: str) -> bool:
       name: one of `manual_axes()`.
     """
     return bool(varying_axes(lax.axis_index(name)))
+
+
+def fitting(sharding: Any, shape: tuple[int, ...]) -> Any:
+    """A sharding without the axes that the mesh no longer divides.
+
+    Args:
+      sharding: of the whole array.
+      shape: of what is left of it.
+
+    Returns:
+      A sharding; what is no `NamedSharding` as it is.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = []
+    for entry, size in zip(sharding.spec, shape, strict=False):
+        names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        parts = math.prod(sharding.mesh.shape[n] for n in names)
+        spec.append(entry if size % parts == 0 else None)
+    return NamedSharding(sharding.mesh, P(*spec))

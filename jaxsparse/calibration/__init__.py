@@ -2,11 +2,11 @@
 
 from jaxsparse.calibration._gradients import gradient_norms as gradient_norms
 from jaxsparse.calibration._run import run as run
-from jaxsparse.calibration._statistics import InputStats as InputStats
-from jaxsparse.calibration._statistics import Statistics as Statistics
 from jaxsparse.calibration._stats import RunningStats as RunningStats
 from jaxsparse.calibration._stats import finalize as finalize
 from jaxsparse.calibration._stats import init as init
 from jaxsparse.calibration._stats import merge as merge
 from jaxsparse.calibration._stats import unseen as unseen
 from jaxsparse.calibration._stats import update as update
+from jaxsparse.calibration.statistics import InputStats as InputStats
+from jaxsparse.calibration.statistics import Statistics as Statistics

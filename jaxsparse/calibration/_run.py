@@ -12,7 +12,6 @@ from jaxsparse import _checks
 from jaxsparse._compiled import Keyed
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.calibration._statistics import Statistics
 from jaxsparse.calibration._stats import RunningStats, finalize, init, merge, unseen
 from jaxsparse.calibration.capture import capture
 from jaxsparse.calibration.finite import (
@@ -24,6 +23,7 @@ from jaxsparse.calibration.finite import (
 )
 from jaxsparse.calibration.rows import contribution, reading_key
 from jaxsparse.calibration.selected import selected_kernels
+from jaxsparse.calibration.statistics import Statistics
 from jaxsparse.calibration.weights import batch_weight, weight_of_rows
 from jaxsparse.program import flatten, key_of
 from jaxsparse.tracing import Kernel, Trace, retrace

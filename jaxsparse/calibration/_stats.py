@@ -14,7 +14,7 @@ from jaxsparse import _checks
 from jaxsparse._host import on_host
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array
-from jaxsparse.calibration._statistics import InputStats, Statistics, check_statistics
+from jaxsparse.calibration.statistics import InputStats, Statistics, check_statistics
 
 HIGHEST = lax.Precision.HIGHEST
 

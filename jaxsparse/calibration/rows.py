@@ -25,7 +25,7 @@ def rows_of(reading: Reading, eqn: Any, operands: list[Array]) -> Array:
       `[batch, n, d_in]`; batch counts the equation's own batch indices, 1 without any.
     """
     x = operands[reading.site.other]
-    if reading.site.primitive == "conv_general_dilated":
+    if reading.site.conv is not None:
         rows = _patches(eqn, x, operands[reading.site.operand].shape)
     else:
         contracted, batch = reading.site.of_input
@@ -134,7 +134,7 @@ def contribution(
         by_row = jnp.broadcast_to(
             jnp.take(weight.reshape(-1), jnp.asarray(sample))[None], rows.shape[:-1]
         )
-    if reading.site.primitive.startswith("ragged_dot"):
+    if reading.site.by_groups:
         own = _ragged_weights(operands[2], rows.shape[1])
         rows = jnp.broadcast_to(rows, (own.shape[0], *rows.shape[1:]))
         by_row = own if by_row is None else own * by_row

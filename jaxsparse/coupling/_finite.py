@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxsparse.coupling._points import GENTLE, Number, is_bad, steep_at, value_at
-from jaxsparse.tracing.rules import ELEMENTWISE
+from jaxsparse.coupling._points import Number, is_bad, steep_at, value_at
+from jaxsparse.tracing.primitives import row_of
 
 Leaf = int  # the identity of a leaf
 
@@ -54,13 +54,6 @@ class Finite(NamedTuple):
 
 Read = Callable[[int, Leaf], Point | None]
 """What masked entries of an operand are, if it is a number."""
-_MOVES = frozenset(
-    {"broadcast_in_dim", "dynamic_slice", "gather", "reshape", "rev", "slice", "split"}
-    | {"squeeze", "tile", "transpose", "unstack", "reduce_max", "reduce_min"}
-)
-_PARTS = frozenset({"slice", "split", "unstack", "dynamic_slice"})
-_JOINS = frozenset({"concatenate", "stack", "pad"})
-_PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 
 
 class Around(NamedTuple):
@@ -103,7 +96,7 @@ def finite(
     Returns:
       It.
     """
-    name, result = eqn.primitive.name, _derivative(eqn, ins, around)
+    row, result = row_of(eqn), _derivative(eqn, ins, around)
     steep = dict(result.steep)
     points: dict[Leaf, Point] = {}
     seen: dict[Any, Number] = {}
@@ -112,12 +105,16 @@ def finite(
         lost = next(
             (p.visit for p in at if p is not None and p.visit is not None), None
         )
-        if name in ELEMENTWISE:
+        if row.entrywise:
             values = tuple(None if p is None else p.value for p in at)
             if values not in seen:
                 seen[values] = value_at(eqn, values)
             value = seen[values]
-            if lost is not None and name == "select_n" and values[0] is None:
+            if (
+                lost is not None
+                and eqn.primitive.name == "select_n"
+                and values[0] is None
+            ):
                 value = math.nan
             if is_bad(value) and lost is None and not _given(values, value):
                 lost = around.visit
@@ -126,7 +123,7 @@ def finite(
             if new and _is_steep(eqn, values, ins, leaf, seen, lost is not None):
                 steep.setdefault(leaf, around.visit)
         else:
-            if name in _PARTS and leaf in around.of[0] - around.here:
+            if row.part and leaf in around.of[0] - around.here:
                 continue  # the masked entries lie in another part
             value = math.nan if lost is not None else _moved(eqn, at, leaf, around)
         if value is None or (value == 0 and leaf in zero):
@@ -194,15 +191,15 @@ def same(one: Finite, other: Finite) -> bool:
 
 
 def _derivative(eqn: Any, ins: Sequence[Finite], around: Around) -> Finite:
-    name = eqn.primitive.name
+    row, product = row_of(eqn), row_of(eqn).contraction(eqn) is not None
     moving = [i for i, x in enumerate(ins) if x.moves]
     inexact = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
-    if not moving or not inexact or name == "stop_gradient":
+    if not moving or not inexact or eqn.primitive.name == "stop_gradient":
         return Finite()
     closed = around.here
     for i in moving:
-        own = ins[i].closed & around.of[i] if name in _PRODUCTS else ins[i].closed
-        if name in _JOINS:  # what lies in other segments of an axis is of no concern
+        own = ins[i].closed & around.of[i] if product else ins[i].closed
+        if row.joins:  # what lies in other segments of an axis is of no concern
             own |= around.here - around.of[i]
         closed &= own
     return Finite({}, True, closed, _union([ins[i] for i in moving]))
@@ -216,7 +213,7 @@ def _is_steep(
     seen: Any,
     lost: bool = False,
 ) -> bool:
-    if not lost and (eqn.primitive.name in GENTLE or all(x is None for x in values)):
+    if not lost and (row_of(eqn).gentle or all(x is None for x in values)):
         return False
     open_ = (i for i, x in enumerate(ins) if x.moves and leaf not in x.closed)
     which = tuple(open_)
@@ -232,10 +229,10 @@ def _is_steep(
 
 def _moved(eqn: Any, at: Sequence[Point | None], leaf: Leaf, around: Around) -> Number:
     """What masked entries are that were only moved or added up."""
-    name, first = eqn.primitive.name, at[0]
-    if name in _MOVES:
+    name, row, first = eqn.primitive.name, row_of(eqn), at[0]
+    if row.first:
         return None if first is None else first.value
-    if name in _JOINS:
+    if row.joins:
         mine = [p for p, own in zip(at, around.of, strict=True) if leaf in own]
         known = {str(p.value): p.value for p in mine if p is not None}
         whole = len(known) == 1 and None not in mine

@@ -8,7 +8,7 @@ are computed here; derivatives are programs that JAX gives.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,55 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.program import bind, called, interpret
-from jaxsparse.tracing.rules import ELEMENTWISE, REDUCTIONS
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
+from jaxsparse.tracing.primitives import row_of
 
 Number = float | None
 """A known number, infinities and NaN among them; None if it is something finite."""
 
 # What unknown operands are given: what comes out of all of these alike is known.
 _SAMPLES = ((0.6, 1.7, 0.9), (-1.3, 0.4, -2.2), (2.1, -0.7, 1.2))
-_MOVED = _names(
-    """
-    broadcast_in_dim convert_element_type copy copy_p expand_dims name pcast pvary
-    reduce_precision reshape rev sharding_constraint slice squeeze stop_gradient
-    transpose optimization_barrier
-    """
-)
-GENTLE = _names(
-    """
-    abs add add_any and asinh atan ceil clamp convert_element_type copy copy_p cos cosh
-    eq erf erfc exp exp2 expm1 floor ge gt imag is_finite le logistic lt max min mul
-    name ne neg not or real reduce_precision round select_n sharding_constraint sign sin
-    sinh square stop_gradient sub tan tanh xor
-    """
-)
-"""Whose derivatives are finite wherever the operands are."""
 _UNORDERED = frozenset({"lt", "le", "gt", "ge", "lt_to", "le_to", "max", "min"})
-
-
-def _clamp(low: Any, x: Any, high: Any) -> Any:
-    return np.minimum(np.maximum(x, low), high)
-
-
-_VALUES: Mapping[str, Callable[..., Any]] = {
-    **{"abs": np.abs, "add": np.add, "add_any": np.add, "sub": np.subtract},
-    **{"mul": np.multiply, "div": np.divide, "neg": np.negative, "sign": np.sign},
-    **{"max": np.maximum, "min": np.minimum, "clamp": _clamp, "pow": np.power},
-    **{"exp": np.exp, "exp2": np.exp2, "expm1": np.expm1, "log": np.log},
-    **{"log1p": np.log1p, "sqrt": np.sqrt, "cbrt": np.cbrt, "square": np.square},
-    **{"rsqrt": lambda x: 1 / np.sqrt(x), "logistic": lambda x: 1 / (1 + np.exp(-x))},
-    **{"sin": np.sin, "cos": np.cos, "tan": np.tan, "tanh": np.tanh},
-    **{"sinh": np.sinh, "cosh": np.cosh, "asinh": np.arcsinh, "atan": np.arctan},
-    **{"rem": np.fmod, "atan2": np.arctan2, "floor": np.floor, "ceil": np.ceil},
-    **{"is_finite": np.isfinite, "eq": np.equal, "ne": np.not_equal, "lt": np.less},
-    **{"le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
-    **{"stop_gradient": np.positive, "copy": np.positive, "name": np.positive},
-}
 
 
 def is_bad(x: Number) -> bool:
@@ -158,15 +117,16 @@ def run(program: Any, at: Sequence[Number]) -> list[Number]:
 
 def _numbers(eqn: Any, values: list[Number], _: Any) -> list[Number]:
     """The numbers that an equation gives."""
-    name, count = eqn.primitive.name, len(eqn.outvars)
+    row, count = row_of(eqn), len(eqn.outvars)
     if called(eqn) is not None:
         return run(called(eqn), values)
-    if name in ELEMENTWISE:
+    if row.entrywise:
         found = [value_at(eqn, values)]
-    elif name in _MOVED:
+    elif row.first and row.reduced is None:
         found = values[:1]
     else:
-        lost = name not in REDUCTIONS - {"reduce_sum"} and any(map(is_bad, values))
+        sums = row.reduced is None or eqn.primitive.name == "reduce_sum"
+        lost = sums and any(map(is_bad, values))
         return [math.nan if lost else None] * count
     return [*found, *[None] * (count - len(found))]
 
@@ -206,8 +166,9 @@ def _one(eqn: Any, at: Sequence[float]) -> Number:
                 return _logic(name, of, [int(x) for x in at])
             if name == "integer_pow":
                 return _rounded(np.float64(at[0]) ** eqn.params["y"], eqn)
-            if name in _VALUES:
-                found = _VALUES[name](*map(np.float64, at))
+            value = row_of(eqn).value
+            if value is not None:
+                found = value(*map(np.float64, at))
                 return _rounded(
                     math.trunc(found) if whole and name == "div" else found, eqn
                 )
@@ -241,7 +202,7 @@ def _gentle(program: Any) -> bool:
     return all(
         _gentle(called(eqn))
         if called(eqn) is not None
-        else eqn.primitive.name in GENTLE | _MOVED | REDUCTIONS
+        else row_of(eqn).gentle or row_of(eqn).first
         for eqn in program.jaxpr.eqns
     )
 

@@ -12,7 +12,7 @@ from jaxsparse.program import Address
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing.dims import Dims
-from jaxsparse.tracing.rules import REDUCTIONS
+from jaxsparse.tracing.primitives import row_of
 
 Leaf = int  # the identity of a leaf
 _Place = tuple[int, ...]  # the dimension, then the segments of sums that lead to it
@@ -91,14 +91,13 @@ def _values(trace: Trace) -> Iterator[tuple[Dims, frozenset[Leaf]]]:
         for dims in node.outs:
             # What does not come from a turn's slices has met an operand without them.
             yield dims, none if name in _FIXED or not node.ins else layers
-        if name == "dot_general":
+        product = row_of(node.visit).contraction(node.visit)
+        if product is not None and product.pairs:
             # Only what both have in common, pair by pair, keeps copies apart.
-            (axes, _), (batch, _) = node.visit.params["dimension_numbers"]
-            yield tuple(node.ins[0][a] for a in (*axes, *batch)), layers
-        elif name == "conv_general_dilated":
-            numbers = node.visit.params["dimension_numbers"]
-            yield (node.ins[0][numbers.lhs_spec[1]],), layers
-            yield node.ins[1], layers
+            paired = (*product.summed[0], *product.batch[0])
+            yield tuple(node.ins[0][a] for a in paired), layers
+            if product.samples is not None:  # and a kernel of windows its own
+                yield node.ins[1], layers
         else:
             for dims in node.ins:
                 yield dims, layers
@@ -116,16 +115,12 @@ def _summed(trace: Trace) -> Iterator[tuple[Dims, Dims]]:
     no copies of the axes that are left.
     """
     for node in trace.nodes.values():
-        name, p = node.visit.primitive.name, node.visit.params
-        if name == "dot_general":
-            (contracted, _), _ = p["dimension_numbers"]
-            yield tuple(node.ins[0][a] for a in contracted), node.outs[0]
-        elif name == "conv_general_dilated":
-            yield (node.ins[1][p["dimension_numbers"].rhs_spec[1]],), node.outs[0]
-        elif name in {"ragged_dot", "ragged_dot_general"}:
-            yield node.ins[0][1:], node.outs[0]
-        elif name in REDUCTIONS:
-            axes = p["axes"] if "axes" in p else p["dimensions"]
+        row = row_of(node.visit)
+        product = row.contraction(node.visit)
+        if product is not None:
+            yield tuple(node.ins[1][a] for a in product.summed[1]), node.outs[0]
+        elif row.reduced is not None:
+            axes = row.reduced(node.visit)
             yield tuple(node.ins[0][a] for a in axes), node.outs[0]
 
 

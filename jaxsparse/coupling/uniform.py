@@ -18,13 +18,8 @@ from jaxsparse.coupling.known import Entries, Known
 from jaxsparse.program import bind
 from jaxsparse.tracing.axes import Axis
 from jaxsparse.tracing.dims import Dims
-from jaxsparse.tracing.rules import ELEMENTWISE
+from jaxsparse.tracing.primitives import row_of
 
-SUPPORTED = (ELEMENTWISE | {"broadcast_in_dim"}) - {
-    *("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint"),
-    *("pcast", "pvary"),
-}
-"""Of which the masked entries of a result follow from those of the operands."""
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 """Calls whose equations are evaluated where they are called: what is known goes in."""
 Kind = Literal["zero", "own", "same"]
@@ -65,7 +60,7 @@ def uniform(operands: Iterable[Operand], axes: frozenset[int]) -> Uniform:
     """Along which axes the masked entries of a result are all the same.
 
     Args:
-      operands: of an equation whose primitive is `SUPPORTED`.
+      operands: of an equation that is `supported`.
       axes: of the result, those that may lose indices and where it is not zero then.
 
     Returns:
@@ -79,6 +74,13 @@ def uniform(operands: Iterable[Operand], axes: frozenset[int]) -> Uniform:
         axes = choices[kind]
         kinds.append(kind)
     return Uniform(axes, tuple(kinds))
+
+
+def supported(eqn: Any) -> bool:
+    """Whether a result's masked entries follow from those of the operands."""
+    row = row_of(eqn)
+    computed = row.entrywise and not row.same
+    return computed or eqn.primitive.name == "broadcast_in_dim"
 
 
 def places(eqn: Any, at: int, dims: Dims, after: Dims) -> dict[int, int]:

@@ -25,26 +25,17 @@ from jaxsparse.coupling._points import number, value_at
 from jaxsparse.coupling._vanishing import Effect, Leaf, Leaves, vanishing
 from jaxsparse.coupling.uniform import (
     INLINED,
-    SUPPORTED,
     Operand,
     Uniform,
     places,
+    supported,
     uniform,
 )
 from jaxsparse.program import Address, called, closed, inner, interpret, scan_counts
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing.dims import Dims
 from jaxsparse.tracing.once import once
-from jaxsparse.tracing.rules import ELEMENTWISE, REDUCTIONS
-
-_SAME = frozenset(
-    {"copy", "copy_p", "name", "optimization_barrier"}
-    | {"sharding_constraint", "pvary", "pcast"}
-)
-_ORDERS = frozenset(
-    {"sort", "top_k", "approx_top_k"}
-    | {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
-)
+from jaxsparse.tracing.primitives import row_of
 
 
 class Masked(NamedTuple):
@@ -114,7 +105,7 @@ class _Zeros:
         name = eqn.primitive.name
         if inner(eqn):
             return self.entered(eqn, ins, address)
-        if name in _SAME:
+        if row_of(eqn).same:
             return [_lone(e) for e in ins[: len(eqn.outvars)]]
         node = self.trace.nodes[address]
         self.reductions(eqn, ins, node.ins, address)
@@ -195,7 +186,7 @@ class _Zeros:
         self, eqn: Any, ins: list[Effect], address: Address, zero: frozenset[Leaf]
     ) -> frozenset[int]:
         """The axes of a result along which masked entries are all the same."""
-        if eqn.primitive.name not in SUPPORTED or self.ruled:
+        if not supported(eqn) or self.ruled:
             return frozenset()
         node = self.trace.nodes[address]
         after = node.outs[0]
@@ -230,24 +221,21 @@ class _Zeros:
     def reductions(
         self, eqn: Any, ins: list[Effect], before: Sequence[Dims], address: Address
     ) -> None:
-        name, p = eqn.primitive.name, eqn.params
-        gone = lambda dims, axes: self.leaves.of_all([dims[a] for a in axes])
-        if name == "dot_general":
-            leaves = gone(before[0], p["dimension_numbers"][0][0])
-        elif name == "conv_general_dilated":
-            leaves = self.leaves.of(before[1][p["dimension_numbers"].rhs_spec[1]])
-        elif name in {"ragged_dot", "ragged_dot_general"}:
-            leaves = self.leaves.of(before[0][-1])
-        elif name in REDUCTIONS:
-            axes = {*p["axes" if "axes" in p else "dimensions"]}
-            if name != "reduce_sum":
-                return self.blame(gone(before[0], axes), address)
-            leaves = gone(before[0], axes - ins[0].uniform)  # it is told what it lacks
-        elif name in _ORDERS:
-            at = p.get("axis", p.get("dimension", -1))
-            return self.blame(gone(before[0], [at]), address)
-        else:
+        row, gone = (
+            row_of(eqn),
+            lambda at, axes: self.leaves.of_all([before[at][a] for a in axes]),
+        )
+        product = row.contraction(eqn)
+        if product is not None:
+            leaves = gone(1, product.summed[1])
+        elif row.ordered is not None:
+            return self.blame(gone(0, [row.ordered(eqn)]), address)
+        elif row.reduced is None:
             return None
+        elif eqn.primitive.name == "reduce_sum":  # it is told what it lacks
+            leaves = gone(0, {*row.reduced(eqn)} - ins[0].uniform)
+        else:
+            return self.blame(gone(0, row.reduced(eqn)), address)
         acting = (x for x in leaves if not any(e.vanishes(x) for e in ins[:2]))
         return self.blame(frozenset(acting), address)
 
@@ -336,26 +324,17 @@ def _constant(eqn: Any, ins: Sequence[Effect]) -> float | None:
     """The one number of which all entries of a result are."""
     if eqn.primitive.name in {"broadcast_in_dim", "reshape"}:
         return ins[0].constant
-    if not ins or eqn.primitive.name not in ELEMENTWISE:
-        return None
-    if any(e.constant is None for e in ins):
+    if not ins or not row_of(eqn).entrywise or any(e.constant is None for e in ins):
         return None
     return value_at(eqn, [e.constant for e in ins])
 
 
 def _left(eqn: Any, at: int, dims: Dims) -> list[Any]:
     """The axes of an operand that are not added up in a product."""
-    p, name = eqn.params, eqn.primitive.name
-    if name == "dot_general" and at < 2:
-        gone = {*p["dimension_numbers"][0][at]}
-        return [d for a, d in enumerate(dims) if a not in gone]
-    if name == "conv_general_dilated":
-        numbers = p["dimension_numbers"]
-        if at:
-            return [dims[numbers.rhs_spec[0]]]
-        grouped = [dims[numbers.lhs_spec[1]]] * (p["feature_group_count"] > 1)
-        return [dims[numbers.lhs_spec[0]], *grouped]
-    return list(dims)
+    product = row_of(eqn).contraction(eqn)
+    if product is None or at > 1:
+        return list(dims)
+    return [dims[a] for a in product.kept(at)]
 
 
 def _is_inexact(var: Any) -> bool:

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from jaxsparse._sharded import explicit_mesh
+from jaxsparse._sharded import explicit_mesh, fitting
 from jaxsparse.narrowing._cut import Cut
 from jaxsparse.tracing.dims import Dims
 
@@ -61,23 +61,3 @@ def _changed(cut: Cut, x: Any, dims: Dims, how: Any, shape: tuple[int, ...]) -> 
     if explicit_mesh([x]) is not None:  # there a gather has to be told what it gives
         change = jax.sharding.auto_axes(change, out_sharding=sharding)
     return jax.jit(change, out_shardings=sharding)(x)
-
-
-def fitting(sharding: Any, shape: tuple[int, ...]) -> Any:
-    """A sharding without the axes that the mesh no longer divides.
-
-    Args:
-      sharding: of the whole array.
-      shape: of what is left of it.
-
-    Returns:
-      A sharding; what is no `NamedSharding` as it is.
-    """
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    spec = []
-    for entry, size in zip(sharding.spec, shape, strict=False):
-        names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-        parts = int(np.prod([sharding.mesh.shape[n] for n in names]))
-        spec.append(entry if size % parts == 0 else None)
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

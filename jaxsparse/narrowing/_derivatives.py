@@ -20,6 +20,7 @@ from jaxsparse.program import bind
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing.dims import Dims
+from jaxsparse.tracing.primitives import row_of
 from jaxsparse.tracing.values import Node, Value
 from jaxsparse.tracing.walk import Walk
 
@@ -29,7 +30,6 @@ Runner = Callable[[Trace, Cut], Plain]
 """Makes of a traced program the function at the sizes of a cut."""
 
 _STAYS = frozenset({"frozen", "fixed", "gathered"})  # notes on axes that keep theirs
-_MAKES = frozenset({"iota", "random_bits", "rng_bit_generator", "rng_uniform"})
 
 
 def with_derivative(
@@ -241,7 +241,7 @@ def _made(rule: Trace) -> set[int]:
     """The leaves of arrays that a program has of its own, or draws."""
     dims = [d for constants in rule.constants.values() for d in constants]
     for node in rule.nodes.values():
-        if node.visit.primitive.name in _MAKES:
+        if row_of(node.visit).draws or node.visit.primitive.name == "iota":
             dims.extend(node.outs)
     return {
         id(x) for d in dims for axis in d for x in algebra.leaves(algebra.find(axis))

@@ -19,7 +19,6 @@ from jax.core import Tracer
 from jaxsparse.coupling.known import Known
 from jaxsparse.coupling.uniform import completed, masked_entries
 from jaxsparse.coupling.zeros import Masked, masked_in
-from jaxsparse.narrowing._arrays import fitting
 from jaxsparse.narrowing._cut import Cut
 from jaxsparse.narrowing._derivatives import with_derivative
 from jaxsparse.narrowing._means import MEANS, resized_mean
@@ -36,6 +35,7 @@ from jaxsparse.program import (
 )
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import axes as algebra
+from jaxsparse.tracing.primitives import row_of
 from jaxsparse.tracing.values import Node
 
 Norms = Literal["masked", "resized"]
@@ -121,22 +121,24 @@ class Resized:
 
     def at_new_sizes(self, eqn: Any, ins: list[Known], address: Address) -> list[Known]:
         """One operation, with the sizes in its parameters replaced."""
-        name, node = eqn.primitive.name, self.trace.nodes[address]
+        name, row, node = eqn.primitive.name, row_of(eqn), self.trace.nodes[address]
         if name == "iota" and self.positions == "slice":
             with jax.ensure_compile_time_eval():
                 whole = np.asarray(bind(eqn, [])[0])
             return [Known(jnp.asarray(self.cut.take(whole, node.outs[0])))]
-        if name == "random_split" or (name in _RANDOM and self.positions == "slice"):
+        if name == "random_split" or (row.draws and self.positions == "slice"):
             wholes = zip(bind(eqn, [x.value for x in ins]), node.outs, strict=True)
             around = [(self.trace.layers[at], i) for at, i in self.turns.items()]
             return [Known(self.cut.take_in_turn(x, d, around)) for x, d in wholes]
         if self.norms == "resized" and name in MEANS:
             ins = resized_mean(name, ins)
-        patched = _Patched(eqn, {**eqn.params, **self.patch(eqn, node)})
+        new = row.resize(eqn, self.cut, node.ins, node.outs) if row.resize else {}
+        patched = _Patched(eqn, {**eqn.params, **new})
         outs = bind(patched, [x.value for x in ins])
         if name == "reduce_sum":
             return [self.sum(eqn, ins[0], outs[0], node)]
-        summed = ins[0].summed if name in _CARRY_SUMS else None
+        carried = row.keeps_entries and len(ins) == 1
+        summed = ins[0].summed if carried else None
         if address in self.masked.uniform:
             shape = self.cut.shape(node.outs[0])
             masked = masked_entries(eqn, ins, self.masked.uniform[address], shape)
@@ -173,71 +175,6 @@ class Resized:
         """Another program, with a cut of its own, as a function of values."""
         return resized(trace, cut, self.norms, self.positions).plain(trace.program, ())
 
-    def patch(self, eqn: Any, node: Node) -> dict[str, Any]:
-        """The static parameters that hold sizes."""
-        name, p, shape = eqn.primitive.name, eqn.params, self.cut.shape
-        if name == "reshape":
-            return {"new_sizes": shape(node.outs[0])}
-        if name in {"broadcast_in_dim", "iota", "empty", "rng_uniform"}:
-            return {"shape": shape(node.outs[0])}
-        if name == "random_bits":  # for each of the keys
-            return {"shape": shape(node.outs[0])[len(node.ins[0]) :]}
-        if name == "rng_bit_generator":
-            return {"shape": shape(node.outs[1])}
-        if name == "sharding_constraint":
-            return {"sharding": fitting(p["sharding"], shape(node.outs[0]))}
-        if name == "split":
-            at = p["axis"]
-            return {"sizes": tuple(shape(dims)[at] for dims in node.outs)}
-        if name == "dynamic_slice":
-            return {"slice_sizes": shape(node.outs[0])}
-        if name == "slice":
-            sizes, strides = (
-                shape(node.outs[0]),
-                p["strides"] or (1,) * len(node.ins[0]),
-            )
-            # With a stride the start counts within the first stride, which stays; one
-            # index alone was sliced without a stride.
-            starts = tuple(
-                at if stride > 1 and out.size > 1 else self.cut.before(d, at)
-                for d, at, stride, out in zip(
-                    node.ins[0], p["start_indices"], strides, node.outs[0], strict=True
-                )
-            )
-            limits = tuple(
-                start + (size - 1) * stride + 1 if size else start
-                for start, size, stride in zip(starts, sizes, strides, strict=True)
-            )
-            return {"start_indices": starts, "limit_indices": limits}
-        if name == "pad":
-            return {"padding_config": self.padding(eqn, node)}
-        if name == "gather":
-            sizes = tuple(
-                new if size == d.size else size
-                for size, d, new in zip(
-                    p["slice_sizes"], node.ins[0], shape(node.ins[0]), strict=True
-                )
-            )
-            return {"slice_sizes": sizes}
-        if name == "conv_general_dilated":
-            spec = p["dimension_numbers"]
-            channels = shape(node.ins[0])[spec.lhs_spec[1]]
-            per_group = shape(node.ins[1])[spec.rhs_spec[1]]
-            return {"feature_group_count": channels // per_group}
-        return {}
-
-    def padding(self, eqn: Any, node: Node) -> tuple[tuple[int, int, int], ...]:
-        """What is added around axes, of which some indices may be gone as well."""
-        found = []
-        for (low, high, inside), before, after in zip(
-            eqn.params["padding_config"], node.ins[0], node.outs[0], strict=True
-        ):
-            if low >= 0 and high >= 0 and not inside:
-                low = self.cut.before(after, low)
-                high = self.cut.size(after) - self.cut.size(before) - low
-            found.append((low, high, inside))
-        return tuple(found)
-
     def scan(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
         length, body = self.cut.size(self.trace.layers[address]), inner(eqn)[0]
 
@@ -250,18 +187,10 @@ class Resized:
 
 
 _LOOPS = frozenset({"scan", "while", "cond"})
-_RANDOM = frozenset({"random_bits", "rng_bit_generator", "rng_uniform"})
 _WITH_DERIVATIVE = frozenset((
     "custom_jvp_call",
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
-))
-_CARRY_SUMS = frozenset((
-    "convert_element_type",
-    "broadcast_in_dim",
-    "reshape",
-    "squeeze",
-    "copy",
 ))
 
 

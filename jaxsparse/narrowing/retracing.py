@@ -6,8 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsparse._sharded import explicit_mesh
-from jaxsparse.narrowing._arrays import fitting
+from jaxsparse._sharded import explicit_mesh, fitting
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import trace as trace_of
 

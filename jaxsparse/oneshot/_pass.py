@@ -258,7 +258,7 @@ def _operands(pieces: Pieces, look: Look) -> tuple[tuple[Any, ...], list[bool]]:
     """
     step, site = pieces.flat.steps[look.at], look.reading.site
     direct = step.address == site.address
-    ragged = site.primitive.startswith("ragged_dot")
+    ragged = site.by_groups
     needed = lambda i: not direct or i == site.other or (ragged and i == 2)
     keep = [isinstance(x, int) and needed(i) for i, x in enumerate(step.ins)]
     return step.ins, keep

@@ -8,7 +8,7 @@ from jaxsparse import _checks
 from jaxsparse._sharded import sharded_as
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats, Statistics
-from jaxsparse.calibration._statistics import check_statistics
+from jaxsparse.calibration.statistics import check_statistics
 from jaxsparse.scores._range import fourth_root, lifted, product, widened
 from jaxsparse.tree import MatrixView, leaves_with_paths, map_with_path, select
 

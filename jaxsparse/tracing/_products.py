@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 from jaxsparse.program import Address
 from jaxsparse.tracing import axes as algebra
+from jaxsparse.tracing.primitives import row_of
 from jaxsparse.tracing.values import Origin, Site, Value, Visit
 
-PASSES = frozenset({"convert_element_type", "copy"})
-"""What may lie between the product and the sum."""
+
+def passes(eqn: Visit) -> bool:
+    """Whether an equation may lie between the product and the sum."""
+    row = row_of(eqn)
+    return row.entrywise and row.keeps_entries and len(eqn.invars) == 1
 
 
 @dataclasses.dataclass(eq=False)

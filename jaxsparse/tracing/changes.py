@@ -8,6 +8,8 @@ Where a mean is subtracted or a norm is divided by, each entry depends on all ot
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from jaxsparse.tracing.primitives import row_of
+
 
 class Change(NamedTuple):
     """An equation that changes the entries of a kernel.
@@ -40,18 +42,6 @@ class Past(NamedTuple):
     binary: bool = False
 
 
-_MOVES = frozenset({
-    "transpose",
-    "reshape",
-    "broadcast_in_dim",
-    "squeeze",
-    "convert_element_type",
-    "copy",
-    "slice",
-    "stop_gradient",
-})
-
-
 def past_of(eqn: Any, ins: Sequence[Past]) -> Past:
     """What is known of an equation's results.
 
@@ -63,7 +53,7 @@ def past_of(eqn: Any, ins: Sequence[Past]) -> Past:
       The same for its results.
     """
     paths = frozenset().union(*(p.paths for p in ins))
-    if eqn.primitive.name not in _MOVES or len(ins) != 1:
+    if not row_of(eqn).keeps_entries or len(ins) != 1:
         return Past(paths)
     binary = ins[0].binary or eqn.invars[0].aval.dtype == bool
     return Past(paths, ins[0].zero, binary)

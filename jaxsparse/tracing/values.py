@@ -66,6 +66,11 @@ class Site(NamedTuple):
     flops: int
     source: str
 
+    @property
+    def by_groups(self) -> bool:
+        """Whether rows fall in groups, each of which meets one matrix of a batch."""
+        return bool(self.batch) and not self.of_input[1]
+
 
 class Stop(NamedTuple):
     """Where a parameter's trail ends: it meets data other than in a contraction."""

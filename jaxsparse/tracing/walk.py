@@ -17,13 +17,12 @@ from jaxsparse.program import (
     scan_counts,
 )
 from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing import rules as _rules
 from jaxsparse.tracing._pieces import piece_of
-from jaxsparse.tracing._products import PASSES, Product, product_of
-from jaxsparse.tracing._sides import foreign_sides, positions_of, sides_of
+from jaxsparse.tracing._products import Product, passes, product_of
 from jaxsparse.tracing.axes import Axis, leaf
 from jaxsparse.tracing.changes import Past, change_of, past_of, together
-from jaxsparse.tracing.dims import Dims, Rule, unify
+from jaxsparse.tracing.dims import Dims, unify
+from jaxsparse.tracing.primitives import UNKNOWN, Primitive, foreign, row_of, sides_of
 from jaxsparse.tracing.values import Node, Origin, Site, Stop, Value, Visit
 
 _LOOPS = frozenset({"scan", "while", "cond"})
@@ -47,8 +46,8 @@ class Walk:
         self.nodes: dict[Address, Node] = {}
         self.constants: dict[Address, tuple[Dims, ...]] = {}
         self.layers: dict[Address, Axis] = {}
-        self._foreign = {k: _rules.by_einsum(v) for k, v in rules.items()}
-        self._equations, self.seen = dict(rules), set[str]()
+        self._foreign = {name: foreign(text) for name, text in rules.items()}
+        self.seen = set[str]()
         self._known: dict[Any, int] = {}
         self._count = iter(range(1 << 62))
         self._around: tuple[Visit, ...] = ()  # what leads to where it is
@@ -138,23 +137,21 @@ class Walk:
         self, eqn: Any, ins: list[Value], address: Address, times: int | None
     ) -> list[Value]:
         name = eqn.primitive.name
-        foreign = self._foreign_name(eqn)
+        foreign = self._foreign_row(eqn)
         product = self._product(eqn, ins, address, times)
         if foreign is None and (name in _LOOPS or called(eqn) is not None):
             before, self._around = self._around, (*self._around, eqn)
             outs = self._inner(eqn, ins, address, times)
             self._around = before
             return outs
-        rule = self._foreign[foreign] if foreign else _rules.RULES.get(name)
-        known = rule is not None
-        rule = rule or _rules.opaque
-        dims = rule(eqn, [v.dims for v in ins])
+        row = foreign or row_of(eqn)
+        dims = row.axes(eqn, [v.dims for v in ins])
         data = any(v.data for v in ins)
         origins: list[Origin | None] = [None] * len(dims)
         if not data:
-            origins = self._origins(eqn, ins, rule)
+            origins = self._origins(eqn, ins, row)
         elif product is None and any(v.origin for v in ins):
-            self._meet(eqn, ins, address, times, foreign, known)
+            self._meet(eqn, ins, address, times, row)
         token = self._value_number(eqn, ins)
         past = Past() if data else past_of(eqn, [v.past for v in ins])
         counter = None if data else counted(eqn, [v.counter for v in ins])
@@ -168,7 +165,7 @@ class Walk:
     ) -> Product | None:
         """The product of data and a parameter that a result is, if it is one."""
         name = eqn.primitive.name
-        if called(eqn) is not None or name in PASSES:
+        if called(eqn) is not None or passes(eqn):
             return next((v.product for v in ins if v.product), None)
         if name == "reduce_sum" and ins[0].product is not None:
             ins[0].product.summed(eqn.params["axes"])
@@ -197,14 +194,15 @@ class Walk:
             return self._cond(eqn, ins, address, times)
         return self.run(called(eqn), ins, (*address, 0), times)
 
-    def _foreign_name(self, eqn: Any) -> str | None:
+    def _foreign_row(self, eqn: Any) -> Primitive | None:
         names = [eqn.primitive.name]
         for key in ("name", "target_name", "name_and_src_info"):
             found = getattr(eqn.params.get(key), "name", eqn.params.get(key))
             if isinstance(found, str):
                 names.append(f"{names[0]}[{found}]")
         self.seen.update(names)
-        return next((n for n in reversed(names) if n in self._foreign), None)
+        found = (self._foreign[n] for n in reversed(names) if n in self._foreign)
+        return next(found, None)
 
     def _value_number(self, eqn: Any, ins: list[Value]) -> int:
         try:
@@ -219,7 +217,9 @@ class Walk:
         except TypeError:  # unhashable parameters
             return next(self._count)
 
-    def _origins(self, eqn: Any, ins: list[Value], rule: Rule) -> list[Origin | None]:
+    def _origins(
+        self, eqn: Any, ins: list[Value], row: Primitive
+    ) -> list[Origin | None]:
         name, none = eqn.primitive.name, [None] * len(eqn.outvars)
         found = [v.origin for v in ins if v.origin]
         if not found:
@@ -227,12 +227,12 @@ class Walk:
         piece = piece_of(eqn, ins)
         if piece is not None:
             return [piece]
-        if name not in _rules.STRUCTURAL and name not in _rules.ELEMENTWISE:
+        if not row.keeps_entries and not row.entrywise:
             paths = tuple(path for o in found for path in o.paths)
             if name == "gather" and ins[0].origin:
                 self._look_up(ins[0].origin, eqn)
             else:
-                product = sides_of(eqn, 1) is not None
+                product = row.contraction(eqn) is not None
                 self.stops.append(Stop(paths, name, eqn.source, False, product))
             return list(none)
         shape = lambda atom: atom.aval.shape
@@ -240,15 +240,15 @@ class Walk:
             v.origin.dims if v.origin else tuple(leaf(n) for n in shape(x))
             for v, x in zip(ins, eqn.invars, strict=True)
         ]
-        after = rule(eqn, before)
+        after = row.axes(eqn, before)
         via = frozenset().union(*(o.via for o in found))
         partial = name == "dynamic_slice" and any(
             a.size != b.size for a, b in zip(before[0], after[0], strict=True)
         )
-        if name not in _rules.STRUCTURAL or partial:
+        if not row.keeps_entries or partial:
             via |= {name}
         changes = tuple(x for o in found for x in o.changes)
-        if name not in _rules.STRUCTURAL:
+        if not row.keeps_entries:
             changes += change_of(eqn, [(v.past, v.origin is not None) for v in ins])
         ones = [d for dims in before for d in dims if d.size == 1]
         loops = tuple(dict.fromkeys(x for o in found for x in o.loops))
@@ -274,8 +274,7 @@ class Walk:
         ins: list[Value],
         address: Address,
         times: int | None,
-        foreign: str | None,
-        known: bool,
+        row: Primitive,
     ) -> None:
         """Parameters meet data: a contraction, a look-up, or the end of their trail."""
         name, source = eqn.primitive.name, eqn.source
@@ -286,18 +285,16 @@ class Walk:
             if name == "gather" and at == 0:
                 self._look_up(value.origin, eqn)
                 continue
-            if foreign:
-                data = [v.data for v in ins]
-                sides = foreign_sides(self._equations[foreign], at, data)
-            else:
-                sides = sides_of(eqn, at)
+            sides = sides_of(row, eqn, at, [v.data for v in ins])
             if sides is None or not ins[sides[0]].data:
                 # What is added, or a vector that scales, is no kernel: no one asks.
                 asked = value.origin.is_matrix and name not in _ADDS
-                if asked or not known:
-                    self.stops.append(Stop(paths, name, source, not known))
+                unknown = row is UNKNOWN
+                if asked or unknown:
+                    self.stops.append(Stop(paths, name, source, unknown))
                 continue
             other, contracted, batch, of_input = sides
+            product = row.contraction(eqn)
             settings = {k: v for k, v in eqn.params.items() if k not in _NOT_SETTINGS}
             reads = (ins[other].token, name, other, str(settings))
             shape = eqn.invars[at].aval.shape
@@ -314,8 +311,8 @@ class Walk:
                     batch,
                     of_input,
                     ins[other].dims,
-                    eqn.params.get("feature_group_count", 1),
-                    positions_of(eqn) if name == "conv_general_dilated" else None,
+                    product.groups if product else 1,
+                    product.samples if product else None,
                     reads,
                     times,
                     flops * (times or 1),

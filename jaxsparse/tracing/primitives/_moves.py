@@ -1,11 +1,13 @@
-"""Rules for what moves entries: reshapes, slices, joins, look-ups."""
+"""What moves entries: reshapes, slices, joins."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing.axes import Axis, leaf
 from jaxsparse.tracing.dims import Dims, freeze, frozen, out_shapes, unify
+from jaxsparse.tracing.primitives import _masking
+from jaxsparse.tracing.primitives._row import Primitive
 
 
 def transpose(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
@@ -185,72 +187,83 @@ def reverse(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     return [ins[0]]
 
 
-def gather(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
-    """Axes taken whole stay; those that are indexed are gathered."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    operand, indices = ins
-    shape = out_shapes(eqn)[0]
-    batching = numbers.operand_batching_dims
-    window_dims = [
-        i
-        for i in range(len(operand))
-        if i not in numbers.collapsed_slice_dims and i not in batching
-    ]
-    out: list[Axis] = [leaf(n) for n in shape]
-    for at, source in zip(numbers.offset_dims, window_dims, strict=True):
-        if sizes[source] == operand[source].size:
-            out[at] = operand[source]
-        else:
-            freeze(operand[source], "gather", eqn)
-    for source in numbers.collapsed_slice_dims:
-        algebra.flag(operand[source], "gathered", eqn=eqn)
-    rows = [i for i in range(len(shape)) if i not in numbers.offset_dims]
-    for at, axis in zip(rows, indices[:-1], strict=True):
-        out[at] = axis
-    for a, b in zip(batching, numbers.start_indices_batching_dims, strict=True):
-        unify(operand[a], indices[b], eqn)
-    return [tuple(out)]
+def _new_sizes(eqn: Any, sizes: Any, ins: Sequence[Dims], outs: Sequence[Dims]) -> Any:
+    return {"new_sizes": sizes.shape(outs[0])}
 
 
-def scatter(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
-    """The operand's axes; whole ones are also the updates', indexed ones stay."""
-    numbers = eqn.params["dimension_numbers"]
-    operand, indices, updates = ins[:3]
-    inserted = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
-    windows = [i for i in range(len(operand)) if i not in inserted]
-    for at, source in zip(numbers.update_window_dims, windows, strict=True):
-        if updates[at].size == operand[source].size:
-            unify(updates[at], operand[source], eqn)
-        else:
-            freeze(operand[source], "scatter", eqn)
-            freeze(updates[at], "scatter", eqn)
-    for source in numbers.inserted_window_dims:
-        algebra.flag(operand[source], "gathered", eqn=eqn)
-    rows = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
-    for at, axis in zip(rows, indices[:-1], strict=True):
-        unify(updates[at], axis, eqn)
-    batching = numbers.operand_batching_dims
-    for a, b in zip(batching, numbers.scatter_indices_batching_dims, strict=True):
-        unify(operand[a], indices[b], eqn)
-    return [operand]
+def _shape(eqn: Any, sizes: Any, ins: Sequence[Dims], outs: Sequence[Dims]) -> Any:
+    return {"shape": sizes.shape(outs[0])}
 
 
-def dynamic_slice(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
-    """Axes taken whole stay; the others are frozen."""
-    out = []
-    for axis, size in zip(ins[0], eqn.params["slice_sizes"], strict=True):
-        if size != axis.size:
-            freeze(axis, "dynamic_slice", eqn)
-        out.append(axis if size == axis.size else frozen(size, "dynamic_slice", eqn))
-    return [tuple(out)]
+def _parts(eqn: Any, sizes: Any, ins: Sequence[Dims], outs: Sequence[Dims]) -> Any:
+    at = eqn.params["axis"]
+    return {"sizes": tuple(sizes.shape(dims)[at] for dims in outs)}
 
 
-def dynamic_update_slice(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
-    """The operand's axes; whole ones are also the update's."""
-    for axis, other in zip(ins[0], ins[1], strict=True):
-        if axis.size == other.size:
-            unify(axis, other, eqn)
-        else:
-            freeze(axis, "dynamic_update_slice", eqn)
-            freeze(other, "dynamic_update_slice", eqn)
-    return [ins[0]]
+def _limits(eqn: Any, sizes: Any, ins: Sequence[Dims], outs: Sequence[Dims]) -> Any:
+    p, shape = eqn.params, sizes.shape(outs[0])
+    strides = p["strides"] or (1,) * len(ins[0])
+    # With a stride the start counts within the first stride, which stays; one index
+    # alone was sliced without a stride.
+    starts = tuple(
+        at if stride > 1 and out.size > 1 else sizes.before(axis, at)
+        for axis, at, stride, out in zip(
+            ins[0], p["start_indices"], strides, outs[0], strict=True
+        )
+    )
+    limits = tuple(
+        start + (size - 1) * stride + 1 if size else start
+        for start, size, stride in zip(starts, shape, strides, strict=True)
+    )
+    return {"start_indices": starts, "limit_indices": limits}
+
+
+def _around(eqn: Any, sizes: Any, ins: Sequence[Dims], outs: Sequence[Dims]) -> Any:
+    """What is added around axes, of which some indices may be gone as well."""
+    found = []
+    for (low, high, inside), before, after in zip(
+        eqn.params["padding_config"], ins[0], outs[0], strict=True
+    ):
+        if low >= 0 and high >= 0 and not inside:
+            low = sizes.before(after, low)
+            high = sizes.size(after) - sizes.size(before) - low
+        found.append((low, high, inside))
+    return {"padding_config": tuple(found)}
+
+
+ROWS: Mapping[str, Primitive] = {
+    **{
+        name: Primitive(
+            axes, keeps_entries=True, first=True, zeros=_masking.first, resize=resize
+        )
+        for name, axes, resize in (
+            ("transpose", transpose, None),
+            ("broadcast_in_dim", broadcast_in_dim, _shape),
+            ("squeeze", squeeze, None),
+            ("reshape", reshape, _new_sizes),
+        )
+    },
+    **{
+        name: Primitive(
+            axes,
+            keeps_entries=True,
+            first=True,
+            part=True,
+            zeros=_masking.first,
+            resize=resize,
+        )
+        for name, axes, resize in (
+            ("slice", slice_, _limits),
+            ("split", split, _parts),
+            ("unstack", unstack, None),
+        )
+    },
+    "rev": Primitive(reverse, first=True, zeros=_masking.first),
+    "tile": Primitive(tile, first=True, zeros=_masking.first),
+    "concatenate": Primitive(
+        concatenate, keeps_entries=True, joins=True, zeros=_masking.joined
+    ),
+    "stack": Primitive(stack, joins=True, zeros=_masking.joined),
+    "pad": Primitive(pad, joins=True, zeros=_masking.padded, resize=_around),
+}
+"""The rows by primitive."""

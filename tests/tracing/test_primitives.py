@@ -5,7 +5,11 @@ where it came from. So leaves that operand and result have in common must have t
 index there, whichever way a rule refined them.
 """
 
+import functools
+import itertools
 import re
+import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +18,12 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxsparse.program import bind, called, interpret
 from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing.axes import coordinates, find, leaf, leaves, product
 from jaxsparse.tracing.dims import unify
-from jaxsparse.tracing.rules import (
-    ELEMENTWISE,
-    RULES,
-    STRUCTURAL,
-    by_einsum,
-    fresh,
-    opaque,
-)
+from jaxsparse.tracing.primitives import PRIMITIVES, Masking, foreign
+from jaxsparse.tracing.primitives._general import fresh, opaque
 
 FLAT = np.arange(24, dtype=np.float32).reshape(4, 6)
 
@@ -50,7 +49,7 @@ def walked(f, *args):
                 outs = run(eqn.params["jaxpr"], dims)
             else:
                 names.append(eqn.primitive.name)
-                outs = RULES[eqn.primitive.name](eqn, dims)
+                outs = PRIMITIVES[eqn.primitive.name].axes(eqn, dims)
             shapes = [v.aval.shape for v in eqn.outvars]
             assert [tuple(d.size for d in dims) for dims in outs] == shapes
             env.update(zip(eqn.outvars, outs, strict=True))
@@ -381,7 +380,7 @@ def test_what_cannot_be_the_same_is_frozen():
 def test_a_rule_from_an_equation():
     eqn = equation_of(lambda x, w: x @ w, jnp.zeros(X), jnp.zeros(W))
     x, w = tuple(map(leaf, X)), tuple(map(leaf, W))
-    (out,) = by_einsum("ij, jk -> ik")(eqn, [x, w])
+    (out,) = foreign("ij, jk -> ik").axes(eqn, [x, w])
     assert find(x[1]) is find(w[0])
     assert out == (x[0], w[1])
 
@@ -389,7 +388,7 @@ def test_a_rule_from_an_equation():
 def test_a_question_mark_has_no_part_in_it():
     eqn = equation_of(lambda x, w: x @ w, jnp.zeros(X), jnp.zeros(W))
     x, w = tuple(map(leaf, X)), tuple(map(leaf, W))
-    (out,) = by_einsum("ij,?->?")(eqn, [x, w])
+    (out,) = foreign("ij,?->?").axes(eqn, [x, w])
     assert not set(out) & {*x, *w}
     assert [d.size for d in out] == [4, 3]
     assert x[0].flags | x[1].flags == {"fixed: dot_general"}
@@ -430,7 +429,7 @@ def test_numbers_drawn_with_several_keys_have_an_axis_of_them():
 def test_an_equation_of_other_operands_is_refused():
     eqn = equation_of(lambda x, w: x @ w, jnp.zeros(X), jnp.zeros(W))
     with pytest.raises(ValueError, match="does not fit dot_general"):
-        by_einsum("ijk,jk->ik")(eqn, [tuple(map(leaf, X)), tuple(map(leaf, W))])
+        foreign("ijk,jk->ik").axes(eqn, [tuple(map(leaf, X)), tuple(map(leaf, W))])
 
 
 def test_nothing_is_known_of_an_unknown_primitive():
@@ -518,7 +517,7 @@ def entry_by_entry(name):
     return None
 
 
-PLAIN = {name: entry_by_entry(name) for name in sorted(ELEMENTWISE)}
+PLAIN = {n: entry_by_entry(n) for n in sorted(PRIMITIVES) if PRIMITIVES[n].entrywise}
 PLAIN = {name: found for name, found in PLAIN.items() if found}
 
 
@@ -537,9 +536,177 @@ def test_all_rules_are_in_a_table():
         seen |= set(walked(f, jnp.asarray(FLAT))[2])
     for _, f, *shapes in LETTERS.values():
         seen |= set(walked(f, *map(jnp.zeros, shapes))[2])
-    left = {name for name, rule in RULES.items() if rule is not fresh} - seen
+    left = {name for name, row in PRIMITIVES.items() if row.axes is not fresh} - seen
     assert left == ELSEWHERE
 
 
-def test_what_moves_entries_has_a_rule():
-    assert set(RULES) >= STRUCTURAL
+# What a row says beside the axes, against the primitive on small arrays.
+
+
+@functools.cache
+def met():
+    """By primitive the equations of the functions above, with operands and results."""
+    functions = [(f, jnp.asarray(FLAT)) for f, _ in MOVES.values()]
+    functions += [(f, jnp.asarray(FLAT)) for f in CALLS.values()]
+    functions += [(f, *args) for f, args in PLAIN.values()]
+    functions += [(f, *map(jnp.ones, shapes)) for _, f, *shapes in LETTERS.values()]
+    found = {}
+
+    def meaning(eqn, values, here):
+        if called(eqn) is not None:
+            return interpret(called(eqn), values, meaning)
+        outs = bind(eqn, values)
+        found.setdefault(eqn.primitive.name, []).append((eqn, values, outs))
+        return outs
+
+    for f, *args in functions:
+        interpret(jax.make_jaxpr(f)(*args), args, meaning)
+    return {name: (PRIMITIVES[name], all_) for name, all_ in found.items()}
+
+
+class Whole:
+    """Sizes of a model of which nothing goes."""
+
+    def shape(self, dims):
+        return tuple(d.size for d in dims)
+
+    def size(self, axis):
+        return axis.size
+
+    def before(self, axis, at):
+        return at
+
+
+def axes_of(row, eqn):
+    ins = [tuple(leaf(n) for n in x.aval.shape) for x in eqn.invars]
+    return ins, row.axes(eqn, ins)
+
+
+def test_at_the_old_sizes_equations_are_the_old_ones():
+    tried = set()
+    for name, (row, every) in met().items():
+        for eqn, values, outs in every if row.resize and not row.draws else ():
+            new = row.resize(eqn, Whole(), *axes_of(row, eqn))
+            again = types.SimpleNamespace(
+                primitive=eqn.primitive, params={**eqn.params, **new}
+            )
+            for x, y in zip(bind(again, values), outs, strict=True):
+                assert x.shape == y.shape, name
+                if name != "empty":
+                    np.testing.assert_array_equal(x, y, err_msg=name)
+            tried.add(name)
+    assert len(tried) >= 8
+
+
+def test_entries_come_from_where_the_row_says():
+    every = ((n, row, x) for n, (row, found) in met().items() for x in found)
+    for name, row, (_, values, outs) in every:
+        of = lambda x: set(np.ravel(np.asarray(x, np.float32)).tolist())
+        if row.same:
+            for x, y in zip(values, outs, strict=False):
+                np.testing.assert_array_equal(x, y)
+        if (row.first or row.keeps_entries) and not row.joins and name != "gather":
+            for y in outs:
+                assert of(y) <= of(values[0]), name
+        moves = row.first and not row.part and row.reduced is None
+        if moves and name != "gather":
+            assert of(outs[0]) == of(values[0]), name
+        if row.joins:
+            assert of(outs[0]) <= set().union(*map(of, values)), name
+
+
+def test_what_is_reduced_or_contracted_is_gone_from_the_shape():
+    every = ((row, x) for row, found in met().values() for x in found)
+    for row, (eqn, values, outs) in every:
+        if row.reduced is not None:
+            gone = row.reduced(eqn)
+            left = [n for a, n in enumerate(values[0].shape) if a not in gone]
+            assert list(outs[0].shape) == left
+        product = row.contraction(eqn)
+        if product is None:
+            continue
+        shapes = [np.shape(x) for x in values[:2]]
+        pairs = zip(*product.batch, strict=False)
+        assert all(shapes[0][a] == shapes[1][b] for a, b in pairs)
+        (summed, *_), (theirs, *_) = product.summed
+        assert shapes[0][summed] == product.groups * shapes[1][theirs]
+        if product.samples is None:
+            free = [
+                s[a] for s, axes in zip(shapes, product.free, strict=True) for a in axes
+            ]
+            batch = [shapes[0][a] for a in product.batch[0]]
+            assert sorted(outs[0].shape) == sorted(batch + free)
+        else:
+            out = eqn.params["dimension_numbers"].out_spec
+            assert outs[0].shape[out[1]] == shapes[1][product.free[1][0]]
+            assert product.samples[1] == np.prod([outs[0].shape[a] for a in out[2:]])
+
+
+GRID = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0)
+
+
+def at_numbers(name):
+    """An entrywise primitive of floats as a function of columns of numbers."""
+    found = PLAIN.get(name)
+    if found is None or found[1][0].dtype != jnp.float32:
+        return None
+    f, args = found
+    columns = np.meshgrid(*[GRID] * len(args), indexing="ij")
+    return f, [jnp.asarray(np.ravel(c), jnp.float32) for c in columns]
+
+
+@pytest.mark.parametrize("name", [n for n in PLAIN if at_numbers(n)])
+def test_values_and_derivatives_are_what_the_row_says(name):
+    row, (f, columns) = PRIMITIVES[name], at_numbers(name)
+    with np.errstate(all="ignore"):
+        out = np.asarray(f(*columns))
+        if row.value is not None:
+            wanted = row.value(*(np.asarray(c, np.float64) for c in columns))
+            np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
+    if row.gentle and np.issubdtype(out.dtype, np.floating):
+        for at in range(len(columns)):
+            slope = jax.grad(
+                lambda x, at=at: f(*columns[:at], x, *columns[at + 1 :]).sum()
+            )
+            assert np.isfinite(slope(columns[at])).all(), name
+
+
+class Operand(NamedTuple):
+    """One whose masked entries are zero, or are not known."""
+
+    zero: bool
+    constant: None = None
+
+    def vanishes(self, leaf):
+        return self.zero
+
+
+@pytest.mark.parametrize("name", [n for n in PLAIN if at_numbers(n)])
+def test_zeros_stay_where_the_row_says(name):
+    row, (f, columns) = PRIMITIVES[name], at_numbers(name)
+    out, here = np.asarray(f(*columns)), frozenset({1})
+    (eqn,) = jax.make_jaxpr(f)(*columns).jaxpr.eqns
+    for which in itertools.product((False, True), repeat=len(columns)):
+        zeros = [here if zero else frozenset() for zero in which]
+        known = Masking(
+            eqn, [*map(Operand, which)], zeros, [()], here, frozenset(), lambda _: here
+        )
+        if row.zeros is None or not row.zeros(known):
+            continue
+        at = np.ones(out.shape, bool)
+        for column, zero in zip(columns, which, strict=True):
+            at &= (np.asarray(column) == 0) | (not zero)
+        values = out[at]
+        assert values.size
+        # 0 / 0 is another matter: it is no number at all.
+        assert not values[np.isfinite(values)].any(), which
+
+
+def test_rows_of_callers_are_read_once_and_checked():
+    for wrong in ("ij,jk", 3, "a->b->c"):
+        with pytest.raises(ValueError, match="is no equation such as"):
+            foreign(wrong)
+    row = foreign("bi,io->bo")
+    other = row.sides(None, 1, [True, False])
+    assert other == (0, (0,), (), ((1,), ()))
+    assert row.sides(None, 1, [False, False]) is None
