@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxsparse.coupling._points import Number, is_bad, steep_at, value_at
+from jaxsparse.tracing.axes import Axis
 from jaxsparse.tracing.primitives import row_of
 
-Leaf = int  # the identity of a leaf
+Leaf = Axis
 
 
 class Point(NamedTuple):

@@ -8,7 +8,7 @@ from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing.dims import Dims
 from jaxsparse.tracing.primitives import Masking, row_of
 
-Leaf = int  # the identity of a leaf
+Leaf = algebra.Axis
 
 
 class Effect(NamedTuple):
@@ -39,14 +39,14 @@ class Leaves:
     """The leaves of axes, by identity; those of size 1 lose nothing."""
 
     def __init__(self):
-        self._of: dict[int, frozenset[Leaf]] = {}
+        self._of: dict[Leaf, frozenset[Leaf]] = {}
 
     def of(self, axis: algebra.Axis) -> frozenset[Leaf]:
         node = algebra.find(axis)
-        if id(node) not in self._of:
+        if node not in self._of:
             leaves = algebra.leaves(node)
-            self._of[id(node)] = frozenset(id(x) for x in leaves if x.size > 1)
-        return self._of[id(node)]
+            self._of[node] = frozenset(x for x in leaves if x.size > 1)
+        return self._of[node]
 
     def of_all(self, dims: Iterable[algebra.Axis]) -> frozenset[Leaf]:
         return frozenset().union(*map(self.of, dims))

@@ -14,7 +14,7 @@ from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing.dims import Dims
 from jaxsparse.tracing.primitives import row_of
 
-Leaf = int  # the identity of a leaf
+Leaf = algebra.Axis
 _Place = tuple[int, ...]  # the dimension, then the segments of sums that lead to it
 _FIXED = frozenset({"iota"})
 
@@ -62,7 +62,7 @@ def covered(trace: Trace) -> dict[Leaf, set[Leaf] | frozenset[Leaf]]:
         summed = places.of(gone).keys()
         for x in places.of(left):
             found[x] = found[x] - summed
-    usable = {x for x, node in places.nodes.items() if not _reordered(node)}
+    usable = {x for x in places.leaves if not _reordered(x)}
     return {x: covering & usable for x, covering in found.items()}
 
 
@@ -128,7 +128,7 @@ def _bodies(trace: Trace) -> Iterator[tuple[Address, Leaf]]:
     for address, layer in trace.layers.items():
         node = algebra.find(layer)
         if not node.parts:
-            yield address, id(node)
+            yield address, node
 
 
 def _covers(batch: list[_Place], place: _Place) -> bool:
@@ -143,26 +143,26 @@ class _Places:
     """Where the leaves of dimensions are, each expression looked through once.
 
     Attributes:
-      nodes: the leaves by their identities.
+      leaves: all that were found.
     """
 
     def __init__(self):
-        self.nodes: dict[Leaf, algebra.Axis] = {}
-        self._known: dict[int, Any] = {}
+        self.leaves: set[Leaf] = set()
+        self._known: dict[algebra.Axis, Any] = {}
 
     def of(self, dims: Dims) -> dict[Leaf, list[_Place]]:
         found: dict[Leaf, list[_Place]] = {}
         for at, axis in enumerate(dims):
             for leaf, segments in self._axis(axis):
-                found.setdefault(id(leaf), []).append((at, *segments))
+                found.setdefault(leaf, []).append((at, *segments))
         return found
 
     def _axis(self, axis: algebra.Axis) -> list[tuple[algebra.Axis, tuple[int, ...]]]:
         node = algebra.find(axis)
-        if id(node) not in self._known:
-            self._known[id(node)] = list(_segments(node))
-            self.nodes.update({id(x): x for x, _ in self._known[id(node)]})
-        return self._known[id(node)]
+        if node not in self._known:
+            self._known[node] = list(_segments(node))
+            self.leaves.update(x for x, _ in self._known[node])
+        return self._known[node]
 
 
 def _segments(node: algebra.Axis) -> Iterator[tuple[algebra.Axis, tuple[int, ...]]]:

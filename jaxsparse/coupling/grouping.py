@@ -218,22 +218,20 @@ Found = dict[str, tuple[Group, algebra.Axis]]
 @once
 def found_in(trace: Trace) -> Found:
     """All groups of a trace, each with its leaf."""
-    places: dict[int, list[tuple[str, int, int, np.ndarray]]] = {}
-    leaves: dict[int, algebra.Axis] = {}
-    cache: dict[int, list[tuple[algebra.Axis, np.ndarray]]] = {}
+    places: dict[algebra.Axis, list[tuple[str, int, int, np.ndarray]]] = {}
+    cache: dict[algebra.Axis, list[tuple[algebra.Axis, np.ndarray]]] = {}
     for path, dims in trace.dims.items():
         for axis, expression in enumerate(dims):
             node = algebra.find(expression)
-            if id(node) not in cache:
-                cache[id(node)] = [
+            if node not in cache:
+                cache[node] = [
                     (x, index.astype(np.int32))
                     for x, index in algebra.coordinates(node)
                 ]
-            for k, (x, index) in enumerate(cache[id(node)]):
+            for k, (x, index) in enumerate(cache[node]):
                 if x.size == 1:
                     continue
-                leaves[id(x)] = x
-                places.setdefault(id(x), []).append((path, axis, k, index))
+                places.setdefault(x, []).append((path, axis, k, index))
     covering, masked, read = batches(trace), masked_in(trace), _read(trace)
     roles = _Roles(trace)
     several = {
@@ -241,35 +239,33 @@ def found_in(trace: Trace) -> Found:
         for path, dims in trace.dims.items()
         for axis, expression in enumerate(dims)
     }
-    named: dict[int, list[Role]] = {
-        key: [roles.of(path, axis, index) for path, axis, _, index in found]
-        for key, found in places.items()
+    named: dict[algebra.Axis, list[Role]] = {
+        x: [roles.of(path, axis, index) for path, axis, _, index in found]
+        for x, found in places.items()
     }
-    names: dict[int, str] = {}
-    for key, found in places.items():
-        first = named[key].index("output") if "output" in named[key] else 0
+    names: dict[algebra.Axis, str] = {}
+    for x, found in places.items():
+        first = named[x].index("output") if "output" in named[x] else 0
         path, axis, k, _ = found[first]
-        names[key] = f"{path}[{axis}.{k}]" if several[path, axis] else f"{path}[{axis}]"
+        names[x] = f"{path}[{axis}.{k}]" if several[path, axis] else f"{path}[{axis}]"
     result: Found = {}
-    for key, x in leaves.items():
-        batched = tuple(b for b in covering.get(key, ()) if b in leaves)
+    for x in places:
+        batched = tuple(b for b in covering.get(x, ()) if b in places)
         members = tuple(
             Member(path, axis, index, _copies(path, axis, batched, places), role)
-            for (path, axis, _, index), role in zip(
-                places[key], named[key], strict=True
-            )
+            for (path, axis, _, index), role in zip(places[x], named[x], strict=True)
         )
-        reasons = _reasons(x, key, masked, key in read)
+        reasons = _reasons(x, masked, x in read)
         kinds = collections.Counter(
             (len(trace.dims[m.path]), m.axis, m.role) for m in members
         )
-        result[names[key]] = (
+        result[names[x]] = (
             Group(
-                names[key],
+                names[x],
                 x.size,
                 members,
                 tuple(names[b] for b in batched),
-                tuple(leaves[b].size for b in batched),
+                tuple(b.size for b in batched),
                 frozenset(r.flag for r in reasons),
                 reasons,
                 frozenset(),
@@ -280,27 +276,27 @@ def found_in(trace: Trace) -> Found:
     return result
 
 
-def _read(trace: Trace) -> set[int]:
+def _read(trace: Trace) -> set[algebra.Axis]:
     """The leaves that some equation meets that does something itself, or a scan."""
-    axes = {id(node): node for node in map(algebra.find, trace.layers.values())}
+    axes = set(map(algebra.find, trace.layers.values()))
     axes |= {
-        id(node): node
+        node
         for found in trace.nodes.values()
         if not inner(found.visit.eqn)
         for dims in found.ins
         for node in map(algebra.find, dims)
     }
-    read = {id(x) for node in axes.values() for x in algebra.leaves(node)}
+    read = {x for node in axes for x in algebra.leaves(node)}
     # What comes out as it came in is flagged as a result.
     outs = (x for dims in trace.dims.values() for d in dims for x in algebra.leaves(d))
-    return read | {id(x) for x in outs if "output" in x.flags}
+    return read | {x for x in outs if "output" in x.flags}
 
 
 def _copies(
     path: str,
     axis: int,
-    batched: tuple[int, ...],
-    places: Mapping[int, list[tuple[str, int, int, np.ndarray]]],
+    batched: tuple[algebra.Axis, ...],
+    places: Mapping[algebra.Axis, list[tuple[str, int, int, np.ndarray]]],
 ) -> tuple[tuple[int, np.ndarray], ...]:
     """Where in a parameter the indices lie of the groups that batch one of its axes."""
     found = []
@@ -324,9 +320,7 @@ _DETAIL = {
 }
 
 
-def _reasons(
-    x: algebra.Axis, key: int, masked: Masked, read: bool
-) -> tuple[Reason, ...]:
+def _reasons(x: algebra.Axis, masked: Masked, read: bool) -> tuple[Reason, ...]:
     found = [] if read else [Reason("unread", _DETAIL["unread"], "")]
     for note, visit in x.notes.items():
         head, _, detail = note.partition(": ")
@@ -335,7 +329,7 @@ def _reasons(
             source = visit.source if visit is not None else ""
             found.append(Reason(flag, detail or _DETAIL[flag], source))
     acting, lost, steep = (
-        which.get(key) for which in (masked.acting, masked.lost, masked.steep)
+        which.get(x) for which in (masked.acting, masked.lost, masked.steep)
     )
     if acting is not None:
         detail = f"masked indices still act in {acting.primitive.name}"

@@ -42,10 +42,10 @@ class Masked(NamedTuple):
     """What masked indices of a model do.
 
     Attributes:
-      acting: by the identity of an axis, where masked indices of it still act: the
+      acting: by axis, where masked indices of it still act: the
         first visit.
       uniform: the equations whose results are uniform where they are masked.
-      lost: by the identity of an axis, where masked indices of it make a number that is
+      lost: by axis, where masked indices of it make a number that is
         not finite and that reaches a result.
       steep: likewise where they make a derivative that is not.
     """

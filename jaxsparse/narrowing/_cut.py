@@ -19,7 +19,7 @@ from jaxsparse.narrowing._positions import Kept, old_positions
 from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing.dims import Dims
 
-Leaf = int  # the identity of a leaf
+Leaf = algebra.Axis
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,23 +35,23 @@ class Cut:
     copies: Mapping[Leaf, tuple[Leaf, ...]]
 
     @functools.cached_property
-    def _sizes(self) -> dict[int, int]:
+    def _sizes(self) -> dict[algebra.Axis, int]:
         return {}
 
     def size(self, axis: algebra.Axis) -> int:
         """The new size of an axis."""
         node = algebra.find(axis)
         known = self._sizes
-        if id(node) not in known:
+        if node not in known:
             if not node.parts:
-                kept = self.kept.get(id(node))
+                kept = self.kept.get(node)
                 found = node.size if kept is None else int(kept.sum(-1).max())
             elif node.is_sum:
                 found = sum(map(self.size, algebra.parts(node)))
             else:
                 found = math.prod(map(self.size, node.parts))
-            known[id(node)] = found
-        return known[id(node)]
+            known[node] = found
+        return known[node]
 
     def shape(self, dims: Dims) -> tuple[int, ...]:
         """The new shape of an array."""
@@ -67,7 +67,7 @@ class Cut:
             return at
         stays = np.ones(axis.size, bool)
         for leaf, index in algebra.coordinates(axis):
-            kept = self.kept.get(id(leaf))
+            kept = self.kept.get(leaf)
             if kept is not None:
                 one = kept.reshape(-1, leaf.size)
                 one = one[np.argmax(one.sum(-1))]
@@ -155,7 +155,7 @@ class Cut:
 
 
 def _table(axis: algebra.Axis) -> list[tuple[Leaf, np.ndarray]]:
-    return [(id(leaf), index) for leaf, index in algebra.coordinates(axis)]
+    return algebra.coordinates(axis)
 
 
 def _copy(tables: Sequence[Any], at: int, leaf: Leaf) -> tuple[int, np.ndarray]:

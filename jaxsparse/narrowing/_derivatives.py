@@ -185,8 +185,7 @@ class _Copies:
     """Copies of axes."""
 
     def __init__(self):
-        self.leaves: dict[int, algebra.Axis] = {}
-        self.keep: list[algebra.Axis] = []
+        self.leaves: dict[algebra.Axis, algebra.Axis] = {}
 
     def of(self, dims: Dims) -> Dims:
         return tuple(map(self.one, dims))
@@ -197,10 +196,9 @@ class _Copies:
             parts = [self.one(part) for part in algebra.parts(node)]
             joined = algebra.concatenation if node.is_sum else algebra.product
             return joined(parts)
-        if id(node) not in self.leaves:
-            self.leaves[id(node)] = algebra.leaf(node.size)
-            self.keep.append(node)
-        return self.leaves[id(node)]
+        if node not in self.leaves:
+            self.leaves[node] = algebra.leaf(node.size)
+        return self.leaves[node]
 
     def cut(self, cut: Cut) -> Cut | None:
         """The same cut of the copies; None where the rule does not allow it."""
@@ -208,14 +206,14 @@ class _Copies:
         for old, copy in self.leaves.items():
             node = algebra.find(copy)
             if old not in cut.kept:
-                whole.update(map(id, algebra.leaves(node)))
+                whole.update(algebra.leaves(node))
                 continue
             stays = any(n.partition(":")[0] in _STAYS for n in node.notes)
-            if node.parts or id(node) in kept or stays:
+            if node.parts or node in kept or stays:
                 return None
-            kept[id(node)] = cut.kept[old]
-            copies[id(node)] = tuple(
-                id(algebra.find(self.leaves[b])) if b in self.leaves else b
+            kept[node] = cut.kept[old]
+            copies[node] = tuple(
+                algebra.find(self.leaves[b]) if b in self.leaves else b
                 for b in cut.copies[old]
             )
         return None if whole & kept.keys() else Cut(kept, copies)
@@ -224,12 +222,12 @@ class _Copies:
         """Whether a rule mixes copies that keep different indices."""
         keeps_apart, made = covered(rule), _made(rule)
         for old, copy in self.leaves.items():
-            kept, leaf = cut.kept.get(old), id(algebra.find(copy))
+            kept, leaf = cut.kept.get(old), algebra.find(copy)
             if kept is None or (kept == kept[(0,) * (kept.ndim - 1)]).all():
                 continue
             for b in cut.copies[old]:
                 if b in self.leaves:
-                    batch = id(algebra.find(self.leaves[b]))
+                    batch = algebra.find(self.leaves[b])
                     if batch not in keeps_apart.get(leaf, {batch}):
                         return True
                 elif leaf in made:  # for any turn of the scan around it
@@ -237,15 +235,13 @@ class _Copies:
         return False
 
 
-def _made(rule: Trace) -> set[int]:
+def _made(rule: Trace) -> set[algebra.Axis]:
     """The leaves of arrays that a program has of its own, or draws."""
     dims = [d for constants in rule.constants.values() for d in constants]
     for node in rule.nodes.values():
         if row_of(node.visit).draws or node.visit.primitive.name == "iota":
             dims.extend(node.outs)
-    return {
-        id(x) for d in dims for axis in d for x in algebra.leaves(algebra.find(axis))
-    }
+    return {x for d in dims for axis in d for x in algebra.leaves(algebra.find(axis))}
 
 
 def _differentiated(eqn: Any) -> list[bool]:

@@ -87,10 +87,8 @@ def plan(
             )
         keep = np.ones((*group.copies, group.size), bool)
         np.put_along_axis(keep, gone, False, axis=-1)
-        kept[id(leaf)] = keep
-        copies[id(leaf)] = tuple(
-            id(found[b][1]) for b in group.batched_by
-        )  # the axes' own leaves
+        kept[leaf] = keep
+        copies[leaf] = tuple(found[b][1] for b in group.batched_by)
         whole[name], whole_sizes[name] = np.sort(gone, axis=-1), group.size
     return Plan(Drop(whole, whole_sizes), Cut(kept, copies))
 
@@ -118,8 +116,8 @@ def like(first: Cut, trace: Trace, cut: Cut, at: Trace) -> Cut:
                 continue
             stays = first.positions(dims)[axis]
             if stays.size == size:  # the same in all copies
-                kept[id(node)] = np.isin(np.arange(node.size), stays)
-                copies[id(node)] = ()
+                kept[node] = np.isin(np.arange(node.size), stays)
+                copies[node] = ()
     return Cut(kept, copies)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing.dims import Dims
 
-Leaf = int  # the identity of a leaf
+Leaf = algebra.Axis
 
 
 class Kept(NamedTuple):
@@ -73,7 +73,7 @@ class _Array:
         if size(node) == node.size:
             return new
         if not node.parts:
-            return self._index(id(node), new, at)
+            return self._index(node, new, at)
         if node.is_sum:
             old, start, before = np.zeros_like(new), 0, 0
             for part in algebra.parts(node):
@@ -113,7 +113,7 @@ def _coordinates(
 ) -> list[tuple[Leaf, np.ndarray]]:
     """`algebra.coordinates` at the new sizes."""
     if not node.parts:
-        return [(id(node), np.arange(size(node)))]
+        return [(node, np.arange(size(node)))]
     found, every = [], np.arange(size(node))
     inner, start = size(node), 0
     for part in map(algebra.find, algebra.parts(node)):

@@ -159,7 +159,7 @@ class Resized:
     def acts(self, axis: algebra.Axis) -> bool:
         """Whether an axis loses indices that are not invariant to zeros."""
         acting, kept = self.masked.acting, self.cut.kept
-        leaves = map(id, algebra.leaves(algebra.find(axis)))
+        leaves = algebra.leaves(algebra.find(axis))
         return any(x in acting and x in kept for x in leaves)
 
     def plain(self, program: Any, address: Address) -> Callable[..., list[Any]]:

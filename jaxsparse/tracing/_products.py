@@ -89,12 +89,12 @@ class Product:
         """The axes along which the parameter differs."""
         origin = self.origin
         mine = {
-            id(x)
+            x
             for _, dims in origin.sources
             for axis in dims
             for x in algebra.leaves(axis)
         }
-        has = lambda axis: any(id(x) in mine for x in algebra.leaves(axis))
+        has = lambda axis: any(x in mine for x in algebra.leaves(axis))
         return [i for i, d in enumerate(origin.dims) if d.size > 1 and has(d)]
 
 

@@ -83,7 +83,7 @@ def view_of(
       NotFollowed: its sites disagree, or read parts that no view describes.
     """
     dims = next(dims for p, dims in sites[0].origin.sources if p == path)
-    roles: dict[int, str] = {}
+    roles: dict[Axis, str] = {}
     for site in sites:
         _assign(roles, dims, site)
     runs = [run for axis in dims for run in _runs(axis, roles)]
@@ -192,30 +192,30 @@ def _kernel_dims(site: Site) -> tuple[Dims, Dims, Dims]:
     return contracted, batch, tuple(rest)
 
 
-def _assign(roles: dict[int, str], own: Dims, site: Site) -> None:
+def _assign(roles: dict[Axis, str], own: Dims, site: Site) -> None:
     try:
         contracted, batch, rest = _kernel_dims(site)
     except algebra.Incompatible as error:
         raise NotFollowed(f"its groups do not fit: {error}") from error
-    mine = {id(x) for axis in own for x in algebra.leaves(axis)}
+    mine = {x for axis in own for x in algebra.leaves(axis)}
     named = (contracted, "input"), (batch, "batch"), (rest, "output")
     for axes, role in named:
         for axis in axes:
             for x in algebra.leaves(axis):
-                if id(x) not in mine:
+                if x not in mine:
                     continue
-                if roles.setdefault(id(x), role) != role and x.size > 1:
+                if roles.setdefault(x, role) != role and x.size > 1:
                     raise NotFollowed(
-                        f"an axis of {x.size} is {roles[id(x)]} axis at one place and "
+                        f"an axis of {x.size} is {roles[x]} axis at one place and "
                         f"{role} axis at {site.source}"
                     )
 
 
-def _runs(axis: Axis, roles: dict[int, str]) -> list[tuple[str, Axis]]:
+def _runs(axis: Axis, roles: dict[Axis, str]) -> list[tuple[str, Axis]]:
     """The parts of one axis of a parameter that have a role of their own."""
     node = algebra.find(axis)
     # What no site has was sliced along, or is of size 1: it is carried.
-    named = {roles.get(id(x), "batch") for x in algebra.leaves(node)}
+    named = {roles.get(x, "batch") for x in algebra.leaves(node)}
     if len(named) == 1:
         return [(named.pop(), node)]
     if node.is_sum:
@@ -276,18 +276,18 @@ def _match(
 def _crossed(wanted: Sequence[Axis], given: Sequence[Axis]) -> np.ndarray:
     """Where the wanted axes have one of the given leaves twice, as pairs of tokens."""
     total = inner = math.prod(a.size for a in wanted)
-    mine = {id(x) for axis in given for x in algebra.leaves(axis) if x.size > 1}
+    mine = {x for axis in given for x in algebra.leaves(axis) if x.size > 1}
     times = {leaf: np.zeros(total, int) for leaf in mine}
     for axis in wanted:
         inner //= axis.size
         at = np.arange(total) // inner % axis.size
         for x, index in algebra.coordinates(axis):
-            if id(x) in mine:
-                times[id(x)] += index[at] >= 0
+            if x in mine:
+                times[x] += index[at] >= 0
     return np.any([t > 1 for t in times.values()] or [np.zeros(total, bool)], axis=0)
 
 
-def _labels(axes: Sequence[Axis]) -> dict[int, np.ndarray]:
+def _labels(axes: Sequence[Axis]) -> dict[Axis, np.ndarray]:
     """For each leaf its index along the flattened axes, -1 where it has no part."""
     total = math.prod(a.size for a in axes)
     inner, labels = total, {}
@@ -296,7 +296,5 @@ def _labels(axes: Sequence[Axis]) -> dict[int, np.ndarray]:
         at = np.arange(total) // inner % axis.size
         for x, index in algebra.coordinates(axis):
             found = index[at]
-            labels[id(x)] = (
-                np.maximum(labels[id(x)], found) if id(x) in labels else found
-            )
+            labels[x] = np.maximum(labels[x], found) if x in labels else found
     return labels

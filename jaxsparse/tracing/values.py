@@ -30,8 +30,8 @@ class Origin(NamedTuple):
     @property
     def is_matrix(self) -> bool:
         """Whether a parameter has more than one axis here, however it is spread out."""
-        here = {id(x) for d in self.dims for x in leaves(d) if x.size > 1}
-        long = lambda dims: sum(any(id(x) in here for x in leaves(d)) for d in dims)
+        here = {x for d in self.dims for x in leaves(d) if x.size > 1}
+        long = lambda dims: sum(any(x in here for x in leaves(d)) for d in dims)
         return any(long(dims) > 1 for _, dims in self.sources)
 
 

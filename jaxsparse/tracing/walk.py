@@ -254,11 +254,11 @@ class Walk:
         loops = tuple(dict.fromkeys(x for o in found for x in o.loops))
         results: list[Origin | None] = []
         for i, dims in enumerate(after):
-            left = {id(algebra.find(d)) for d in dims}
+            left = {algebra.find(d) for d in dims}
             dropped = (*(d for o in found for d in o.dropped), *ones)
             if name == "unstack":
                 dropped += (algebra.leaves(before[0][eqn.params["axis"]])[i],)
-            dropped = tuple(d for d in dropped if id(algebra.find(d)) not in left)
+            dropped = tuple(d for d in dropped if algebra.find(d) not in left)
             found_in = {path: dims for o in found for path, dims in o.sources}
             sources = tuple(found_in.items())
             results.append(Origin(sources, dims, dropped, via, loops, changes))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jaxsparse.tracing.axes import Axis
 from jaxsparse.tracing.dims import Dims, Rule
 
-Leaf = int  # the identity of an axis without parts
+Leaf = Axis  # one without parts
 Leaves = frozenset[Leaf]
 Shapes = Callable[[Any, Any, Sequence[Dims], Sequence[Dims]], dict[str, Any]]
 """Of an equation, the new sizes of axes, and the axes of its operands and results, the
