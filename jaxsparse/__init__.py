@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxsparse import allocations as allocations
 from jaxsparse import calibration as calibration
 from jaxsparse import channels as channels
+from jaxsparse import contrib as contrib
 from jaxsparse import coupling as coupling
 from jaxsparse import curvature as curvature
 from jaxsparse import depth as depth
@@ -18,6 +19,7 @@ from jaxsparse import losses as losses
 from jaxsparse import narrowing as narrowing
 from jaxsparse import oneshot as oneshot
 from jaxsparse import patterns as patterns
+from jaxsparse import penalties as penalties
 from jaxsparse import recipes as recipes
 from jaxsparse import schedules as schedules
 from jaxsparse import scores as scores

@@ -5,62 +5,59 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-
-def _moved(package: str, names: str) -> dict[str, str]:
-    return {name: f"{package}.{name}" for name in names.split()}
-
-
 _STRUCTURED = {
-    **_moved(
-        "coupling",
-        """
-        Drop Group Groups Member Reason groups
-        """,
+    "coupling": "Drop Group Groups Member Reason groups",
+    "narrowing": "Cost Narrowed cost narrow narrow_like widen",
+    "channels": (
+        "Selected bn_scale dropped_fraction flap_compensation fpgm gate_scores lamp "
+        "normalize_max normalize_mean normalize_norm normalize_quantile "
+        "normalize_range per_parameter standardize zero_indices"
     ),
-    **_moved(
-        "narrowing",
-        """
-        Cost cost Narrowed narrow widen narrow_like
-        """,
+    "depth": (
+        "block_similarity gated knapsack nm_gates nm_options output_losses "
+        "remove_blocks share_blocks"
     ),
-    **_moved(
-        "channels",
-        """
-        Selected bn_scale fpgm gate_scores zero_indices flap_compensation lamp
-        normalize_max normalize_mean normalize_norm normalize_quantile
-        normalize_range per_parameter standardize dropped_fraction
-        """,
+    "experts": (
+        "Grouping align_experts group_experts merge_experts merge_gates "
+        "router_similarity"
     ),
-    **_moved(
-        "depth",
-        """
-        knapsack nm_gates nm_options GatePenalty gate_penalty gated
-        block_similarity output_losses remove_blocks share_blocks
-        """,
+    "contrib": (
+        "AtomicSums GatePenalty MergedExperts atomic_init atomic_merge atomic_scores "
+        "atomic_update atomic_update_ragged cluster_experts expert_distances "
+        "gate_penalty medoids merge_clusters"
     ),
-    **_moved(
-        "experts",
-        """
-        AtomicSums atomic_init atomic_merge atomic_scores atomic_update
-        atomic_update_ragged MergedExperts cluster_experts expert_distances
-        medoids merge_clusters Grouping group_experts router_similarity
-        align_experts merge_experts merge_gates
-        """,
-    ),
-    "masks": "narrowing.drop_masks",
-    "select_to": "channels.drop_to_budget",
-    "flap": "channels.flap_scores",
-    "group_scores": "channels.channel_scores",
-    "select": "channels.drop_lowest",
-    "Block": "depth.ResidualBlock",
-    "blocks": "depth.residual_blocks",
 }
+_TRANSFORMS = {
+    "penalties": (
+        "Criteria GrowingRegularizationState HessoState PenaltyState dropped "
+        "group_lasso group_norm_decay growing_regularization hesso prox_group_lasso"
+    ),
+    "contrib": "Redundancy cric wgsef_prox",
+}
+
+
+def _moved(packages: dict[str, str]) -> dict[str, str]:
+    pairs = ((p, name) for p, names in packages.items() for name in names.split())
+    return {name: f"{p}.{name}" for p, name in pairs}
+
+
 RENAMED = {
-    "jaxsparse.structured": _STRUCTURED,
+    "jaxsparse.structured": {
+        **_moved(_STRUCTURED),
+        "Block": "depth.ResidualBlock",
+        "blocks": "depth.residual_blocks",
+        "flap": "channels.flap_scores",
+        "group_scores": "channels.channel_scores",
+        "masks": "narrowing.drop_masks",
+        "select": "channels.drop_lowest",
+        "select_to": "channels.drop_to_budget",
+    },
+    "jaxsparse.transforms": _moved(_TRANSFORMS),
+    "jaxsparse.allocations": _moved({"contrib": "als"}),
     "jaxsparse.oneshot": {
         "channel_errors": "channels.obs_errors",
-        "refit_channels": "channels.obs_refit",
         "greedy_channels": "channels.obs_greedy",
+        "refit_channels": "channels.obs_refit",
     },
 }
 """By module, what each old name is called now."""
@@ -75,8 +72,8 @@ def old_names(module: str) -> Callable[[str], Any]:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         package, new = names[name].split(".")
         warnings.warn(
-            f"{module}.{name} is now jaxsparse.{package}.{new}; the old name goes "
-            "with the next version.",
+            f"{module}.{name} is now jaxsparse.{package}.{new}; the old name goes with "
+            "the next version.",
             DeprecationWarning,
             stacklevel=2,
         )

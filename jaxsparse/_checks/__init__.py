@@ -6,12 +6,14 @@ from jaxsparse._checks._kinds import check_bool as check_bool
 from jaxsparse._checks._kinds import check_callable as check_callable
 from jaxsparse._checks._kinds import check_choice as check_choice
 from jaxsparse._checks._kinds import check_expression as check_expression
+from jaxsparse._checks._kinds import check_has_params as check_has_params
 from jaxsparse._checks._kinds import check_is as check_is
 from jaxsparse._checks._kinds import check_key as check_key
 from jaxsparse._checks._kinds import check_mapping as check_mapping
 from jaxsparse._checks._kinds import check_numbers as check_numbers
 from jaxsparse._checks._kinds import check_pattern as check_pattern
 from jaxsparse._checks._kinds import check_score as check_score
+from jaxsparse._checks._kinds import check_transformation as check_transformation
 from jaxsparse._checks._kinds import check_where as check_where
 from jaxsparse._checks._kinds import explained as explained
 from jaxsparse._checks._memory import check_fits as check_fits

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxsparse._calls import asked_for
 from jaxsparse._checks._values import check_number, shown
@@ -319,3 +320,18 @@ def _shapes(value: Any) -> str:
         for x in leaves[:4]
     ]
     return ", ".join(some) + (", ..." if len(leaves) > 4 else "")
+
+
+def check_transformation(**transformations: Any) -> None:
+    """Raises a TypeError unless each is a gradient transformation of optax."""
+    kind = optax.GradientTransformation
+    check_is(kind, "optax.adam(1e-3) or another", **transformations)
+
+
+def check_has_params(params: Any) -> None:
+    """Raises a ValueError where `update` was called without the parameters."""
+    if params is None:
+        raise ValueError(
+            "This transformation needs the parameters: call "
+            "`tx.update(updates, state, params)`."
+        )

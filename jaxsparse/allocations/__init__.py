@@ -1,11 +1,11 @@
 """How a budget is shared out: trees of sparsities that meet the total."""
 
+from jaxsparse._renamed import old_names
 from jaxsparse.allocations._ecoflap import ecoflap as ecoflap
 from jaxsparse.allocations._global import global_ as global_
 from jaxsparse.allocations._global import round_to_weights as round_to_weights
 from jaxsparse.allocations._layerwise import erk as erk
 from jaxsparse.allocations._layerwise import uniform as uniform
-from jaxsparse.allocations._outlier import als as als
 from jaxsparse.allocations._outlier import (
     arithmetic_progression as arithmetic_progression,
 )
@@ -13,3 +13,5 @@ from jaxsparse.allocations._outlier import dsa as dsa
 from jaxsparse.allocations._outlier import owl as owl
 from jaxsparse.allocations._search import evolve as evolve
 from jaxsparse.allocations._search import level_sparsities as level_sparsities
+
+__getattr__ = old_names(__name__)

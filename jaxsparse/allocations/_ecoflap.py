@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.allocations._blocks import (
+from jaxsparse.allocations.blocks import (
     Blocks,
     Groups,
     fill,

@@ -24,7 +24,7 @@ def zero_indices(
 ) -> Drop:
     """The indices whose slices are all exactly zero: what a training has emptied.
 
-    After `js.transforms.prox_group_lasso` or `js.transforms.wgsef_prox`, for
+    After `js.penalties.prox_group_lasso` or `js.contrib.wgsef_prox`, for
     `js.narrowing.narrow`. A group that is zero as a whole keeps its first index.
 
     Args:

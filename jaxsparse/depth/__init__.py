@@ -5,8 +5,6 @@ from jaxsparse.depth._blocks import residual_blocks as residual_blocks
 from jaxsparse.depth._depth import knapsack as knapsack
 from jaxsparse.depth._depth import nm_gates as nm_gates
 from jaxsparse.depth._depth import nm_options as nm_options
-from jaxsparse.depth._gates import GatePenalty as GatePenalty
-from jaxsparse.depth._gates import gate_penalty as gate_penalty
 from jaxsparse.depth._gates import gated as gated
 from jaxsparse.depth._importance import block_similarity as block_similarity
 from jaxsparse.depth._importance import output_losses as output_losses

@@ -9,7 +9,7 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.experts._experts import HIGHEST, at, check_total, wide
+from jaxsparse.experts.stacked import HIGHEST, at, check_total, wide
 from jaxsparse.tree import leaves_with_paths
 
 

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
+from jaxsparse import _checks
 from jaxsparse._typing import PyTree
 from jaxsparse.transforms._mfac import forget_pruned, hide_pruned
 from jaxsparse.transforms._moments import reset_moments
 from jaxsparse.transforms._project import add_change, project
 from jaxsparse.transforms._state import (
     NO_STATE,
-    check_transformation,
     find_states,
     masks_like,
     put_states,
@@ -66,7 +66,7 @@ def enforce(
       Array([[False,  True],
              [ True, False]], dtype=bool)
     """
-    check_transformation(tx=tx)
+    _checks.check_transformation(tx=tx)
     inner = optax.with_extra_args_support(tx)
 
     def init_fn(params: PyTree) -> optax.OptState:

@@ -12,7 +12,6 @@ from jaxsparse._typing import Array, PyTree, Tree
 from jaxsparse.transforms._state import (
     NO_STATE,
     PruneScheduleState,
-    check_transformation,
     find_states,
     masks_like,
 )
@@ -135,7 +134,7 @@ def init_sparse(
       >>> params
       {'w': Array([[3., 0.]], dtype=float32)}
     """
-    check_transformation(tx=tx)
+    _checks.check_transformation(tx=tx)
     _checks.check_arrays(params=params)
     opt_state = tx.init(cast(Any, params))
     if not find_states(opt_state):

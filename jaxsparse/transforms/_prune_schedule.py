@@ -16,8 +16,8 @@ from jaxsparse._loops import when
 from jaxsparse._together import each
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
 from jaxsparse.patterns._before import score_shapes
+from jaxsparse.schedules.horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._enforce import enforce
-from jaxsparse.transforms._horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._leaks import most_leaked, regrew_in
 from jaxsparse.transforms._mfac import forget_pruned
 from jaxsparse.transforms._sparse_start import (

@@ -17,7 +17,7 @@ from jaxsparse._together import each
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity
 from jaxsparse._zeros import nonzero
 from jaxsparse.schedules import At, Every
-from jaxsparse.transforms._horizon import evaluate
+from jaxsparse.schedules.horizon import evaluate
 from jaxsparse.tree import leaves_with_paths
 
 Zeros = Literal["hold", "train"]

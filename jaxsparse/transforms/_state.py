@@ -168,12 +168,6 @@ def leaked_weights(w: Array, mask: Array) -> Array:
     return jnp.sum(nonzero(w) & ~mask)
 
 
-def check_transformation(**transformations: Any) -> None:
-    """Raises a TypeError unless each is a gradient transformation of optax."""
-    kind = optax.GradientTransformation
-    _checks.check_is(kind, "optax.adam(1e-3) or another", **transformations)
-
-
 NO_STATE = (
     "No pruning transformation in this optimizer state. Put js.prune_schedule(...) "
     "into the chain, for instance js.enforce(optax.chain(js.prune_schedule(...), "

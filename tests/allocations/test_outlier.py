@@ -56,7 +56,7 @@ REDUNDANCY = dict(zip(SHAPES, (0.2, 0.5, 0.9, 0.5, 0.1), strict=True))
 ALLOCATE = {
     "owl": js.allocations.owl,
     "dsa": js.allocations.dsa,
-    "als": lambda p, s, groups=None: js.allocations.als(
+    "als": lambda p, s, groups=None: js.contrib.als(
         p,
         {k if groups is None else groups(k): r for k, r in REDUNDANCY.items()},
         s,
@@ -119,7 +119,7 @@ def test_totals_are_exact_on_any_tree(layers, sparsity, difference):
     upper = min(0.9999, sparsity + 0.2)
     for found in (
         js.allocations.arithmetic_progression(params, sparsity, difference=difference),
-        js.allocations.als(params, redundancy, sparsity, lower=0.0, upper=upper),
+        js.contrib.als(params, redundancy, sparsity, lower=0.0, upper=upper),
     ):
         removed = {
             k: js.patterns.removed_count(found[k], w.size) for k, w in params.items()
@@ -226,7 +226,7 @@ def test_als_solves_its_linear_programme(layers, sparsity):
         f"w{i}": jax.ShapeDtypeStruct((1, n), jnp.float32) for i, n in enumerate(sizes)
     }
     redundancy = {f"w{i}": r for i, (_, r) in enumerate(layers)}
-    found = js.allocations.als(params, redundancy, sparsity, lower=0.1, upper=0.9)
+    found = js.contrib.als(params, redundancy, sparsity, lower=0.1, upper=0.9)
     x = np.array(list(found.values())) * sizes
     worth = np.array(list(redundancy.values()))
     best = oracle.linear_programme(
@@ -238,7 +238,7 @@ def test_als_solves_its_linear_programme(layers, sparsity):
 
 def test_equally_redundant_layers_share():
     params = {k: np.ones((1, n)) for k, n in {"a": 100, "b": 300, "c": 100}.items()}
-    found = js.allocations.als(
+    found = js.contrib.als(
         params, {"a": 0.5, "b": 0.5, "c": 0.1}, 0.6, lower=0.2, upper=0.8
     )
     assert found == {"a": 0.7, "b": 0.7, "c": 0.2}
@@ -348,15 +348,15 @@ def test_nan_scores_name_their_path(allocate):
 def test_als_refuses_bounds_that_the_total_is_not_between(bounds):
     lower, upper = bounds
     with pytest.raises(ValueError, match=r"0\.5 does not lie between the bounds"):
-        js.allocations.als(scores(), REDUNDANCY, 0.5, lower=lower, upper=upper)
+        js.contrib.als(scores(), REDUNDANCY, 0.5, lower=lower, upper=upper)
 
 
 def test_als_refuses_a_block_without_redundancy():
     some = {k: r for k, r in REDUNDANCY.items() if k != "block_2/up"}
     with pytest.raises(ValueError, match=r"nothing for the blocks \['block_2/up'\]"):
-        js.allocations.als(scores(), some, 0.5, lower=0.1, upper=0.9)
+        js.contrib.als(scores(), some, 0.5, lower=0.1, upper=0.9)
     with pytest.raises(ValueError, match="finite number"):
-        js.allocations.als(
+        js.contrib.als(
             scores(), REDUNDANCY | {"block_2/up": math.nan}, 0.5, lower=0.1, upper=0.9
         )
 

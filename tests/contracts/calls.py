@@ -178,7 +178,7 @@ def opt_state():
 
 @functools.cache
 def hesso():
-    tx = js.transforms.hesso(
+    tx = js.penalties.hesso(
         optax.sgd(0.1), groups(), sparsity=0.5, begin=0, periods=1, duration=2
     )
     return tx.init(params())
@@ -190,7 +190,7 @@ def experts():
 
 @functools.cache
 def atomic():
-    return js.experts.atomic_init((4,), 8)
+    return js.contrib.atomic_init((4,), 8)
 
 
 @functools.cache
@@ -241,7 +241,7 @@ CALLS = {
     },
     "allocations.erk": lambda: {"params": params(), "sparsity": 0.5},
     "allocations.uniform": lambda: {"params": params(), "sparsity": 0.5},
-    "allocations.als": lambda: {
+    "contrib.als": lambda: {
         "params": params(),
         "redundancy": {"up/kernel": 0.1, "down/kernel": 0.2},
         "sparsity": 0.5,
@@ -469,16 +469,16 @@ CALLS = {
         "mask": np.asarray(matrix()) > 0,
         "gram": gram(),
     },
-    "experts.atomic_init": lambda: {"batch": (4,), "size": 8},
-    "experts.atomic_merge": lambda: {"a": atomic(), "b": atomic()},
-    "experts.atomic_scores": lambda: {"sums": atomic()},
-    "experts.atomic_update": lambda: {
+    "contrib.atomic_init": lambda: {"batch": (4,), "size": 8},
+    "contrib.atomic_merge": lambda: {"a": atomic(), "b": atomic()},
+    "contrib.atomic_scores": lambda: {"sums": atomic()},
+    "contrib.atomic_update": lambda: {
         "sums": atomic(),
         "x": rows(4, 2, 8),
         "g": rows(4, 2, 3),
         "down": rows(4, 8, 3),
     },
-    "experts.atomic_update_ragged": lambda: {
+    "contrib.atomic_update_ragged": lambda: {
         "sums": atomic(),
         "x": rows(4, 8),
         "g": rows(4, 3),
@@ -504,13 +504,13 @@ CALLS = {
         "params": params(),
         "batch": batch(),
     },
-    "experts.cluster_experts": lambda: {
+    "contrib.cluster_experts": lambda: {
         "distances": abs(np.arange(4.0)[:, None] - np.arange(4.0)),
         "clusters": 2,
     },
-    "experts.expert_distances": lambda: {"router": rows(4, 8)},
-    "experts.medoids": lambda: {"experts": experts(), "labels": LABELS},
-    "experts.merge_clusters": lambda: {
+    "contrib.expert_distances": lambda: {"router": rows(4, 8)},
+    "contrib.medoids": lambda: {"experts": experts(), "labels": LABELS},
+    "contrib.merge_clusters": lambda: {
         "experts": experts(),
         "router": rows(4, 8),
         "labels": LABELS,
@@ -541,7 +541,7 @@ CALLS = {
         "stats": stats(),
         "drop": drop(),
     },
-    "depth.gate_penalty": lambda: {
+    "contrib.gate_penalty": lambda: {
         "gates": {"a": jnp.ones(()), "b": jnp.ones(())},
         "costs": {"a": 1.0, "b": 2.0},
         "budget": 0.5,
@@ -618,7 +618,7 @@ CALLS = {
         "params": params(),
         "inputs": (batch(),),
     },
-    "transforms.cric": lambda: {
+    "contrib.cric": lambda: {
         "loss_fn": loss_fn,
         "params": params(),
         "groups": groups(),
@@ -628,16 +628,16 @@ CALLS = {
         "steps": 1,
     },
     "enforce": lambda: {"tx": optax.chain(schedule(), optax.sgd(0.1))},
-    "transforms.group_lasso": lambda: {"groups": groups(), "strength": 0.1},
-    "transforms.group_norm_decay": lambda: {"groups": groups(), "strength": 0.1},
-    "transforms.prox_group_lasso": lambda: {"groups": groups(), "strength": 0.1},
-    "transforms.growing_regularization": lambda: {
+    "penalties.group_lasso": lambda: {"groups": groups(), "strength": 0.1},
+    "penalties.group_norm_decay": lambda: {"groups": groups(), "strength": 0.1},
+    "penalties.prox_group_lasso": lambda: {"groups": groups(), "strength": 0.1},
+    "penalties.growing_regularization": lambda: {
         "groups": groups(),
         "increment": 0.1,
         "every": 2,
     },
-    "transforms.dropped": lambda: {"opt_state": hesso()},
-    "transforms.hesso": lambda: {
+    "penalties.dropped": lambda: {"opt_state": hesso()},
+    "penalties.hesso": lambda: {
         "optimizer": optax.sgd(0.1),
         "groups": groups(),
         "sparsity": 0.5,
@@ -662,7 +662,7 @@ CALLS = {
     "transforms.find_states": lambda: {"opt_state": opt_state()},
     "masks_of": lambda: {"opt_state": opt_state()},
     "straight_through": lambda: {"params": params(), "sparsity": 0.5},
-    "transforms.wgsef_prox": lambda: {
+    "contrib.wgsef_prox": lambda: {
         "groups": groups(),
         "sparsity": 0.5,
         "strength": 0.1,

@@ -152,7 +152,7 @@ ALLOCATIONS = {
 ALLOCATIONS |= {
     "owl": lambda params, s: js.allocations.owl(js.scores.magnitude(params), s),
     "dsa": lambda params, s: js.allocations.dsa(js.scores.magnitude(params), s),
-    "als": lambda params, s: js.allocations.als(
+    "als": lambda params, s: js.contrib.als(
         params, {"a/kernel": 0.1, "b/kernel": 0.2}, s, lower=s / 2, upper=(1 + s) / 2
     ),
     "arithmetic_progression": functools.partial(

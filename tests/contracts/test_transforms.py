@@ -72,7 +72,7 @@ def dropped(params, state):
     (hesso,) = (
         x
         for x in jax.tree.leaves(state, is_leaf=is_hesso)
-        if isinstance(x, js.transforms.HessoState)
+        if isinstance(x, js.penalties.HessoState)
     )
     gone = jax.tree.map(jnp.any, hesso.zero)
     assert any(jax.tree.leaves(gone)) == (int(hesso.step) >= STEPS - 1)
@@ -83,7 +83,7 @@ def dropped(params, state):
 
 
 def is_hesso(x):
-    return isinstance(x, js.transforms.HessoState)
+    return isinstance(x, js.penalties.HessoState)
 
 
 class Row(NamedTuple):

@@ -473,13 +473,13 @@ KINDS = {
     "tree.to_matrices.w": SHAPED,
     "tree.from_matrices.matrices": SHAPED,
     "scores.bias_compensation.mean": SHAPED | {"another width": np.ones(5, np.float32)},
-    "experts.expert_distances.router": FLAT,
+    "contrib.expert_distances.router": FLAT,
     "experts.router_similarity.logits": FLAT,
     "solvers.magnitude.gram": GRAM,
     "solvers.wanda.gram": GRAM,
     "calibration.init.gram": SWITCH,
     "calibration.init.batch": SHAPE,
-    "experts.atomic_init.batch": SHAPE,
+    "contrib.atomic_init.batch": SHAPE,
     "allocations.evolve.batches": {"None": None, "a number": 3, "empty": []},
     "allocations.evolve.sizes": {
         "None": None,
@@ -578,7 +578,7 @@ TAKEN = [
 # Only these look at shapes alone.
 OF_SHAPES = {
     *("allocations.round_to_weights", "allocations.erk", "allocations.uniform"),
-    *("allocations.als", "allocations.arithmetic_progression"),
+    *("contrib.als", "allocations.arithmetic_progression"),
     *("patterns.check_masks", "patterns.sparsity_of", "patterns.verify"),
     *(
         "curvature.window_init",

@@ -21,15 +21,15 @@ def tokens(seed=0, n=N):
 
 
 def added_up(x, g, down, weight=None):
-    start = js.experts.atomic_init(x.shape[:-2], x.shape[-1], dtype=x.dtype)
-    return js.experts.atomic_update(start, x, g, down, weight=weight)
+    start = js.contrib.atomic_init(x.shape[:-2], x.shape[-1], dtype=x.dtype)
+    return js.contrib.atomic_update(start, x, g, down, weight=weight)
 
 
 def collect(*arrays, dtype=np.float64):
     return jax.jit(added_up)(*[a.astype(dtype) for a in arrays])
 
 
-scores_of = jax.jit(js.experts.atomic_scores, static_argnames="joint")
+scores_of = jax.jit(js.contrib.atomic_scores, static_argnames="joint")
 
 
 def by_covariances(x, g, down, routed):
@@ -94,8 +94,8 @@ def test_chunks_merged_and_layers_stacked_give_the_same():
         collect(x[:, a:b], g[:, a:b], down, routed[:, a:b])
         for a, b in ((0, 15), (15, 25), (25, N))
     ]
-    merged = js.experts.atomic_merge(
-        jax.jit(js.experts.atomic_merge)(parts[0], parts[1]), parts[2]
+    merged = js.contrib.atomic_merge(
+        jax.jit(js.contrib.atomic_merge)(parts[0], parts[1]), parts[2]
     )
     twice = lambda a: np.stack([a, 2 * a])
     stacked = collect(twice(x), twice(g), twice(down), np.stack([routed, routed]))
@@ -115,8 +115,8 @@ def test_ragged_rows_give_what_routed_ones_do():
     rows = pad(np.concatenate([x[e, c] for e, c in enumerate(chosen)]))
     grads = pad(np.concatenate([g[e, c] for e, c in enumerate(chosen)]))
     sizes = np.array([len(c) for c in chosen])
-    start = js.experts.atomic_init((E,), F, dtype=jnp.float64)
-    sums = js.experts.atomic_update_ragged(start, rows, grads, down, sizes)
+    start = js.contrib.atomic_init((E,), F, dtype=jnp.float64)
+    sums = js.contrib.atomic_update_ragged(start, rows, grads, down, sizes)
     for got, wanted in zip(sums, collect(x, g, down, routed), strict=True):
         np.testing.assert_allclose(got, wanted, 1e-12)
 
@@ -134,8 +134,8 @@ def test_what_is_not_routed_does_not_matter_and_comes_last():
 
 def test_sixteen_bit_rows_are_added_up_in_float32():
     data = [a.astype(jnp.bfloat16) for a in tokens()[:3]]
-    start = js.experts.atomic_init((E,), F)
-    sums = jax.jit(js.experts.atomic_update)(start, *data)
+    start = js.contrib.atomic_init((E,), F)
+    sums = jax.jit(js.contrib.atomic_update)(start, *data)
     exact = [np.asarray(a, np.float64) for a in data]
     expected = by_covariances(*exact, np.ones((E, N)))
     np.testing.assert_allclose(scores_of(sums), expected, 1e-5)
@@ -234,50 +234,50 @@ def test_a_global_rank_takes_experts_without_tokens_first():
 
 def test_it_runs_under_jit():
     arrays = [a.astype(np.float32) for a in tokens()]
-    scored = jax.jit(lambda *xs: js.experts.atomic_scores(added_up(*xs)))
-    eager = js.experts.atomic_scores(added_up(*arrays))
+    scored = jax.jit(lambda *xs: js.contrib.atomic_scores(added_up(*xs)))
+    eager = js.contrib.atomic_scores(added_up(*arrays))
     np.testing.assert_allclose(scored(*arrays), eager, 1e-6)
 
 
 def test_errors_say_what_is_expected():
     x, g, down, routed = (a.astype(np.float32) for a in tokens())
-    sums = js.experts.atomic_init((E,), F)
+    sums = js.contrib.atomic_init((E,), F)
     with pytest.raises(
         ValueError, match=r"x has shape \(40, 5\), expected \[3, n, 5\]"
     ):
-        js.experts.atomic_update(sums, x[0], g, down)
+        js.contrib.atomic_update(sums, x[0], g, down)
     with pytest.raises(ValueError, match=r"g has shape .*expected \[3, 40, 4\]"):
-        js.experts.atomic_update(sums, x, g[:, :-1], down)
+        js.contrib.atomic_update(sums, x, g[:, :-1], down)
     with pytest.raises(
         ValueError, match=r"down has shape \(3, 4, 5\), expected \[3, 5"
     ):
-        js.experts.atomic_update(sums, x, x, np.swapaxes(down, 1, 2))
+        js.contrib.atomic_update(sums, x, x, np.swapaxes(down, 1, 2))
     with pytest.raises(ValueError, match="does not broadcast"):
-        js.experts.atomic_update(sums, x, g, down, weight=routed.T)
+        js.contrib.atomic_update(sums, x, g, down, weight=routed.T)
     with pytest.raises(ValueError, match=r"weight must be at least 0; the least is -1"):
-        js.experts.atomic_update(sums, x, g, down, weight=-routed)
+        js.contrib.atomic_update(sums, x, g, down, weight=-routed)
     with pytest.raises(TypeError, match="x must be real floating-point"):
-        js.experts.atomic_update(sums, x.astype(np.int32), g, down)
+        js.contrib.atomic_update(sums, x.astype(np.int32), g, down)
     with pytest.raises(ValueError, match=r"group_sizes has shape \(2,\), expected \(3"):
-        js.experts.atomic_update_ragged(sums, x[0], g[0], down, np.array([20, 20]))
+        js.contrib.atomic_update_ragged(sums, x[0], g[0], down, np.array([20, 20]))
     with pytest.raises(TypeError, match="group_sizes must be integers"):
-        js.experts.atomic_update_ragged(sums, x[0], g[0], down, np.ones(3))
+        js.contrib.atomic_update_ragged(sums, x[0], g[0], down, np.ones(3))
     with pytest.raises(ValueError, match="add up to at most 40"):
-        js.experts.atomic_update_ragged(sums, x[0], g[0], down, np.array([20, 20, 1]))
+        js.contrib.atomic_update_ragged(sums, x[0], g[0], down, np.array([20, 20, 1]))
     with pytest.raises(ValueError, match="one batch axis"):
-        js.experts.atomic_update_ragged(
-            js.experts.atomic_init((2, E), F), x, g, down, np.ones(3)
+        js.contrib.atomic_update_ragged(
+            js.contrib.atomic_init((2, E), F), x, g, down, np.ones(3)
         )
     with pytest.raises(ValueError, match="cannot be merged"):
-        js.experts.atomic_merge(sums, js.experts.atomic_init((E,), F + 1))
+        js.contrib.atomic_merge(sums, js.contrib.atomic_init((E,), F + 1))
     with pytest.raises(ValueError, match="size must be at least 1"):
-        js.experts.atomic_init((E,), 0)
+        js.contrib.atomic_init((E,), 0)
     with pytest.raises(TypeError, match="float32 or float64"):
-        js.experts.atomic_init((E,), F, dtype=jnp.bfloat16)
+        js.contrib.atomic_init((E,), F, dtype=jnp.bfloat16)
 
 
 @pytest.mark.usefixtures("x64")
 def test_rows_are_not_rounded_silently():
     x, g, down, _ = tokens()
     with pytest.raises(TypeError, match="would be rounded to float32"):
-        js.experts.atomic_update(js.experts.atomic_init((E,), F), x, g, down)
+        js.contrib.atomic_update(js.contrib.atomic_init((E,), F), x, g, down)

@@ -53,7 +53,7 @@ def test_trained_gates_close_what_is_not_needed():
 
     def loss(logits, weight):
         gates = jax.tree.map(jax.nn.sigmoid, logits)
-        penalty = js.depth.gate_penalty(gates, sizes, budget=2 / 3)
+        penalty = js.contrib.gate_penalty(gates, sizes, budget=2 / 3)
         error = jnp.mean((with_gates(params, gates, x) - y) ** 2)
         return error + 10 * penalty.excess + weight * penalty.polarization
 
@@ -83,13 +83,13 @@ def test_trained_gates_close_what_is_not_needed():
 
 def test_errors_of_gate_penalties():
     with pytest.raises(ValueError, match=r"same blocks: \['b'\]"):
-        js.depth.gate_penalty({"a": 1.0}, {"a": 1, "b": 2}, budget=0.5)
+        js.contrib.gate_penalty({"a": 1.0}, {"a": 1, "b": 2}, budget=0.5)
     with pytest.raises(ValueError, match=r"budget=2: expected a fraction"):
-        js.depth.gate_penalty({"a": 1.0}, {"a": 1}, budget=2)
+        js.contrib.gate_penalty({"a": 1.0}, {"a": 1}, budget=2)
     with pytest.raises(ValueError, match=r"costs must be at least 0"):
-        js.depth.gate_penalty({"a": 1.0}, {"a": 0}, budget=0.5)
+        js.contrib.gate_penalty({"a": 1.0}, {"a": 0}, budget=0.5)
     with pytest.raises(ValueError, match=r"a: a gate is a scalar, got .*\(2,\)"):
-        js.depth.gate_penalty(
+        js.contrib.gate_penalty(
             {"a": np.ones(2, np.float32), "b": 1.0}, {"a": 1, "b": 1}, budget=0.5
         )
 

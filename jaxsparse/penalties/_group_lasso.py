@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax._src.base import NO_PARAMS_MSG
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.channels.nesting import nesting
 from jaxsparse.channels.scaling import factors_of, scaled_updates
@@ -20,14 +20,14 @@ from jaxsparse.channels.slices import (
 )
 from jaxsparse.channels.sums import entry_counts, squared_norms, sums
 from jaxsparse.coupling import Group
-from jaxsparse.transforms._horizon import evaluate
-from jaxsparse.transforms._penalties import (
+from jaxsparse.penalties.terms import (
     add_scaled,
     check_strength,
     moved_leaves,
     soft_threshold,
     weakness,
 )
+from jaxsparse.schedules.horizon import evaluate
 
 
 class PenaltyState(NamedTuple):
@@ -55,7 +55,7 @@ def group_lasso(
 
     It stands before the optimizer, where its gradient is treated like the loss's::
 
-        tx = optax.chain(js.transforms.group_lasso(groups, strength=1e-4),
+        tx = optax.chain(js.penalties.group_lasso(groups, strength=1e-4),
                          optax.sgd(0.1))
 
     An optimizer that divides by second moments (Adam) evens the penalty out; between
@@ -90,7 +90,7 @@ def group_lasso(
       >>> params = {"up": jnp.array([[3.0, 0.0], [4.0, 0.0]]), "down": jnp.ones((2, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
       >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 2))))
-      >>> tx = js.transforms.group_lasso(groups.prunable, strength=0.1)
+      >>> tx = js.penalties.group_lasso(groups.prunable, strength=0.1)
       >>> zeros = jax.tree.map(jnp.zeros_like, params)
       >>> grads, state = tx.update(zeros, tx.init(params), params)
       >>> [round(x, 3) for x in grads["up"][:, 0].tolist()]   # 0.1 * sqrt(2) * w / 5
@@ -155,7 +155,7 @@ def group_norm_decay(
       >>> params = {"up": jnp.array([[4.0, 2.0, 3.0]]), "down": jnp.ones((3, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
       >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
-      >>> tx = js.transforms.group_norm_decay(groups.prunable, strength=1.0)
+      >>> tx = js.penalties.group_norm_decay(groups.prunable, strength=1.0)
       >>> zeros = jax.tree.map(jnp.zeros_like, params)
       >>> grads, _ = tx.update(zeros, tx.init(params), params)
       >>> grads["up"].tolist()
@@ -195,7 +195,7 @@ def prox_group_lasso(
     itself: the step's learning rate times the penalty's weight::
 
         tx = optax.chain(optax.sgd(rate),
-                         js.transforms.prox_group_lasso(groups, strength=rate * 1e-3))
+                         js.penalties.prox_group_lasso(groups, strength=rate * 1e-3))
 
     With a learning rate schedule let `strength` be one too, `lambda step: weight *
     rate(step)`. After an optimizer with its own scale for each weight (Adam) it is no
@@ -224,7 +224,7 @@ def prox_group_lasso(
       >>> params = {"up": jnp.array([[3.0, 0.1], [4.0, 0.1]]), "down": jnp.ones((2, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
       >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 2))))
-      >>> tx = optax.chain(optax.sgd(0.1), js.transforms.prox_group_lasso(
+      >>> tx = optax.chain(optax.sgd(0.1), js.penalties.prox_group_lasso(
       ...     groups.prunable, strength=0.5**0.5))
       >>> zeros = jax.tree.map(jnp.zeros_like, params)
       >>> updates, state = tx.update(zeros, tx.init(params), params)
@@ -242,8 +242,7 @@ def prox_group_lasso(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        _checks.check_has_params(params)
         counts = entry_counts(slices, params)
         moved = moved_leaves(slices, updates, params)
         factors: dict[str, Array] = {}
@@ -273,8 +272,7 @@ def _decay(slices: Mapping[str, Slices], penalty: Any) -> Any:
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        _checks.check_has_params(params)
         vectors = penalty(state.step, params)
         step = jnp.asarray(optax.safe_increment(state.step))
         return add_scaled(updates, params, slices, vectors), PenaltyState(step)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
@@ -17,9 +16,9 @@ from jaxsparse.channels.scaling import factors_of, scaled_updates
 from jaxsparse.channels.slices import PRODUCERS, Slices, check_params, slices_of
 from jaxsparse.channels.sums import entry_counts, sums
 from jaxsparse.coupling import Group
-from jaxsparse.transforms._group_lasso import PenaltyState
-from jaxsparse.transforms._horizon import evaluate
-from jaxsparse.transforms._penalties import check_strength, moved_leaves
+from jaxsparse.penalties import PenaltyState
+from jaxsparse.penalties.terms import check_strength, moved_leaves
+from jaxsparse.schedules.horizon import evaluate
 
 _HALVINGS = 50
 
@@ -54,7 +53,7 @@ def wgsef_prox(
     It stands LAST, where it sees the finished update. `strength` is the learning rate
     times the penalty's weight; with a learning rate schedule let it be one too::
 
-        tx = optax.chain(optax.sgd(rate), js.transforms.wgsef_prox(
+        tx = optax.chain(optax.sgd(rate), js.contrib.wgsef_prox(
             groups, sparsity=0.5, strength=rate * 0.1))
 
     A small strength empties few indices in one step; their u, and with it what is kept
@@ -85,7 +84,7 @@ def wgsef_prox(
       >>> params = {"up": jnp.array([[4.0, 1.0, 3.0]]), "down": jnp.ones((3, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
       >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
-      >>> tx = optax.chain(optax.sgd(0.1), js.transforms.wgsef_prox(
+      >>> tx = optax.chain(optax.sgd(0.1), js.contrib.wgsef_prox(
       ...     groups.prunable, sparsity=1 / 3, strength=1.0))
       >>> zeros = jax.tree.map(jnp.zeros_like, params)
       >>> updates, state = tx.update(zeros, tx.init(params), params)
@@ -105,8 +104,7 @@ def wgsef_prox(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        _checks.check_has_params(params)
         moved = moved_leaves(slices, updates, params)
         squared = sums(slices, {p: v * v for p, v in moved.items()})
         d = stated if stated is not None else entry_counts(slices, params)

@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
-from optax._src.base import NO_PARAMS_MSG
 
+from jaxsparse import _checks
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, Cadence, PyTree
 from jaxsparse.channels.slices import PRODUCERS, check_params, dtype_of, slices_of
 from jaxsparse.channels.sums import squared_norms
 from jaxsparse.coupling import Group
-from jaxsparse.transforms._horizon import as_cadence
-from jaxsparse.transforms._penalties import add_scaled, check_strength, weakness
+from jaxsparse.penalties.terms import add_scaled, check_strength, weakness
+from jaxsparse.schedules.horizon import as_cadence
 
 
 class GrowingRegularizationState(NamedTuple):
@@ -73,7 +73,7 @@ def growing_regularization(
       >>> params = {"up": jnp.array([[4.0, 2.0, 3.0]]), "down": jnp.ones((3, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
       >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
-      >>> tx = js.transforms.growing_regularization(
+      >>> tx = js.penalties.growing_regularization(
       ...     groups.prunable, increment=0.5, every=10)
       >>> zeros = jax.tree.map(jnp.zeros_like, params)
       >>> grads, state = tx.update(zeros, tx.init(params), params)
@@ -102,8 +102,7 @@ def growing_regularization(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        _checks.check_has_params(params)
         due = jnp.asarray(cadence(state.step), bool)
         strengths = when(due, grow, state.strengths, params)
         step = jnp.asarray(optax.safe_increment(state.step))

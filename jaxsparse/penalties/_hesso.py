@@ -1,6 +1,5 @@
 """HESSO: the weakest indices are shrunk to zero, period by period, while training."""
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse import _checks
 from jaxsparse._loops import when
@@ -22,34 +20,11 @@ from jaxsparse.channels.slices import (
     dtype_of,
     slices_of,
     wide_dtype,
-    wide_leaves,
 )
-from jaxsparse.channels.sums import entry_counts, sums
 from jaxsparse.coupling import Group
 from jaxsparse.coupling.drop import Drop, drop_of
-from jaxsparse.transforms._state import check_transformation
+from jaxsparse.penalties.saliency import Criteria, lowest, removed_by, saliency
 from jaxsparse.tree import leaves_with_paths, map_with_path, unwrap_variables
-
-
-class Criteria(NamedTuple):
-    """How much each criterion counts in HESSO's saliency of an index.
-
-    With x the entries of its slices, n of them, and g their gradients. Each criterion
-    is divided by its L2 norm over all indices of all groups first.
-
-    Attributes:
-      magnitude: `||x||`.
-      mean_magnitude: `||x|| / n`.
-      cosine: `1 - cos(x, g)`.
-      taylor: `|x . g|`.
-      taylor_squared: `1/2 (x . g)^2`.
-    """
-
-    magnitude: float = 0.2
-    mean_magnitude: float = 0.2
-    cosine: float = 0.2
-    taylor: float = 0.2
-    taylor_squared: float = 0.2
 
 
 class HessoState(NamedTuple):
@@ -93,10 +68,10 @@ def hesso(
     It stands around the whole optimizer, since it reads raw gradients and has the last
     word::
 
-        tx = js.transforms.hesso(optax.adam(1e-3), groups.prunable, sparsity=0.5,
+        tx = js.penalties.hesso(optax.adam(1e-3), groups.prunable, sparsity=0.5,
                                  begin=1_000, periods=5, duration=200)
         ...                                        # train
-        drop = js.transforms.dropped(opt_state)    # for js.narrowing.narrow
+        drop = js.penalties.dropped(opt_state)    # for js.narrowing.narrow
 
     Saliency is a weighted sum of `Criteria`. By default x are the slices of the
     producers (outputs of kernels, the biases and scales along them), as in OTO's
@@ -129,8 +104,8 @@ def hesso(
       duration: the steps of each.
       criteria: weights of the saliency's parts.
       scores: fixed scores, `[*copies, size]` by the groups' names, larger = keep, in
-        place of the saliency: those of `js.transforms.cric`, or any others.
-      roles: as for `js.transforms.group_lasso`.
+        place of the saliency: those of `js.contrib.cric`, or any others.
+      roles: as for `js.penalties.group_lasso`.
 
     Returns:
       A gradient transformation. Its state is a `HessoState`.
@@ -146,7 +121,7 @@ def hesso(
       >>> params = {"up": jnp.array([[4.0, 1.0, 3.0, 2.0]]), "down": jnp.ones((4, 1))}
       >>> apply_fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
       >>> groups = js.coupling.groups(js.trace(apply_fn, params, jnp.ones((5, 1))))
-      >>> tx = js.transforms.hesso(optax.sgd(0.1), groups.prunable, sparsity=0.5,
+      >>> tx = js.penalties.hesso(optax.sgd(0.1), groups.prunable, sparsity=0.5,
       ...                          begin=0, periods=1, duration=2)
       >>> zeros, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
       >>> for _ in range(2):
@@ -155,10 +130,10 @@ def hesso(
       ...     print(params["up"])
       [[4.  0.5 3.  1. ]]
       [[4. 0. 3. 0.]]
-      >>> js.transforms.dropped(state).indices
+      >>> js.penalties.dropped(state).indices
       {'up[1]': array([1, 3], dtype=int32)}
     """
-    check_transformation(optimizer=optimizer)
+    _checks.check_transformation(optimizer=optimizer)
     slices = slices_of(groups, roles=roles)
     _checks.check_sparsity(sparsity)
     for name, value in (("periods", periods), ("duration", duration)):
@@ -180,8 +155,7 @@ def hesso(
         return {name: x & ~state.zero[name] for name, x in chosen.items()}
 
     def update_fn(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        _checks.check_has_params(params)
         elapsed = state.step - begin
         active = (elapsed >= 0) & (elapsed < periods * duration)
         t = jnp.where(active, elapsed % duration, 0)
@@ -229,124 +203,9 @@ def dropped(opt_state: PyTree) -> Drop:
     if len(states) != 1:
         raise ValueError(
             f"Expected one HessoState in this optimizer state, found {len(states)}. "
-            "tx = js.transforms.hesso(optimizer, groups, ...) makes one."
+            "tx = js.penalties.hesso(optimizer, groups, ...) makes one."
         )
     return drop_of(states[0].zero)
-
-
-def saliency(
-    slices: Mapping[str, Slices],
-    params: PyTree,
-    grads: PyTree,
-    *,
-    criteria: Criteria,
-) -> dict[str, Array]:
-    """The weighted sum of the criteria.
-
-    Args:
-      slices: of the groups.
-      params: the parameters.
-      grads: their gradients.
-      criteria: the weights.
-
-    Returns:
-      `[*copies, size]` by the groups' names, larger = keep.
-    """
-    x = wide_leaves(slices, params)
-    held = wide_leaves(slices, grads)
-    g = {path: held[path].astype(w.dtype) for path, w in x.items()}
-    xx = sums(slices, {path: w * w for path, w in x.items()})
-    xg = sums(slices, {path: w * g[path] for path, w in x.items()})
-    gg = sums(slices, {path: w * w for path, w in g.items()})
-    counts = entry_counts(slices, params)
-    parts = {name: _criteria(xx[name], xg[name], gg[name], counts[name]) for name in xx}
-    total = {name: jnp.zeros_like(s) for name, s in xx.items()}
-    for k, weight in enumerate(criteria):
-        squares = [jnp.sum(jnp.square(p[k])) for p in parts.values()]
-        norm = jnp.sqrt(sum(squares, start=jnp.zeros((), squares[0].dtype)))
-        norm = jnp.where(norm > 0, norm, jnp.ones_like(norm))
-        total = {name: total[name] + weight * parts[name][k] / norm for name in parts}
-    return total
-
-
-def _criteria(xx: Array, xg: Array, gg: Array, counts: np.ndarray) -> list[Array]:
-    """In the order of `Criteria`."""
-    norm = jnp.sqrt(xx)
-    lengths = norm * jnp.sqrt(gg)
-    one, zero = jnp.ones_like(xx), jnp.zeros_like(xx)
-    cosine = jnp.where(lengths > 0, xg / jnp.where(lengths > 0, lengths, one), zero)
-    return [
-        norm,
-        norm / jnp.asarray(counts, xx.dtype),
-        jnp.where(xx > 0, 1 - cosine, zero),  # what is zero is not missed
-        jnp.abs(xg),
-        jnp.square(xg) / 2,
-    ]
-
-
-def lowest(
-    scores: Mapping[str, Array], count: Array, *, first: Mapping[str, Array]
-) -> dict[str, Array]:
-    """The `count` weakest indices over all groups.
-
-    The r-th weakest ones of all copies of a group go together and count as one, with
-    their mean score. The strongest of each group stays. Among equals the one with the
-    lower index, in the earlier group, is kept.
-
-    Args:
-      scores: `[*copies, size]` by the groups' names, larger = keep. NaN is the lowest.
-      count: how many, at most the sum of the sizes less one each.
-      first: bools of the same shapes: what went already goes before all others.
-
-    Returns:
-      Bools `[*copies, size]` by the groups' names.
-    """
-    ranks: dict[str, Array] = {}
-    queue: list[Array] = []
-    for name in reversed(list(scores)):  # a stable sort takes the later group first
-        s = scores[name]
-        size = s.shape[-1]
-        s = jnp.where(jnp.isnan(s), jnp.full_like(s, jnp.finfo(s.dtype).min), s)
-        s = jnp.where(first[name], jnp.full_like(s, -jnp.inf), s).reshape(-1, size)
-        order = size - 1 - jnp.argsort(s[:, ::-1], axis=-1, stable=True)
-        ranks[name] = jnp.argsort(order, axis=-1).reshape(scores[name].shape)
-        mean = jnp.mean(jnp.take_along_axis(s, order, axis=-1), axis=0)
-        queue.append(mean.at[-1].set(jnp.inf))
-    place = jnp.argsort(jnp.argsort(jnp.concatenate(queue), stable=True))
-    taken = place < jnp.asarray(count, place.dtype)
-    result, start = {}, 0
-    for name, rank in ranks.items():
-        size = rank.shape[-1]
-        result[name] = rank < jnp.sum(taken[start : start + size])
-        start += size
-    return {name: result[name] for name in scores}
-
-
-def removed_by(
-    slices: Mapping[str, Slices], sparsity: float, periods: int
-) -> list[int]:
-    """How many indices are gone after each period.
-
-    Args:
-      slices: of the groups.
-      sparsity: the fraction of indices that goes.
-      periods: how many periods.
-
-    Returns:
-      A count for each period; the last is that of the sparsity.
-
-    Raises:
-      ValueError: more than leaves one index in each group.
-    """
-    sizes = [s.shape[-1] for s in slices.values()]
-    total = math.floor(float(sparsity) * sum(sizes) + 0.5)
-    most = sum(sizes) - len(sizes)
-    if total > most:
-        raise ValueError(
-            f"sparsity={sparsity!r} removes {total} of {sum(sizes)} indices, but each "
-            f"of the {len(sizes)} groups keeps at least one: at most {most}."
-        )
-    return [math.floor(total * (p + 1) / periods + 0.5) for p in range(periods)]
 
 
 def check_scores(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.experts._experts import HIGHEST, check_labels, count_experts, wide
+from jaxsparse.experts.stacked import HIGHEST, check_labels, count_experts, wide
 from jaxsparse.tree import leaves_with_paths, map_with_path
 
 

@@ -41,10 +41,12 @@ def grouped(tree: PyTree, sparsity: float, where: Where, groups: Groups) -> Bloc
 
 
 def weights_in(leaves: list[tuple[str, Any]]) -> int:
+    """How many weights some leaves have."""
     return sum(math.prod(x.shape) for _, x in leaves)
 
 
 def removed_in(sparsity: float, blocks: Blocks) -> int:
+    """How many weights a sparsity removes."""
     return int(removed_count(sparsity, sum(map(weights_in, blocks.values()))))
 
 

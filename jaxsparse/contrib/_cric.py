@@ -22,9 +22,8 @@ from jaxsparse.channels.slices import (
 from jaxsparse.channels.sums import sums
 from jaxsparse.coupling import Group
 from jaxsparse.coupling.drop import Drop, drop_of
-from jaxsparse.transforms._hesso import Criteria, lowest, removed_by, saliency
-from jaxsparse.transforms._penalties import check_strength
-from jaxsparse.transforms._state import check_transformation
+from jaxsparse.penalties.saliency import Criteria, lowest, removed_by, saliency
+from jaxsparse.penalties.terms import check_strength
 
 
 class Redundancy(NamedTuple):
@@ -74,9 +73,9 @@ def cric(
 
     Then train with the scores it found::
 
-        found = js.transforms.cric(loss_fn, params, groups, batches, sparsity=0.5,
+        found = js.contrib.cric(loss_fn, params, groups, batches, sparsity=0.5,
                                    optimizer=optax.adam(1e-3), steps=20)
-        tx = js.transforms.hesso(optax.adam(1e-3), groups, scores=found.scores,
+        tx = js.penalties.hesso(optax.adam(1e-3), groups, scores=found.scores,
                                  sparsity=0.5, begin=0, periods=1, duration=1_000)
 
     Differs from the reference implementation: no separate trial of each group at three
@@ -97,7 +96,7 @@ def cric(
       tolerance: so many new violators end it.
       loss_weight: how much the increase of the loss counts; 0 not at all.
       criteria: weights of the saliency's parts.
-      roles: as for `js.transforms.group_lasso`.
+      roles: as for `js.penalties.group_lasso`.
 
     Returns:
       The scores and what to remove; see `Redundancy`.
@@ -114,7 +113,7 @@ def cric(
       >>> y = apply_fn(params, x)
       >>> loss_fn = lambda params, x: jnp.mean((apply_fn(params, x) - y) ** 2)
       >>> groups = js.coupling.groups(js.trace(apply_fn, params, x)).prunable
-      >>> found = js.transforms.cric(loss_fn, params, groups, [x], sparsity=0.4,
+      >>> found = js.contrib.cric(loss_fn, params, groups, [x], sparsity=0.4,
       ...                            optimizer=optax.sgd(0.0), steps=5)
       >>> found.drop.indices["up[1]"].tolist()   # not the smallest, it is used most
       [1]
@@ -122,7 +121,7 @@ def cric(
     _checks.check_callable(2, loss_fn=loss_fn)
     _checks.check_arrays(params=params)
     _checks.check_batches(batches)
-    check_transformation(optimizer=optimizer)
+    _checks.check_transformation(optimizer=optimizer)
     slices = slices_of(groups, roles=roles)
     _checks.check_sparsity(sparsity)
     _checks.check_positive_int(steps, name="steps")

@@ -49,7 +49,7 @@ def atomic_init(
 
     Example:
       >>> import jaxsparse as js
-      >>> js.experts.atomic_init((8,), 16).inputs.shape
+      >>> js.contrib.atomic_init((8,), 16).inputs.shape
       (8, 16)
     """
     _checks.check_positive_int(size, name="size")
@@ -97,12 +97,12 @@ def atomic_update(
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> x, g = jnp.array([[[1.0, 2.0]]]), jnp.array([[[3.0]]])
       >>> down = jnp.array([[[1.0], [0.5]]])
-      >>> sums = js.experts.atomic_init((1,), 2)
-      >>> sums = js.experts.atomic_update(sums, x, g, down)
+      >>> sums = js.contrib.atomic_init((1,), 2)
+      >>> sums = js.contrib.atomic_update(sums, x, g, down)
       >>> sums.inputs.tolist(), sums.outputs.tolist()
       ([[1.0, 4.0]], [[9.0, 2.25]])
     """
-    _checks.check_is(AtomicSums, "js.experts.atomic_init(...)", sums=sums)
+    _checks.check_is(AtomicSums, "js.contrib.atomic_init(...)", sums=sums)
     _checks.check_arrays(x=x, g=g, down=down)
     *batch, f = sums.inputs.shape
     n, d = _rows_and_width(x, down, len(batch))
@@ -160,14 +160,14 @@ def atomic_update_ragged(
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> x, g = jnp.array([[1.0], [2.0], [4.0]]), jnp.ones((3, 1))
-      >>> sums = js.experts.atomic_init((2,), 1)
-      >>> sums = js.experts.atomic_update_ragged(
+      >>> sums = js.contrib.atomic_init((2,), 1)
+      >>> sums = js.contrib.atomic_update_ragged(
       ...     sums, x, g, jnp.ones((2, 1, 1)), jnp.array([2, 1])
       ... )
       >>> sums.count.tolist(), sums.inputs.tolist()
       ([2.0, 1.0], [[5.0], [16.0]])
     """
-    _checks.check_is(AtomicSums, "js.experts.atomic_init(...)", sums=sums)
+    _checks.check_is(AtomicSums, "js.contrib.atomic_init(...)", sums=sums)
     _checks.check_arrays(x=x, g=g, down=down, group_sizes=group_sizes)
     if sums.inputs.ndim != 2:
         raise ValueError(
@@ -226,13 +226,13 @@ def atomic_merge(a: AtomicSums, b: AtomicSums) -> AtomicSums:
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
-      >>> none = js.experts.atomic_init((1,), 1)
+      >>> none = js.contrib.atomic_init((1,), 1)
       >>> one = jnp.ones((1, 1, 1))
-      >>> some = js.experts.atomic_update(none, one, one, one)
-      >>> js.experts.atomic_merge(some, some).count.tolist()
+      >>> some = js.contrib.atomic_update(none, one, one, one)
+      >>> js.contrib.atomic_merge(some, some).count.tolist()
       [2.0]
     """
-    _checks.check_is(AtomicSums, "js.experts.atomic_init(...)", a=a, b=b)
+    _checks.check_is(AtomicSums, "js.contrib.atomic_init(...)", a=a, b=b)
     if a.inputs.shape != b.inputs.shape:
         raise ValueError(
             f"Sums of shapes {a.inputs.shape} and {b.inputs.shape} cannot be merged. "
@@ -278,12 +278,12 @@ def atomic_scores(sums: AtomicSums, *, joint: bool = False) -> Array:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> x, g = jnp.array([[[1.0, 2.0]]] * 2), jnp.array([[[3.0]]] * 2)
       >>> down, routed = jnp.array([[[1.0], [0.5]]] * 2), jnp.array([[1.0], [0.0]])
-      >>> sums = js.experts.atomic_init((2,), 2)
-      >>> sums = js.experts.atomic_update(sums, x, g, down, weight=routed)
-      >>> js.experts.atomic_scores(sums).tolist()
+      >>> sums = js.contrib.atomic_init((2,), 2)
+      >>> sums = js.contrib.atomic_update(sums, x, g, down, weight=routed)
+      >>> js.contrib.atomic_scores(sums).tolist()
       [[9.0, 9.0], [-1.0, -1.0]]
     """
-    _checks.check_is(AtomicSums, "js.experts.atomic_init(...)", sums=sums)
+    _checks.check_is(AtomicSums, "js.contrib.atomic_init(...)", sums=sums)
     _checks.check_bool(joint=joint)
     count = sums.count[..., None]
     reached = count > 0

@@ -11,14 +11,14 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.experts._experts import (
+from jaxsparse.experts.merging import group_means, merge_experts
+from jaxsparse.experts.stacked import (
     at,
     check_labels,
     check_total,
     count_experts,
     wide,
 )
-from jaxsparse.experts._merging import group_means, merge_experts
 from jaxsparse.tree import leaves_with_paths
 
 Merge = tuple[float, int, int]
@@ -76,7 +76,7 @@ def expert_distances(
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> router = jnp.array([[0.0, 3.0], [4.0, 0.0], [0.0, 3.0]])
       >>> together = jnp.array([[9, 0, 3], [0, 9, 0], [3, 0, 9]])
-      >>> js.experts.expert_distances(router, together)[0].tolist()
+      >>> js.contrib.expert_distances(router, together)[0].tolist()
       [0.0, 5.0, -4.5]
     """
     _checks.check_arrays(router=router)
@@ -152,10 +152,10 @@ def cluster_experts(
       >>> import numpy as np, jaxsparse as js
       >>> place = np.array([0.0, 1.0, 5.0, 5.5])
       >>> distances = abs(place[:, None] - place)
-      >>> js.experts.cluster_experts(distances, clusters=2).tolist()
+      >>> js.contrib.cluster_experts(distances, clusters=2).tolist()
       [0, 0, 1, 1]
       >>> layers = {"a": distances, "b": 20 * distances}
-      >>> found = js.experts.cluster_experts(layers, clusters=5)
+      >>> found = js.contrib.cluster_experts(layers, clusters=5)
       >>> {name: labels.tolist() for name, labels in found.items()}
       {'a': [0, 0, 0, 0], 'b': [0, 1, 2, 3]}
     """
@@ -238,7 +238,7 @@ def medoids(experts: PyTree, labels: Any) -> Array:
     Example:
       >>> import jax.numpy as jnp, numpy as np, jaxsparse as js
       >>> experts = {"up": jnp.array([[0.0], [1.0], [4.0], [7.0]])}
-      >>> js.experts.medoids(experts, np.array([0, 0, 0, 1])).tolist()
+      >>> js.contrib.medoids(experts, np.array([0, 0, 0, 1])).tolist()
       [1, 3]
     """
     _checks.check_arrays(experts=experts)
@@ -294,9 +294,9 @@ def merge_clusters(
       >>> import jax.numpy as jnp, numpy as np, jaxsparse as js
       >>> experts = {"up": jnp.array([[0.0], [1.0], [5.0]])}
       >>> rows, labels = jnp.array([[1.0], [3.0], [9.0]]), np.array([0, 0, 1])
-      >>> js.experts.merge_clusters(experts, rows, labels).router.tolist()
+      >>> js.contrib.merge_clusters(experts, rows, labels).router.tolist()
       [[1.0], [9.0]]
-      >>> mean = js.experts.merge_clusters(experts, rows, labels, average_up_to=2)
+      >>> mean = js.contrib.merge_clusters(experts, rows, labels, average_up_to=2)
       >>> mean.experts["up"].tolist(), mean.router.tolist()
       ([[0.5], [5.0]], [[2.0], [9.0]])
     """

@@ -1,0 +1,25 @@
+"""Methods that wait for a second use.
+
+A method is here if nothing else in the library uses it, and it comes from one paper or
+in a form that is our own reading of it. It has the same tests and documentation as all
+others. It moves up when another method builds on it, or when a second paper or a
+published result confirms it; what nobody uses goes, with a release of notice.
+"""
+
+from jaxsparse.contrib._als import als as als
+from jaxsparse.contrib._cric import Redundancy as Redundancy
+from jaxsparse.contrib._cric import cric as cric
+from jaxsparse.contrib._gate_penalty import GatePenalty as GatePenalty
+from jaxsparse.contrib._gate_penalty import gate_penalty as gate_penalty
+from jaxsparse.contrib._heapr import AtomicSums as AtomicSums
+from jaxsparse.contrib._heapr import atomic_init as atomic_init
+from jaxsparse.contrib._heapr import atomic_merge as atomic_merge
+from jaxsparse.contrib._heapr import atomic_scores as atomic_scores
+from jaxsparse.contrib._heapr import atomic_update as atomic_update
+from jaxsparse.contrib._heapr import atomic_update_ragged as atomic_update_ragged
+from jaxsparse.contrib._stun import MergedExperts as MergedExperts
+from jaxsparse.contrib._stun import cluster_experts as cluster_experts
+from jaxsparse.contrib._stun import expert_distances as expert_distances
+from jaxsparse.contrib._stun import medoids as medoids
+from jaxsparse.contrib._stun import merge_clusters as merge_clusters
+from jaxsparse.contrib._wgsef import wgsef_prox as wgsef_prox
