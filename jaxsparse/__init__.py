@@ -60,6 +60,13 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    plumbing = {"Any", "TYPE_CHECKING", "importlib"}
+    hidden = {
+        "Any",
+        "TYPE_CHECKING",
+        "importlib",
+        "primitives",
+        "program",
+        "structured",
+    }
     public = {name for name in globals() if not name.startswith("_")}
-    return sorted((public - plumbing) | {"report", "checkpoint"})
+    return sorted((public - hidden) | {"report", "checkpoint"})

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxsparse.coupling._points import Number, is_bad, steep_at, value_at
-from jaxsparse.tracing.axes import Axis
-from jaxsparse.tracing.primitives import row_of
+from jaxsparse.primitives import row_of
+from jaxsparse.primitives.axes import Axis
 
 Leaf = Axis
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse.primitives import row_of
 from jaxsparse.program import bind, called, interpret
-from jaxsparse.tracing.primitives import row_of
 
 Number = float | None
 """A known number, infinities and NaN among them; None if it is something finite."""

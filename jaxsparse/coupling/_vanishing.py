@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxsparse.coupling._finite import Finite
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.dims import Dims
-from jaxsparse.tracing.primitives import Masking, row_of
+from jaxsparse.primitives import Masking, row_of
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives.dims import Dims
 
 Leaf = algebra.Axis
 

@@ -8,11 +8,11 @@ scan, a group of a convolution) may lose its own indices of F, as many as the ot
 from collections.abc import Iterator
 from typing import Any
 
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives import row_of
+from jaxsparse.primitives.dims import Dims
 from jaxsparse.program import Address
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.dims import Dims
-from jaxsparse.tracing.primitives import row_of
 
 Leaf = algebra.Axis
 _Place = tuple[int, ...]  # the dimension, then the segments of sums that lead to it

@@ -10,10 +10,9 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse.coupling.copies import batches
 from jaxsparse.coupling.zeros import Masked, masked_in
+from jaxsparse.primitives import axes as algebra
 from jaxsparse.program import inner
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.once import once
 
 Role = Literal["input", "output", "batch", "other"]
 
@@ -203,7 +202,7 @@ def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
         )
     return Groups({
         name: dataclasses.replace(group, allowed=allowed)
-        for name, (group, _) in found_in(trace).items()
+        for name, (group, _) in trace.once(found_in).items()
     })
 
 
@@ -215,7 +214,6 @@ def check_groups(groups: Any) -> None:
 Found = dict[str, tuple[Group, algebra.Axis]]
 
 
-@once
 def found_in(trace: Trace) -> Found:
     """All groups of a trace, each with its leaf."""
     places: dict[algebra.Axis, list[tuple[str, int, int, np.ndarray]]] = {}
@@ -232,7 +230,7 @@ def found_in(trace: Trace) -> Found:
                 if x.size == 1:
                     continue
                 places.setdefault(x, []).append((path, axis, k, index))
-    covering, masked, read = batches(trace), masked_in(trace), _read(trace)
+    covering, masked, read = batches(trace), trace.once(masked_in), _read(trace)
     roles = _Roles(trace)
     several = {
         (path, axis): len(algebra.coordinates(expression)) > 1

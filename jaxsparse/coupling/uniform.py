@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse.coupling.known import Entries, Known
+from jaxsparse.primitives import row_of
+from jaxsparse.primitives.axes import Axis
+from jaxsparse.primitives.dims import Dims
 from jaxsparse.program import bind
-from jaxsparse.tracing.axes import Axis
-from jaxsparse.tracing.dims import Dims
-from jaxsparse.tracing.primitives import row_of
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 """Calls whose equations are evaluated where they are called: what is known goes in."""

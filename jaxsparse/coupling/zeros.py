@@ -31,11 +31,10 @@ from jaxsparse.coupling.uniform import (
     supported,
     uniform,
 )
+from jaxsparse.primitives import row_of
+from jaxsparse.primitives.dims import Dims
 from jaxsparse.program import Address, called, closed, inner, interpret, scan_counts
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing.dims import Dims
-from jaxsparse.tracing.once import once
-from jaxsparse.tracing.primitives import row_of
 
 
 class Masked(NamedTuple):
@@ -56,7 +55,6 @@ class Masked(NamedTuple):
     steep: Mapping[Leaf, Any] = {}
 
 
-@once
 def masked_in(trace: Trace) -> Masked:
     """What masked indices of a trace do."""
     walk = _Zeros(trace)

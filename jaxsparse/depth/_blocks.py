@@ -8,7 +8,6 @@ from jaxsparse.depth._branches import flat_of, line
 from jaxsparse.depth._flat import Addition, Flat, own_units, unit_size
 from jaxsparse.program import Address, Step
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing.once import once
 from jaxsparse.tree import nearest
 
 Join = Callable[["ResidualBlock"], Hashable] | None
@@ -83,7 +82,7 @@ def residual_blocks(trace: Trace, *, join: Join = None) -> dict[str, ResidualBlo
     """
     _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
     if join is None:
-        return dict(_plain(trace))
+        return dict(trace.once(_plain))
     groups: list[tuple[Addition, ...]] = []
     last: Hashable = None
     for block in residual_blocks(trace).values():
@@ -96,9 +95,8 @@ def residual_blocks(trace: Trace, *, join: Join = None) -> dict[str, ResidualBlo
     return _named(trace, groups)
 
 
-@once
 def _plain(trace: Trace) -> dict[str, ResidualBlock]:
-    return _named(trace, [(a,) for a in flat_of(trace).additions])
+    return _named(trace, [(a,) for a in trace.once(flat_of).additions])
 
 
 def chosen(
@@ -137,7 +135,7 @@ def chosen(
 def _named(
     trace: Trace, groups: Sequence[tuple[Addition, ...]]
 ) -> dict[str, ResidualBlock]:
-    found = flat_of(trace)
+    found = trace.once(flat_of)
     sites: dict[Address, list[str]] = {}
     for site in trace.sites:
         for i in range(1, len(site.address) + 1, 2):

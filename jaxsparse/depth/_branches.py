@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxsparse.depth._flat import Addition, Flat, Held, Unit, used
 from jaxsparse.program import Address, Step, Steps, called, equations, flatten
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing.once import once
 
 
 def flat_of(trace: Trace) -> Flat:
@@ -35,7 +34,6 @@ def flat_of(trace: Trace) -> Flat:
     return found
 
 
-@once
 def _flattened(trace: Trace) -> Flat:
     # Functions with derivatives of their own stay whole: they would lose them.
     custom = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
@@ -75,7 +73,7 @@ def flat_for(trace: Trace, additions: Collection[Addition]) -> Flat:
     Returns:
       A `Flat` of these additions; the scans that have none of them stay scans.
     """
-    whole = flat_of(trace)
+    whole = trace.once(flat_of)
     within = lambda scan: any(a.address[: len(scan)] == scan for a in additions)
     scans = frozenset(filter(within, whole.unrolled))
     if scans == whole.unrolled:

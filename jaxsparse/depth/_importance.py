@@ -73,7 +73,7 @@ def block_similarity(
     names = list(residual_blocks(trace, join=join))
 
     def build(at: Trace) -> Callable[..., Any]:
-        found = flat_of(at)
+        found = at.once(flat_of)
         known = residual_blocks(at, join=join)
         run, counts = _cosines(found, [known[name] for name in names])
         return lambda leaves, inputs: (jnp.stack(run(leaves, inputs)), counts)

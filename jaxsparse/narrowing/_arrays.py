@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from jaxsparse._sharded import explicit_mesh, fitting
 from jaxsparse.narrowing._cut import Cut
-from jaxsparse.tracing.dims import Dims
+from jaxsparse.primitives.dims import Dims
 
 
 def cut_array(cut: Cut, x: Any, dims: Dims) -> Any:

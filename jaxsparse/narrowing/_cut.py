@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.narrowing._positions import Kept, old_positions
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.dims import Dims
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives.dims import Dims
 
 Leaf = algebra.Axis
 

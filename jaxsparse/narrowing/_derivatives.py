@@ -16,11 +16,11 @@ import numpy as np
 
 from jaxsparse.coupling.copies import covered
 from jaxsparse.narrowing._cut import Cut
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives import row_of
+from jaxsparse.primitives.dims import Dims
 from jaxsparse.program import bind
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.dims import Dims
-from jaxsparse.tracing.primitives import row_of
 from jaxsparse.tracing.values import Node, Value
 from jaxsparse.tracing.walk import Walk
 

@@ -11,8 +11,8 @@ from jaxsparse.coupling.drop import Drop
 from jaxsparse.coupling.grouping import NEVER, Group, found_in
 from jaxsparse.narrowing._cut import Cut
 from jaxsparse.narrowing._resize import Norms, Positions
+from jaxsparse.primitives import axes as algebra
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing import axes as algebra
 
 
 class Plan(NamedTuple):
@@ -56,7 +56,7 @@ def plan(
     _checks.check_choice(("slice", "renumber"), positions=positions)
     if not isinstance(drop, Drop):
         _checks.check_mapping(made_by="or js.channels.drop_lowest(...)", drop=drop)
-    found = found_in(trace)
+    found = trace.once(found_in)
     sizes = drop.sizes if isinstance(drop, Drop) else {}
     indices = drop.indices if isinstance(drop, Drop) else drop
     allowed = {*allow} - NEVER - {"fixed"}

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.dims import Dims
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives.dims import Dims
 
 Leaf = algebra.Axis
 

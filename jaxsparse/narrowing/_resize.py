@@ -22,6 +22,8 @@ from jaxsparse.coupling.zeros import Masked, masked_in
 from jaxsparse.narrowing._cut import Cut
 from jaxsparse.narrowing._derivatives import with_derivative
 from jaxsparse.narrowing._means import MEANS, resized_mean
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives import row_of
 from jaxsparse.program import (
     Address,
     bind,
@@ -34,8 +36,6 @@ from jaxsparse.program import (
     while_loop,
 )
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.primitives import row_of
 from jaxsparse.tracing.values import Node
 
 Norms = Literal["masked", "resized"]
@@ -220,7 +220,7 @@ def resized(trace: Trace, cut: Cut, norms: Norms, positions: Positions) -> Resiz
         ):
             touched.update(address[: n + 1] for n in range(0, len(address), 2))
     # A module that is built anew sums over its own channels alone.
-    masked = masked_in(trace) if norms == "masked" else Masked({}, {})
+    masked = trace.once(masked_in) if norms == "masked" else Masked({}, {})
     return Resized(trace, cut, norms, positions, frozenset(touched), masked, {})
 
 

@@ -11,8 +11,8 @@ from jaxsparse._typing import PyTree
 from jaxsparse.coupling.drop import Drop
 from jaxsparse.narrowing._arrays import cut_array
 from jaxsparse.narrowing._plan import plan
+from jaxsparse.primitives import axes as algebra
 from jaxsparse.tracing import Trace
-from jaxsparse.tracing import axes as algebra
 
 
 def narrow_like(

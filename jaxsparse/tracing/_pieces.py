@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives.axes import Axis
 from jaxsparse.program import Counter
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.axes import Axis
 from jaxsparse.tracing.values import Origin, Value
 
 

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives import row_of
 from jaxsparse.program import Address
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.primitives import row_of
 from jaxsparse.tracing.values import Origin, Site, Value, Visit
 
 

@@ -3,18 +3,18 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from jaxsparse import _checks
 from jaxsparse._typing import PyTree
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives.axes import Axis
+from jaxsparse.primitives.dims import Dims
 from jaxsparse.program import Address, abstract
-from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing._found import Kernel, Unfollowed, kernels_of
-from jaxsparse.tracing.axes import Axis
 from jaxsparse.tracing.changes import Past
-from jaxsparse.tracing.dims import Dims
 from jaxsparse.tracing.values import Node, Origin, Site
 from jaxsparse.tracing.walk import Walk
 from jaxsparse.tree import (
@@ -24,6 +24,8 @@ from jaxsparse.tree import (
     nearest,
     why_dense,
 )
+
+Found = TypeVar("Found")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +51,7 @@ class Trace:
       constants: and for the constants of every jaxpr.
       layers: the axis that each scan runs over.
       sites: the equations that contract parameters with data.
+      kept: what analyses found, see `once`.
     """
 
     kernels: Mapping[str, Kernel]
@@ -68,6 +71,22 @@ class Trace:
     constants: Mapping[Address, tuple[Dims, ...]]
     layers: Mapping[Address, Axis]
     sites: tuple[Site, ...]
+    kept: dict[Any, Any] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def once(self, look: Callable[["Trace"], Found]) -> Found:
+        """What a function finds in this trace. It is called once, and kept with it.
+
+        Args:
+          look: a function of a trace alone.
+
+        Returns:
+          Its result.
+        """
+        if look not in self.kept:
+            self.kept[look] = look(self)
+        return self.kept[look]
 
     @property
     def axes(self) -> dict[str, Axes]:

@@ -8,7 +8,7 @@ Where a mean is subtracted or a norm is divided by, each entry depends on all ot
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from jaxsparse.tracing.primitives import row_of
+from jaxsparse.primitives import row_of
 
 
 class Change(NamedTuple):

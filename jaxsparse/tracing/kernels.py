@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives.axes import Axis
+from jaxsparse.primitives.dims import Dims
 from jaxsparse.program import Address
-from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing._parts import Cut, cut_of, piece_of, with_pieces
-from jaxsparse.tracing.axes import Axis
-from jaxsparse.tracing.dims import Dims
 from jaxsparse.tracing.values import Site
 from jaxsparse.tree import Axes, MatrixView, matrix_view
 

@@ -2,10 +2,10 @@
 
 from typing import Any, NamedTuple
 
+from jaxsparse.primitives.axes import Axis, leaves
+from jaxsparse.primitives.dims import Dims
 from jaxsparse.program import Address, Counter, source_of
-from jaxsparse.tracing.axes import Axis, leaves
 from jaxsparse.tracing.changes import Change, Past
-from jaxsparse.tracing.dims import Dims
 
 
 class Origin(NamedTuple):

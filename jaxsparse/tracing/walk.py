@@ -6,6 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxsparse.primitives import UNKNOWN, Primitive, foreign, row_of, sides_of
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives.axes import Axis, leaf
+from jaxsparse.primitives.dims import Dims, unify
 from jaxsparse.program import (
     Address,
     called,
@@ -16,13 +20,9 @@ from jaxsparse.program import (
     number,
     scan_counts,
 )
-from jaxsparse.tracing import axes as algebra
 from jaxsparse.tracing._pieces import piece_of
 from jaxsparse.tracing._products import Product, passes, product_of
-from jaxsparse.tracing.axes import Axis, leaf
 from jaxsparse.tracing.changes import Past, change_of, past_of, together
-from jaxsparse.tracing.dims import Dims, unify
-from jaxsparse.tracing.primitives import UNKNOWN, Primitive, foreign, row_of, sides_of
 from jaxsparse.tracing.values import Node, Origin, Site, Stop, Value, Visit
 
 _LOOPS = frozenset({"scan", "while", "cond"})

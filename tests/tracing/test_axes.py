@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsparse.tracing.axes import (
+from jaxsparse.primitives.axes import (
     Incompatible,
     concatenation,
     coordinates,

@@ -12,7 +12,7 @@ import pytest
 from tracing.models import DenseNet, MobileNet, ResNet, ViT
 
 import jaxsparse as js
-from jaxsparse.tracing import axes as algebra
+from jaxsparse.primitives import axes as algebra
 
 IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 STAYS = {"input", "output", "gathered", "sorted", "iota", "layer"}

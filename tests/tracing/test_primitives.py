@@ -18,12 +18,12 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxsparse.primitives import PRIMITIVES, Masking, foreign
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives._general import fresh, opaque
+from jaxsparse.primitives.axes import coordinates, find, leaf, leaves, product
+from jaxsparse.primitives.dims import unify
 from jaxsparse.program import bind, called, interpret
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.axes import coordinates, find, leaf, leaves, product
-from jaxsparse.tracing.dims import unify
-from jaxsparse.tracing.primitives import PRIMITIVES, Masking, foreign
-from jaxsparse.tracing.primitives._general import fresh, opaque
 
 FLAT = np.arange(24, dtype=np.float32).reshape(4, 6)
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsparse.tracing.axes import leaf
-from jaxsparse.tracing.dims import Dims, freeze, frozen, out_shapes, unify
+from jaxsparse.primitives.axes import leaf
+from jaxsparse.primitives.dims import Dims, freeze, frozen, out_shapes, unify
 
 
 def elementwise(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:

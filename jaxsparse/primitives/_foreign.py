@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.axes import Axis, leaf
-from jaxsparse.tracing.dims import Dims, Rule, freeze, out_shapes, unify
-from jaxsparse.tracing.primitives._row import Primitive, Sides
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives._row import Primitive, Sides
+from jaxsparse.primitives.axes import Axis, leaf
+from jaxsparse.primitives.dims import Dims, Rule, freeze, out_shapes, unify
 
 
 def foreign(equation: str) -> Primitive:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxsparse.tracing.primitives import (
+from jaxsparse.primitives import (
     _contractions,
     _elementwise,
     _indexing,
@@ -11,12 +11,12 @@ from jaxsparse.tracing.primitives import (
     _random,
     _reductions,
 )
-from jaxsparse.tracing.primitives._foreign import foreign as foreign
-from jaxsparse.tracing.primitives._general import opaque
-from jaxsparse.tracing.primitives._row import Contraction as Contraction
-from jaxsparse.tracing.primitives._row import Masking as Masking
-from jaxsparse.tracing.primitives._row import Primitive as Primitive
-from jaxsparse.tracing.primitives._row import Sides as Sides
+from jaxsparse.primitives._foreign import foreign as foreign
+from jaxsparse.primitives._general import opaque
+from jaxsparse.primitives._row import Contraction as Contraction
+from jaxsparse.primitives._row import Masking as Masking
+from jaxsparse.primitives._row import Primitive as Primitive
+from jaxsparse.primitives._row import Sides as Sides
 
 PRIMITIVES: Mapping[str, Primitive] = {
     **_elementwise.ROWS,

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jaxsparse.tracing.axes import Axis
-from jaxsparse.tracing.dims import Dims, Rule
+from jaxsparse.primitives.axes import Axis
+from jaxsparse.primitives.dims import Dims, Rule
 
 Leaf = Axis  # one without parts
 Leaves = frozenset[Leaf]

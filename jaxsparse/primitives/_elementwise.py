@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from jaxsparse._sharded import fitting
-from jaxsparse.tracing.dims import Dims, out_shapes
-from jaxsparse.tracing.primitives import _masking
-from jaxsparse.tracing.primitives._general import each, elementwise, opaque
-from jaxsparse.tracing.primitives._row import Primitive, names
+from jaxsparse.primitives import _masking
+from jaxsparse.primitives._general import each, elementwise, opaque
+from jaxsparse.primitives._row import Primitive, names
+from jaxsparse.primitives.dims import Dims, out_shapes
 
 _SAME = names("copy copy_p name optimization_barrier sharding_constraint pvary pcast")
 # They change the type, or what is differentiated, and keep the entries.

@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.axes import Axis
-from jaxsparse.tracing.dims import Dims, freeze, frozen, out_shapes, unify
-from jaxsparse.tracing.primitives import _masking
-from jaxsparse.tracing.primitives._general import opaque
-from jaxsparse.tracing.primitives._row import Contraction, Leaves, Masking, Primitive
+from jaxsparse.primitives import _masking
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives._general import opaque
+from jaxsparse.primitives._row import Contraction, Leaves, Masking, Primitive
+from jaxsparse.primitives.axes import Axis
+from jaxsparse.primitives.dims import Dims, freeze, frozen, out_shapes, unify
 
 
 def dot_general(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:

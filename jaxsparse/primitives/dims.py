@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.axes import Axis
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives.axes import Axis
 
 Dims = tuple[Axis, ...]
 Rule = Callable[[Any, Sequence[Dims]], list[Dims]]

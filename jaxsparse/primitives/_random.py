@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.axes import leaf
-from jaxsparse.tracing.dims import Dims, freeze, out_shapes, unify
-from jaxsparse.tracing.primitives._general import fresh
-from jaxsparse.tracing.primitives._row import Primitive, names
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives._general import fresh
+from jaxsparse.primitives._row import Primitive, names
+from jaxsparse.primitives.axes import leaf
+from jaxsparse.primitives.dims import Dims, freeze, out_shapes, unify
 
 
 def iota(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:

@@ -1,6 +1,6 @@
 """Where a result is zero if its operands' masked entries are: one function each way."""
 
-from jaxsparse.tracing.primitives._row import Contraction, Leaf, Leaves, Masking
+from jaxsparse.primitives._row import Contraction, Leaf, Leaves, Masking
 
 
 def first(x: Masking) -> Leaves:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxsparse.tracing import axes as algebra
-from jaxsparse.tracing.dims import Dims, freeze, frozen, out_shapes, unify
-from jaxsparse.tracing.primitives import _masking
-from jaxsparse.tracing.primitives._general import elementwise
-from jaxsparse.tracing.primitives._row import Primitive, names
+from jaxsparse.primitives import _masking
+from jaxsparse.primitives import axes as algebra
+from jaxsparse.primitives._general import elementwise
+from jaxsparse.primitives._row import Primitive, names
+from jaxsparse.primitives.dims import Dims, freeze, frozen, out_shapes, unify
 
 
 def _reduced(eqn: Any) -> tuple[int, ...]:
