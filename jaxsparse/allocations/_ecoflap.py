@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import as_wide
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.allocations.blocks import (
     Blocks,
@@ -19,7 +20,6 @@ from jaxsparse.allocations.blocks import (
     removed_in,
     spread_over,
     weights_in,
-    wide,
 )
 from jaxsparse.tree import keys_like, map_with_path
 
@@ -124,7 +124,7 @@ def _loss(loss_fn, params, step, key, sign, batch) -> Array:
     def move(w: Array, amount: Array, key: Array) -> Array:
         if not jnp.issubdtype(w.dtype, jnp.floating):
             return w
-        start = wide(w)
+        start = as_wide(w)
         z = jax.random.normal(key, w.shape, start.dtype)
         return (start + (sign * amount).astype(start.dtype) * z).astype(w.dtype)
 

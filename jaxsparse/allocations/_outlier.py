@@ -8,15 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import as_wide
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.allocations.blocks import (
-    Blocks,
-    Groups,
-    by_shift,
-    grouped,
-    weights_in,
-    wide,
-)
+from jaxsparse.allocations.blocks import Blocks, Groups, by_shift, grouped, weights_in
 from jaxsparse.patterns._counts import count_dtype
 
 
@@ -187,12 +181,12 @@ def _outliers(leaves: list[tuple[str, Any]], times: float) -> float:
 
 @jax.jit
 def _sum(x: Array) -> Array:
-    return jnp.sum(wide(x))
+    return jnp.sum(as_wide(x))
 
 
 @jax.jit
 def _above(x: Array, threshold: float) -> Array:
-    return jnp.sum(wide(x) > threshold, dtype=count_dtype(x.size))
+    return jnp.sum(as_wide(x) > threshold, dtype=count_dtype(x.size))
 
 
 def _log_variance(leaves: list[tuple[str, Any]]) -> float:
@@ -206,7 +200,7 @@ def _log_variance(leaves: list[tuple[str, Any]]) -> float:
 
 @jax.jit
 def _log_moments(x: Array) -> tuple[Array, Array, Array]:
-    x = wide(x)
+    x = as_wide(x)
     there = x > 0
     log = jnp.log(jnp.where(there, x, 1))
     n = jnp.sum(there, dtype=log.dtype)

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
-from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse._typing import PyTree, Where
 from jaxsparse.allocations._global import _below_one, round_to_weights
 from jaxsparse.patterns import removed_count
 from jaxsparse.tree import leaves_with_paths, map_with_path, select
@@ -93,8 +92,3 @@ def spread_over(
     }
     sparsities = map_with_path(lambda path, _: found.get(path, 0.0), tree)
     return round_to_weights(tree, sparsities, where=where)
-
-
-def wide(x: Array) -> Array:
-    """In float32 at least."""
-    return x if x.dtype.itemsize > 4 else x.astype(jnp.float32)

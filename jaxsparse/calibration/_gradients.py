@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import PyTree
 from jaxsparse.tree import leaves_with_paths
 
@@ -59,7 +60,7 @@ def _zeros(grads: PyTree) -> PyTree:
     for path, g in named:
         if jnp.ndim(g) == 0:
             raise ValueError(f"{path}: gradients are `[m, *shape]`, got a scalar.")
-    wide = lambda g: g.dtype if g.dtype.itemsize > 4 else jnp.float32
+    wide = lambda g: wide_dtype(g.dtype)
     return jax.tree.map(lambda g: jnp.zeros(g.shape[1:], wide(g)), grads)
 
 

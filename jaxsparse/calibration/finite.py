@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import as_wide
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array
 
@@ -147,6 +148,6 @@ def _of_leaf(x: Any) -> tuple[Array, Array]:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    wide = x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
+    wide = as_wide(x)
     count = lambda flags: jnp.sum(flags, dtype=jnp.int32)
     return count(jnp.isnan(wide)), count(jnp.isinf(wide))

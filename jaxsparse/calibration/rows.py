@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array
 from jaxsparse.calibration._stats import RunningStats, init, update
 from jaxsparse.tracing.kernels import Reading
@@ -143,7 +144,7 @@ def contribution(
         # slot that stayed empty.
         own = jnp.any(rows != 0, axis=-1).astype(jnp.float32)
         by_row = own if by_row is None else own * by_row
-    dtype = jnp.float64 if rows.dtype == jnp.float64 else jnp.float32
+    dtype = wide_dtype(rows.dtype)
     state = init((rows.shape[0],), rows.shape[-1], gram=gram, dtype=dtype)
     return update(state, rows, by_row)
 

@@ -9,10 +9,11 @@ import numpy as np
 from jax import lax
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.channels._score import slices_that_count
 from jaxsparse.channels.scaling import factors_of
-from jaxsparse.channels.slices import Part, Slices, is_plain, paths_of, wide_dtype
+from jaxsparse.channels.slices import Part, Slices, is_plain, paths_of
 from jaxsparse.channels.sums import Reduce, combined, ordered_part_sum
 from jaxsparse.coupling.grouping import Group, check_groups
 from jaxsparse.curvature import per_example_grads

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import Statistics
 from jaxsparse.channels._score import slices_that_count
-from jaxsparse.channels.slices import Part, others_of, paths_of, wide_dtype
+from jaxsparse.channels.slices import Part, others_of, paths_of
 from jaxsparse.channels.sums import combined, ordered_part_sum
 from jaxsparse.coupling.drop import Drop
 from jaxsparse.coupling.grouping import Group, check_groups

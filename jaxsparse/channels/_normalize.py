@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import wide_dtype
 from jaxsparse._host import on_host
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.channels._score import slices_that_count
-from jaxsparse.channels.slices import wide_dtype
 from jaxsparse.coupling.grouping import Group
 from jaxsparse.tree import leaves_with_paths
 

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._dtypes import as_wide
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.channels.slices import Part, Slices, is_plain, others_of, widen
+from jaxsparse.channels.slices import Part, Slices, is_plain, others_of
 from jaxsparse.tree import leaves_with_paths, map_with_path
 
 
@@ -95,7 +96,7 @@ def scaled_updates(
         return sharded_like(move, [u], leaves[path], factors[path])[0]
 
     def move(us: list[Array], w: Array, factor: Array) -> list[Array]:
-        wide = widen(w)
+        wide = as_wide(w)
         moved = (wide + us[0].astype(wide.dtype)) * factor.astype(wide.dtype)
         changed = jnp.where(factor == 0, -w, (moved - wide).astype(w.dtype))
         return [jnp.where(factor == 1, us[0].astype(w.dtype), changed)]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxsparse._dtypes import as_wide, wide_dtype
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.coupling.grouping import Group, Member, check_groups
 from jaxsparse.tree import leaves_with_paths, nearest, path_str
@@ -186,21 +187,10 @@ def is_plain(part: Part, size: int) -> bool:
 def wide_leaves(slices: Mapping[str, Slices], tree: PyTree) -> dict[str, Array]:
     """The leaves that slices lie in, by path, in float32 at least."""
     leaves = dict(leaves_with_paths(tree))
-    return {p: widen(leaves[p]) for p in paths_of(slices) if p in leaves}
+    return {p: as_wide(leaves[p]) for p in paths_of(slices) if p in leaves}
 
 
 def dtype_of(slices: Mapping[str, Slices], tree: PyTree) -> np.dtype:
     """The widest dtype of the leaves that slices lie in, float32 at least."""
     leaves = dict(leaves_with_paths(tree))
     return wide_dtype(*(leaves[p].dtype for p in paths_of(slices) if p in leaves))
-
-
-def widen(w: Array) -> Array:
-    """In float32, if it has less than that."""
-    return w.astype(wide_dtype(w.dtype))
-
-
-def wide_dtype(*dtypes: Any) -> np.dtype:
-    """The widest of floating dtypes, float32 at least, under any promotion rules."""
-    known = [np.dtype(np.float32), *map(np.dtype, dtypes)]
-    return max(known, key=lambda dtype: dtype.itemsize)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxsparse._dtypes import as_wide, wide_dtype
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.channels.slices import (
@@ -19,9 +20,7 @@ from jaxsparse.channels.slices import (
     is_plain,
     others_of,
     paths_of,
-    wide_dtype,
     wide_leaves,
-    widen,
 )
 from jaxsparse.patterns._exact import largest, ordered_sum
 from jaxsparse.tree import leaves_with_paths
@@ -144,7 +143,7 @@ def ordered_part_sum(part: Part, x: Array, shape: tuple[int, ...]) -> Array:
     Returns:
       `[prod(shape)]`, in float32 at least.
     """
-    x, total, others = widen(x), math.prod(shape), others_of(part, x.ndim)
+    x, total, others = as_wide(x), math.prod(shape), others_of(part, x.ndim)
     labels = np.where(part.labels < 0, total, part.labels)
     places = np.bincount(labels.ravel(), minlength=total + 1)[:total]
     terms = int(places.max()) * math.prod(x.shape[a] for a in others)

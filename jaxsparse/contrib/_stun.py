@@ -9,16 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import as_wide
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.experts.merging import group_means, merge_experts
-from jaxsparse.experts.stacked import (
-    at,
-    check_labels,
-    check_total,
-    count_experts,
-    wide,
-)
+from jaxsparse.experts.stacked import at, check_labels, check_total, count_experts
 from jaxsparse.tree import leaves_with_paths
 
 Merge = tuple[float, int, int]
@@ -99,7 +94,7 @@ def expert_distances(
 
 @jax.jit
 def _distances(router: Array, together: Any, router_weight: Any, weight: Any) -> Array:
-    r = wide(router)
+    r = as_wide(router)
     # Row by row: the differences of all pairs would be E times the router.
     apart = lambda row: jnp.sqrt(jnp.sum(jnp.square(r - row[None]), axis=1))
     distances = jax.lax.map(apart, r) * jnp.asarray(router_weight).astype(r.dtype)
@@ -251,7 +246,7 @@ def medoids(experts: PyTree, labels: Any) -> Array:
 @jax.jit
 def _medoids(experts: PyTree, labels: Array, member: Array) -> Array:
     n = labels.shape[0]
-    experts = jax.tree.map(wide, experts)
+    experts = jax.tree.map(as_wide, experts)
     means = group_means(experts, jnp.ones(n, jnp.float32), labels, member)
     to_mean = lambda x, mean: jnp.sum(jnp.square(x - mean[labels]).reshape(n, -1), 1)
     each = jax.tree.leaves(jax.tree.map(to_mean, experts, means))

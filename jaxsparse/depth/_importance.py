@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.calibration.finite import check_batch
 from jaxsparse.depth._blocks import Join, ResidualBlock, residual_blocks
@@ -118,7 +119,7 @@ def _last_number(flat: Steps) -> int:
 
 
 def _cosine(x: Any, y: Any) -> list[Any]:
-    dtype = _wide(y.dtype)
+    dtype = wide_dtype(y.dtype)
     x, y = x.astype(dtype), y.astype(dtype)
     size = lambda v: jnp.sqrt(jnp.sum(v * v, axis=-1))
     norms = size(x) * size(y)
@@ -126,11 +127,6 @@ def _cosine(x: Any, y: Any) -> list[Any]:
     zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
     none = norms <= jnp.finfo(dtype).tiny  # a NaN is not none
     return [jnp.sum(jnp.where(none, zero, dots / jnp.where(none, one, norms)))]
-
-
-def _wide(dtype: Any) -> Any:
-    """The type to add up in."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def output_losses(
@@ -208,7 +204,7 @@ def output_losses(
 
 
 def _squares(found: list[Array], whole: list[Array]) -> Array:
-    wide = [_wide(x.dtype) for x in whole]
+    wide = [wide_dtype(x.dtype) for x in whole]
     widest = max(wide, key=lambda dtype: jnp.finfo(dtype).bits)
     parts = [
         jnp.sum(jnp.square(a.astype(t) - b.astype(t))).astype(widest)

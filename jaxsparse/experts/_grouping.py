@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import as_wide
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.experts.stacked import HIGHEST, at, check_total, wide
+from jaxsparse.experts.stacked import HIGHEST, at, check_total
 from jaxsparse.tree import leaves_with_paths
 
 
@@ -59,7 +60,7 @@ def router_similarity(logits: Array) -> Array:
         )
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"logits must be floating point, got {logits.dtype}.")
-    x = wide(logits)
+    x = as_wide(logits)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-2, keepdims=True))
     x = x / jnp.where(norm > 0, norm, jnp.ones_like(norm))
     return jnp.einsum("...ni,...nj->...ij", x, x, precision=HIGHEST)

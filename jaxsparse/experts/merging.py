@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import as_wide
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.experts.stacked import HIGHEST, check_labels, count_experts, wide
+from jaxsparse.experts.stacked import HIGHEST, check_labels, count_experts
 from jaxsparse.tree import leaves_with_paths, map_with_path
 
 
@@ -95,7 +96,7 @@ def _similarity(xs: list[Array], axes: tuple[int, ...], leader: Any, e: Any) -> 
     """Inner products of the leader's hidden units (rows) with those of expert e."""
 
     def product(x: Array, axis: int) -> Array:
-        units = lambda i: jnp.moveaxis(wide(x[i]), axis - 1, 0).reshape(
+        units = lambda i: jnp.moveaxis(as_wide(x[i]), axis - 1, 0).reshape(
             x.shape[axis], -1
         )
         return jnp.matmul(units(leader), units(e).T, precision=HIGHEST)
@@ -191,14 +192,14 @@ def group_means(experts: PyTree, usage: Array, labels: Array, member: Array) -> 
       A tree of arrays `[groups, ...]` of the same dtypes.
     """
     n, groups = labels.shape[0], member.shape[0]
-    weight = jnp.where(member, wide(jnp.asarray(usage))[None], -1)
+    weight = jnp.where(member, as_wide(jnp.asarray(usage))[None], -1)
     leader = jnp.argmax(weight, axis=1)  # the most used of each group
     weight = jnp.maximum(weight, 0)
     total = jnp.sum(weight, axis=1, keepdims=True)
     share = weight / jnp.where(total > 0, total, jnp.ones_like(total))
 
     def merged(x: Any) -> Array:
-        y = wide(x)
+        y = as_wide(x)
         off = (y - y[leader[labels]]).reshape(n, -1)
         mean = jnp.matmul(share.astype(y.dtype), off, precision=HIGHEST)
         return (y[leader] + mean.reshape(groups, *y.shape[1:])).astype(x.dtype)

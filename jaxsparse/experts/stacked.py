@@ -8,15 +8,10 @@ from jax import lax
 
 from jaxsparse import _checks
 from jaxsparse._host import on_host
-from jaxsparse._typing import Array, PyTree
+from jaxsparse._typing import PyTree
 from jaxsparse.tree import leaves_with_paths
 
 HIGHEST = lax.Precision.HIGHEST
-
-
-def wide(x: Array) -> Array:
-    """At least float32: means of 16-bit weights are taken in it."""
-    return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(jnp.float32)
 
 
 def count_experts(experts: PyTree) -> int:

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array
 
 
@@ -103,8 +104,7 @@ def _kl(student: Array, teacher: Array, temperature: Any) -> Array:
 
 def _wide(logits: Array) -> Array:
     logits = jnp.asarray(logits)
-    wide = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
-    return logits.astype(wide)
+    return logits.astype(wide_dtype(logits.dtype))
 
 
 def _check_number(name: str, value: Any) -> None:

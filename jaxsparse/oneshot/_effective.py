@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import solvers
+from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array
 from jaxsparse.oneshot._segments import Pieces
 from jaxsparse.tracing import Kernel
@@ -122,7 +123,7 @@ def _scale(
     acts, back = jax.vjp(operand, jnp.asarray(raw))
     (scale,) = back(jnp.ones_like(acts))
     (squared,) = back(acts)
-    wide = scale.dtype if scale.dtype.itemsize > 4 else jnp.float32
+    wide = wide_dtype(scale.dtype)
     scale, raw = scale.astype(wide), jnp.asarray(raw).astype(wide)
     # Otherwise an entry is there twice, or its derivative is made up.
     off = jnp.abs(squared.astype(wide) - raw * scale * scale)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import wide_dtype
 from jaxsparse._loops import when
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree
@@ -19,7 +20,6 @@ from jaxsparse.channels.slices import (
     check_params,
     dtype_of,
     slices_of,
-    wide_dtype,
 )
 from jaxsparse.coupling import Group
 from jaxsparse.coupling.drop import Drop, drop_of

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import as_wide
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.channels.scaling import spread
-from jaxsparse.channels.slices import Slices, wide_leaves, widen
+from jaxsparse.channels.slices import Slices, wide_leaves
 from jaxsparse.tree import leaves_with_paths, map_with_path
 
 
@@ -67,7 +68,7 @@ def add_scaled(
         return sharded_like(add, [u], leaves[path], factors[path])[0]
 
     def add(us: list[Array], w: Array, factor: Array) -> list[Array]:
-        wide, kind = widen(w), us[0].dtype
+        wide, kind = as_wide(w), us[0].dtype
         step = us[0].astype(wide.dtype) + factor.astype(wide.dtype) * wide
         return [jnp.where(factor == 0, us[0], step.astype(kind))]
 

@@ -5,11 +5,12 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import widen
 from jaxsparse._sharded import sharded_as
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats, Statistics
 from jaxsparse.calibration.statistics import check_statistics
-from jaxsparse.scores._range import fourth_root, lifted, product, widened
+from jaxsparse.scores._range import fourth_root, lifted, product
 from jaxsparse.tree import MatrixView, leaves_with_paths, map_with_path, select
 
 
@@ -260,13 +261,13 @@ def _each(
         if path not in known:
             if taken:
                 raise ValueError(_missing(path, stats, sizes))
-            return jnp.zeros_like(widened(w))
+            return jnp.zeros_like(widen(w))
         if stats is not None:
             _check_fits(path, w, stats.of(path), stats.view(path))
             if taken:
                 stats.check_plain(path)
         _checks.check_floating(path, w)
-        return score(path, widened(w))
+        return score(path, widen(w))
 
     return map_with_path(one, params, select(params, where))
 

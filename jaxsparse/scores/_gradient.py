@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import wide_dtype, widen
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.patterns._exact import largest, ordered_sum
-from jaxsparse.scores._range import fourth_root, lifted, product, wide_type, widened
+from jaxsparse.scores._range import fourth_root, lifted, product
 from jaxsparse.tree import like, select
 
 
@@ -46,7 +47,7 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
     grads = like(grads, params, name="grads")
     _checks.check_like(params, grads=grads)
     _checks.check_all_numbers(grads=grads)
-    one = lambda w, g: product(widened(w), g.astype(wide_type(w)))
+    one = lambda w, g: product(widen(w), g.astype(wide_dtype(w.dtype)))
     return jax.tree.map(one, params, grads)
 
 
@@ -153,4 +154,4 @@ def grasp(
 
 
 def _widened_array(x: Any) -> Any:
-    return widened(x) if hasattr(x, "dtype") else x
+    return widen(x) if hasattr(x, "dtype") else x

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import wide_dtype, widen
 from jaxsparse._sharded import laid_out_like
 from jaxsparse._together import each
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.scores._range import wide_type, widened
 from jaxsparse.tree import keys_like
 
 
@@ -41,7 +41,7 @@ def _size(w: Array) -> Array:
     if _is_key(w):
         return w
     eight_bits = jnp.issubdtype(w.dtype, jnp.floating) and w.dtype.itemsize < 2
-    return jnp.abs(widened(w) if eight_bits else w)
+    return jnp.abs(widen(w) if eight_bits else w)
 
 
 def _is_key(w) -> bool:
@@ -78,7 +78,9 @@ def random(params: PyTree, *, key: Array) -> PyTree:
         floating = jnp.issubdtype(w.dtype, jnp.floating)
         if _is_key(w):
             return w
-        u = jax.random.uniform(key, w.shape, wide_type(w) if floating else jnp.float32)
+        u = jax.random.uniform(
+            key, w.shape, wide_dtype(w.dtype) if floating else jnp.float32
+        )
         return laid_out_like(u, w)
 
     return jax.tree.map(draw, keys_like(key, params), params)

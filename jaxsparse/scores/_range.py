@@ -6,31 +6,9 @@ So scores are formed in float32 at least, and what is far below any score that i
 is put on a scale of its own, which has the order of the scores and does not end.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsparse._typing import Array
-
-
-def wide_type(w: Array) -> Any:
-    """The type in which scores of a parameter are formed and returned.
-
-    Args:
-      w: a parameter.
-
-    Returns:
-      float32 for floating point of less than 32 bits, else the parameter's own type.
-    """
-    narrow = jnp.issubdtype(w.dtype, jnp.floating) and w.dtype.itemsize < 4
-    return np.dtype(np.float32) if narrow else w.dtype
-
-
-def widened(w: Array) -> Array:
-    """The same numbers, in `wide_type`; what is no such number stays as it is."""
-    wide = wide_type(w)
-    return w if wide == w.dtype else w.astype(wide)
 
 
 def fourth_root(x: Array) -> Array:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import wide_dtype, widen
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.scores._range import fourth_root, lifted, wide_type, widened
+from jaxsparse.scores._range import fourth_root, lifted
 from jaxsparse.tree import leaves_with_paths, map_with_path, select
 
 
@@ -115,14 +116,14 @@ def _each(
                     f"only for {list(found)[:4]}. Take the gradients with the same "
                     "`where`."
                 )
-            return jnp.zeros_like(widened(w))
+            return jnp.zeros_like(widen(w))
         c = found[path]
         if jnp.shape(c) != jnp.shape(w):
             raise ValueError(
                 f"{path}: curvature of shape {jnp.shape(c)} for a parameter of shape "
                 f"{jnp.shape(w)}. Was it made for another model?"
             )
-        result = wide_type(w)
+        result = wide_dtype(w.dtype)
         wide = max(result, c.dtype, key=lambda dtype: dtype.itemsize)
         return score(w.astype(wide), c.astype(wide)).astype(result)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _checks
 from jaxsparse._calls import ask, asked_for
+from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import PyTree
 
 
@@ -150,7 +151,7 @@ def moving_average(
     inner = as_score(score)
 
     def init(params: PyTree):
-        wide = lambda w: w.dtype if w.dtype == jnp.float64 else jnp.float32
+        wide = lambda w: wide_dtype(w.dtype)
         zeros = lambda w: jnp.zeros_like(w, dtype=wide(w))
         return (inner.init(params), jax.tree.map(zeros, params))
 

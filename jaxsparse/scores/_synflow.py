@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import widen
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.scores._range import product, widened
+from jaxsparse.scores._range import product
 
 
 def synflow(
@@ -55,9 +56,9 @@ def synflow(
     """
     _checks.check_callable(2, apply_fn=apply_fn)
     _checks.check_arrays(params=params)
-    positive = jax.tree.map(lambda w: jnp.abs(widened(w)), params)
+    positive = jax.tree.map(lambda w: jnp.abs(widen(w)), params)
     _checks.check_arrays(inputs=inputs)
-    ones = jax.tree.map(lambda x: widened(jnp.ones_like(x)), inputs)
+    ones = jax.tree.map(lambda x: widen(jnp.ones_like(x)), inputs)
     flow = lambda p: jnp.sum(apply_fn(p, ones))
     with _checks.explained("apply_fn", params=params, inputs=inputs):
         slopes = jax.grad(flow)(positive)
