@@ -1,5 +1,5 @@
 """The old place of `coupling`, `narrowing`, `channels`, `depth` and `experts`."""
 
-from jaxsparse._renamed import old_names
+from jaxsparse import _renamed
 
-__getattr__ = old_names(__name__)
+__getattr__ = _renamed.old_names(__name__)

@@ -1,6 +1,6 @@
 """How a budget is shared out: trees of sparsities that meet the total."""
 
-from jaxsparse._renamed import old_names
+from jaxsparse import _renamed
 from jaxsparse.allocations._ecoflap import ecoflap as ecoflap
 from jaxsparse.allocations._global import global_ as global_
 from jaxsparse.allocations._global import round_to_weights as round_to_weights
@@ -14,4 +14,4 @@ from jaxsparse.allocations._outlier import owl as owl
 from jaxsparse.allocations._search import evolve as evolve
 from jaxsparse.allocations._search import level_sparsities as level_sparsities
 
-__getattr__ = old_names(__name__)
+__getattr__ = _renamed.old_names(__name__)

@@ -1,6 +1,6 @@
 """Pruning while a model trains, as optax gradient transformations."""
 
-from jaxsparse._renamed import old_names
+from jaxsparse import _renamed
 from jaxsparse.transforms._enforce import enforce as enforce
 from jaxsparse.transforms._keep_sparse import keep_sparse as keep_sparse
 from jaxsparse.transforms._mfac import ScaleByMFacState as ScaleByMFacState
@@ -19,4 +19,4 @@ from jaxsparse.transforms._windowed_obs import GradientSums as GradientSums
 from jaxsparse.transforms._windowed_obs import GradientWindow as GradientWindow
 from jaxsparse.transforms._windowed_obs import windowed_obs as windowed_obs
 
-__getattr__ = old_names(__name__)
+__getattr__ = _renamed.old_names(__name__)

@@ -10,9 +10,8 @@ import pytest
 from transforms import group_models as gm
 
 import jaxsparse as js
-from jaxsparse.transforms import _cric
-
-tr = js.transforms
+from jaxsparse import contrib, penalties
+from jaxsparse.contrib import _cric
 
 
 def problem():
@@ -35,13 +34,14 @@ def problem():
 def test_it_corrects_a_wrong_first_choice():
     params, groups, data, loss = problem()
     options = {"sparsity": 0.3, "optimizer": optax.sgd(1e-5), "steps": 6}
-    plain = tr.hesso(optax.sgd(1e-5), groups, sparsity=0.3, begin=0, periods=1,
-                     duration=1)  # fmt: skip
+    plain = penalties.hesso(
+        optax.sgd(1e-5), groups, sparsity=0.3, begin=0, periods=1, duration=1
+    )
     grads = jax.jit(jax.grad(loss))(params, data[0])
     choose = lambda grads, params: plain.update(grads, plain.init(params), params)
     _, state = jax.jit(choose)(grads, params)
-    assert 0 in tr.dropped(state).indices["up[1]"]
-    found = tr.cric(loss, params, groups, data, **options)
+    assert 0 in penalties.dropped(state).indices["up[1]"]
+    found = contrib.cric(loss, params, groups, data, **options)
     assert 0 not in found.drop.indices["up[1]"]
     assert int(np.argmax(found.scores["up[1]"])) == 0
     pairs = list(itertools.combinations(range(6), 2))
@@ -59,14 +59,21 @@ def test_it_corrects_a_wrong_first_choice():
     assert len(found.violators) >= 2
     assert found.increases[0] > 1
     # The scores drive the training that follows.
-    tx = tr.hesso(optax.sgd(1e-5), groups, sparsity=0.3, begin=0, periods=1, duration=2,
-                  scores=found.scores)  # fmt: skip
+    tx = penalties.hesso(
+        optax.sgd(1e-5),
+        groups,
+        sparsity=0.3,
+        begin=0,
+        periods=1,
+        duration=2,
+        scores=found.scores,
+    )
     state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     for _ in range(2):
         updates, state = update(grads, state, params)
         params = {p: w + np.asarray(updates[p]) for p, w in params.items()}
     np.testing.assert_array_equal(
-        tr.dropped(state).indices["up[1]"], found.drop.indices["up[1]"]
+        penalties.dropped(state).indices["up[1]"], found.drop.indices["up[1]"]
     )
 
 
@@ -97,9 +104,13 @@ def test_scores_are_means_of_samples_and_the_charge():
     sample = {"a": np.array([3.0, 3.0, 0.0, 2.0])}
     blame = {"a": np.array([1.0, 3.0, 9.0, -1.0])}  # only of those that were tried
     found = _cric._cycles(
-        first, lambda *_: (sample, 0.6, blame), count=2, max_cycles=1, tolerance=0,
+        first,
+        lambda *_: (sample, 0.6, blame),
+        count=2,
+        max_cycles=1,
+        tolerance=0,
         loss_weight=2.0,
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(found.scores["a"], [2.3, 3.4, 1.5, 3.0], rtol=1e-6)
     assert found.violators == (2,)
     assert found.increases == (0.6,)
@@ -110,8 +121,16 @@ def test_batched_groups_lose_as_many_in_every_copy():
     params, x, groups = gm.make("attention")
     y = jax.jit(gm.attention)(params, x)
     loss = lambda p, batch: jnp.mean((gm.attention(p, batch) - y - 0.1) ** 2)
-    found = tr.cric(loss, params, groups, [x], sparsity=0.4, optimizer=optax.sgd(1e-2),
-                    steps=2, max_cycles=2)  # fmt: skip
+    found = contrib.cric(
+        loss,
+        params,
+        groups,
+        [x],
+        sparsity=0.4,
+        optimizer=optax.sgd(1e-2),
+        steps=2,
+        max_cycles=2,
+    )
     total = int(np.floor(0.4 * sum(g.size for g in groups.values()) + 0.5))
     assert sum(d.shape[-1] for d in found.drop.indices.values()) == total
     for name, at in found.drop.indices.items():
@@ -124,7 +143,7 @@ def test_batched_groups_lose_as_many_in_every_copy():
 
 def test_bad_input_is_named():
     params, groups, data, loss = problem()
-    make = lambda batches=data, **options: tr.cric(
+    make = lambda batches=data, **options: contrib.cric(
         loss,
         params,
         groups,

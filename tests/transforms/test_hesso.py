@@ -10,10 +10,9 @@ import pytest
 from transforms import group_models as gm
 
 import jaxsparse as js
+from jaxsparse import penalties
 from jaxsparse.channels.slices import slices_of
-from jaxsparse.transforms import _hesso
-
-tr = js.transforms
+from jaxsparse.penalties import saliency
 
 
 def replay_saliency(groups, params, grads):
@@ -25,9 +24,12 @@ def replay_saliency(groups, params, grads):
         length = np.linalg.norm(x) * np.linalg.norm(g)
         cosine = x @ g / length if length else 0.0
         rows[key] = [
-            np.linalg.norm(x), np.linalg.norm(x) / x.size,
-            1 - cosine if np.any(x) else 0.0, abs(x @ g), 0.5 * (x @ g) ** 2,
-        ]  # fmt: skip
+            np.linalg.norm(x),
+            np.linalg.norm(x) / x.size,
+            1 - cosine if np.any(x) else 0.0,
+            abs(x @ g),
+            0.5 * (x @ g) ** 2,
+        ]
     norms = np.sqrt(np.sum(np.square(list(rows.values())), axis=0))
     norms = np.where(norms > 0, norms, 1)
     return {
@@ -84,10 +86,14 @@ RATE, BEGIN, PERIODS, DURATION = 2e-3, 2, 2, 3
 def trained(model):
     """The last parameters and state, and what each step saw and did."""
     params, x, groups = gm.make(model, scale=0.5)
-    tx = tr.hesso(
-        optax.sgd(RATE), groups, sparsity=0.5, begin=BEGIN, periods=PERIODS,
+    tx = penalties.hesso(
+        optax.sgd(RATE),
+        groups,
+        sparsity=0.5,
+        begin=BEGIN,
+        periods=PERIODS,
         duration=DURATION,
-    )  # fmt: skip
+    )
     steps = []
     look = lambda *seen: steps.append(seen)
     params, state = train(
@@ -133,7 +139,7 @@ def test_every_step_is_that_of_a_slow_replay(model):
     _, state, steps = trained(model)
     for step in steps:
         seen(*step)
-    drop = tr.dropped(state)
+    drop = penalties.dropped(state)
     assert sum(d.shape[-1] for d in drop.indices.values()) == total
     for name, indices in drop.indices.items():
         assert indices.shape[:-1] == groups[name].copies
@@ -149,13 +155,13 @@ def test_every_step_is_that_of_a_slow_replay(model):
 def test_any_optimizer_inside_any_wrapper_outside_keeps_exact_zeros(dtype):
     params, x, groups = gm.make("mlp", dtype=dtype)
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-    tx = tr.hesso(inner, groups, sparsity=0.6, begin=1, periods=3, duration=4)
+    tx = penalties.hesso(inner, groups, sparsity=0.6, begin=1, periods=3, duration=4)
     tx = optax.apply_if_finite(tx, 3)
     zeros = []
 
     def seen(t, before, grads, after, state):
         del before, grads
-        drop = tr.dropped(state)
+        drop = penalties.dropped(state)
         for name, gone in drop.indices.items():
             held = gm.slices({name: groups[name]}, after)
             for index in gone:
@@ -174,7 +180,7 @@ def test_the_narrowed_model_computes_what_the_trained_one_does(model):
     x = gm.make(model, scale=0.5)[1]
     params, state, _ = trained(model)
     trace = js.trace(gm.MODELS[model], params, x)
-    small = js.narrowing.narrow(trace, params, tr.dropped(state))
+    small = js.narrowing.narrow(trace, params, penalties.dropped(state))
     sizes = lambda tree: sum(w.size for w in jax.tree.leaves(tree))
     assert sizes(small.params) < 0.6 * sizes(params)
     np.testing.assert_allclose(
@@ -187,8 +193,14 @@ def test_the_narrowed_model_computes_what_the_trained_one_does(model):
 
 def test_gradients_of_zeroed_indices_are_hidden_from_the_optimizer():
     params, _, groups = gm.make("mlp")
-    tx = tr.hesso(optax.sgd(0.0, momentum=0.9), groups, sparsity=0.5, begin=0,
-                  periods=1, duration=1)  # fmt: skip
+    tx = penalties.hesso(
+        optax.sgd(0.0, momentum=0.9),
+        groups,
+        sparsity=0.5,
+        begin=0,
+        periods=1,
+        duration=1,
+    )
     grads = gm.with_values(params, lambda p, w: np.ones_like(w))
 
     @jax.jit
@@ -200,7 +212,9 @@ def test_gradients_of_zeroed_indices_are_hidden_from_the_optimizer():
     for _ in range(2):
         state, params = step(state, params)
     gone = {
-        (name, (), int(i)) for name, at in tr.dropped(state).indices.items() for i in at
+        (name, (), int(i))
+        for name, at in penalties.dropped(state).indices.items()
+        for i in at
     }
     trace = state.inner[0].trace
     for key, moment in gm.slices(groups, trace).items():
@@ -213,9 +227,9 @@ def test_a_step_towards_zero_makes_an_index_less_important():
     push = np.array([1.0, -1.0, 0, 0, 0, 0, 0, 0])
     grads = gm.with_values(params, lambda p, w: push + 0 * w if p == "a" else 0 * w)
     slices = slices_of(groups)
-    criteria = tr.Criteria(0.0, 0.0, 1.0, 0.0, 0.0)
+    criteria = penalties.Criteria(0.0, 0.0, 1.0, 0.0, 0.0)
     (name,) = [n for n, g in groups.items() if g.size == 8]
-    score = functools.partial(_hesso.saliency, slices, criteria=criteria)
+    score = functools.partial(saliency.saliency, slices, criteria=criteria)
     scored = np.asarray(jax.jit(score)(params, grads)[name])
     assert scored[0] < scored[2] < scored[1]
     np.testing.assert_array_equal(scored[3:], scored[2])
@@ -228,8 +242,15 @@ def test_stated_scores_choose():
         n: rng.uniform(size=(*g.copies, g.size)).astype(np.float32)
         for n, g in groups.items()
     }
-    tx = tr.hesso(optax.sgd(0.01), groups, sparsity=0.4, begin=0, periods=1, duration=2,
-                  scores=scores)  # fmt: skip
+    tx = penalties.hesso(
+        optax.sgd(0.01),
+        groups,
+        sparsity=0.4,
+        begin=0,
+        periods=1,
+        duration=2,
+        scores=scores,
+    )
     _, state = train(tx, "attention", params, x, 3)
     total = int(np.floor(0.4 * sum(g.size for g in groups.values()) + 0.5))
     flat = {
@@ -251,10 +272,15 @@ def test_parameters_of_float64_shrink_by_factors_of_float64():
         for n, g in groups.items()
     }
     duration = 7
-    tx = tr.hesso(
-        optax.sgd(0.0), groups, sparsity=0.4, begin=0, periods=1, duration=duration,
+    tx = penalties.hesso(
+        optax.sgd(0.0),
+        groups,
+        sparsity=0.4,
+        begin=0,
+        periods=1,
+        duration=duration,
         scores={n: s[..., ::-1] for n, s in scores.items()},
-    )  # fmt: skip
+    )
     zeros = jax.tree.map(jnp.zeros_like, params)
     update = jax.jit(lambda state, p: tx.update(zeros, state, p))
     state, now = tx.init(params), params
@@ -277,7 +303,7 @@ def test_ties_keep_the_lower_index_of_the_earlier_group_and_nan_goes_first():
     scores = {"a": np.ones(3, np.float32), "b": np.ones((2, 3), np.float32)}
     scores["b"][1, 0] = np.nan
     none = {n: np.zeros(s.shape, bool) for n, s in scores.items()}
-    lowest = jax.jit(functools.partial(_hesso.lowest, first=none))
+    lowest = jax.jit(functools.partial(saliency.lowest, first=none))
     got = lowest(scores, np.int32(1))
     assert not np.any(np.asarray(got["a"]))
     assert np.asarray(got["b"]).tolist() == [[False, False, True], [True, False, False]]
@@ -287,7 +313,7 @@ def test_ties_keep_the_lower_index_of_the_earlier_group_and_nan_goes_first():
 
 
 def test_sharded_parameters():
-    make = lambda groups: tr.hesso(
+    make = lambda groups: penalties.hesso(
         optax.sgd(0.1), groups, sparsity=0.5, begin=0, periods=1, duration=1
     )
     gm.assert_sharded_alike(make, "conv")
@@ -295,7 +321,7 @@ def test_sharded_parameters():
 
 def test_bad_input_is_named():
     params, _, groups = gm.make("mlp")
-    make = lambda **options: tr.hesso(
+    make = lambda **options: penalties.hesso(
         optax.sgd(0.1),
         groups,
         **({"sparsity": 0.5, "begin": 0, "periods": 1, "duration": 1} | options),
@@ -312,8 +338,8 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"scores: .* needs shape"):
         make(scores={})
     with pytest.raises(ValueError, match="found 0"):
-        tr.dropped(optax.sgd(0.1).init(params))
+        penalties.dropped(optax.sgd(0.1).init(params))
     with pytest.raises(ValueError, match="which the parameters have not"):
         make().init({"other": jnp.ones(3)})
-    with pytest.raises(ValueError, match="not passing `params`"):
+    with pytest.raises(ValueError, match="needs the parameters"):
         make().update(params, make().init(params))

@@ -11,8 +11,7 @@ import scipy.optimize
 from transforms import group_models as gm
 
 import jaxsparse as js
-
-tr = js.transforms
+from jaxsparse import contrib
 
 
 def step_of(tx, params, updates=None):
@@ -54,9 +53,14 @@ def minimised(norms, costs, k, lam):
     least, most = np.r_[np.zeros(n), np.full(n, 1e-9)], np.r_[norms, np.ones(n)]
     bounds = scipy.optimize.Bounds(least, most)
     found = scipy.optimize.minimize(
-        objective, start, jac=gradient, bounds=bounds, constraints=[budget],
-        method="SLSQP", options={"ftol": 1e-14, "maxiter": 2000},
-    )  # fmt: skip
+        objective,
+        start,
+        jac=gradient,
+        bounds=bounds,
+        constraints=[budget],
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 2000},
+    )
     assert found.status in {0, 8}, found.message  # 8: no better point along the line
     return found.x[:n], found.fun
 
@@ -65,7 +69,7 @@ def minimised(norms, costs, k, lam):
 def step_with(params, sparsity, strength, costs):
     """One program for all numbers: as schedules, which may be traced."""
     groups = gm.make("mlp", dtype="float64")[2]
-    tx = tr.wgsef_prox(
+    tx = contrib.wgsef_prox(
         groups,
         sparsity=lambda step: sparsity,
         strength=lambda step: strength,
@@ -110,7 +114,7 @@ def test_float32_agrees_with_float64(model):
     params, _, groups = gm.make(model)
     groups = disjoint(groups)
     updates = gm.with_values(params, lambda p, w: -0.1 * w)
-    tx = lambda: tr.wgsef_prox(groups, sparsity=0.5, strength=1.0)
+    tx = lambda: contrib.wgsef_prox(groups, sparsity=0.5, strength=1.0)
     low = step_of(tx(), params, updates)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, updates))
@@ -128,7 +132,7 @@ def test_a_budget_of_whole_indices_leaves_exactly_those():
     factor = {key: 10.0 ** (-i) for i, (key, _) in enumerate(ranked)}
     moved = gm.scaled(groups, params, factor)
     params = gm.with_values(params, lambda p, w: moved[p])
-    tx = tr.wgsef_prox(
+    tx = contrib.wgsef_prox(
         groups, sparsity=11 / 14, strength=1.0, costs=dict.fromkeys(groups, 1)
     )
     new = gm.slices(groups, step_of(tx, params))
@@ -143,7 +147,7 @@ def test_equal_indices_at_an_exact_budget():
         ones[p][..., 2:] = 1e-3
     params = gm.with_values(params, lambda p, w: ones[p])
     eight = {n: g for n, g in groups.items() if g.size == 8}
-    tx = tr.wgsef_prox(eight, sparsity=0.75, strength=1.0)  # two of eight fill it
+    tx = contrib.wgsef_prox(eight, sparsity=0.75, strength=1.0)  # two of eight fill it
     new = step_of(tx, params)
     np.testing.assert_allclose(np.asarray(new["a"][:, :2]), 0.5, rtol=1e-6)
     np.testing.assert_array_equal(np.asarray(new["a"][:, 2:]), 0.0)
@@ -154,10 +158,14 @@ def test_equal_indices_at_an_exact_budget():
 def test_degenerate_parameters_and_strengths():
     params, _, groups = gm.make("mlp")
     zero = gm.with_values(params, lambda p, w: 0 * w)
-    for w in step_of(tr.wgsef_prox(groups, sparsity=0.5, strength=1.0), zero).values():
+    for w in step_of(
+        contrib.wgsef_prox(groups, sparsity=0.5, strength=1.0), zero
+    ).values():
         np.testing.assert_array_equal(np.asarray(w), 0.0)
     updates = gm.with_values(params, lambda p, w: 0.25 * w)
-    same = step_of(tr.wgsef_prox(groups, sparsity=0.0, strength=0.0), params, updates)
+    same = step_of(
+        contrib.wgsef_prox(groups, sparsity=0.0, strength=0.0), params, updates
+    )
     for p, w in optax.apply_updates(params, updates).items():
         np.testing.assert_allclose(same[p], w, rtol=1e-6)
 
@@ -168,7 +176,7 @@ def test_training_ends_with_exact_zeros(dtype):
     params, x, groups = gm.make("mlp", dtype=dtype)
     tx = optax.chain(
         optax.adam(3e-3),
-        tr.wgsef_prox(
+        contrib.wgsef_prox(
             groups,
             sparsity=js.schedules.polynomial(final=0.5, begin=0, end=100),
             strength=lambda step: 1e-2 * jnp.minimum(step / 100, 1.0),
@@ -197,24 +205,24 @@ def test_training_ends_with_exact_zeros(dtype):
 
 
 def test_sharded_parameters():
-    make = lambda groups: tr.wgsef_prox(groups, sparsity=0.5, strength=0.5)
+    make = lambda groups: contrib.wgsef_prox(groups, sparsity=0.5, strength=0.5)
     gm.assert_sharded_alike(make, "conv")
 
 
 def test_bad_input_is_named():
     params, _, groups = gm.make("attention")
-    tx = tr.wgsef_prox(groups, sparsity=0.5, strength=0.1)
+    tx = contrib.wgsef_prox(groups, sparsity=0.5, strength=0.1)
     with pytest.raises(ValueError, match="cannot be attributed to one of them"):
         tx.init(params)
     groups = disjoint(groups)
     with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\)"):
-        tr.wgsef_prox(groups, sparsity=1.0, strength=0.1)
+        contrib.wgsef_prox(groups, sparsity=1.0, strength=0.1)
     with pytest.raises(ValueError, match="strength must be at least 0"):
-        tr.wgsef_prox(groups, sparsity=0.5, strength=float("nan"))
+        contrib.wgsef_prox(groups, sparsity=0.5, strength=float("nan"))
     with pytest.raises(ValueError, match="costs: expected a cost for each group"):
-        tr.wgsef_prox(groups, sparsity=0.5, strength=0.1, costs={"q": 1})
+        contrib.wgsef_prox(groups, sparsity=0.5, strength=0.1, costs={"q": 1})
     costs = dict.fromkeys(groups, 0)
     with pytest.raises(ValueError, match="needs a positive number or an array"):
-        tr.wgsef_prox(groups, sparsity=0.5, strength=0.1, costs=costs)
-    with pytest.raises(ValueError, match="not passing `params`"):
-        tr.wgsef_prox(groups, sparsity=0.5, strength=0.1).update(params, None)
+        contrib.wgsef_prox(groups, sparsity=0.5, strength=0.1, costs=costs)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        contrib.wgsef_prox(groups, sparsity=0.5, strength=0.1).update(params, None)
