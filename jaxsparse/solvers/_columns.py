@@ -1,6 +1,7 @@
 """SparseGPT: one column after another, each error passed on to those that follow."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,18 +9,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse import _checks, patterns
+from jaxsparse._loops import after
 from jaxsparse._typing import Array
 from jaxsparse.curvature._chunks import in_parts
-from jaxsparse.curvature._factor import inverse_lower, matmul
+from jaxsparse.curvature._factor import matmul
 from jaxsparse.curvature._gram import GramFactor
 from jaxsparse.patterns._counts import count_dtype
-from jaxsparse.patterns._nm import nm_mask
-from jaxsparse.patterns._threshold import top_k_masks
+from jaxsparse.patterns._threshold import ordered_keys, top_k_masks
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
-from jaxsparse.tree import Axes
 
-_COLUMNS = 8  # written out; the rest is matrix products
+_PART = 8  # columns a turn; what earlier turns pass on is a matrix product
+_TILE = 4  # columns in one pass over the memory; in a turn of N:M about as many
 
 
 def sparsegpt(
@@ -118,23 +119,23 @@ def _jitted(w, factor, removed, mask, pattern, block_size) -> Solved:
 class _Problem(NamedTuple):
     """A layer as the sweep sees it, transposed so that a column is a stretch of memory.
 
-    `before` may be None; `removed` is a count for each block, or the one for each
-    group of N:M.
+    `n` is `d_in` up to a whole number of blocks: one program serves all of them. What
+    is added is 0, acts on nothing and is the first to go. `before` may be None;
+    `removed` is a count for each block, or the one for each group of N:M.
     """
 
-    x: Array  # [d_in, d_out]
-    root: Array  # [d_in, d_in]
-    inverses: Array  # of the diagonal blocks of the root, [blocks, size, size]
-    dead: Array  # [d_in]
-    before: Array | None  # the mask of what was pruned before, [d_in, d_out]
+    x: Array  # [n, d_out]
+    root: Array  # [n, n]
+    dead: Array  # [n]
+    before: Array | None  # the mask of what was pruned before, [n, d_out]
     removed: Array
 
 
 class _Swept(NamedTuple):
     """What the columns so far have become."""
 
-    change: Array  # w - q, [d_in, d_out], 0 for dead inputs
-    kept: Array  # [d_in, d_out]
+    change: Array  # w - q, [n, d_out], 0 for dead inputs
+    kept: Array  # [n, d_out]
     error: Array  # of the damped gram matrix, [d_out]
 
 
@@ -147,7 +148,7 @@ def _solve(
     pattern: patterns.Pattern,
     block_size: int,
 ) -> Solved:
-    dtype = factor.root.dtype
+    dtype, d_in = factor.root.dtype, w.shape[1]
     # A dead input's row and column of the root are 0 but for the diagonal: what happens
     # to its weights changes no others.
     x, dead = w.astype(dtype).T, factor.dead
@@ -156,13 +157,22 @@ def _solve(
     if isinstance(pattern, patterns.Unstructured):
         by_row = pattern.scope == "output"
         removed = _counts(removed, before, dead, x, block_size, by_row)
-    inverses = _inverses(factor.root, block_size)
-    problem = _Problem(x, factor.root, inverses, dead, before, removed)
-    body = functools.partial(_block, problem, pattern=pattern, step=block_size)
-    start = _Swept(
-        jnp.zeros_like(x), jnp.zeros(x.shape, bool), jnp.zeros(x.shape[1:], dtype)
+    more = -d_in % block_size
+    problem = _Problem(
+        _longer(x, more),
+        _larger(factor.root, more),
+        _longer(dead, more),
+        None if before is None else _longer(before, more),
+        removed,
     )
-    change, kept, error = in_parts(x.shape[0], block_size, body, start)
+    body = functools.partial(_block, problem, d_in, pattern=pattern)
+    start = _Swept(
+        jnp.zeros_like(problem.x),
+        jnp.zeros(problem.x.shape, bool),
+        jnp.zeros(x.shape[1:], dtype),
+    )
+    change, kept, error = in_parts(d_in + more, block_size, body, start)
+    change, kept = change[:d_in], kept[:d_in]
     moved = jnp.where(factor.failed, jnp.full((), jnp.nan, dtype), x - change)
     moved = jnp.where(kept, moved, zero)
     # Each row's error is that of the damped matrix, which the sweep adds up.
@@ -178,26 +188,19 @@ def _solve(
     return Solved(moved.T.astype(w.dtype), kept.T, info)
 
 
-def _inverses(root: Array, size: int) -> Array:
-    """The diagonal blocks of `U`: the inverses of those of `R`. The last is padded."""
-    n = root.shape[0]
-    blocks = -(-n // size)
-    cut = []
-    for at in range(0, n, size):
-        block = root[at : at + size, at : at + size]
-        short = size - block.shape[0]
-        if short:
-            ones = jnp.pad(
-                jnp.zeros(size - short, root.dtype),
-                (0, short),
-                "constant",
-                constant_values=1,
-            )
-            block = jnp.pad(block, (0, short)) + jnp.diag(ones)
-        cut.append(block)
-    assert len(cut) == blocks
-    lower = jnp.swapaxes(jnp.stack(cut), -1, -2)
-    return jnp.swapaxes(inverse_lower(lower), -1, -2)
+def _longer(x: Array, more: int) -> Array:
+    """With zeros behind it."""
+    return jnp.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)]) if more else x
+
+
+def _larger(matrix: Array, more: int) -> Array:
+    """With ones behind it on the diagonal."""
+    if not more:
+        return matrix
+    n = matrix.shape[0]
+    wide = jnp.pad(matrix, (0, more))
+    ones = jnp.diag(jnp.arange(n + more) >= n)
+    return jnp.where(ones, jnp.ones((), matrix.dtype), wide)
 
 
 # How many weights each block loses.
@@ -228,15 +231,35 @@ def _counts(
     first = jnp.minimum(left, every(of_dead))
 
     def smallest(_: None) -> Array:
-        score = jnp.where(unused, jnp.abs(x), -jnp.ones_like(x))
+        keys = ordered_keys(jnp.abs(x))
+        keys = jnp.where(unused, keys, jnp.zeros_like(keys))
         stays = every(of_dead) - first
-        stays, axes = (stays[None], (0,)) if by_row else (stays[0], None)
-        (largest,) = top_k_masks([score], stays, axes=axes)
-        return of_dead - _per_block(largest & unused, size, by_row)
+        return of_dead - _largest(keys, stays, size, by_row)
 
     some = jnp.any(first < every(of_dead))
     dead_gone = lax.cond(some, smallest, lambda _: of_dead, None)
     return gone + dead_gone + _share(left - first, of_live)
+
+
+def _largest(keys: Array, stays: Array, size: int, by_row: bool) -> Array:
+    """How many of the `stays` largest keys, which are not 0, each block has.
+
+    The threshold is found bit by bit. Of what equals it the first blocks have most.
+    """
+    count = lambda flags: _per_block(flags, size, by_row)
+    every = lambda flags: jnp.sum(count(flags), axis=0, dtype=stays.dtype)
+    bits = 8 * keys.dtype.itemsize
+
+    def turn(i: Any, cut: Array) -> Array:
+        bit = jnp.ones((), keys.dtype) << (bits - 1 - i).astype(keys.dtype)
+        return jnp.where(every(keys >= (cut | bit)[None]) >= stays, cut | bit, cut)
+
+    start = jnp.zeros(stays.shape, keys.dtype)
+    cut = lax.fori_loop(jnp.int32(0), jnp.int32(bits), turn, start)
+    above, tied = count(keys > cut[None]), count(keys == cut[None])
+    left = stays - jnp.sum(above, axis=0, dtype=stays.dtype)
+    earlier = jnp.cumsum(tied, axis=0, dtype=tied.dtype) - tied
+    return above + jnp.clip(left[None] - earlier, jnp.zeros_like(tied), tied)
 
 
 def _per_block(flags: Array, size: int, by_row: bool) -> Array:
@@ -288,39 +311,44 @@ class _Fixed(NamedTuple):
 
 def _block(
     problem: _Problem,
+    d_in: int,
     start: Any,
     size: int,
     swept: _Swept,
     *,
     pattern: patterns.Pattern,
-    step: int,
 ) -> _Swept:
     """Sweeps over one block of columns."""
     start = jnp.asarray(start, jnp.int32)
     cut = lambda a: lax.dynamic_slice_in_dim(a, start, size, 0)
-    number = start // step
-    upper = lax.dynamic_index_in_dim(problem.inverses, number, 0, keepdims=False)
-    upper = upper[:size, :size]
-    passed = _solved.product_before(problem.root, swept.change, start, size, step)
+    number = start // size
+    corner = lax.dynamic_slice(problem.root, (start, start), (size, size))
+    eye = jnp.eye(size, dtype=corner.dtype)
+    upper = lax.linalg.triangular_solve(corner, eye, left_side=True, lower=False)
+    passed = _solved.product_before(problem.root, swept.change, start, size, size)
     own = cut(problem.x)
     now = own + matmul(upper.T, passed)
     before = None if problem.before is None else cut(problem.before)
     block = _Columns(now, upper, cut(problem.dead), before)
     if isinstance(pattern, patterns.Unstructured):
         gone = lax.dynamic_index_in_dim(problem.removed, number, 0)  # [1, 1 or d_out]
+        there = jnp.minimum(d_in - start, size).astype(gone.dtype)
+        scores = _scores(block)
+        if d_in < problem.x.shape[0]:  # what was added is the first to go
+            added = jnp.arange(size, dtype=there.dtype)[:, None] >= there
+            scores = jnp.where(added, jnp.full((), -jnp.inf, scores.dtype), scores)
         if pattern.scope == "output":
-            (kept,) = top_k_masks([_scores(block)], size - gone, axes=(0,))
+            (kept,) = top_k_masks([scores], there - gone, axes=(0,))
         else:
-            (kept,) = top_k_masks([_scores(block)], now.size - gone[0, 0])
-        fixed = _sweep(block, kept, _COLUMNS, lambda columns, kept: kept)
+            (kept,) = top_k_masks([scores], there * now.shape[1] - gone[0, 0])
+        fixed = _sweep(block, kept, _PART, lambda columns, kept: kept, _TILE)
     else:
         assert isinstance(pattern, patterns.NM)
         of = pattern.of
         keep = of - jnp.minimum(problem.removed, of - pattern.keep)
-        axes = Axes(input=(0,), output=(1,))
-        choose = lambda group, _: nm_mask("", _scores(group), keep, pattern, axes)
+        choose = lambda group, mask: _best(_scores(group), mask, keep)
         none = jnp.zeros(now.shape, bool)
-        fixed = _sweep(block, none, max(1, _COLUMNS // of) * of, choose, of)
+        fixed = _sweep(block, none, max(1, _TILE // of) * of, choose, of)
     put = lambda a, part: lax.dynamic_update_slice_in_dim(a, part, start, 0)
     live = lambda a: jnp.where(block.dead[:, None], jnp.zeros_like(a), a)
     lost = live(fixed.error)
@@ -339,50 +367,102 @@ def _scores(columns: _Columns) -> Array:
     return jnp.where(columns.before, score, jnp.full((), -jnp.inf, score.dtype))
 
 
-def _sweep(
-    block: _Columns, kept: Array, part: int, choose: Any, group: int | None = None
-) -> _Fixed:
+def _best(scores: Array, mask: Array, keep: Array) -> Array:
+    """Of each group, a column of `scores`, the mask as `patterns.NM` has it."""
+
+    def ranked(keys: Array) -> Array:
+        rows = []
+        for i, key in enumerate(keys):
+            ahead = [
+                (other >= key if j < i else other > key).astype(jnp.int32)
+                for j, other in enumerate(keys)
+                if j != i
+            ]
+            rows.append(sum(ahead, start=jnp.zeros(key.shape, jnp.int32)) < keep)
+        return jnp.stack(rows)
+
+    return _once(lambda keys, _: (keys, ranked(keys)), ordered_keys(scores), mask)[1]
+
+
+def _once(f: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
+    """`f(*arrays)`, of the same shapes and types, as a loop of one turn.
+
+    What goes in and what comes out is stored. Else XLA makes what goes in anew for each
+    row of what comes out, and then computes one number at a time.
+    """
+    return in_parts(1, 1, lambda at, size, arrays: f(*after(at, arrays)), arrays)
+
+
+def _sweep(block: _Columns, kept: Array, part: int, choose: Any, group: int) -> _Fixed:
     """Fixes the columns of a block, `part` of them at a time.
 
     What earlier parts pass on is one product, what is passed on within a part is
-    written out. `choose(columns, kept)` gives the mask of the `group` columns (None:
-    of the whole part) that come next, from their weights at that time.
+    written out. `choose(columns, kept)` gives the mask of the `group` columns that come
+    next, from their weights at that time.
     """
     size = block.now.shape[0]
+    more = -size % part
+    now, upper, dead, before = block
+    if before is not None:
+        before = _longer(before, more)
+    now, kept = _longer(now, more), _longer(kept, more)
+    block = _Columns(now, _larger(upper, more), _longer(dead, more), before)
 
-    def turn(at: Any, count: int, fixed: _Fixed) -> _Fixed:
-        cut = lambda a: lax.dynamic_slice_in_dim(a, at, count, 0)
+    def turn(at: Any, count: int, carry: tuple[_Fixed, _Fixed]) -> Any:
         at = jnp.asarray(at, jnp.int32)
+        cut = lambda a: lax.dynamic_slice_in_dim(a, at, count, 0)
+        fixed = put(*carry, at - count)
         columns = lax.dynamic_slice_in_dim(block.upper, at, count, 1)
         now = cut(block.now) - matmul(columns.T, fixed.error)
         before = None if block.before is None else cut(block.before)
         own = _Columns(now, cut(columns), cut(block.dead), before)
-        new = _few(own, cut(fixed.kept), choose, group or count)
-        put = lambda a, part: lax.dynamic_update_slice_in_dim(a, part, at, 0)
-        return jax.tree.map(put, fixed, new)
+        return fixed, _few(own, cut(kept), choose, group)
 
-    start = _Fixed(jnp.zeros_like(block.now), jnp.zeros_like(block.now), kept)
-    return in_parts(size, min(part, size), turn, start)
+    def put(fixed: _Fixed, new: _Fixed, at: Any) -> _Fixed:
+        write = lambda a, part: lax.dynamic_update_slice_in_dim(a, part, at, 0)
+        return jax.tree.map(write, fixed, new)
+
+    # A turn writes what the one before has made: XLA computes one number at a time
+    # where it computes and writes at once. The first writes what the second writes over.
+    start = _Fixed(jnp.zeros_like(now), jnp.zeros_like(now), jnp.zeros_like(kept))
+    first = jax.tree.map(lambda a: a[:part], start)
+    fixed, new = in_parts(size + more, part, turn, (start, first))
+    fixed = put(fixed, new, size + more - part)
+    return jax.tree.map(lambda a: a[:size], fixed)
 
 
 def _few(columns: _Columns, kept: Array, choose: Any, group: int) -> _Fixed:
-    """Fixes a few columns, one after another."""
+    """Fixes a few columns, a tile after another."""
     now, upper, dead, before = columns
-    count, zero, rest = now.shape[0], jnp.zeros((), now.dtype), now
-    errors, masks, last = [], [], []
-    for i in range(count):
-        if i % group == 0:
-            own = slice(i, i + group)
-            left = None if before is None else before[own]
-            part = _Columns(rest[:group], upper[own, own], dead[own], left)
-            mask = choose(part, kept[own])
-            masks.extend(
-                lax.optimization_barrier(mask if left is None else mask & left)
-            )
-        last.append(rest[0])
-        errors.append(jnp.where(masks[i], zero, rest[0] / upper[i, i]))
-        # Without a barrier XLA makes a column anew for each one that follows.
-        rest = rest[1:] - upper[i, i + 1 :][:, None] * errors[i][None, :]
-        rest = lax.optimization_barrier(rest) if i + 1 < count else rest
-    mask = jnp.stack(masks)
-    return _Fixed(jnp.stack(errors), jnp.where(mask, jnp.stack(last), zero), mask)
+    rest, tiles = now, []
+    for i in range(0, now.shape[0], group):
+        own = slice(i, i + group)
+        left = None if before is None else before[own]
+        mask = choose(_Columns(rest[:group], upper[own, own], dead[own], left), kept[own])
+        mask = mask if left is None else mask & left
+        for j in range(0, group, _TILE):
+            width, at = min(_TILE, group - j), i + j
+            corner = upper[at : at + width, at : at + width]
+            tile = _tile(rest[:width], corner, mask[j : j + width])
+            tiles.append(tile)
+            rest = rest[width:]
+            for k, row in enumerate(tile.error):
+                rest = rest - upper[at + k, at + width :][:, None] * row[None, :]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *tiles)
+
+
+def _tile(now: Array, upper: Array, kept: Array) -> _Fixed:
+    """Fixes columns in one pass for their errors and one for their new weights."""
+    zero = jnp.zeros((), now.dtype)
+
+    def fix(_: Array, now: Array, kept: Array) -> _Fixed:
+        errors: list[Array] = []
+        last: list[Array] = []
+        for i, row in enumerate(now):
+            for k, error in enumerate(errors):
+                row = row - upper[k, i] * error
+            last.append(row)
+            errors.append(jnp.where(kept[i], zero, row / upper[i, i]))
+        return _Fixed(jnp.stack(errors), jnp.where(kept, jnp.stack(last), zero), kept)
+
+    return _Fixed(*_once(lambda *a: tuple(fix(*a)), now, now, kept))
