@@ -12,6 +12,7 @@ from jaxsparse.curvature._diagonal import diagonal_fisher as diagonal_fisher
 from jaxsparse.curvature._estimator import Estimator as Estimator
 from jaxsparse.curvature._estimator import Sums as Sums
 from jaxsparse.curvature._fisher import Fisher as Fisher
+from jaxsparse.curvature._fisher import apart as apart
 from jaxsparse.curvature._fisher import check_covers as check_covers
 from jaxsparse.curvature._gram import GramFactor as GramFactor
 from jaxsparse.curvature._gram import damped_inverse as damped_inverse

@@ -176,8 +176,7 @@ def block_greedy(
     return from_blocks(scores, layout)
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "accurate"))
-def block_restrict(
+def _restrict(
     root: Triangle,
     mask: Array,
     damping: Array,
@@ -215,9 +214,14 @@ def block_restrict(
         return over_blocks(restrict, layout.lead, 10 * b * b, *parts, **options)
 
 
+_options: Any = {"static_argnames": ("layout", "accurate")}
+block_restrict = jax.jit(_restrict, **_options)
+block_restrict_in_place = jax.jit(_restrict, donate_argnums=0, **_options)
+
+
 @functools.partial(jax.jit, static_argnames="layout")
 def block_eliminate(
-    root: Triangle, w: Array, removed: Array, *, layout: BlockLayout
+    root: Triangle, w: Array, removed: Array, kept: Array, *, layout: BlockLayout
 ) -> Array:
     """The exact update that removes weights: `w - F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q`.
 
@@ -225,6 +229,7 @@ def block_eliminate(
       root: the parameter's roots.
       w: the parameter.
       removed: a bool array of its shape, True = in Q.
+      kept: where weights may change as well; what is in neither changes by 0.
       layout: the parameter's.
 
     Returns:
@@ -232,7 +237,7 @@ def block_eliminate(
     """
     b, stored = layout.block_size, root.square.dtype
 
-    def eliminate(root: Triangle, w: Array, removed: Array) -> Array:
+    def eliminate(w: Array, root: Triangle, removed: Array) -> Array:
         r = _triangle.join(root, jnp.float64)
         inverse = jnp.einsum("...ka,...kb->...ab", r, r, precision=HIGHEST)
         both = removed[..., :, None] & removed[..., None, :]
@@ -246,29 +251,38 @@ def block_eliminate(
         return jnp.where(removed, -w, change).astype(stored)
 
     with jax.enable_x64(True):
-        blocks = to_blocks(w, layout), to_blocks(removed, layout)
-        change = over_blocks(eliminate, layout.lead, 10 * b * b, root, *blocks)
-    return from_blocks(change, layout)
+        parts = to_blocks(w.astype(stored), layout), root, to_blocks(removed, layout)
+        change = over_blocks(eliminate, layout.lead, 10 * b * b, *parts, in_place=True)
+    return jnp.where(kept | removed, from_blocks(change, layout), 0)
 
 
-def restrict_blocks(fisher: BlockFisher, masks: list[Array]) -> BlockFisher:
+def restrict_blocks(
+    fisher: BlockFisher, masks: list[Array], *, donate: bool = False
+) -> BlockFisher:
     """`restrict` for a block Fisher matrix.
 
     Args:
       fisher: a block Fisher matrix.
       masks: one for each parameter that takes part, of its shape.
+      donate: whether the result takes the memory of `fisher`.
 
     Returns:
       A block Fisher matrix over the kept weights.
     """
+    least = tuple(map(_least_pivot, fisher.roots))
+    one = block_restrict_in_place if donate else block_restrict
     roots = tuple(
-        block_restrict(r, mask, fisher.damping, layout=layout, accurate=fisher.accurate)
+        one(r, mask, fisher.damping, layout=layout, accurate=fisher.accurate)
         for r, mask, layout in zip(fisher.roots, masks, fisher.layouts, strict=True)
     )
-    for path, old, r in zip(fisher.paths, fisher.roots, roots, strict=True):
-        pivots = _triangle.diagonal(old)  # of the inverse, as square roots
-        largest = lambda p=pivots: 1 / jnp.square(jnp.min(p))
-        found = _triangle.diagonal(r)
-        check_factor(path, found, fisher.damping, largest, accurate=fisher.accurate)
     diagonals = tuple(map(inverse_diagonals, roots))
+    for path, pivot, d in zip(fisher.paths, least, diagonals, strict=True):
+        largest = lambda p=pivot: 1 / jnp.square(p)
+        check_factor(path, d, fisher.damping, largest, accurate=fisher.accurate)
     return dataclasses.replace(fisher, roots=roots, diagonals=diagonals)
+
+
+@jax.jit
+def _least_pivot(root: Triangle) -> Array:
+    """Of the inverse, as a square root."""
+    return jnp.min(_triangle.diagonal(root))

@@ -17,6 +17,7 @@ from jaxsparse.curvature._chunks import (
     cut,
     in_parts,
     is_spread,
+    over_blocks,
 )
 from jaxsparse.curvature._factor import HIGHEST
 from jaxsparse.curvature._layout import BlockLayout, to_blocks
@@ -58,6 +59,7 @@ def sum_up_anew(g: Array, *, layout: BlockLayout, accurate: bool) -> Triangle:
     return _sum_up(zeros, g, layout, accurate)
 
 
+@jax.jit
 def add_sums(sums: Triangle, other: Triangle) -> Triangle:
     """The sums of two parts of the gradients, in float64.
 
@@ -68,11 +70,14 @@ def add_sums(sums: Triangle, other: Triangle) -> Triangle:
     Returns:
       Those of both.
     """
+    *lead, b, _ = sums.square.shape
+
+    def add(*parts: Triangle) -> Triangle:
+        one, two = (_triangle.join(part, jnp.float64) for part in parts)
+        return _triangle.split(one + two, sums.square.dtype)
+
     with jax.enable_x64(True):
-        together = _triangle.join(sums, jnp.float64) + _triangle.join(
-            other, jnp.float64
-        )
-        return _triangle.split(together, sums.square.dtype)
+        return over_blocks(add, tuple(lead), 4 * b * b, sums, other, in_place=True)
 
 
 @functools.partial(jax.jit, static_argnames="layout")

@@ -151,7 +151,7 @@ def block_fisher(
         sum_up_anew(g, layout=layout, accurate=accurate)
         for g, layout in zip(leaves, layouts, strict=True)
     )
-    check_finite(paths, leaves, [_triangle.diagonal(s) for s in summed])
+    check_finite(paths, leaves, map(largest_diagonal, summed))
     sums = Sums(summed, jnp.int32(m), jax.tree.structure(grads), layouts)
     return _finalize(_root_in_place, sums, damping, rel_damping, accurate)
 
@@ -168,7 +168,8 @@ def block_estimator(
 
     The sums are `F` itself, in 48 bits and `block_size + 1` float32 a weight. Hand over
     some dozens of gradients at once: each update reads and writes all sums. Jit it with
-    the sums donated, then it works in place.
+    the sums donated, then it works in place; so does `finalize(sums, donate=True)`,
+    jitted or not, and leaves no sums behind.
 
     Args:
       block_size: the weights of a block.
@@ -219,7 +220,7 @@ def block_estimator(
             sum_up(s, g, layout=layout, accurate=accurate)
             for s, g, layout in zip(sums.sums, leaves, sums.layouts, strict=True)
         )
-        check_finite(sums.paths, leaves, [_triangle.diagonal(s) for s in new])
+        check_finite(sums.paths, leaves, map(largest_diagonal, new))
         return dataclasses.replace(
             sums, sums=new, count=sums.count + leaves[0].shape[0]
         )
@@ -229,11 +230,14 @@ def block_estimator(
         *,
         damping: float | Array | None = None,
         rel_damping: float | Array | None = None,
+        donate: bool = False,
     ) -> BlockFisher:
         check_one_damping(damping, rel_damping)
+        _checks.check_bool(donate=donate)
         if _checks.is_concrete(sums.count) and int(sums.count) == 0:
             raise ValueError("No gradients were summed up (m = 0): call update first.")
-        return _finalize(_root, sums, damping, rel_damping, accurate)
+        root = _root_in_place if donate else _root
+        return _finalize(root, sums, damping, rel_damping, accurate)
 
     return Estimator(init, update, merge_by(add_sums), finalize)
 
@@ -280,15 +284,22 @@ _root_in_place = jax.jit(_root_, static_argnames="accurate", donate_argnums=0)
 def _finalize(root, sums: Sums, damping, rel_damping, accurate: bool) -> BlockFisher:
     stored = widest([s.square for s in sums.sums])
     scale = 1 / sums.count.astype(stored)
-    squares = [_triangle.diagonal(s) for s in sums.sums]
+    squares = (_triangle.diagonal(s) for s in sums.sums)
     mean = lambda: mean_diagonal(squares, stored) * scale
     damping = absolute_damping(damping, rel_damping, mean, stored)
+    tops = tuple(map(largest_diagonal, sums.sums))  # `root` may take the sums' memory
     roots = tuple(root(s, scale, damping, accurate=accurate) for s in sums.sums)
-    for path, r, s in zip(sums.paths, roots, squares, strict=True):
-        largest = lambda s=s: jnp.max(s) * scale.astype(s.dtype)
-        check_factor(path, _triangle.diagonal(r), damping, largest, accurate=accurate)
     diagonals = tuple(map(inverse_diagonals, roots))
+    for path, d, top in zip(sums.paths, diagonals, tops, strict=True):
+        largest = lambda top=top: top * scale.astype(top.dtype)
+        check_factor(path, d, damping, largest, accurate=accurate)
     return BlockFisher(roots, diagonals, damping, sums.treedef, sums.layouts, accurate)
+
+
+@jax.jit
+def largest_diagonal(sums: Triangle) -> Array:
+    """The largest number on the diagonals; NaN or Inf if there is one."""
+    return jnp.max(_triangle.diagonal(sums))
 
 
 @jax.jit

@@ -19,7 +19,8 @@ class Estimator(NamedTuple):
       merge: `merge(sums, other) -> sums`, of two parts of the data. The order of
         merging changes rounding only.
       finalize: `finalize(sums, *, damping=None, rel_damping=None) -> fisher`. The sums
-        stay as they are, so a whole grid of dampings takes one pass over the data.
+        stay as they are, so a whole grid of dampings takes one pass over the data
+        (`block_estimator`'s has `donate=True`, which gives their memory to the result).
     """
 
     init: Callable[[PyTree], "Sums"]

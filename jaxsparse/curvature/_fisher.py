@@ -1,5 +1,6 @@
 """The approximations of the Fisher matrix, and what of a tree belongs to one."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -59,6 +60,38 @@ def masks_of(fisher: Fisher, masks: PyTree, *, name: str = "masks") -> list[Arra
     by_path = lambda xs: dict(zip(fisher.paths, xs, strict=True))
     patterns.check_masks(by_path(leaves), by_path(map(struct, shapes)))
     return [jnp.broadcast_to(m, shape) for m, shape in zip(leaves, shapes, strict=True)]
+
+
+def apart(fisher: Fisher) -> list[Fisher]:
+    """The approximations of what is independent: of one parameter each, where they are.
+
+    With one after another no more than one parameter is worked on at once.
+
+    Args:
+      fisher: an approximation of the Fisher matrix.
+
+    Returns:
+      Approximations of trees `{path: array}`, without copies; `MFac` as it is, since it
+      has one matrix for all parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> grads = {"a": jnp.ones((1, 2)), "b": jnp.ones((1, 3))}
+      >>> fisher = js.curvature.diagonal_fisher(grads, damping=1.0)
+      >>> [part.paths for part in js.curvature.apart(fisher)]
+      [('a',), ('b',)]
+    """
+    check_fisher(fisher)
+    if isinstance(fisher, MFac):
+        return [fisher]
+    own = {f.name: getattr(fisher, f.name) for f in dataclasses.fields(fisher)}
+    own = {name: x for name, x in own.items() if isinstance(x, tuple)}
+
+    def part(path: str, *values: Any) -> Fisher:
+        one = {name: (x,) for name, x in zip(own, values, strict=True)}
+        return dataclasses.replace(fisher, treedef=jax.tree.structure({path: 0}), **one)
+
+    return list(map(part, fisher.paths, *own.values()))
 
 
 def check_fisher(fisher: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxsparse import _checks
 from jaxsparse._typing import PyTree
 from jaxsparse.curvature._block_inverse import (
     block_eliminate,
@@ -121,7 +122,7 @@ def inverse_diagonal(fisher: Fisher) -> PyTree:
     return fisher.treedef.unflatten(diagonals)
 
 
-def restrict(fisher: Any, masks: PyTree) -> Any:
+def restrict(fisher: Any, masks: PyTree, *, donate: bool = False) -> Any:
     """The Fisher matrix of the weights that are kept.
 
     Rows and columns of pruned weights are taken out of `F` (not of its inverse): what
@@ -132,6 +133,8 @@ def restrict(fisher: Any, masks: PyTree) -> Any:
       fisher: an approximation of the Fisher matrix. (`MFac` copies its gradients; in a
         Kronecker form nothing can be taken out: take the gradients with `masks`.)
       masks: a tree of bools with a mask for each parameter that takes part.
+      donate: whether a `BlockFisher` is restricted in its own memory; `fisher` is not
+        there any more afterwards. Others are small, or are copied in any case.
 
     Returns:
       The same kind of approximation.
@@ -147,10 +150,11 @@ def restrict(fisher: Any, masks: PyTree) -> Any:
       >>> js.curvature.inverse_diagonal(kept)
       {'w': Array([0.1, 1. ], dtype=float32)}
     """
+    _checks.check_bool(donate=donate)
     full = masks_of(fisher, masks)
     match fisher:
         case BlockFisher():
-            return restrict_blocks(fisher, full)
+            return restrict_blocks(fisher, full, donate=donate)
         case MFac():
             return restrict_mfac(fisher, full)
         case BlockMFac():
@@ -204,11 +208,10 @@ def eliminate(
     ks = [~q for q in qs] if kept is None else masks_of(fisher, kept, name="kept")
     match fisher:
         case BlockFisher():
-            parts = zip(fisher.roots, ws, qs, fisher.layouts, strict=True)
-            changes = [block_eliminate(r, w, q, layout=lay) for r, w, q, lay in parts]
+            parts = zip(fisher.roots, ws, qs, ks, fisher.layouts, strict=True)
             changes = [
-                jnp.where(k | q, c, jnp.zeros((), c.dtype))
-                for c, k, q in zip(changes, ks, qs, strict=True)
+                block_eliminate(r, w, q, k, layout=layout)
+                for r, w, q, k, layout in parts
             ]
         case MFac():
             changes = mfac_eliminate(fisher, ws, qs, ks)

@@ -1,7 +1,7 @@
 """Gradient trees: leaves `[m, *shape]`, None where a parameter takes no part."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -206,7 +206,7 @@ def absolute_damping(
     return scalar
 
 
-def mean_diagonal(diagonals: list[Array], dtype: Any) -> Array:
+def mean_diagonal(diagonals: Iterable[Array], dtype: Any) -> Array:
     """The mean over the weights that have gradients.
 
     Args:
@@ -217,9 +217,9 @@ def mean_diagonal(diagonals: list[Array], dtype: Any) -> Array:
     Returns:
       A scalar.
     """
+    parts = [(jnp.sum(d), jnp.sum(d > 0, dtype=jnp.int32)) for d in diagonals]
     add = lambda xs: functools.reduce(jnp.add, [x.astype(dtype) for x in xs])
-    total = add([jnp.sum(d) for d in diagonals])
-    count = add([jnp.sum(d > 0, dtype=jnp.int32) for d in diagonals])
+    total, count = map(add, zip(*parts, strict=True))
     return total / jnp.maximum(count, 1)
 
 
@@ -278,7 +278,8 @@ def check_factor(
 
     Args:
       path: the parameter's path, or what else was factored.
-      diagonal: that of the factor, NaN where the matrix was not positive definite.
+      diagonal: that of the factor or of the inverse, a row for each matrix, NaN where
+        that was not positive definite.
       damping: what was added to the diagonal.
       largest: makes a lower bound of the largest eigenvalue of `F`; called where that
         is needed.

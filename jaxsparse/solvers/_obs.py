@@ -115,7 +115,7 @@ def obs(
     _check(params, fisher, rules)
     if sparsity is None and isinstance(pattern, patterns.NM):
         sparsity = pattern.sparsity
-    gone = None
+    gone, own = None, False
     if masks is None:
         masks = jax.tree.map(lambda w: jnp.ones((), bool), params)
     else:
@@ -125,14 +125,14 @@ def obs(
         options = {"where": rules.selected, "axes": axes, "pattern": pattern}
         check_further(params, masks, sparsity, **options)
         params = patterns.apply(params, masks)
-        fisher = _without(fisher, masks)
+        fisher, own = _without(fisher, masks), True
     cuts = targets(gone, sparsity, steps, pattern, rules.selected)
     for k, target in enumerate(cuts):
         if k and refresh is not None:
-            fisher = refresh(params, masks)
+            fisher, own = refresh(params, masks), False
             _check(params, fisher, rules)
         if k:
-            fisher = _without(fisher, masks)
+            fisher, own = _without(fisher, masks, donate=own), True
         params, masks = _cut(params, fisher, masks, target, rules)
     return patterns.Pruned(params, masks)
 
@@ -154,10 +154,12 @@ def _choose(
     return choose(scored, sparsity, masks=masks, **options)[0]
 
 
-def _without(fisher: curvature.Fisher, masks: PyTree) -> curvature.Fisher:
+def _without(
+    fisher: curvature.Fisher, masks: PyTree, *, donate: bool = False
+) -> curvature.Fisher:
     if isinstance(fisher, curvature.KroneckerFisher):
         return fisher
-    return curvature.restrict(fisher, masks)
+    return curvature.restrict(fisher, masks, donate=donate)
 
 
 # One cut.
@@ -170,38 +172,55 @@ def _cut(
     sparsity: Sparsity,
     rules: _Rules,
 ) -> patterns.Pruned:
-    losses, alone = _each_alone(params, fisher, rules)
-    if rules.greedy and isinstance(fisher, curvature.BlockFisher):
-        most = _most(sparsity, rules.pattern)
-        losses = curvature.greedy_scores(fisher, params, masks=masks, most=most)
+    """One parameter after another: what is made for it is gone before the next."""
+    parts = curvature.apart(fisher)
+    of = lambda tree: dict(leaves_with_paths(tree))
+    ws, old, taken = of(params), of(masks), of(rules.selected)
+    pick = lambda part, found: {p: found[p] for p in part.paths if p in found}
+    losses, alone = {}, {}
+    for part in parts:
+        rho, y = _each_alone(pick(part, ws), part, rules)
+        if rules.greedy and isinstance(part, curvature.BlockFisher):
+            most = _most(sparsity, rules.pattern)
+            some = {"masks": pick(part, old), "most": most}
+            rho = curvature.greedy_scores(part, pick(part, ws), **some)
+        losses |= rho
+        if rules.update == "independent":
+            alone |= y
+        del rho, y
     left = _choose(_fill(losses, params), sparsity, rules, masks)
     if rules.update == "none":
         return patterns.Pruned(patterns.apply(params, left), left)
-    removed = jax.tree.map(lambda new, old: ~new & old, left, masks)
-    if rules.update == "joint":
-        # What is not selected may not change, though M-FAC's matrix may hold it.
-        kept = jax.tree.map(jnp.logical_and, left, rules.selected)
-        change = curvature.eliminate(fisher, params, removed, kept=kept)
-    else:
-        found = dict(leaves_with_paths(removed))
-        pick = lambda path, y: jnp.where(found[path], -y, jnp.zeros((), y.dtype))
-        change = curvature.ihvp(fisher, map_with_path(pick, alone))
-    return patterns.Pruned(_changed(params, change, left, rules.selected), left)
+    del losses
+    new = of(left)
+    for part in parts:
+        left_of = pick(part, new)
+        removed = {path: ~mask & old[path] for path, mask in left_of.items()}
+        if rules.update == "joint":
+            # What is not selected may not change, though M-FAC's matrix may hold it.
+            kept = {path: mask & taken[path] for path, mask in left_of.items()}
+            some = curvature.eliminate(part, pick(part, ws), removed, kept=kept)
+        else:
+            back = {p: jnp.where(q, -alone[p], 0) for p, q in removed.items()}
+            some = curvature.ihvp(part, back)
+        change = dict(leaves_with_paths(some))
+        del some
+        for path in filter(taken.get, part.paths):
+            ws[path] = _moved(ws[path], change.pop(path), new[path])
+    return patterns.Pruned(map_with_path(lambda path, _: ws[path], params), left)
 
 
 def _each_alone(
-    params: PyTree, fisher: curvature.Fisher, rules: _Rules
-) -> tuple[PyTree, PyTree]:
+    params: dict[str, Array], fisher: curvature.Fisher, rules: _Rules
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """The loss when each unit is removed alone, and `y` so that `-F^-1 y` does that."""
     if isinstance(fisher, curvature.BlockFisher) and _is_tiled(rules):
         return curvature.group_scores(fisher, params)
     diagonal = dict(leaves_with_paths(curvature.inverse_diagonal(fisher)))
-    wide = {
-        path: w.astype(diagonal[path].dtype)
-        for path, w in leaves_with_paths(params)
-        if path in diagonal
-    }
+    wide = {path: w.astype(diagonal[path].dtype) for path, w in params.items()}
     losses = scores.obs(wide, diagonal, where=True)
+    if rules.update != "independent":
+        return losses, {}
     return losses, {path: w / diagonal[path] for path, w in wide.items()}
 
 
@@ -227,18 +246,11 @@ def _fill(found: PyTree, params: PyTree) -> PyTree:
     return map_with_path(pick, params)
 
 
-def _changed(params: PyTree, change: PyTree, masks: PyTree, selected: PyTree) -> PyTree:
-    found = dict(leaves_with_paths(change))
-
-    def one(path: str, w: Array, mask: Array, taken: bool) -> Array:
-        if not taken:
-            return w
-        dw = found[path]
-        wide = max(w.dtype, dw.dtype, key=lambda dtype: dtype.itemsize)
-        moved = (w.astype(wide) + dw.astype(wide)).astype(w.dtype)
-        return jnp.where(mask, moved, jnp.zeros((), w.dtype))
-
-    return map_with_path(one, params, masks, selected)
+@jax.jit
+def _moved(w: Array, dw: Array, mask: Array) -> Array:
+    wide = max(w.dtype, dw.dtype, key=lambda dtype: dtype.itemsize)
+    moved = (w.astype(wide) + dw.astype(wide)).astype(w.dtype)
+    return jnp.where(mask, moved, jnp.zeros((), w.dtype))
 
 
 # Errors.

@@ -304,6 +304,7 @@ CALLS = {
     },
     "curvature.diagonal_estimator": lambda: {"where": "kernel$"},
     "curvature.diagonal_fisher": lambda: {"grads": example_grads(), "damping": 1e-2},
+    "curvature.apart": lambda: {"fisher": fisher()},
     "curvature.check_covers": lambda: {"fisher": fisher(), "path": "up/kernel"},
     "curvature.damped_inverse": lambda: {"factor": factor()},
     "curvature.factor_gram": lambda: {"gram": gram(), "rel_damping": 0.01},
