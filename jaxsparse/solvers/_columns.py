@@ -438,7 +438,9 @@ def _few(columns: _Columns, kept: Array, choose: Any, group: int) -> _Fixed:
     for i in range(0, now.shape[0], group):
         own = slice(i, i + group)
         left = None if before is None else before[own]
-        mask = choose(_Columns(rest[:group], upper[own, own], dead[own], left), kept[own])
+        mask = choose(
+            _Columns(rest[:group], upper[own, own], dead[own], left), kept[own]
+        )
         mask = mask if left is None else mask & left
         for j in range(0, group, _TILE):
             width, at = min(_TILE, group - j), i + j

@@ -1,6 +1,7 @@
 """`enforce`: the wrapper that can keep the whole promise."""
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
@@ -13,10 +14,14 @@ from jaxsparse.transforms._moments import reset_moments
 from jaxsparse.transforms._project import add_change, project
 from jaxsparse.transforms._state import (
     NO_STATE,
+    PruneScheduleState,
     find_states,
     masks_like,
     put_states,
 )
+
+Look = Callable[..., list[PruneScheduleState]]
+"""The pruning states after a step, of the arguments of its update."""
 
 
 def enforce(
@@ -67,6 +72,52 @@ def enforce(
              [ True, False]], dtype=bool)
     """
     _checks.check_transformation(tx=tx)
+    return _enforced(tx, _look_at(tx))
+
+
+def enforce_chain(
+    schedule: optax.GradientTransformationExtraArgs, tx: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """`enforce(optax.chain(schedule, tx))`, in which an update runs `tx` once.
+
+    Args:
+      schedule: what `prune_schedule` returned.
+      tx: an optimizer.
+
+    Returns:
+      A transformation with the state of the chain.
+    """
+    _checks.check_transformation(tx=tx)
+    chain = optax.chain(schedule, tx)
+    look_at_all = _look_at(chain)
+
+    def look(updates, state, params, **extra_args):
+        own, rest = state
+        if find_states(rest):
+            return look_at_all(updates, state, params, **extra_args)
+        return [schedule.update(updates, own, params, **extra_args)[1]]
+
+    return _enforced(chain, look)
+
+
+def _look_at(tx: optax.GradientTransformation) -> Look:
+    """Runs all of an optimizer.
+
+    Only that knows which gradients the schedules inside of it see, and in which steps.
+    What else it does is dead code that jit drops.
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def look(updates, state, params, **extra_args):
+        return find_states(inner.update(updates, state, params, **extra_args)[1])
+
+    return look
+
+
+def _enforced(
+    tx: optax.GradientTransformation, look: Look
+) -> optax.GradientTransformationExtraArgs:
+    """`enforce`, with a way to the masks of a step."""
     inner = optax.with_extra_args_support(tx)
 
     def init_fn(params: PyTree) -> optax.OptState:
@@ -78,13 +129,11 @@ def enforce(
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
-        # The first look is for the masks of this step; the rest of it is dead code that
-        # jit drops. With them in place the optimizer's memory is put in order before it
-        # is used: afterwards would cost a copy of all moments in every step.
-        _, looked = inner.update(updates, state, params, **extra_args)
-        chosen = find_states(looked)
-        masks = masks_like(params, looked)
+        # With the masks of this step in place the optimizer's memory is put in order
+        # before it is used: afterwards would cost a copy of all moments in every step.
+        chosen = look(updates, state, params, **extra_args)
         held = put_states(state, [s._replace(updated=None) for s in chosen])
+        masks = masks_like(params, held)
         regrew = functools.reduce(jnp.logical_or, [s.regrew for s in chosen])
         held = reset_moments(held, updates, masks, regrew)
         updated = [jnp.asarray(s.updated, bool) for s in chosen]

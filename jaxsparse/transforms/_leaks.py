@@ -14,6 +14,11 @@ from jaxsparse._sharded import manual_axes, varying_axes, varying_is_known
 from jaxsparse._typing import Array, PyTree
 from jaxsparse._zeros import nonzero
 
+Pair = tuple[Array, Array]
+Flag = Callable[[Array, Array], Array]
+
+_MOST = 8  # arrays read at once; more are slower, and a byte counts to 255
+
 
 def regrew_in(new: PyTree, old: PyTree, axis_name: Any) -> Array:
     """Whether new masks bring a weight back.
@@ -26,7 +31,8 @@ def regrew_in(new: PyTree, old: PyTree, axis_name: Any) -> Array:
     Returns:
       A bool, the same on all devices.
     """
-    return _any(jax.tree.map(lambda n, o: n & ~o, new, old), axis_name)
+    pairs = list(zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
+    return _any(pairs, lambda new, old: new & ~old, axis_name)
 
 
 def most_leaked(most: Array, params: PyTree, masks: PyTree, axis_name: Any) -> Array:
@@ -41,29 +47,54 @@ def most_leaked(most: Array, params: PyTree, masks: PyTree, axis_name: Any) -> A
     Returns:
       An integer, the same on all devices.
     """
-    leaks = jax.tree.map(
-        lambda w, mask: nonzero(w) & ~mask if jnp.ndim(mask) else jnp.zeros((), bool),
-        params,
-        masks,
-    )
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
+    pairs = [(w, mask) for w, mask in leaves if jnp.ndim(mask)]
+    leaks = lambda w, mask: nonzero(w) & ~mask
 
-    def count(most: Array, leaks: PyTree) -> Array:
+    def count(most: Array, pairs: list[Pair]) -> Array:
         counts = [
-            _over_shards(lax.psum, jnp.sum(x, dtype=jnp.float32), axis_name)
-            for x in jax.tree.leaves(leaks)
+            _over_shards(lax.psum, _sum(x), axis_name)
+            for x in _laid_over(pairs, leaks, jnp.add)
         ]
         total = sum(counts, start=jnp.zeros((), jnp.float32))
         return jnp.maximum(most, jnp.minimum(total, 2.0**30).astype(most.dtype))
 
-    return when(_any(leaks, axis_name), count, most, leaks)
+    return when(_any(pairs, leaks, axis_name), count, most, pairs)
 
 
-def _any(flags: PyTree, axis_name: Any) -> Array:
+def _any(pairs: list[Pair], flag: Flag, axis_name: Any) -> Array:
     # On CPU a maximum of bytes takes a quarter of the time of `any`, and a sixteenth of
     # that of a sum.
-    found = [jnp.max(x.astype(jnp.uint8), initial=0) for x in jax.tree.leaves(flags)]
+    laid = _laid_over(pairs, flag, jnp.bitwise_or)
+    found = [jnp.max(x, initial=0) for x in laid]
     some = functools.reduce(jnp.maximum, found, jnp.zeros((), jnp.uint8))
     return _over_shards(lax.pmax, some.astype(jnp.int32), axis_name) > 0
+
+
+def _laid_over(
+    pairs: list[Pair], flag: Flag, add: Callable[[Array, Array], Array]
+) -> list[Array]:
+    """Flags as bytes, those of one shape added up: a pass for each shape.
+
+    A pass for each array would be most of what a step takes to compile beyond the
+    search. Where there is a mesh, arrays of one shape may lie in different ways, and
+    each stays by itself.
+    """
+    shapes: dict[Any, list[Array]] = {}
+    for i, pair in enumerate(pairs):
+        x = flag(*pair)
+        alone = bool(manual_axes()) or not jax.typeof(x).sharding.mesh.empty
+        shapes.setdefault(i if alone else x.shape, []).append(x.astype(jnp.uint8))
+    return [
+        functools.reduce(add, own[i : i + _MOST])
+        for own in shapes.values()
+        for i in range(0, len(own), _MOST)
+    ]
+
+
+def _sum(x: Array) -> Array:
+    # Of unsigned integers: for a sum of floats XLA would make an array of them.
+    return jnp.sum(x, dtype=jnp.uint32).astype(jnp.float32)
 
 
 def _over_shards(collect: Callable[..., Array], x: Array, axis_name: Any) -> Array:

@@ -24,8 +24,8 @@ class PruneScheduleState(NamedTuple):
       step: how many updates were made, int32.
       masks: a tree of bools like the parameters, True = kept.
       score_state: what the score remembers.
-      updated: whether the last update chose masks anew. (None inside of `enforce`, in
-        whose second look the masks of this step are already there.)
+      updated: whether the last update chose masks anew. (None inside of `enforce`,
+        which runs the optimizer when the masks of this step are already there.)
       regrew: whether it brought a weight back.
       leaked: the most pruned weights that were ever found nonzero at once, int32;
         looked for after each choice of masks and in every 100th step.
