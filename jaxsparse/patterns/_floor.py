@@ -18,7 +18,7 @@ from jaxsparse._typing import Array
 from jaxsparse.patterns._counting import count
 from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._keys import ordered_keys, positions
-from jaxsparse.patterns._shards import Split, names_along, pieces, total
+from jaxsparse.patterns._shards import Split, names_along, pieces, total, varying_as
 from jaxsparse.patterns._threshold import First, top_k_masks
 
 
@@ -62,10 +62,11 @@ def top_k_with_floor(
     in_all = sum(n * (size // layer) for n, size, layer in each if n)
 
     def again(masks: list[Array], scores: list[Array], keep: Array) -> list[Array]:
-        first = [
-            _best(x if of is None else of(x), axes, split, n)
-            for x, axes, split, n in zip(scores, layers, splits, least, strict=True)
-        ]
+        first, now = [], keep
+        for x, axes, split, n in zip(scores, layers, splits, least, strict=True):
+            first.append(_best(x if of is None else of(x), axes, split, n, now))
+            # One after the other: each takes memory.
+            now = jnp.minimum(now, jnp.sum(first[-1].end, dtype=now.dtype))
         keep = jnp.maximum(keep, jnp.asarray(in_all, keep.dtype))
         options = {"splits": splits, "of": of, "first": first, "layers": layers}
         return top_k_masks(scores, keep, **options)
@@ -92,9 +93,16 @@ def _is_short(mask: Array, axes: tuple[int, ...], split: Split, least: int) -> A
     return lax.pmax(short, apart) if apart else short
 
 
-def _best(x: Array, axes: tuple[int, ...], split: Split, least: int) -> First:
-    """The `least` largest of each layer; of equal ones those with lower positions."""
+def _best(
+    x: Array, axes: tuple[int, ...], split: Split, least: int, now: Array
+) -> First:
+    """The `least` largest of each layer; of equal ones those with lower positions.
+
+    Nothing is made before `now`, which is not negative: else it were in every step.
+    """
     keys, over = ordered_keys(x), names_along(split, axes)
+    zero = jnp.minimum(now, jnp.zeros_like(now))
+    shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
 
     def add(_, found: First) -> First:
         # The next one is the highest below the last, or one equal to it and behind it.
@@ -110,7 +118,8 @@ def _best(x: Array, axes: tuple[int, ...], split: Split, least: int) -> First:
         place = lax.pmin(place, over) if over else place
         return First(top, place + 1)
 
-    nothing = jnp.zeros_like(jnp.max(keys, axis=axes, keepdims=True))
     dtype = jax.eval_shape(lambda x: positions(x, axes, split), x).dtype
-    start = First(~nothing, nothing.astype(dtype))
+    start = First(~zero.astype(keys.dtype), zero.astype(dtype))
+    start = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), start)
+    start = jax.tree.map(lambda n: varying_as(n, [x], [over]), start)
     return lax.fori_loop(0, least, add, start)

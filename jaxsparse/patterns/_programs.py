@@ -75,7 +75,7 @@ def _joint(parts: list[Part], pattern: Pattern) -> list[list[int]]:
 
 
 def _after(previous: Array, keep: Array) -> Array:
-    """`keep`, once the mask of the previous parameter is there.
+    """`keep`, once the mask of the previous parameter is there; see `now` there.
 
     Under jit XLA would otherwise work on all parameters at once, and hold the scratch
     memory of each of them. (Where there is a mesh, one entry is not at hand.)

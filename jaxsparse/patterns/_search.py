@@ -26,7 +26,9 @@ from jaxsparse.patterns._shards import Split, names_along, pieces, total, varyin
 
 _DIGIT = 8  # bits
 _TOP = 2**_DIGIT - 1
-_SAMPLE = 2**15  # entries: as many tell a quantile to half a percent
+_SAMPLE = 2**13, 2**16  # entries, at least and at most
+_SHARE = 2**7  # one in so many
+_RUN = 64  # entries that lie together: memory is slow to give single ones
 _LARGE = 2**18  # entries from which a sample pays
 _DEVIATIONS = 4
 
@@ -176,13 +178,18 @@ def _near(
     It is for CPUs. A pass of an accelerator takes less time than it takes to start the
     passes over the sample.
     """
-    stride = size // _SAMPLE | 1  # odd: else it may never leave some columns
+    least, most = _SAMPLE
+    stride = size // min(max(size // _SHARE, least), most)
+    stride = stride | 1  # odd: else it may never leave some columns
+
+    def some(x: Array) -> Array:
+        flat = x.reshape(-1)
+        runs = lax.slice(flat, (0,), (x.size - x.size % _RUN,)).reshape(-1, _RUN)
+        return lax.slice(runs, (0, 0), runs.shape, (stride, 1)).reshape(-1)
 
     def sampled(whole: Cut, *arrays: Array) -> tuple[Cut, Array]:
-        sample = jnp.concatenate([
-            f(lax.slice(x.reshape(-1), (0,), (x.size,), (stride,)))
-            for f, x in zip(keys_of, arrays, strict=True)
-        ])
+        pairs = zip(keys_of, arrays, strict=True)
+        sample = jnp.concatenate([f(some(x)) for f, x in pairs])
         n = sample.size
         share = whole.need.astype(jnp.float32) / size
         margin = _DEVIATIONS * jnp.sqrt(share * (1 - share) * n) + 1

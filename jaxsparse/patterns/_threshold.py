@@ -72,8 +72,17 @@ def top_k_masks(
     if axes is not None and len(axes) == scores[0].ndim:
         axes = None
     score_of = of or (lambda x: x)
-    if first is None:
-        arrays: list[Any] = scores
+    arrays: list[Any] = scores
+    keys_of: list[Callable[[Any], Array]]
+    if of is None and first is None:
+        # A loop takes what it reads as arrays: keys then, which say more than scores.
+        # None has a bit of 0 that has to wait for `keep`, so that what is selected
+        # later is not made before.
+        zero = jnp.minimum(jnp.min(keep), 0)
+        arrays = [ordered_keys(x) for x in scores]
+        arrays = [key | zero.astype(key.dtype) for key in arrays]
+        keys_of = [lambda key: key] * len(scores)
+    elif first is None:
         keys_of = [lambda x: ordered_keys(score_of(x))] * len(scores)
     else:
         assert layers is not None
