@@ -19,7 +19,7 @@ from jaxsparse.patterns._counting import count
 from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._keys import ordered_keys, positions
 from jaxsparse.patterns._shards import Split, names_along, pieces, total, varying_as
-from jaxsparse.patterns._threshold import First, top_k_masks
+from jaxsparse.patterns._threshold import First, held_keys, masks_by_keys
 
 
 def top_k_with_floor(
@@ -40,13 +40,18 @@ def top_k_with_floor(
       splits: of shards, over which mesh axes each array is split.
       min_keep: how many of each layer stay at least, or all of a smaller one. Where
         that is more than `keep` in all, it is what stays.
-      of: a function of single entries, as for `top_k_masks`.
+      of: a function of single entries: then the scores are `of(x)` for `x` in `scores`,
+        made in every pass anew in place of being held.
 
     Returns:
       Bool arrays of the shapes of `scores`.
     """
-    scores = lax.stop_gradient(list(scores))
-    masks = top_k_masks(scores, keep, splits=splits, of=of)
+    if of is None:
+        arrays, key_of = held_keys(scores, keep)
+    else:
+        arrays = lax.stop_gradient(list(scores))
+        key_of = lambda x: ordered_keys(of(x))
+    masks = masks_by_keys(arrays, key_of, keep, splits=splits)
     sizes = [
         math.prod(x.shape[a] for a in axes) * pieces(names_along(split, axes))
         for x, axes, split in zip(scores, layers, splits, strict=True)
@@ -61,15 +66,15 @@ def top_k_with_floor(
     each = zip(least, whole, sizes, strict=True)
     in_all = sum(n * (size // layer) for n, size, layer in each if n)
 
-    def again(masks: list[Array], scores: list[Array], keep: Array) -> list[Array]:
+    def again(masks: list[Array], arrays: list[Array], keep: Array) -> list[Array]:
         first, now = [], keep
-        for x, axes, split, n in zip(scores, layers, splits, least, strict=True):
-            first.append(_best(x if of is None else of(x), axes, split, n, now))
+        for x, axes, split, n in zip(arrays, layers, splits, least, strict=True):
+            first.append(_best(key_of(x), axes, split, n, now))
             # One after the other: each takes memory.
             now = jnp.minimum(now, jnp.sum(first[-1].end, dtype=now.dtype))
         keep = jnp.maximum(keep, jnp.asarray(in_all, keep.dtype))
-        options = {"splits": splits, "of": of, "first": first, "layers": layers}
-        return top_k_masks(scores, keep, **options)
+        floor = {"first": first, "layers": layers}
+        return masks_by_keys(arrays, key_of, keep, splits=splits, **floor)
 
     short = [
         _is_short(mask, axes, split, n)
@@ -77,7 +82,7 @@ def top_k_with_floor(
         if n
     ]
     short = functools.reduce(jnp.maximum, short)
-    return when(short > 0, again, masks, scores, keep)
+    return when(short > 0, again, masks, arrays, keep)
 
 
 def _is_short(mask: Array, axes: tuple[int, ...], split: Split, least: int) -> Array:
@@ -94,20 +99,20 @@ def _is_short(mask: Array, axes: tuple[int, ...], split: Split, least: int) -> A
 
 
 def _best(
-    x: Array, axes: tuple[int, ...], split: Split, least: int, now: Array
+    keys: Array, axes: tuple[int, ...], split: Split, least: int, now: Array
 ) -> First:
     """The `least` largest of each layer; of equal ones those with lower positions.
 
     Nothing is made before `now`, which is not negative: else it were in every step.
     """
-    keys, over = ordered_keys(x), names_along(split, axes)
+    over = names_along(split, axes)
     zero = jnp.minimum(now, jnp.zeros_like(now))
-    shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
+    shape = [1 if a in axes else n for a, n in enumerate(keys.shape)]
 
     def add(_, found: First) -> First:
         # The next one is the highest below the last, or one equal to it and behind it.
         low, end = found
-        position = positions(x, axes, split, now=end)
+        position = positions(keys, axes, split, now=now)
         behind = (keys < low) | ((keys == low) & (position >= end))
         rest = jnp.where(behind, keys, jnp.zeros_like(keys))
         top = jnp.max(rest, axis=axes, keepdims=True)
@@ -118,8 +123,8 @@ def _best(
         place = lax.pmin(place, over) if over else place
         return First(top, place + 1)
 
-    dtype = jax.eval_shape(lambda x: positions(x, axes, split), x).dtype
+    dtype = jax.eval_shape(lambda x: positions(x, axes, split), keys).dtype
     start = First(~zero.astype(keys.dtype), zero.astype(dtype))
     start = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), start)
-    start = jax.tree.map(lambda n: varying_as(n, [x], [over]), start)
-    return lax.fori_loop(0, least, add, start)
+    start = jax.tree.map(lambda n: varying_as(n, [keys], [over]), start)
+    return add(0, start) if least == 1 else lax.fori_loop(0, least, add, start)

@@ -64,7 +64,11 @@ def positions(
     split = split or ((),) * x.ndim
     dtype = count_dtype(x.size * pieces(names_along(split, axes)))
     position = jnp.zeros(x.shape, dtype)
-    stride = jnp.ones((), dtype) if now is None else after(now, jnp.ones((), dtype))
+    stride = jnp.ones((), dtype)
+    if now is not None and now.ndim == 0:  # a count, which is not negative
+        stride = stride + jnp.minimum(now.astype(dtype), 0)
+    elif now is not None:
+        stride = after(now, stride)
     for axis in sorted(axes, reverse=True):
         position = position + stride * index_along(x, axis, split, dtype)
         stride = stride * (x.shape[axis] * pieces(split[axis]))

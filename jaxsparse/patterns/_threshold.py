@@ -33,15 +33,16 @@ class First(NamedTuple):
     end: Array
 
 
+KeyOf = Callable[[Array], Array]
+"""The ordered key of every entry of an array."""
+
+
 def top_k_masks(
     scores: Sequence[Array],
     keep: Array,
     *,
     axes: Competing = None,
     splits: Sequence[Split] | None = None,
-    of: Callable[[Array], Array] | None = None,
-    first: Sequence[First] | None = None,
-    layers: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Array]:
     """Masks of the `keep` largest scores of each competing group.
 
@@ -52,53 +53,82 @@ def top_k_masks(
       axes: the axes along which the entries of a single array compete; the indices of
         the other axes are groups of their own. None: all entries.
       splits: of shards, over which mesh axes each array is split.
-      of: a function of single entries: then the scores are `of(x)` for `x` in `scores`,
-        made in every pass anew in place of being held.
-      first: for each array what comes before all others, at most `keep` in a group.
-      layers: for each array the axes along which the groups of `first` lie.
 
     Returns:
       Bool arrays of the shapes of `scores`, exactly `keep` of each group True. Among
       equal scores the one with the lower flat index (in the order of the list) comes
       first.
 
-    Cost: for each digit of 8 bits one pass over the scores and 8 over the digits, and
-    one for the mask; two more where the threshold is tied. Memory: the digits, one byte
-    a score.
+    Cost: for each digit of 8 bits one pass over the keys and 8 over the digits, and one
+    for the mask; two more where the threshold is tied. Memory: the keys, and the
+    digits, one byte a score.
     """
-    scores = lax.stop_gradient(list(scores))
     if splits is None:
         splits = [((),) * x.ndim for x in scores]
-    if axes is not None and len(axes) == scores[0].ndim:
+    keys, key_of = held_keys(scores, keep)
+    return masks_by_keys(keys, key_of, keep, axes=axes, splits=splits)
+
+
+def held_keys(scores: Sequence[Array], keep: Array) -> tuple[list[Array], KeyOf]:
+    """Keys that are made once.
+
+    A loop takes what it reads as arrays, and scores that are computed would be held for
+    it anyway. None is made before `keep` is there: a bit of 0 waits for it.
+
+    Args:
+      scores: floating-point arrays of one dtype.
+      keep: how many stay.
+
+    Returns:
+      Arrays for `masks_by_keys`, and what their keys are.
+    """
+    zero = jnp.minimum(jnp.min(keep), 0)
+    keys = [ordered_keys(x) for x in lax.stop_gradient(list(scores))]
+    return [key | zero.astype(key.dtype) for key in keys], lambda key: key
+
+
+def masks_by_keys(
+    arrays: Sequence[Array],
+    key_of: KeyOf,
+    keep: Array,
+    *,
+    axes: Competing = None,
+    splits: Sequence[Split],
+    first: Sequence[First] | None = None,
+    layers: Sequence[tuple[int, ...]] | None = None,
+) -> list[Array]:
+    """Masks of the `keep` largest keys of each competing group.
+
+    Args:
+      arrays: arrays of one dtype, of which each pass over them makes the keys.
+      key_of: how.
+      keep: how many stay in each group, as for `top_k_masks`, and so are the others.
+      axes: the axes along which the entries of a single array compete.
+      splits: of shards, over which mesh axes each array is split.
+      first: for each array what comes before all others, at most `keep` in a group.
+      layers: for each array the axes along which the groups of `first` lie.
+
+    Returns:
+      Bool arrays of the shapes of `arrays`.
+    """
+    if axes is not None and len(axes) == arrays[0].ndim:
         axes = None
-    score_of = of or (lambda x: x)
-    arrays: list[Any] = scores
-    keys_of: list[Callable[[Any], Array]]
-    if of is None and first is None:
-        # A loop takes what it reads as arrays: keys then, which say more than scores.
-        # None has a bit of 0 that has to wait for `keep`, so that what is selected
-        # later is not made before.
-        zero = jnp.minimum(jnp.min(keep), 0)
-        arrays = [ordered_keys(x) for x in scores]
-        arrays = [key | zero.astype(key.dtype) for key in arrays]
-        keys_of = [lambda key: key] * len(scores)
-    elif first is None:
-        keys_of = [lambda x: ordered_keys(score_of(x))] * len(scores)
-    else:
+    entries: list[Any] = list(arrays)
+    keys_of: list[Callable[[Any], Array]] = [key_of] * len(entries)
+    if first is not None:
         assert layers is not None
-        arrays = list(zip(scores, first, strict=True))
+        entries = list(zip(arrays, first, strict=True))
         keys_of = [
-            functools.partial(_with_first, score_of, layer, split)
+            functools.partial(_with_first, key_of, layer, split)
             for layer, split in zip(layers, splits, strict=True)
         ]
-    begin_near = first is None
-    cut = search(arrays, keys_of, keep, axes, splits, begin_near=begin_near)
+    cut = search(entries, keys_of, keep, axes, splits, begin_near=first is None)
     if axes is None:
-        ends = tie_ends(arrays, keys_of, cut, splits)
+        ends = tie_ends(entries, keys_of, cut, splits)
     else:
-        ends = [tie_ends_of_groups(arrays[0], keys_of[0], cut, axes, splits[0])]
+        ends = [tie_ends_of_groups(entries[0], keys_of[0], cut, axes, splits[0])]
     masks = []
-    for x, key_of, end, split in zip(arrays, keys_of, ends, splits, strict=True):
+    for x, key_of, end, split in zip(entries, keys_of, ends, splits, strict=True):
         key = key_of(x)
         position = positions(key, axes, split, now=end)
         masks.append((key > cut.low) | ((key == cut.low) & (position < end)))
@@ -106,14 +136,11 @@ def top_k_masks(
 
 
 def _with_first(
-    score_of: Callable[[Array], Array],
-    axes: tuple[int, ...],
-    split: Split,
-    entry: tuple[Array, First],
+    key_of: KeyOf, axes: tuple[int, ...], split: Split, entry: tuple[Array, First]
 ) -> Array:
     """Keys of which those that come first are the highest."""
     x, first = entry
-    key = ordered_keys(score_of(x))
+    key = key_of(x)
     position = positions(x, axes, split, now=first.end)
     ahead = (key > first.low) | ((key == first.low) & (position < first.end))
     return jnp.where(ahead, ~jnp.zeros_like(key), key)  # no number has this key
