@@ -7,8 +7,9 @@ are looked at, in one pass, and the selection is repeated only if a layer has to
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,8 +17,9 @@ from jaxsparse._loops import when
 from jaxsparse._typing import Array
 from jaxsparse.patterns._counting import count
 from jaxsparse.patterns._counts import count_dtype
-from jaxsparse.patterns._shards import Split, names_along, pieces, total
-from jaxsparse.patterns._threshold import ordered_keys, positions, top_k_masks
+from jaxsparse.patterns._keys import ordered_keys, positions
+from jaxsparse.patterns._shards import Split, names_along, pieces, total, varying_as
+from jaxsparse.patterns._threshold import First, held_keys, masks_by_keys
 
 
 def top_k_with_floor(
@@ -26,6 +28,7 @@ def top_k_with_floor(
     layers: Sequence[tuple[int, ...]],
     splits: Sequence[Split],
     min_keep: int,
+    of: Callable[[Array], Array] | None = None,
 ) -> list[Array]:
     """Masks of the `keep` largest scores of all arrays, and of some of each layer.
 
@@ -37,11 +40,18 @@ def top_k_with_floor(
       splits: of shards, over which mesh axes each array is split.
       min_keep: how many of each layer stay at least, or all of a smaller one. Where
         that is more than `keep` in all, it is what stays.
+      of: a function of single entries: then the scores are `of(x)` for `x` in `scores`,
+        made in every pass anew in place of being held.
 
     Returns:
       Bool arrays of the shapes of `scores`.
     """
-    masks = top_k_masks(scores, keep, splits=splits)
+    if of is None:
+        arrays, key_of = held_keys(scores, keep)
+    else:
+        arrays = lax.stop_gradient(list(scores))
+        key_of = lambda x: ordered_keys(of(x))
+    masks = masks_by_keys(arrays, key_of, keep, splits=splits)
     sizes = [
         math.prod(x.shape[a] for a in axes) * pieces(names_along(split, axes))
         for x, axes, split in zip(scores, layers, splits, strict=True)
@@ -56,13 +66,15 @@ def top_k_with_floor(
     each = zip(least, whole, sizes, strict=True)
     in_all = sum(n * (size // layer) for n, size, layer in each if n)
 
-    def again(masks: list[Array], scores: list[Array], keep: Array) -> list[Array]:
-        first = [
-            _best(x, axes, split, n, keep)
-            for x, axes, split, n in zip(scores, layers, splits, least, strict=True)
-        ]
+    def again(masks: list[Array], arrays: list[Array], keep: Array) -> list[Array]:
+        first, now = [], keep
+        for x, axes, split, n in zip(arrays, layers, splits, least, strict=True):
+            first.append(_best(key_of(x), axes, split, n, now))
+            # One after the other: each takes memory.
+            now = jnp.minimum(now, jnp.sum(first[-1].end, dtype=now.dtype))
         keep = jnp.maximum(keep, jnp.asarray(in_all, keep.dtype))
-        return top_k_masks(scores, keep, first=first, splits=splits)
+        floor = {"first": first, "layers": layers}
+        return masks_by_keys(arrays, key_of, keep, splits=splits, **floor)
 
     short = [
         _is_short(mask, axes, split, n)
@@ -70,7 +82,7 @@ def top_k_with_floor(
         if n
     ]
     short = functools.reduce(jnp.maximum, short)
-    return when(short > 0, again, masks, list(scores), keep)
+    return when(short > 0, again, masks, arrays, keep)
 
 
 def _is_short(mask: Array, axes: tuple[int, ...], split: Split, least: int) -> Array:
@@ -87,23 +99,32 @@ def _is_short(mask: Array, axes: tuple[int, ...], split: Split, least: int) -> A
 
 
 def _best(
-    x: Array, axes: tuple[int, ...], split: Split, least: int, now: Array
-) -> Array:
-    """The `least` largest of each layer; of equal ones those with lower positions."""
-    keys, over = ordered_keys(x), names_along(split, axes)
-    position = positions(x, axes, split, now=now)  # else made in every step
-    none = jnp.iinfo(position.dtype).max
+    keys: Array, axes: tuple[int, ...], split: Split, least: int, now: Array
+) -> First:
+    """The `least` largest of each layer; of equal ones those with lower positions.
 
-    def add(_, taken: Array) -> Array:
-        rest = jnp.where(taken, jnp.zeros_like(keys), keys)
+    Nothing is made before `now`, which is not negative: else it were in every step.
+    """
+    over = names_along(split, axes)
+    zero = jnp.minimum(now, jnp.zeros_like(now))
+    shape = [1 if a in axes else n for a, n in enumerate(keys.shape)]
+
+    def add(_, found: First) -> First:
+        # The next one is the highest below the last, or one equal to it and behind it.
+        low, end = found
+        position = positions(keys, axes, split, now=now)
+        behind = (keys < low) | ((keys == low) & (position >= end))
+        rest = jnp.where(behind, keys, jnp.zeros_like(keys))
         top = jnp.max(rest, axis=axes, keepdims=True)
         top = lax.pmax(top, over) if over else top
-        found = jnp.where((keys == top) & ~taken, position, none)
-        first = jnp.min(found, axis=axes, keepdims=True)
-        first = lax.pmin(first, over) if over else first
-        return taken | (position == first)
+        there = behind & (keys == top)
+        place = jnp.where(there, position, jnp.iinfo(position.dtype).max)
+        place = jnp.min(place, axis=axes, keepdims=True)
+        place = lax.pmin(place, over) if over else place
+        return First(top, place + 1)
 
-    taken = jnp.zeros_like(x, bool)
-    if least < 2:
-        return add(0, taken) if least else taken
-    return lax.fori_loop(0, least, add, taken)
+    dtype = jax.eval_shape(lambda x: positions(x, axes, split), keys).dtype
+    start = First(~zero.astype(keys.dtype), zero.astype(dtype))
+    start = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), start)
+    start = jax.tree.map(lambda n: varying_as(n, [keys], [over]), start)
+    return add(0, start) if least == 1 else lax.fori_loop(0, least, add, start)

@@ -5,6 +5,7 @@ who calls it has checked that the pattern fits.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +76,7 @@ def _joint(parts: list[Part], pattern: Pattern) -> list[list[int]]:
 
 
 def _after(previous: Array, keep: Array) -> Array:
-    """`keep`, once the mask of the previous parameter is there.
+    """`keep`, once the mask of the previous parameter is there; see `now` there.
 
     Under jit XLA would otherwise work on all parameters at once, and hold the scratch
     memory of each of them. (Where there is a mesh, one entry is not at hand.)
@@ -157,7 +158,10 @@ def _mask_many(
     return [_expand(m, x.shape, pattern) for m, x in zip(kept, xs, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "axes", "splits", "min_keep"))
+_STATIC = ("pattern", "axes", "splits", "min_keep", "of")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def masks_of_all(
     xs: list[Array],
     keep: Array,
@@ -165,6 +169,7 @@ def masks_of_all(
     axes: tuple[Axes | None, ...],
     splits: tuple[Split, ...],
     min_keep: int,
+    of: Callable[[Array], Array] | None = None,
 ) -> list[Array]:
     def together(xs: list[Array], keep: Array) -> list[Array]:
         units = [
@@ -184,7 +189,7 @@ def masks_of_all(
             split_of_units(split, pattern, a)
             for split, a in zip(splits, axes, strict=True)
         ]
-        kept = top_k_with_floor(units, keep, layers, apart, min_keep)
+        kept = top_k_with_floor(units, keep, layers, apart, min_keep, of)
         return [_expand(m, x.shape, pattern) for m, x in zip(kept, xs, strict=True)]
 
     return sharded_like(together, xs, keep)

@@ -1,6 +1,7 @@
 """Selection: scores, a sparsity and a pattern become masks."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -161,6 +162,7 @@ def choose(
     min_keep: int = 1,
     masks: PyTree = None,
     axis_name: AxisName | None = None,
+    of: Callable[[Array], Array] | None = None,
 ) -> tuple[PyTree, Revived]:
     """`masks`, and what would have come back if `masks` had let it.
 
@@ -173,6 +175,8 @@ def choose(
       min_keep: what stays at least.
       masks: what was pruned before.
       axis_name: of shards.
+      of: a function of single entries: then the scores are `of(x)` of each array. Where
+        all weights compete they are not held, but made in each pass over them.
 
     Returns:
       Masks, and for `check_budget` what they have brought back.
@@ -181,6 +185,8 @@ def choose(
     _checks.check_arrays(scores=scores)
     sparsity, where = by_rules(scores, sparsity, where)
     selected = jax.tree.leaves(select(scores, where))
+    if of is not None and (masks is not None or not _read_often(scores, selected, pattern)):
+        scores, of = jax.tree.map(of, scores), None
     named = leaves_with_paths(scores)
     before = None
     if masks is not None:
@@ -235,7 +241,7 @@ def choose(
         )
         keep = n - removed_count(sparsities[chosen[0][0]], n)
         keep = jnp.asarray(keep, count_dtype(n))
-        static = pattern, leaf_axes, tuple(splits), min_keep
+        static = pattern, leaf_axes, tuple(splits), min_keep, of
         together = masks_of_all(arrays, keep, *static)
         for (i, _, _), mask in zip(chosen, together, strict=True):
             result[i] = mask
@@ -246,6 +252,16 @@ def choose(
             revived.append((path, sparsities[i], back))
         result = [kept if i in gone else before[i] for i, kept in enumerate(result)]
     return jax.tree.unflatten(jax.tree.structure(scores), result), revived
+
+
+def _read_often(scores: PyTree, selected: list[bool], pattern: Pattern) -> bool:
+    """Whether what takes part is read in many passes as it is, all in one type."""
+    if not isinstance(pattern, Unstructured) or pattern.scope != "global":
+        return False
+    pairs = zip(jax.tree.leaves(scores), selected, strict=True)
+    dtypes = {x.dtype for x, take in pairs if take}
+    floats = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    return len(dtypes) == len(floats) == 1 and floats[0].itemsize > 1
 
 
 def _axes_for(path: str, x: Array, pattern: Pattern, stated) -> Axes | None:

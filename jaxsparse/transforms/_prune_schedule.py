@@ -16,6 +16,7 @@ from jaxsparse._loops import when
 from jaxsparse._together import each
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
 from jaxsparse.patterns._before import score_shapes
+from jaxsparse.patterns._select import choose as choose_masks
 from jaxsparse.schedules.horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._enforce import enforce_chain
 from jaxsparse.transforms._leaks import most_leaked, regrew_in
@@ -213,9 +214,9 @@ def prune_schedule(
             known["sparsity"] = pattern.sparsity if own else value
         return _calls.ask(function, *given, **known)
 
-    def select(scored: PyTree, step: Any) -> PyTree:
+    def select(scored: PyTree, step: Any, of: Any = None) -> PyTree:
         asked, taken = at(scored, step)
-        return patterns.masks(
+        return choose_masks(
             scored,
             asked,
             pattern=pattern,
@@ -223,7 +224,8 @@ def prune_schedule(
             axes=axes,
             min_keep=min_keep,
             axis_name=axis_name,
-        )
+            of=of,
+        )[0]
 
     def start(params: PyTree, step: int, masks: PyTree) -> PruneScheduleState:
         score_state = scorer.init(params)
@@ -315,7 +317,9 @@ def prune_schedule(
             old, _, change = carry
             select_now = lambda scored: select(scored, step)
             given = (params, grads, score_state)
-            if scorer.prune is None:
+            if score is scores.magnitude:  # which need not be held
+                new = select(params, step, of=scores.magnitude)
+            elif scorer.prune is None:
                 scored = ask(scorer.score, given, params, old, step)
                 _checks.check_like(params, scores=scored)
                 new = select_now(scored)

@@ -1,0 +1,75 @@
+"""Scores as integers of the same order, and where entries lie in their group."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse._loops import after
+from jaxsparse._typing import Array
+from jaxsparse.patterns._counting import Competing
+from jaxsparse.patterns._counts import count_dtype
+from jaxsparse.patterns._shards import Split, index_along, names_along, pieces
+
+
+def ordered_keys(x: Array) -> Array:
+    """Unsigned integers in the order of the floating-point numbers `x`.
+
+    The bits of a non-negative float are in order as they stand; those of a negative
+    one are in reverse. -0.0 and 0.0 get the same key, NaN the key 0 below all others.
+
+    Args:
+      x: floating point, 16, 32 or 64 bits.
+
+    Returns:
+      Unsigned integers of the same width and shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsparse.patterns._keys import ordered_keys
+      >>> x = jnp.array([jnp.nan, -jnp.inf, -1.0, -0.0, 0.0, 1e-30, 2.0, jnp.inf])
+      >>> keys = ordered_keys(x)
+      >>> (keys[1:] >= keys[:-1]).tolist(), bool(keys[3] == keys[4])
+      ([True, True, True, True, True, True, True], True)
+    """
+    bits = jnp.finfo(x.dtype).bits
+    unsigned = jnp.dtype(f"uint{bits}")
+    raw = lax.bitcast_convert_type(x, unsigned)
+    sign = jnp.asarray(1 << (bits - 1), unsigned)
+    raw = jnp.where(raw == sign, jnp.zeros_like(raw), raw)
+    keys = jnp.where(raw >= sign, ~raw, raw | sign)
+    return jnp.where(jnp.isnan(x), jnp.zeros_like(keys), keys)
+
+
+def positions(
+    x: Array,
+    axes: Competing = None,
+    split: Split | None = None,
+    *,
+    now: Array | None = None,
+) -> Array:
+    """The row-major position of every entry among those along `axes`.
+
+    Args:
+      x: an array; its shape counts.
+      axes: the axes to count along; None: all.
+      split: of a shard, over which mesh axes the array is split: then it is the
+        position in the whole array.
+      now: what has to be there before. XLA makes and stores in front of a loop what
+        does not depend on its turn; positions of all weights would cost more than a
+        search. So they are tied to it and fuse into the pass.
+
+    Returns:
+      Integers.
+    """
+    axes = tuple(range(x.ndim)) if axes is None else axes
+    split = split or ((),) * x.ndim
+    dtype = count_dtype(x.size * pieces(names_along(split, axes)))
+    position = jnp.zeros(x.shape, dtype)
+    stride = jnp.ones((), dtype)
+    if now is not None and now.ndim == 0:  # a count, which is not negative
+        stride = stride + jnp.minimum(now.astype(dtype), 0)
+    elif now is not None:
+        stride = after(now, stride)
+    for axis in sorted(axes, reverse=True):
+        position = position + stride * index_along(x, axis, split, dtype)
+        stride = stride * (x.shape[axis] * pieces(split[axis]))
+    return position

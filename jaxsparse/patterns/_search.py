@@ -1,0 +1,210 @@
+"""The k-th largest key of each group, digit by digit, without a sort.
+
+A turn maps the keys of an interval to digits of 8 bits and finds the digit of the k-th
+bit by bit: a pass asks how many digits reach a candidate, and the answer is one integer
+per group. Its digit's keys are the next interval. The search ends where all keys of the
+interval are kept, which mostly is before they are one key.
+
+A turn reads the scores and makes their keys anew, which costs less than to hold them:
+what is held is one byte a score.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse._loops import after
+from jaxsparse._sharded import manual_axes
+from jaxsparse._typing import Array
+from jaxsparse.patterns._counting import Competing, count_reaching
+from jaxsparse.patterns._counts import count_dtype
+from jaxsparse.patterns._shards import Split, names_along, pieces, total, varying_as
+
+_DIGIT = 8  # bits
+_TOP = 2**_DIGIT - 1
+_SAMPLE = 2**13, 2**16  # entries, at least and at most
+_SHARE = 2**7  # one in so many
+_RUN = 64  # entries that lie together: memory is slow to give single ones
+_LARGE = 2**18  # entries from which a sample pays
+_DEVIATIONS = 4
+
+class Cut(NamedTuple):
+    """Where to cut, for each competing group.
+
+    Attributes:
+      low: the lowest key of an interval in which the k-th largest is.
+      width: the highest one of it less `low`: 0, or all keys in it are kept.
+      need: how many of those in it are kept, from the lowest index on.
+      inside: how many there are.
+    """
+
+    low: Array
+    width: Array
+    need: Array
+    inside: Array
+
+
+def search(
+    arrays: Sequence[Any],
+    keys_of: Sequence[Callable[[Any], Array]],
+    keep: Array,
+    axes: Competing,
+    splits: Sequence[Split],
+    *,
+    begin_near: bool = False,
+) -> Cut:
+    """Finds the cut of each group.
+
+    Args:
+      arrays: what the keys are made of, a tree of arrays for each array of them.
+      keys_of: for each the function that makes them: unsigned integers of one dtype.
+      keep: how many stay in each group, an integer that may be traced.
+      axes: the axes along which the entries of a single array compete; None: all
+        entries of all arrays.
+      splits: of shards, over which mesh axes each array is split.
+      begin_near: begin near the cut, which a sample tells. Then each of `arrays` is one
+        array, of which its keys are made entry by entry.
+
+    Returns:
+      The cut.
+    """
+    keys = [jax.eval_shape(f, x) for f, x in zip(keys_of, arrays, strict=True)]
+    names = [names_along(split, axes) for split in splits]
+    if axes is None:
+        groups = ()
+        size = sum(k.size * pieces(n) for k, n in zip(keys, names, strict=True))
+    else:
+        shape = keys[0].shape
+        groups = tuple(1 if a in axes else n for a, n in enumerate(shape))
+        size = math.prod(shape[a] for a in axes) * pieces(names[0])
+    keep = jnp.asarray(keep, count_dtype(size))
+    some = [jax.tree.leaves(x)[0] for x in arrays]
+    need = varying_as(jnp.broadcast_to(keep, groups), some, names)
+    low = jnp.zeros_like(need, keys[0].dtype)
+    whole = Cut(low, ~low, need, jnp.full_like(need, size))
+    start = whole, _shift(~low)
+    if begin_near and axes is None and size >= _LARGE and _whole(some):
+        start = _near(arrays, keys_of, whole, size)
+
+    def turn(state: tuple[Cut, Array]) -> tuple[Cut, Array]:
+        cut, shift = state
+        digits = [
+            _digit(f(x), cut, shift)
+            for f, x in zip(keys_of, after(cut.low, list(arrays)), strict=True)
+        ]
+        digit, need, inside = _find_digit(digits, cut, axes, names)
+        width = (jnp.ones_like(shift) << shift) - 1
+        low = cut.low + (digit.astype(cut.low.dtype) << shift)
+        found = Cut(low, jnp.full_like(low, width), need, inside), _shift(width)
+        # Where there are more parts than digits, the outer digits stand for the rest.
+        outer = (digit == 0) | (digit == _TOP)
+        missed = jnp.any(((cut.width >> shift) > _TOP) & outer)
+        again = whole, _shift(~jnp.zeros_like(low))
+        return jax.tree.map(lambda a, b: jnp.where(missed, a, b), again, found)
+
+    def unfinished(state: tuple[Cut, Array]) -> Array:
+        cut, _ = state
+        return jnp.any((cut.width > 0) & (cut.need < cut.inside))
+
+    return lax.while_loop(unfinished, turn, start)[0]
+
+
+def _shift(width: Array, bits: int = _DIGIT) -> Array:
+    """By how many bits to shift what is at most `width`, so that so many are left."""
+    most = jnp.max(width)
+    all_bits = jnp.asarray(jnp.iinfo(most.dtype).bits, most.dtype)
+    used = all_bits - lax.clz(most)
+    return used - jnp.minimum(used, jnp.asarray(bits, most.dtype))
+
+
+def _digit(key: Array, cut: Cut, shift: Array) -> Array:
+    """Which part of the interval a key is in; 0, which never counts, outside of it."""
+    part = key - cut.low
+    part = jnp.where(part <= cut.width, part, jnp.zeros_like(part)) >> shift
+    return jnp.minimum(part, jnp.asarray(_TOP, part.dtype)).astype(jnp.uint8)
+
+
+def _find_digit(
+    digits: Sequence[Array], cut: Cut, axes: Competing, names: Sequence[tuple[str, ...]]
+) -> tuple[Array, Array, Array]:
+    """The largest digit that as many as are needed reach, from its highest bit.
+
+    Gives the digit, how many of those that have it are still needed, and how many have
+    it.
+    """
+
+    def try_bit(i, carry):
+        digit, reach, above = carry
+        bit = jnp.asarray(_DIGIT - 1 - i, jnp.uint8)
+        candidate = digit | (jnp.ones((), jnp.uint8) << bit)
+        counts = [count_reaching(d, candidate, axes, above.dtype) for d in digits]
+        counted = total(counts, names)
+        accept = counted >= cut.need
+        # The last candidate that was refused is the digit's successor.
+        return (
+            jnp.where(accept, candidate, digit),
+            jnp.where(accept, counted, reach),
+            jnp.where(accept, above, counted),
+        )
+
+    zero = jnp.zeros_like(cut.need)
+    start = zero.astype(jnp.uint8), cut.inside, zero
+    digit, reach, above = lax.fori_loop(0, _DIGIT, try_bit, start)
+    return digit, cut.need - above, reach - above
+
+
+# Where to begin. Most of a search's turns only find out which power of 2 the cut is
+# near.
+
+
+def _whole(arrays: Sequence[Array]) -> bool:
+    """Whether no array is spread over devices, where a sample would have to be sent."""
+    spread = any(not jax.typeof(x).sharding.mesh.empty for x in arrays)
+    return not spread and not manual_axes()
+
+
+def _near(
+    arrays: Sequence[Array],
+    keys_of: Sequence[Callable[[Array], Array]],
+    whole: Cut,
+    size: int,
+) -> tuple[Cut, Array]:
+    """An interval of which most digits hold the cut's surroundings, from a sample.
+
+    It is for CPUs. A pass of an accelerator takes less time than it takes to start the
+    passes over the sample.
+    """
+    least, most = _SAMPLE
+    stride = size // min(max(size // _SHARE, least), most)
+    stride = stride | 1  # odd: else it may never leave some columns
+
+    def some(x: Array) -> Array:
+        flat = x.reshape(-1)
+        runs = lax.slice(flat, (0,), (x.size - x.size % _RUN,)).reshape(-1, _RUN)
+        return lax.slice(runs, (0, 0), runs.shape, (stride, 1)).reshape(-1)
+
+    def sampled(whole: Cut, *arrays: Array) -> tuple[Cut, Array]:
+        pairs = zip(keys_of, arrays, strict=True)
+        sample = jnp.concatenate([f(some(x)) for f, x in pairs])
+        n = sample.size
+        share = whole.need.astype(jnp.float32) / size
+        margin = _DEVIATIONS * jnp.sqrt(share * (1 - share) * n) + 1
+        ranks = share * n + jnp.stack([-margin, margin])
+        keep = jnp.clip(ranks, 0, n).astype(jnp.int32)[:, None]
+        pair = jnp.broadcast_to(sample, (2, n))
+        found = search([pair], [lambda key: key], keep, (1,), [((), ())])
+        nothing = jnp.zeros((), sample.dtype)
+        high = jnp.where(ranks[0] < 1, ~nothing, (found.low + found.width)[0, 0])
+        low = jnp.where(ranks[1] > n, nothing, found.low[1, 0])
+        # A half of the digits or fewer are between the two, the others around them.
+        shift = _shift(high - low, _DIGIT - 1)
+        below = jnp.asarray(2 ** (_DIGIT - 2), sample.dtype) << shift
+        low = low - jnp.minimum(low, below)
+        return whole._replace(low=low, width=~low), shift
+
+    everything = lambda whole, *_: (whole, _shift(whole.width))
+    return lax.platform_dependent(whole, *arrays, cpu=sampled, default=everything)

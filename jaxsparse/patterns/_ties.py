@@ -1,0 +1,172 @@
+"""Equal scores: which of them stay, where only some of them do.
+
+XLA makes and stores in front of a loop what does not depend on its turn. Flags and
+positions of all weights would cost more than the whole search, also where it makes no
+turn; so they are tied to it (`now`, `after`) and fuse into the pass.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse._loops import after
+from jaxsparse._typing import Array
+from jaxsparse.patterns._counting import count
+from jaxsparse.patterns._counts import count_dtype
+from jaxsparse.patterns._keys import positions
+from jaxsparse.patterns._search import Cut
+from jaxsparse.patterns._shards import Split, names_along, pieces, total
+
+_LANES = 512
+
+KeyOf = Callable[[Any], Array]
+
+
+def tie_ends(
+    arrays: Sequence[Any], keys_of: Sequence[KeyOf], cut: Cut, splits: Sequence[Split]
+) -> list[Array]:
+    """For each array the position before which ties are kept, `cut.need` in all.
+
+    Two passes, and none where no tie is cut: one counts the ties of each row (the last
+    axis), from which follows the row in which the last one is kept; one takes this row
+    out. Where an array is split over devices the position is searched for.
+
+    Args:
+      arrays: what the keys are made of, a tree of arrays for each array of them.
+      keys_of: for each the function that makes them.
+      cut: of all of them.
+      splits: of shards, over which mesh axes each array is split.
+
+    Returns:
+      Positions in each array.
+    """
+    names = [names_along(split, None) for split in splits]
+
+    def find(turn: Array, ends: list[Array]) -> list[Array]:
+        need, found = cut.need, []
+        for i, x in enumerate(after(turn, list(arrays))):
+            # One array after the other: each waits for the `need` that is left.
+            low = cut.low + jnp.minimum(need, 0).astype(cut.low.dtype)
+            tied, end = jnp.atleast_1d(keys_of[i](x) == low), ends[i]
+            if names[i]:
+                inside, end = _tie_end_of_shards(tied, need, splits[i], end)
+                found.append(end)
+                need = need - inside
+                continue
+            narrow = jnp.int16 if tied.shape[-1] < 2**15 else need.dtype
+            rows = jnp.sum(tied, axis=-1, dtype=narrow).astype(need.dtype)
+            here = jnp.minimum(need, jnp.sum(rows, dtype=need.dtype))
+            row, left = _place(rows.reshape(1, -1), here.reshape(1, 1))
+            chosen = tied & (positions(rows)[..., None] == row.reshape(()))
+            columns = jnp.max(
+                chosen.astype(jnp.uint8), axis=tuple(range(tied.ndim - 1)), initial=0
+            )
+            column, _ = _place(columns.reshape(1, -1).astype(need.dtype), left)
+            last = row.astype(end.dtype) * tied.shape[-1] + column.astype(end.dtype)
+            last = jnp.where(here > 0, last.reshape(()) + 1, jnp.zeros_like(end))
+            found.append(last)
+            need = need - here
+        return found
+
+    keys = [jax.eval_shape(f, x) for f, x in zip(keys_of, arrays, strict=True)]
+    sizes = [k.size * pieces(n) for k, n in zip(keys, names, strict=True)]
+    ends = [jnp.full_like(cut.need, n, dtype=count_dtype(n)) for n in sizes]
+    partly = cut.need < cut.inside
+    return lax.fori_loop(0, partly.astype(jnp.int32), find, ends)
+
+
+def tie_ends_of_groups(
+    x: Any, key_of: KeyOf, cut: Cut, axes: tuple[int, ...], split: Split
+) -> Array:
+    """For each group the position along `axes` before which ties are kept.
+
+    Args:
+      x: what the keys are made of, a tree of arrays.
+      key_of: the function that makes them.
+      cut: of each group.
+      axes: the axes along which the entries of a group lie.
+      split: of a shard, over which mesh axes the array is split.
+
+    Returns:
+      Positions, of size 1 along `axes`.
+    """
+    shape, names = jax.eval_shape(key_of, x).shape, names_along(split, axes)
+    size = math.prod(shape[a] for a in axes) * pieces(names)
+    partly = cut.need < cut.inside
+    if len(shape) == 2 and axes == (1,) and not names and size % _LANES == 0:
+        return _tie_ends_of_rows(x, key_of, cut, size)
+
+    def enough(end: Array) -> Array:
+        tied = key_of(after(end, x)) == cut.low
+        tied = tied & (positions(tied, axes, split, now=end) < end)
+        return total([count(tied, axes, cut.need.dtype)], [names]) >= cut.need
+
+    start = jnp.where(partly, jnp.zeros_like(cut.need), size)
+    return _smallest(enough, size, start=start)
+
+
+def _tie_ends_of_rows(x: Any, key_of: KeyOf, cut: Cut, size: int) -> Array:
+    """`tie_ends` for groups that are the rows of a matrix."""
+    partly = cut.need < cut.inside
+
+    def find(turn: Array, end: Array) -> Array:
+        tied = (key_of(after(turn, x)) == cut.low).reshape(len(end), -1, _LANES)
+        rows = count(tied, (2,), end.dtype)[..., 0]
+        row, left = _place(rows, cut.need)
+        chosen = tied & (lax.broadcasted_iota(row.dtype, tied.shape, 1) == row[..., None])
+        columns = jnp.max(chosen.astype(jnp.uint8), axis=1, initial=0)
+        column, _ = _place(columns.astype(end.dtype), left)
+        last = jnp.where(cut.need > 0, row * _LANES + column + 1, jnp.zeros_like(end))
+        return jnp.where(partly, last, end)
+
+    some = jnp.any(partly).astype(jnp.int32)
+    return lax.fori_loop(0, some, find, jnp.full_like(cut.need, size))
+
+
+def _tie_end_of_shards(
+    tied: Array, need: Array, split: Split, end: Array
+) -> tuple[Array, Array]:
+    """How many of an array's ties are kept, and the position before which they are."""
+    names = names_along(split, None)
+    counted = lambda flags: total([count(flags, None, need.dtype)], [names])
+    here = jnp.minimum(need, counted(tied))
+    position = positions(tied, None, split)
+    found = _smallest(
+        lambda e: counted(tied & (position < e)) >= here,
+        tied.size * pieces(names),
+        start=jnp.zeros_like(end),
+    )
+    return here, found
+
+
+def _place(counts: Array, need: Array) -> tuple[Array, Array]:
+    """Where in each row the `need`-th of things counted lies, and its number there."""
+    position = positions(counts, (1,))
+
+    def before(end: Array) -> Array:
+        inside = jnp.where(position < end, counts, jnp.zeros((), counts.dtype))
+        return jnp.sum(inside, axis=1, dtype=counts.dtype, keepdims=True)
+
+    start = jnp.zeros_like(need, position.dtype)
+    end = _smallest(lambda end: before(end) >= need, counts.shape[1], start=start)
+    place = jnp.maximum(end - 1, jnp.zeros_like(end))
+    return place, need - before(place)
+
+
+def _smallest(enough: Callable[[Array], Array], most: int, *, start: Array) -> Array:
+    """The smallest number from `start` to `most` of which `enough` says True."""
+
+    def halve(bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        yes = enough(middle)
+        return jnp.where(yes, low, middle + 1), jnp.where(yes, middle, high)
+
+    bounds = (start, jnp.full_like(start, most))
+    return lax.while_loop(lambda b: jnp.any(b[0] < b[1]), halve, bounds)[0]
+
+
