@@ -16,6 +16,9 @@ NEWEST ?= $(shell for p in python3.15 python3.14 python3.13 python3.12 python3 \
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# Python keeps what it compiles, where the shell says otherwise too: else each worker and
+# each process that a test starts compiles hundreds of files anew.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-all test-newest with-newest lint bench clean

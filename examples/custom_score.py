@@ -111,8 +111,12 @@ def draw(key):
 
 
 @partial(jax.jit, static_argnums=0)
-@partial(jax.vmap, in_axes=(None, 0, 0))
 def train(tx, params, batches):
+    """Seed after seed: under `vmap` masks would be computed in every step."""
+    return jax.lax.map(lambda seed: train_one(tx, *seed), (params, batches))
+
+
+def train_one(tx, params, batches):
     def step(carry, rows):
         params, opt_state = carry
         grads = jax.grad(loss_fn)(params, rows)
@@ -148,7 +152,7 @@ for name, score in js.report.progress(scores.items(), description="train"):
         total_steps=STEPS,
     )
     params, opt_state, found = train(prune_schedule.wrap(adam), *starts)
-    for seed in reversed(range(SEEDS)):  # `train` is vmapped over seeds, these are not
+    for seed in reversed(range(SEEDS)):  # `train` gives those of all seeds
         one = jax.tree.map(lambda x, seed=seed: x[seed], (opt_state, params))
         js.check(*one)
         tables[name] = js.report.table(one[1], opt_state=one[0], title=name)

@@ -76,16 +76,17 @@ class Cache:
         shared.mkdir(parents=True, exist_ok=True)
         self.own = pathlib.Path(tempfile.mkdtemp("", f"{OWN}{os.getpid()}-", shared))
         self.seen: set[str] = set()
+        self.times: dict[pathlib.Path, int] = {}
         self.exchange()
 
     def exchange(self) -> None:
         """Publishes what is new here, and links in what is new there."""
-        for entry in os.scandir(self.own):
+        for entry in self.changed(self.own):
             if entry.name.endswith("-cache") and entry.name not in self.seen:
                 self.seen.add(entry.name)
                 checksum = zlib.crc32(pathlib.Path(entry.path).read_bytes())
                 self.link(entry.path, self.shared / f"{entry.name}.{checksum:08x}")
-        for entry in os.scandir(self.shared):
+        for entry in self.changed(self.shared):
             name, _, checksum = entry.name.rpartition(".")
             if name in self.seen or entry.is_dir():
                 continue
@@ -99,6 +100,18 @@ class Cache:
             else:
                 pathlib.Path(entry.path).unlink(missing_ok=True)
 
+    def changed(self, folder: pathlib.Path) -> list[os.DirEntry[str]]:
+        """All entries, or none where the folder is as it was: it has thousands.
+
+        What is written within one tick of its clock after this look is seen when the
+        folder changes again.
+        """
+        time = folder.stat().st_mtime_ns
+        if time == self.times.get(folder):
+            return []
+        self.times[folder] = time
+        return list(os.scandir(folder))
+
     def link(self, source: str, target: pathlib.Path) -> None:
         """The same file under another name; a copy where a disk has no hard links."""
         try:
@@ -111,5 +124,6 @@ class Cache:
             aside.replace(target)
 
     def close(self) -> None:
+        self.times.clear()
         self.exchange()
         shutil.rmtree(self.own, ignore_errors=True)

@@ -76,7 +76,7 @@ quiet = pytest.mark.filterwarnings(
 @quiet
 @pytest.mark.parametrize("item", ["params", "opt_state", "masks", "stamp"])
 @pytest.mark.parametrize(
-    "count", [25, pytest.param(100, marks=pytest.mark.exhaustive)], ids=str
+    "count", [10, pytest.param(100, marks=pytest.mark.exhaustive)], ids=str
 )
 def test_a_flipped_bit_is_an_error_or_changes_nothing(directory, item, count):
     expected = bits((PARAMS, STATE, MASKS))

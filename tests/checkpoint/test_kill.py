@@ -26,13 +26,13 @@ class Started(NamedTuple):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a trainer in a process of its own."""
+    """Starts a trainer in a process of its own; the first writes what it compiles."""
     environment = {"XLA_FLAGS": one_device(os.environ["XLA_FLAGS"])}
     started = []
 
     def _start(directory):
         said = tmp_path / f"said_{len(started)}.txt"
-        arguments = str(directory), str(STEPS), str(tmp_path / "compiled")
+        arguments = str(directory), str(STEPS), "read" if started else "write"
         process = preloaded.start(
             TRAINER, *arguments, environment=environment, output=said
         )

@@ -3,8 +3,8 @@
 import os
 import pathlib
 import socket
-import subprocess
-import sys
+
+import preloaded
 
 PROGRAM = pathlib.Path(__file__).with_name("one_of_two.py")
 
@@ -14,22 +14,16 @@ def test_two_processes_save_restore_and_prune_together(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-    env = os.environ | {"XLA_FLAGS": flags}
+    said = [tmp_path / f"said_{rank}.txt" for rank in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(tmp_path / "run"), str(port), str(rank)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        preloaded.start(
+            PROGRAM,
+            *(str(tmp_path / "run"), str(port), str(rank)),
+            environment={"XLA_FLAGS": flags},
+            output=output,
         )
-        for rank in range(2)
+        for rank, output in enumerate(said)
     ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 0, text
-        assert "as saved" in text
+    for process, output in zip(processes, said, strict=True):
+        assert preloaded.finish(process) == 0, output.read_text()
+        assert "as saved" in output.read_text()

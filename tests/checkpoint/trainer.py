@@ -94,7 +94,7 @@ def main(directory, total_steps):
 
 
 if __name__ == "__main__":
-    # Only the first process compiles; the others read what it compiled. A cache of
-    # their own, because one that is killed may leave half an entry.
-    jax.config.update("jax_compilation_cache_dir", sys.argv[3])
+    # One that is killed may leave half an entry.
+    if sys.argv[3] == "read":
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     main(sys.argv[1], int(sys.argv[2]))

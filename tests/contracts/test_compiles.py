@@ -6,8 +6,7 @@ what an earlier case has compiled, a later one need not.
 
 import functools
 import json
-import subprocess
-import sys
+import pathlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import preloaded
 import pytest
 
 import jaxsparse as js
@@ -79,23 +79,23 @@ def cases() -> dict[str, Callable[[], Any]]:
     }
 
 
-@functools.cache
-def counted() -> dict[str, list[int]]:
-    found = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> dict[str, list[int]]:
+    said = tmp_path_factory.mktemp("compiles") / "said.txt"
+    script = pathlib.Path(__file__).resolve()
+    process = preloaded.start(script, environment={}, output=said)
+    assert preloaded.finish(process) == 0, said.read_text()
+    return json.loads(said.read_text())
 
 
 @pytest.mark.parametrize("name", MOST)
-def test_the_first_call_compiles_no_more_than_before(name):
-    assert counted()[name][0] <= MOST[name]
+def test_the_first_call_compiles_no_more_than_before(counted, name):
+    assert counted[name][0] <= MOST[name]
 
 
 @pytest.mark.parametrize("name", MOST)
-def test_the_second_call_compiles_nothing(name):
-    assert counted()[name][1] == 0
+def test_the_second_call_compiles_nothing(counted, name):
+    assert counted[name][1] == 0
 
 
 def main() -> None:

@@ -189,18 +189,31 @@ WRAPPERS = {
     "apply_if_finite inside": lambda make: make(optax.apply_if_finite(adam(), 3)),
 }
 
-every_transform = pytest.mark.parametrize("name", TRANSFORMS)
+# The others are parts of `enforce`, or add up slices as `prox_group_lasso` does.
+REPRESENTATIVES = {
+    *("enforce", "windowed_obs", "scale_by_mfac", "keep_sparse", "hesso"),
+    *("growing_regularization", "prox_group_lasso"),
+}
+representatives = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[] if name in REPRESENTATIVES else pytest.mark.exhaustive
+        )
+        for name in TRANSFORMS
+    ],
+)
 
 
-def pairs(columns, common):
-    """One column for every transformation, all for `enforce`, the rest exhaustively."""
+def pairs(columns):
+    """Each transformation and each column is there by default, other pairs are not."""
     return pytest.mark.parametrize(
         ("name", "column"),
         [
             pytest.param(name, column, marks=[] if few else pytest.mark.exhaustive)
-            for name in TRANSFORMS
-            for column in columns
-            for few in [name == "enforce" or column == common]
+            for i, name in enumerate(TRANSFORMS)
+            for j, column in enumerate(columns)
+            for few in [j == i % len(columns)]
         ],
     )
 
@@ -237,7 +250,7 @@ def train(tx, row, params, compilations=1):
     return params, state
 
 
-@pairs(OPTIMIZERS, "adam")
+@pairs(OPTIMIZERS)
 def test_with_every_optimizer(name, column):
     row = TRANSFORMS[name]
     # One parameter in bfloat16, so that one compilation tests both types.
@@ -249,13 +262,13 @@ def test_with_every_optimizer(name, column):
         assert kept["bias"].shape == ()
 
 
-@pairs(WRAPPERS, "MultiSteps")
+@pairs(WRAPPERS)
 def test_with_every_wrapper(name, column):
     row = TRANSFORMS[name]
     train(WRAPPERS[column](row.make), row, parameters())
 
 
-@every_transform
+@representatives
 def test_eager_steps_are_jitted_steps_and_compile_once(name, compilations):
     row = TRANSFORMS[name]
     tx, params = row.make(optax.sgd(0.05)), parameters()
@@ -273,24 +286,11 @@ def test_eager_steps_are_jitted_steps_and_compile_once(name, compilations):
     assert again.names == []
 
 
-# The others are parts of `enforce`, or add up slices as `prox_group_lasso` does.
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if few else pytest.mark.exhaustive)
-        for name in TRANSFORMS
-        for few in [
-            name
-            in {
-                *("enforce", "windowed_obs", "scale_by_mfac", "keep_sparse", "hesso"),
-                *("growing_regularization", "prox_group_lasso"),
-            }
-        ]
-    ],
-)
+@representatives
 def test_shardings_are_kept_and_change_nothing(name):
+    one, _ = trained(name, parameters())
     with compiled_anew() if name == "windowed_obs" else contextlib.nullcontext():
-        _shardings_are_kept(name)
+        _shardings_are_kept(name, one)
 
 
 @contextlib.contextmanager
@@ -309,15 +309,18 @@ def compiled_anew():
         jax.config.update(name, before)
 
 
-def _shardings_are_kept(name):
+def trained(name, params, **options):
     row = TRANSFORMS[name]
-    tx, params = row.make(adam()), parameters()
+    return train(row.make(adam()), row, params, **options)
+
+
+def _shardings_are_kept(name, one):
+    row, params = TRANSFORMS[name], parameters()
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     put = lambda w: jax.device_put(w, NamedSharding(mesh, P("x")))
     spread = jax.tree.map(put, params)
-    one, _ = train(tx, row, params)
     # The first step settles where its state lies; from then on nothing is compiled.
-    many, state = train(tx, row, spread, compilations=2)
+    many, state = trained(name, spread, compilations=2)
     for path, w in many.items():
         assert w.sharding.is_equivalent_to(spread[path].sharding, w.ndim)
         np.testing.assert_allclose(w, one[path], rtol=1e-5, atol=1e-6)

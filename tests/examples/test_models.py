@@ -12,7 +12,6 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from scipy import stats
 
 import jaxsparse as js
 
@@ -303,6 +302,8 @@ def test_the_losses_of_texts_are_means_over_them(example):
 
 
 def test_spearman_shares_the_ranks_of_equal_values(example):
+    from scipy import stats  # a second to import, for one test
+
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=50), rng.integers(0, 6, 50)
     expected = stats.spearmanr(x, y).statistic

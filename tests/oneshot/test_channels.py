@@ -112,7 +112,7 @@ def test_greedy_is_the_best_of_each_step():
     "name",
     [
         "moe",
-        "scan",
+        pytest.param("scan", marks=pytest.mark.exhaustive),
         pytest.param("attention_flax", marks=pytest.mark.exhaustive),
         pytest.param("grouped", marks=pytest.mark.exhaustive),
     ],

@@ -197,7 +197,11 @@ def test_steps_of_two_of_four_go_by_its_own_sparsity():
     assert left == [1, 0.5]
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.exhaustive)],
+    ids=str,
+)
 def test_many_devices_give_the_masks_of_one(kind):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
     spread = NamedSharding(mesh, P("x", "y"))

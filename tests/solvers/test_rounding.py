@@ -22,7 +22,10 @@ def layers():
     return np.float32(kernels), np.float32(grams)
 
 
-@pytest.mark.parametrize("solve", [js.solvers.admm, js.solvers.alps])
+@pytest.mark.parametrize(
+    "solve",
+    [js.solvers.admm, pytest.param(js.solvers.alps, marks=pytest.mark.exhaustive)],
+)
 def test_masks_are_those_of_another_rounding(solve):
     """Of 49,152 weights no more than one in 8,000 is another: a few ties."""
     w, grams = layers()

@@ -79,7 +79,13 @@ def weights(params):
     return sum(int(np.prod(w.shape)) for w in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "resnet50", "mobilenet"),
+        pytest.param("densenet", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_half_of_every_group_leaves_what_torch_pruning_leaves(name):
     model, count, whole, half = CASES[name]
     trace, params = of_linen(model, IMAGE)

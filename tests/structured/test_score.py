@@ -87,7 +87,16 @@ def compiled(function, *args):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("grouped", "attention_flax", "moe"),
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in ("mlp", "residual", "attention_separate")
+        ),
+    ],
+)
 def test_scores_are_what_zeroing_the_slices_takes_away(name):
     groups, _, scores = built(name)
     rows = by_member(groups, scores, lost)

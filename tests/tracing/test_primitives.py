@@ -517,21 +517,24 @@ def entry_by_entry(name):
     return None
 
 
-PLAIN = {n: entry_by_entry(n) for n in sorted(PRIMITIVES) if PRIMITIVES[n].entrywise}
-PLAIN = {name: found for name, found in PLAIN.items() if found}
+@functools.cache
+def plain():
+    """By primitive what `entry_by_entry` gives."""
+    names = (name for name in sorted(PRIMITIVES) if PRIMITIVES[name].entrywise)
+    found = {name: entry_by_entry(name) for name in names}
+    return {name: call for name, call in found.items() if call}
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_entry_by_entry_the_axes_are_those_of_the_operands(name):
-    f, args = PLAIN[name]
-    ins, (out,), _ = walked(f, *args)
-    for dims in ins:
-        assert [find(d) for d in dims] == [find(d) for d in out]
-    assert find(out[0]) is not find(out[1])
+def test_entry_by_entry_the_axes_are_those_of_the_operands():
+    for name, (f, args) in plain().items():
+        ins, (out,), _ = walked(f, *args)
+        for dims in ins:
+            assert [find(d) for d in dims] == [find(d) for d in out], name
+        assert find(out[0]) is not find(out[1]), name
 
 
 def test_all_rules_are_in_a_table():
-    seen = set(PLAIN)
+    seen = set(plain())
     for f in (*(f for f, _ in MOVES.values()), *CALLS.values()):
         seen |= set(walked(f, jnp.asarray(FLAT))[2])
     for _, f, *shapes in LETTERS.values():
@@ -548,7 +551,7 @@ def met():
     """By primitive the equations of the functions above, with operands and results."""
     functions = [(f, jnp.asarray(FLAT)) for f, _ in MOVES.values()]
     functions += [(f, jnp.asarray(FLAT)) for f in CALLS.values()]
-    functions += [(f, *args) for f, args in PLAIN.values()]
+    functions += [(f, *args) for f, args in plain().values()]
     functions += [(f, *map(jnp.ones, shapes)) for _, f, *shapes in LETTERS.values()]
     found = {}
 
@@ -645,30 +648,34 @@ def test_what_is_reduced_or_contracted_is_gone_from_the_shape():
 GRID = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0)
 
 
-def at_numbers(name):
-    """An entrywise primitive of floats as a function of columns of numbers."""
-    found = PLAIN.get(name)
-    if found is None or found[1][0].dtype != jnp.float32:
-        return None
-    f, args = found
-    columns = np.meshgrid(*[GRID] * len(args), indexing="ij")
-    return f, [jnp.asarray(np.ravel(c), jnp.float32) for c in columns]
+@functools.cache
+def at_numbers():
+    """Entrywise primitives of floats as functions, with columns of numbers."""
+    result = []
+    for name, (f, args) in plain().items():
+        if args[0].dtype == jnp.float32:
+            columns = np.meshgrid(*[GRID] * len(args), indexing="ij")
+            columns = [jnp.asarray(np.ravel(c), jnp.float32) for c in columns]
+            with np.errstate(all="ignore"):
+                out = np.asarray(jax.jit(f)(*columns))
+            result.append((name, PRIMITIVES[name], f, columns, out))
+    return result
 
 
-@pytest.mark.parametrize("name", [n for n in PLAIN if at_numbers(n)])
-def test_values_and_derivatives_are_what_the_row_says(name):
-    row, (f, columns) = PRIMITIVES[name], at_numbers(name)
-    with np.errstate(all="ignore"):
-        out = np.asarray(f(*columns))
+def test_values_are_what_the_row_says():
+    for name, row, _, columns, out in at_numbers():
         if row.value is not None:
-            wanted = row.value(*(np.asarray(c, np.float64) for c in columns))
-            np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
-    if row.gentle and np.issubdtype(out.dtype, np.floating):
-        for at in range(len(columns)):
-            slope = jax.grad(
-                lambda x, at=at: f(*columns[:at], x, *columns[at + 1 :]).sum()
-            )
-            assert np.isfinite(slope(columns[at])).all(), name
+            with np.errstate(all="ignore"):
+                wanted = row.value(*(np.asarray(c, np.float64) for c in columns))
+            np.testing.assert_allclose(out, wanted, 1e-5, 1e-6, err_msg=name)
+
+
+def test_derivatives_are_gentle_where_the_row_says():
+    for name, row, f, columns, out in at_numbers():
+        if row.gentle and np.issubdtype(out.dtype, np.floating):
+            of = lambda *xs, f=f: f(*xs).sum()
+            every = jax.jit(jax.grad(of, argnums=range(len(columns))))(*columns)
+            assert all(np.isfinite(slope).all() for slope in every), name
 
 
 class Operand(NamedTuple):
@@ -681,25 +688,30 @@ class Operand(NamedTuple):
         return self.zero
 
 
-@pytest.mark.parametrize("name", [n for n in PLAIN if at_numbers(n)])
-def test_zeros_stay_where_the_row_says(name):
-    row, (f, columns) = PRIMITIVES[name], at_numbers(name)
-    out, here = np.asarray(f(*columns)), frozenset({1})
-    (eqn,) = jax.make_jaxpr(f)(*columns).jaxpr.eqns
-    for which in itertools.product((False, True), repeat=len(columns)):
-        zeros = [here if zero else frozenset() for zero in which]
-        known = Masking(
-            eqn, [*map(Operand, which)], zeros, [()], here, frozenset(), lambda _: here
-        )
-        if row.zeros is None or not row.zeros(known):
-            continue
-        at = np.ones(out.shape, bool)
-        for column, zero in zip(columns, which, strict=True):
-            at &= (np.asarray(column) == 0) | (not zero)
-        values = out[at]
-        assert values.size
-        # 0 / 0 is another matter: it is no number at all.
-        assert not values[np.isfinite(values)].any(), which
+def test_zeros_stay_where_the_row_says():
+    here = frozenset({1})
+    for name, row, f, columns, out in at_numbers():
+        (eqn,) = jax.make_jaxpr(f)(*columns).jaxpr.eqns
+        for which in itertools.product((False, True), repeat=len(columns)):
+            zeros = [here if zero else frozenset() for zero in which]
+            known = Masking(
+                eqn,
+                [*map(Operand, which)],
+                zeros,
+                [()],
+                here,
+                frozenset(),
+                lambda _: here,
+            )
+            if row.zeros is None or not row.zeros(known):
+                continue
+            at = np.ones(out.shape, bool)
+            for column, zero in zip(columns, which, strict=True):
+                at &= (np.asarray(column) == 0) | (not zero)
+            values = out[at]
+            assert values.size, name
+            # 0 / 0 is another matter: it is no number at all.
+            assert not values[np.isfinite(values)].any(), (name, which)
 
 
 def test_rows_of_callers_are_read_once_and_checked():

@@ -379,7 +379,12 @@ def test_keep_sparse_leaves_the_caller_s_masks_alone_when_a_step_donates():
 
 @pytest.mark.parametrize(
     "pattern",
-    [js.Unstructured(), js.Unstructured("global"), js.NM(2, 4), js.Block((4, 2))],
+    [
+        js.Unstructured("global"),
+        js.NM(2, 4),
+        pytest.param(js.Unstructured(), marks=pytest.mark.exhaustive),
+        pytest.param(js.Block((4, 2)), marks=pytest.mark.exhaustive),
+    ],
     ids=str,
 )
 def test_complex_kernels_are_pruned_by_magnitude(pattern):
