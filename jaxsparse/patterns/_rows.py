@@ -67,13 +67,13 @@ def top_k_masks_of_each(scores: Sequence[Array], keep: Sequence[Array]) -> list[
         scores = [x.astype(jnp.float32) for x in scores]  # which has the same order
     length = _length(max(x.size for x in scores))
     # NaN comes last, and of equal scores those behind do.
-    fill = lambda x: jnp.pad(x.reshape(-1), (0, length - x.size), constant_values=jnp.nan)
+    fill = lambda x: jnp.pad(
+        x.reshape(-1), (0, length - x.size), constant_values=jnp.nan
+    )
     rows = jnp.stack([fill(x) for x in scores])
     most = jnp.stack([jnp.asarray(k, count_dtype(length)) for k in keep])
     (kept,) = top_k_masks([rows], most[:, None], axes=(1,))
-    return [
-        row[: x.size].reshape(x.shape) for row, x in zip(kept, scores, strict=True)
-    ]
+    return [row[: x.size].reshape(x.shape) for row, x in zip(kept, scores, strict=True)]
 
 
 def _length(size: int) -> int:

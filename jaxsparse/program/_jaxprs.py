@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 Address = tuple[int, ...]
 """Where an equation is: its index, then for each jaxpr that it lies in which of its
@@ -68,6 +68,8 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 _HERE = str(pathlib.Path(__file__).parents[1]) + os.sep
 # NumPy has helpers that JAX calls, such as `flip`.
+# A line of `summarize`, outermost first: "model.py:12:8 (apply)".
+_FRAME = re.compile(r"(?P<file>.*?):(?P<line>\d+)(:\d+)? \((?P<function>.*)\)")
 _LIBRARIES = re.compile(r"[/\\](flax|equinox|haiku|optax|numpy)[/\\]")
 
 
@@ -77,14 +79,11 @@ def source_of(eqn: Any) -> str:
     That is the innermost one that does not lie in JAX, or in a library of layers: a
     user knows where a layer is used, not what it consists of.
     """
-    from jax._src import source_info_util  # jaxprs carry it; nothing public reads it
-
-    frames = list(source_info_util.user_frames(eqn.source_info.traceback))
-    frames = [f for f in frames if not f.file_name.startswith(_HERE)]
-    own = [f for f in frames if not _LIBRARIES.search(f.file_name)] or frames
-    if not own:
-        return ""
-    return f"{own[0].file_name}:{own[0].start_line} ({own[0].function_name})"
+    text = source_info_util.summarize(eqn.source_info, 1000)
+    frames = [m for m in map(_FRAME.fullmatch, reversed(text.splitlines())) if m]
+    frames = [m for m in frames if not m["file"].startswith(_HERE)]
+    own = [m for m in frames if not _LIBRARIES.search(m["file"])] or frames
+    return "{file}:{line} ({function})".format(**own[0].groupdict()) if own else ""
 
 
 def equations(jaxpr: Any, address: Address = ()) -> Iterator[tuple[Address, Any]]:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
-from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse import _checks
 from jaxsparse._typing import PyTree
@@ -127,8 +126,7 @@ def _enforced(
         return state
 
     def update_fn(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        _checks.check_has_params(params)
         # With the masks of this step in place the optimizer's memory is put in order
         # before it is used: afterwards would cost a copy of all moments in every step.
         chosen = look(updates, state, params, **extra_args)

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse import _checks, patterns
 from jaxsparse._typing import PyTree
@@ -55,8 +54,7 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        _checks.check_has_params(params)
         _checks.check_like(params, updates=updates)
         _, state = inner.update(None, state, params)
         return project(updates, state.masks, params), state

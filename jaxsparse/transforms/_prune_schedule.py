@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from optax._src.base import NO_PARAMS_MSG
 
 from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._checks import is_concrete
@@ -296,8 +295,7 @@ def prune_schedule(
 
     def update_fn(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        _checks.check_has_params(params)
         if updates is None and scorer.needs_grads:
             raise ValueError(
                 "This score needs raw gradients, which the last member of a chain does "

@@ -333,12 +333,12 @@ def test_init_names_the_parameter_that_does_not_fit():
         tx.init({"kernel": jnp.ones((8, 4))})
 
 
-def test_update_without_params_is_optax_s_own_message():
+def test_update_without_params_says_how_to_call_it():
     params = problems.params()
     schedule = js.prune_schedule(0.5, every=1)
     masks = js.prune(params, 0.5).masks
     for tx in (schedule, schedule.wrap(optax.sgd(0.1)), js.keep_sparse(masks)):
-        with pytest.raises(ValueError, match="not passing `params`"):
+        with pytest.raises(ValueError, match=r"needs the parameters: call `tx\.update"):
             tx.update(params, tx.init(params))
 
 
