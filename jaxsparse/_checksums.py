@@ -31,12 +31,6 @@ def checksums(arrays: Mapping[Any, Any]) -> dict[Any, int]:
 
     With many processes all of them call it with the same names; of an array that is
     local to each, the one of the first process counts.
-
-    Args:
-      arrays: of NumPy, or of JAX on any devices; not typed random keys.
-
-    Returns:
-      The numbers by name.
     """
     raw = [_of_parts(x) for x in arrays.values()]
     if jax.process_count() > 1 and raw:
@@ -51,14 +45,7 @@ def checksums(arrays: Mapping[Any, Any]) -> dict[Any, int]:
 
 
 def checksum(x: np.ndarray) -> int:
-    """The CRC-32 of one array on the host.
-
-    Args:
-      x: an array of numbers or bools.
-
-    Returns:
-      The number.
-    """
+    """The CRC-32 of one array on the host."""
     return zlib.crc32(_bytes_of(x).data)
 
 

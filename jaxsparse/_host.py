@@ -13,12 +13,6 @@ def on_host(x: Any) -> np.ndarray:
 
     Then it is gathered, so all of them have to call this: as they do where all run the
     same program.
-
-    Args:
-      x: an array of any kind that has values, or what NumPy makes one of.
-
-    Returns:
-      NumPy's array.
     """
     if spans_processes(x) and not x.is_fully_replicated:
         from jax.experimental import multihost_utils
@@ -28,29 +22,14 @@ def on_host(x: Any) -> np.ndarray:
 
 
 def spans_processes(x: Any) -> bool:
-    """Whether parts of an array lie on devices of other processes.
-
-    Args:
-      x: anything.
-
-    Returns:
-      False for what is not an array of JAX with values.
-    """
+    """Whether parts of an array lie on devices of other processes."""
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
         return False
     return not x.is_fully_addressable
 
 
 def spread_like(x: np.ndarray, like: Any) -> Any:
-    """Values that each process has, where those of another array lie.
-
-    Args:
-      x: of NumPy, the same in all processes.
-      like: an array of the same shape.
-
-    Returns:
-      An array of JAX sharded as `like`, where that spans processes; else `x`.
-    """
+    """Values that each process has, where those of another array lie."""
     if not spans_processes(like) or x.shape != like.shape:
         return x
     part: Any = lambda index: x[index]

@@ -25,15 +25,6 @@ def when(predicate: Array, f: Callable[..., Carry], x: Carry, *reads: Any) -> Ca
 
     A predicate that is known is a Python `if`: without jit the loop, whose body is a
     new function each time, would be compiled in every step.
-
-    Args:
-      predicate: a scalar bool, possibly traced.
-      f: keeps the structure, shapes and dtypes of its first argument.
-      x: a tree of arrays.
-      *reads: trees of arrays that `f` reads.
-
-    Returns:
-      A tree like `x`.
     """
     if not isinstance(predicate, jax.core.Tracer):
         return f(x, *reads) if predicate else x
@@ -49,13 +40,6 @@ def after(first: Any, x: Tree) -> Tree:
 
     What is made from the result is not moved out of the loop that makes `first`. (It
     does not save memory: XLA drops barriers before it plans that.)
-
-    Args:
-      first: a tree of arrays.
-      x: a tree of arrays; numbers of their own kind where order is all that matters.
-
-    Returns:
-      A tree like `x`, with the same values.
     """
     one = lambda x: lax.optimization_barrier((first, x))[1]
     if jax.sharding.get_abstract_mesh().manual_axes:

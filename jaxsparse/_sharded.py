@@ -23,14 +23,6 @@ def sharded_like(
     which for a tile that lies on two devices cannot be said. There the compiler decides
     within `f`, as it does on a mesh with automatic axes, and the results alone are
     stated: an axis is sharded where it is as long as in the array.
-
-    Args:
-      f: a function of arrays, with one result for each of them.
-      arrays: arrays of any sharding.
-      *rest: more arguments of `f`.
-
-    Returns:
-      What `f` returns.
     """
     mesh = explicit_mesh(arrays)
     if mesh is None:
@@ -54,13 +46,6 @@ def laid_out_like(x: Array, like: Array) -> Array:
     """The same numbers, sharded as another array of the same shape is.
 
     Under jit too, where on a mesh with automatic axes no type says how that is.
-
-    Args:
-      x: an array that comes from no sharded one, such as random numbers.
-      like: an array of the same shape.
-
-    Returns:
-      `x`.
     """
     if not manual_axes():  # a shard lies where it does
         if not jax.typeof(x).sharding.mesh.empty and explicit_mesh([like]) is not None:
@@ -71,14 +56,7 @@ def laid_out_like(x: Array, like: Array) -> Array:
 
 
 def explicit_mesh(arrays: Sequence[Array]):
-    """The mesh of the arrays that are sharded over explicit axes.
-
-    Args:
-      arrays: arrays of any sharding.
-
-    Returns:
-      The first such mesh, or None.
-    """
+    """The mesh of the arrays that are sharded over explicit axes."""
     for x in arrays:
         mesh = jax.typeof(x).sharding.mesh
         if AxisType.Explicit in mesh.axis_types:
@@ -91,14 +69,6 @@ def zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
 
     JAX 0.12 makes them without a mesh where it traces outside of `jax.set_mesh`, and
     does not let them meet arrays that have one with explicit axes.
-
-    Args:
-      shape: of the array.
-      dtype: of the array.
-      sharding: of the array, or None.
-
-    Returns:
-      The zeros.
     """
     x = jnp.zeros(shape, dtype, device=sharding)
     mesh = getattr(sharding, "mesh", None)
@@ -109,15 +79,7 @@ def zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
 
 
 def sharded_as(x: Array, like: Array) -> Array:
-    """An array that lies as another one does, where it was made of what is replicated.
-
-    Args:
-      x: an array.
-      like: of the same shape, of any sharding.
-
-    Returns:
-      `x`. (Within `shard_map` it is a shard already.)
-    """
+    """An array of what is replicated, made to lie as another one does."""
     if manual_axes():
         return x
     if explicit_mesh([like]) is not None:
@@ -135,14 +97,7 @@ def manual_axes() -> tuple[str, ...]:
 
 
 def varying_axes(x: Array) -> frozenset[str]:
-    """The mesh axes along which an array differs, as far as its type says.
-
-    Args:
-      x: an array.
-
-    Returns:
-      Names; none outside `shard_map`, and none with `check_vma=False`.
-    """
+    """The mesh axes along which an array differs, as far as its type says."""
     aval: Any = jax.typeof(x)
     if hasattr(aval, "vma"):  # its name in some versions of JAX
         return frozenset(aval.vma or ())
@@ -150,24 +105,12 @@ def varying_axes(x: Array) -> frozenset[str]:
 
 
 def varying_is_known(name: str) -> bool:
-    """Whether types say along which axes arrays differ: not with `check_vma=False`.
-
-    Args:
-      name: one of `manual_axes()`.
-    """
+    """Whether types say along which axes arrays differ: not with `check_vma=False`."""
     return bool(varying_axes(lax.axis_index(name)))
 
 
 def fitting(sharding: Any, shape: tuple[int, ...]) -> Any:
-    """A sharding without the axes that the mesh no longer divides.
-
-    Args:
-      sharding: of the whole array.
-      shape: of what is left of it.
-
-    Returns:
-      A sharding; what is no `NamedSharding` as it is.
-    """
+    """A sharding without the axes that the mesh no longer divides."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     spec = []

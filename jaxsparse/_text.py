@@ -6,14 +6,7 @@ import jax
 
 
 def path_text(key_path: tuple[Any, ...]) -> str:
-    """The keys of a path joined by `/`, as they are.
-
-    Args:
-      key_path: of a leaf of any tree.
-
-    Returns:
-      The text, without the `.value` that an NNX variable adds.
-    """
+    """The keys of a path joined by `/`, as they are."""
     last = key_path[-1] if key_path else None
     if getattr(last, "name", None) == "value":
         key_path = key_path[:-1]

@@ -15,13 +15,6 @@ def each(f: Callable[..., Any], *lists: Sequence[Any]) -> list[Any]:
     """`[f(*xs) for xs in zip(*lists)]`, in one program for all on one device.
 
     What is traced, or lies on several devices, goes through `f` by itself.
-
-    Args:
-      f: a function of arrays at the level of a module: what is compiled is kept for it.
-      *lists: of arrays, equally long.
-
-    Returns:
-      The results.
     """
     rows = list(zip(*lists, strict=True))
     groups: dict[Any, list[int]] = {}

@@ -17,15 +17,7 @@ from jaxsparse._typing import Array
 
 
 def nonzero(w: Any) -> Array:
-    """Where weights are not zero: their bits are neither those of 0.0 nor of -0.0.
-
-    Args:
-      w: an array of any type, traced or not. No random key is zero.
-
-    Returns:
-      Bools of its shape, on its devices; of NumPy for what is of NumPy, whose 64 bits
-      JAX would cut.
-    """
+    """Where weights are not zero: their bits are neither those of 0.0 nor of -0.0."""
     x: Any = w if isinstance(w, np.ndarray | np.generic) else jnp.asarray(w)
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return jnp.ones(x.shape, bool)

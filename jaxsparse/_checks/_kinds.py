@@ -17,45 +17,21 @@ from jaxsparse._checks._values import check_number, shown
 
 
 def check_choice(choices: tuple[str, ...], **values: Any) -> None:
-    """Raises unless each value is one of some words.
-
-    Args:
-      choices: the words.
-      **values: by the arguments' names.
-
-    Raises:
-      ValueError: another value.
-    """
+    """Raises unless each value is one of some words."""
     for name, value in values.items():
         if not isinstance(value, str) or value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {shown(value)}.")
 
 
 def check_bool(**values: Any) -> None:
-    """Raises unless each value is True or False.
-
-    Args:
-      **values: by the arguments' names.
-
-    Raises:
-      TypeError: another value: a word such as "no" would count as True.
-    """
+    """Raises unless each value is True or False."""
     for name, value in values.items():
         if not isinstance(value, bool | np.bool_):
             raise TypeError(f"{name} must be True or False, got {shown(value)}.")
 
 
 def check_callable(takes: int | None, *keywords: str, **functions: Any) -> None:
-    """Raises unless each is a function of so many arguments.
-
-    Args:
-      takes: with how many positional arguments it is called; None for any.
-      *keywords: and with which by name.
-      **functions: by the arguments' names.
-
-    Raises:
-      TypeError: not callable, or with other required arguments.
-    """
+    """Raises unless each is a function of so many arguments."""
     given = [f"{takes} argument{'s'[: takes != 1]}", *keywords]
     for name, function in functions.items():
         if not callable(function):
@@ -77,30 +53,14 @@ def check_callable(takes: int | None, *keywords: str, **functions: Any) -> None:
 
 
 def check_score(score: Any) -> None:
-    """Raises unless `score` is a function of params, and of what it may ask for.
-
-    Args:
-      score: what the caller passed.
-
-    Raises:
-      TypeError: not callable, or with other required arguments.
-    """
+    """Raises unless `score` is a function of params, and of what it may ask for."""
     check_callable(None, score=score)
     check_callable(1, *sorted(asked_for(score, 1)), score=score)
 
 
 @contextlib.contextmanager
 def explained(name: str, **inputs: Any) -> Iterator[None]:
-    """Says, where a function of the caller's fails, on what it was called.
-
-    Args:
-      name: the function's name as an argument.
-      **inputs: what it was called with, by the arguments' names.
-
-    Raises:
-      TypeError: what was a TypeError, with the shapes of the inputs.
-      ValueError: the same of a ValueError.
-    """
+    """Says, where a function of the caller's fails, on what it was called."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -111,15 +71,7 @@ def explained(name: str, **inputs: Any) -> Iterator[None]:
 
 
 def check_key(key: Any, *, name: str = "key") -> None:
-    """Raises unless `key` is one random key.
-
-    Args:
-      key: what the caller passed.
-      name: the argument's name.
-
-    Raises:
-      TypeError: an integer, or anything else; several keys.
-    """
+    """Raises unless `key` is one random key."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if typed and shape == ():
@@ -135,31 +87,14 @@ def check_key(key: Any, *, name: str = "key") -> None:
 
 
 def check_is(kind: Any, made_by: str, **values: Any) -> None:
-    """Raises unless each value is of a kind.
-
-    Args:
-      kind: a class, or a union of some.
-      made_by: how to get one, for the message.
-      **values: by the arguments' names.
-
-    Raises:
-      TypeError: of another kind.
-    """
+    """Raises unless each value is of a kind."""
     for name, value in values.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be what {made_by} gives, got {shown(value)}.")
 
 
 def check_pattern(kind: Any, pattern: Any) -> None:
-    """Raises unless `pattern` is one.
-
-    Args:
-      kind: the union of the patterns, which are defined above this file.
-      pattern: what the caller passed.
-
-    Raises:
-      TypeError: a string such as "2:4", a class, None.
-    """
+    """Raises unless `pattern` is one."""
     if isinstance(pattern, kind):
         return
     advice = "such as js.Unstructured(), js.NM(keep=2, of=4) or js.Block((4, 4))"
@@ -174,16 +109,7 @@ def check_pattern(kind: Any, pattern: Any) -> None:
 def check_mapping(
     kind: Any = object, made_by: str = "a dictionary", **mappings: Any
 ) -> None:
-    """Raises unless each is a mapping from names to values of a kind.
-
-    Args:
-      kind: the class of the values.
-      made_by: how to get one, for the message.
-      **mappings: by the arguments' names.
-
-    Raises:
-      TypeError: no mapping, other names than strings, or values of another kind.
-    """
+    """Raises unless each is a mapping from names to values of a kind."""
     for name, mapping in mappings.items():
         if not isinstance(mapping, Mapping):
             raise TypeError(
@@ -198,15 +124,7 @@ def check_mapping(
 
 
 def check_numbers(**mappings: Any) -> None:
-    """Raises unless each is a mapping from names to numbers.
-
-    Args:
-      **mappings: by the arguments' names.
-
-    Raises:
-      TypeError: no mapping, or what it holds is no number.
-      ValueError: NaN.
-    """
+    """Raises unless each is a mapping from names to numbers."""
     check_mapping(**mappings)
     for name, mapping in mappings.items():
         for key, value in mapping.items():
@@ -214,16 +132,7 @@ def check_numbers(**mappings: Any) -> None:
 
 
 def check_batches(batches: Any, *, name: str = "batches") -> None:
-    """Raises unless `batches` can be gone through and is no single array.
-
-    Args:
-      batches: what the caller passed.
-      name: the argument's name.
-
-    Raises:
-      TypeError: an array, whose rows would be taken for batches, a mapping, a string,
-        or what is not iterable.
-    """
+    """Raises unless `batches` can be gone through and is no single array."""
     if hasattr(batches, "shape") or isinstance(batches, str | bytes | Mapping):
         raise TypeError(
             f"{name} must be an iterable of batches, got {shown(batches)}. For a "
@@ -237,15 +146,7 @@ def check_batches(batches: Any, *, name: str = "batches") -> None:
 
 
 def check_where(where: Any) -> None:
-    """Raises unless `where` can be a selection, whatever the parameters.
-
-    Args:
-      where: see `jaxsparse.tree.select`.
-
-    Raises:
-      TypeError: none of its kinds, or a predicate of other arguments.
-      ValueError: a regular expression that cannot be read.
-    """
+    """Raises unless `where` can be a selection, whatever the parameters."""
     if where is None:
         return
     if isinstance(where, str):
@@ -262,16 +163,7 @@ def check_where(where: Any) -> None:
 
 
 def check_expression(pattern: Any, *, name: str) -> None:
-    """Raises unless `pattern` is a regular expression.
-
-    Args:
-      pattern: what the caller passed.
-      name: the argument's name.
-
-    Raises:
-      TypeError: no string.
-      ValueError: it cannot be read.
-    """
+    """Raises unless `pattern` is a regular expression."""
     if not isinstance(pattern, str):
         raise TypeError(f"{name}: expected a regular expression, got {pattern!r}.")
     try:
@@ -284,15 +176,7 @@ def check_expression(pattern: Any, *, name: str) -> None:
 
 
 def check_axes(axes: Any) -> None:
-    """Raises unless `axes` can be a rule, whatever the parameters.
-
-    Args:
-      axes: see `jaxsparse.tree.AxesRule`.
-
-    Raises:
-      TypeError: neither `Axes` nor a mapping to them.
-      ValueError: a regular expression that cannot be read.
-    """
+    """Raises unless `axes` can be a rule, whatever the parameters."""
     is_axes = lambda x: hasattr(x, "normalised")
     if axes is None or is_axes(axes):
         return

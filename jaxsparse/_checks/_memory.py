@@ -12,18 +12,7 @@ from jaxsparse._checks._values import is_concrete
 
 
 def check_fits(name: str, size: int, advice: str, *, known: bool) -> None:
-    """Says how much memory something takes where there is not as much.
-
-    Args:
-      name: what it is, for the message.
-      size: its bytes, over all devices.
-      advice: what takes less.
-      known: whether it is made now; under `jit` and `eval_shape` it may be made on
-        other devices or never, which is worth a warning.
-
-    Raises:
-      ValueError: more than all memory of all devices.
-    """
+    """Says how much memory something takes where there is not as much."""
     there = _memory()
     if there is None or size <= there:
         return
@@ -36,18 +25,7 @@ def check_fits(name: str, size: int, advice: str, *, known: bool) -> None:
 def check_window_fits(
     name: str, params: Any, window: int, dtype: Any, advice: str
 ) -> None:
-    """`check_fits` for so many gradients of some parameters.
-
-    Args:
-      name: whose window it is.
-      params: the parameters that take part, abstract ones too.
-      window: how many gradients.
-      dtype: that of the gradients; None for each parameter's own.
-      advice: what takes less.
-
-    Raises:
-      ValueError: as `check_fits`.
-    """
+    """`check_fits` for so many gradients of some parameters."""
     leaves = jax.tree.leaves(params)
     width = lambda w: jnp.dtype(w.dtype if dtype is None else dtype).itemsize
     weights = sum(math.prod(w.shape) for w in leaves)

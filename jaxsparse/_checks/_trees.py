@@ -15,16 +15,7 @@ from jaxsparse._typing import PyTree
 
 
 def check_arrays(*, abstract: bool = False, **trees: PyTree) -> None:
-    """Raises unless each is an array or a tree of arrays.
-
-    Args:
-      abstract: whether `jax.ShapeDtypeStruct`s do too: where only shapes count.
-      **trees: by the arguments' names.
-
-    Raises:
-      TypeError: None, or a leaf that is a Python number, a string, an object or, where
-        values are needed, abstract; with its path.
-    """
+    """Raises unless each is an array or a tree of arrays."""
     for name, tree in trees.items():
         if tree is None:
             raise TypeError(f"{name} must be a tree of arrays, got None.")
@@ -69,19 +60,7 @@ def check_like(
     abstract: bool = False,
     **trees: PyTree,
 ) -> None:
-    """Raises unless trees of arrays have the structure and shapes of another one.
-
-    Args:
-      params: a tree of arrays.
-      of: what the message calls it.
-      extra: how many leading axes the leaves have besides.
-      abstract: whether `params` may be abstract.
-      **trees: by the arguments' names.
-
-    Raises:
-      TypeError: a leaf that is no array, in any of them.
-      ValueError: another structure, or a leaf of another shape, with its path.
-    """
+    """Raises unless trees of arrays have the structure and shapes of another one."""
     check_arrays(abstract=abstract, **{of: params})
     leaves = jax.tree.leaves(params)
     for name, tree in trees.items():
@@ -97,15 +76,7 @@ def check_like(
 
 
 def check_bools(masks: PyTree, *, name: str = "masks") -> None:
-    """Raises unless `masks` is a tree of arrays of bools.
-
-    Args:
-      masks: what should be masks.
-      name: the argument's name.
-
-    Raises:
-      TypeError: None, or a leaf that is no array of bools, with its path.
-    """
+    """Raises unless `masks` is a tree of arrays of bools."""
     if masks is None:
         raise TypeError(f"{name} must be a tree of arrays of bools, got None.")
     for keys, mask in jax.tree_util.tree_leaves_with_path(masks):
@@ -128,17 +99,7 @@ def _path(keys: Any) -> str:
 def same_structure(
     got: PyTree, expected: PyTree, *, name: str, of: str = "params"
 ) -> None:
-    """Raises unless two trees have the same structure, naming what differs.
-
-    Args:
-      got: the tree that was passed.
-      expected: the tree whose structure it must have.
-      name: what the message calls `got`.
-      of: what the message calls `expected`.
-
-    Raises:
-      ValueError: the structures differ.
-    """
+    """Raises unless two trees have the same structure, naming what differs."""
     if jax.tree.structure(got) == jax.tree.structure(expected):
         return
 

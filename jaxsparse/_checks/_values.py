@@ -14,11 +14,7 @@ from jaxsparse._together import each
 
 
 def is_concrete(x: Any) -> bool:
-    """Whether the value of `x` can be looked at now (it is not a tracer).
-
-    Returns:
-      False under `jit`, `vmap` or `grad` and for `jax.ShapeDtypeStruct`.
-    """
+    """Whether the value of `x` can be looked at now (it is not a tracer)."""
     return not isinstance(x, Tracer | jax.ShapeDtypeStruct)
 
 
@@ -34,17 +30,7 @@ def shown(value: Any) -> str:
 
 
 def check_sparsity(sparsity: Any, *, name: str = "sparsity") -> None:
-    """Raises unless `sparsity` is a number in [0, 1).
-
-    Args:
-      sparsity: a Python number, or a scalar array. Traced values pass: their value
-        is not known yet.
-      name: what the message calls it, for instance a parameter's path.
-
-    Raises:
-      TypeError: not a number.
-      ValueError: outside [0, 1), NaN included.
-    """
+    """Raises unless `sparsity` is a number in [0, 1)."""
     if not is_concrete(sparsity):
         return
     sparsity = _scalar(sparsity)
@@ -68,17 +54,7 @@ def check_sparsity(sparsity: Any, *, name: str = "sparsity") -> None:
 
 
 def check_positive_int(value: Any, *, name: str, least: int = 1) -> None:
-    """Raises unless `value` is an integer of at least `least`.
-
-    Args:
-      value: what the caller passed.
-      name: the argument's name.
-      least: the smallest value allowed.
-
-    Raises:
-      TypeError: not an integer.
-      ValueError: too small.
-    """
+    """Raises unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     if value < least:
@@ -93,20 +69,7 @@ def check_number(
     below: float = math.inf,
     **values: Any,
 ) -> None:
-    """Raises unless each value is a number within bounds; traced ones pass.
-
-    Args:
-      least: the smallest one allowed.
-      above: what it must exceed.
-      most: the largest one allowed.
-      below: what it must stay below.
-      **values: by the arguments' names; None passes where it is their default, so the
-        caller leaves it out.
-
-    Raises:
-      TypeError: no real number, or a bool.
-      ValueError: NaN, or out of bounds.
-    """
+    """Raises unless each value is a number within bounds; traced ones pass."""
     for name, value in values.items():
         check_scalar(**{name: value})
         if not is_concrete(value):
@@ -131,14 +94,7 @@ def _within(least: float, above: float, most: float, below: float) -> str:
 
 
 def check_scalar(**values: Any) -> None:
-    """Raises unless each value is a real number, whatever its size; traced ones pass.
-
-    Args:
-      **values: by the arguments' names.
-
-    Raises:
-      TypeError: no real number, or a bool.
-    """
+    """Raises unless each value is a real number of any size; traced ones pass."""
     for name, value in values.items():
         if not is_concrete(value):
             continue
@@ -156,15 +112,7 @@ def _scalar(value: Any) -> Any:
 
 
 def check_floating(path: str, x: Any) -> None:
-    """Raises unless `x` is a real floating-point array.
-
-    Args:
-      path: the parameter's path, for the message.
-      x: an array.
-
-    Raises:
-      TypeError: integers, bools or complex numbers.
-    """
+    """Raises unless `x` is a real floating-point array."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"{path}: scores must be real floating-point numbers, got {x.dtype}. "
@@ -173,14 +121,7 @@ def check_floating(path: str, x: Any) -> None:
 
 
 def check_all_numbers(**trees: Any) -> None:
-    """Raises when a concrete tree of arrays holds a NaN; traced ones pass.
-
-    Args:
-      **trees: by the arguments' names.
-
-    Raises:
-      ValueError: at least one NaN, with its path.
-    """
+    """Raises when a concrete tree of arrays holds a NaN; traced ones pass."""
     for name, tree in trees.items():
         known = [
             (keys, x)
@@ -198,14 +139,7 @@ def check_all_numbers(**trees: Any) -> None:
 
 
 def check_no_nan(named: Mapping[str, Any]) -> None:
-    """Raises when a concrete array of scores holds a NaN; traced arrays pass.
-
-    Args:
-      named: arrays by the paths of their parameters, for the message.
-
-    Raises:
-      ValueError: at least one NaN.
-    """
+    """Raises when a concrete array of scores holds a NaN; traced arrays pass."""
     known = {path: x for path, x in named.items() if is_concrete(x)}
     counts = _nan_counts(list(known.values()))
     for (path, x), nans in zip(known.items(), counts, strict=True):

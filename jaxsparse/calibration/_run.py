@@ -149,16 +149,7 @@ def _warn_unseen(stats: Statistics) -> None:
 def pass_over(
     trace: Trace, kernels: dict[str, Kernel], *, gram: bool
 ) -> Callable[..., dict[str, RunningStats]]:
-    """A function of parameters and inputs that returns the statistics of a batch.
-
-    Args:
-      trace: of the batch's shapes.
-      kernels: by the name that their statistics shall have.
-      gram: whether to take gram matrices.
-
-    Returns:
-      `f(leaves, inputs, weight) -> {name: RunningStats}`, to be jitted.
-    """
+    """A function of parameters and inputs that returns the statistics of a batch."""
     readings = {
         reading.site.address: (kernel, reading)
         for kernel in kernels.values()

@@ -34,18 +34,7 @@ def capture(
     look: Look,
     scans: Mapping[Address, tuple[Address, ...]],
 ) -> tuple[list[Any], Found]:
-    """Runs a program; `look(address, eqn, operands)` is asked at some equations.
-
-    Args:
-      program: a closed jaxpr.
-      args: its arguments.
-      look: returns statistics by name.
-      scans: at which equations to look, and which scans hand out slices there.
-
-    Returns:
-      The results, and what was found by address, with a leading axis for each scan
-      that hands out slices.
-    """
+    """Runs a program; `look(address, eqn, operands)` is asked at some equations."""
     return _Run(look, scans).run(program, args, ())
 
 
@@ -56,18 +45,7 @@ def capture_at(
     look: Look,
     scans: Mapping[Address, tuple[Address, ...]],
 ) -> tuple[list[Any], Found]:
-    """`capture` for one equation: a contraction, or a loop with some inside.
-
-    Args:
-      eqn: the equation.
-      values: its operands.
-      address: where it is.
-      look: see `capture`.
-      scans: see `capture`.
-
-    Returns:
-      Its results and what was found.
-    """
+    """`capture` for one equation: a contraction, or a loop with some inside."""
     return _Run(look, scans).into(eqn, values, address)
 
 

@@ -20,14 +20,6 @@ def check_params(
 
     Inf is an error in kernels alone: a constant mask that is added to attention scores
     may hold it.
-
-    Args:
-      paths: of all parameters.
-      leaves: the parameters.
-      kernels: the paths of those that are calibrated or pruned.
-
-    Raises:
-      ValueError: NaN in a parameter, or Inf in a kernel (in eager use).
     """
     for path, (nans, infs) in _counts(paths, leaves).items():
         if nans or (infs and path in kernels):
@@ -39,16 +31,7 @@ def check_params(
 
 
 def check_batch(inputs: tuple[Any, ...], number: int) -> None:
-    """Raises where a batch has no rows.
-
-    Args:
-      inputs: the batch.
-      number: which one it is.
-
-    Raises:
-      ValueError: its first input is empty.
-      TypeError: it holds what is no array.
-    """
+    """Raises where a batch has no rows."""
     named: dict[str, Any] = {f"batches[{number}]": inputs}
     _checks.check_arrays(**named)
     shape = next((jnp.shape(x) for x in jax.tree.leaves(inputs) if jnp.ndim(x)), (1,))
@@ -61,27 +44,13 @@ def check_batch(inputs: tuple[Any, ...], number: int) -> None:
 
 @jax.jit
 def finite(states: Any) -> Array:
-    """Whether each of some statistics is finite.
-
-    Args:
-      states: a list of `RunningStats`.
-
-    Returns:
-      `[n]` bools.
-    """
+    """Whether each of some statistics is finite."""
     one = lambda s: jnp.all(jnp.isfinite(s.mean)) & jnp.all(jnp.isfinite(s.squares))
     return jnp.stack([one(state) for state in states])
 
 
 def input_flags(inputs: Any) -> Array:
-    """How many entries of each array of a batch are NaN or Inf.
-
-    Args:
-      inputs: the batch.
-
-    Returns:
-      `[n]` integers, 0 for what is not floating point.
-    """
+    """How many entries of each array of a batch are NaN or Inf."""
     return jnp.stack([sum(_of_leaf(x)) for x in jax.tree.leaves(inputs)])
 
 
@@ -92,18 +61,7 @@ def not_finite(
     paths: Sequence[str],
     leaves: Sequence[Any],
 ) -> ValueError:
-    """The error for a kernel whose inputs are NaN or Inf.
-
-    Args:
-      path: the kernel that reads them first.
-      number: of the batch.
-      bad_inputs: `input_flags` of the batch.
-      paths: of all parameters.
-      leaves: the parameters as they were.
-
-    Returns:
-      What to raise.
-    """
+    """The error for a kernel whose inputs are NaN or Inf."""
     said = f"batch {number}: the inputs of {path} hold NaN or Inf"
     bad_inputs = on_host(bad_inputs)
     bad = np.flatnonzero(bad_inputs)

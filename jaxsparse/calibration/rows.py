@@ -15,16 +15,7 @@ from jaxsparse.tracing.kernels import Reading
 
 
 def rows_of(reading: Reading, eqn: Any, operands: list[Array]) -> Array:
-    """The inputs that meet a kernel, in the order of its matrices' columns.
-
-    Args:
-      reading: how the equation reads the kernel.
-      eqn: the equation.
-      operands: the values of its operands.
-
-    Returns:
-      `[batch, n, d_in]`; batch counts the equation's own batch indices, 1 without any.
-    """
+    """The inputs that meet a kernel, in the order of its matrices' columns."""
     x = operands[reading.site.other]
     if reading.site.conv is not None:
         rows = _patches(eqn, x, operands[reading.site.operand].shape)
@@ -91,15 +82,7 @@ def _ragged_weights(sizes: Array, rows: int) -> Array:
 
 
 def reading_key(reading: Reading, depth: int) -> Any:
-    """What the statistics of a reading depend on, beside its equation's text.
-
-    Args:
-      reading: how the equation reads the kernel.
-      depth: how much of the equation's address its place in the program is.
-
-    Returns:
-      A hashable value.
-    """
+    """What the statistics of a reading depend on, beside its equation's text."""
     site = reading.site
     inside = site.address[depth:], tuple(scan[depth:] for scan in reading.scans)
     operands = site.primitive, site.operand, site.other
@@ -116,19 +99,7 @@ def contribution(
     sample: np.ndarray | None,
     weight: Array | None,
 ) -> RunningStats:
-    """The statistics of one evaluation of an equation.
-
-    Args:
-      reading: how the equation reads the kernel.
-      eqn: the equation.
-      operands: the values of its operands.
-      gram: whether to take second moments of all pairs.
-      sample: for each row which entry of the flat weight is its own.
-      weight: one number for each sample or token, or None.
-
-    Returns:
-      Statistics with one batch axis: the equation's own batch indices.
-    """
+    """The statistics of one evaluation of an equation."""
     rows = rows_of(reading, eqn, operands)
     by_row = None
     if weight is not None:

@@ -18,21 +18,7 @@ def selected_kernels(
     where: Where = None,
     check: Callable[[dict[str, Kernel]], dict[str, str]] | None = None,
 ) -> tuple[dict[str, Kernel], dict[str, str]]:
-    """The kernels of a trace that take part.
-
-    Args:
-      trace: a trace.
-      params: the parameters.
-      where: see `jaxsparse.tree.select`; by default `trace.where`.
-      check: says of the kernels which of them cannot take part, and why.
-
-    Returns:
-      The kernels by path, in the order in which the model reads them; and those
-      parameters that would take part by default, but stay dense, each with the reason.
-
-    Raises:
-      ValueError: a parameter that `where` names cannot take part, or none is left.
-    """
+    """The kernels of a trace that take part."""
     named = leaves_with_paths(params)
     if where is None:
         wanted = {path for path, leaf in named if _by_default(trace, path, leaf)}

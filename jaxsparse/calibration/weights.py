@@ -16,21 +16,7 @@ from jaxsparse.tracing.kernels import Reading
 def batch_weight(
     weight: Callable[..., Any] | None, inputs: tuple[Any, ...], number: int
 ) -> Array | None:
-    """What a batch's samples or tokens count.
-
-    Args:
-      weight: `weight(*inputs)`, or None.
-      inputs: the batch.
-      number: of the batch, for the message.
-
-    Returns:
-      float32 (float64 for float64), of the shape of the first input's leading axes; or
-      None.
-
-    Raises:
-      ValueError: another shape; a negative number, NaN or Inf.
-      TypeError: not real numbers.
-    """
+    """What a batch's samples or tokens count."""
     if weight is None:
         return None
     _checks.check_callable(len(inputs), weight=weight)
@@ -59,19 +45,7 @@ def batch_weight(
 
 
 def weight_of_rows(trace: Trace, reading: Reading, weight: Any) -> np.ndarray:
-    """For each row of inputs which entry of the flat weight is its own.
-
-    Args:
-      trace: of the batch's shapes.
-      reading: how the rows are read.
-      weight: of the batch; its shape is looked at.
-
-    Returns:
-      `[n]`, integers.
-
-    Raises:
-      ValueError: some row belongs to no entry, or to several.
-    """
+    """For each row of inputs which entry of the flat weight is its own."""
     places = reading.samples(trace.leading[: weight.ndim])
     if np.any(places < 0):
         what = "sample (the first axis of the first input)"

@@ -137,15 +137,7 @@ def _number(x: Any) -> Any:
 def _pace(
     chains: list[Chain], scopes: list[list[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All steps in the order of the sparsity at which they go.
-
-    Args:
-      chains: all that take part.
-      scopes: which of them compete.
-
-    Returns:
-      For each step whose it is, and how many of its indices are gone after it.
-    """
+    """All steps in the order of the sparsity at which they go."""
     parts = []
     for chosen in scopes:
         several = [chains[i] for i in chosen]

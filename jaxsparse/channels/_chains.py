@@ -34,20 +34,7 @@ class Limits(NamedTuple):
 
 
 def limits_of(round_to: int, min_keep: int, max_sparsity: float | None) -> Limits:
-    """The limits that options ask for.
-
-    Args:
-      round_to: as for `drop_lowest`.
-      min_keep: as for `drop_lowest`.
-      max_sparsity: as for `drop_lowest`.
-
-    Returns:
-      `Limits`.
-
-    Raises:
-      ValueError: an option out of range.
-      TypeError: one that is no number.
-    """
+    """The limits that options ask for."""
     _checks.check_positive_int(round_to, name="round_to")
     _checks.check_positive_int(min_keep, name="min_keep")
     most = 1.0 if max_sparsity is None else max_sparsity
@@ -93,23 +80,7 @@ def chains_of(
     limits: Limits,
     where: GroupWhere,
 ) -> list[Chain]:
-    """The chains of all groups that take part.
-
-    Args:
-      groups: by name.
-      scores: `[*copies, size]` by name, larger = keep.
-      per_copy: whether each copy loses indices of its own.
-      limits: of every group.
-      where: which of the groups with scores take part.
-
-    Returns:
-      A chain for each, in the order of the groups.
-
-    Raises:
-      ValueError: scores of what is no group, of one that is not prunable, of another
-        shape, or NaN; no group takes part.
-      TypeError: scores that are not known yet.
-    """
+    """The chains of all groups that take part."""
     check_groups(groups)
     _checks.check_mapping(made_by="js.channels.channel_scores(...)", scores=scores)
     check_names("scores", scores, groups)
@@ -130,13 +101,7 @@ def chains_of(
 
 
 def check_names(what: str, given: Iterable[str], groups: Mapping[str, Group]) -> None:
-    """Raises a ValueError unless all names are those of groups.
-
-    Args:
-      what: the argument that has the names.
-      given: the names.
-      groups: by name.
-    """
+    """Raises a ValueError unless all names are those of groups."""
     for name in given:
         if name not in groups:
             raise ValueError(
@@ -204,19 +169,7 @@ def _concrete(group: Group, scores: Any) -> np.ndarray:
 def scopes_of(
     groups: Mapping[str, Group], chains: list[Chain], scope: Scope
 ) -> list[list[int]]:
-    """Which chains compete with one another.
-
-    Args:
-      groups: by name.
-      chains: of those that take part.
-      scope: as for `drop_lowest`.
-
-    Returns:
-      For each scope the places of its chains.
-
-    Raises:
-      ValueError: an unknown scope.
-    """
+    """Which chains compete with one another."""
     if scope == "group":
         return [[i] for i in range(len(chains))]
     if scope == "global":
@@ -234,15 +187,7 @@ def scopes_of(
 
 
 def sorted_steps(chains: list[Chain]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All steps of a scope in the order in which they go.
-
-    Args:
-      chains: those that compete.
-
-    Returns:
-      For each step whose it is, how many of its indices are gone after it, and how many
-      go in it, over all copies.
-    """
+    """All steps of a scope in the order in which they go."""
     which = np.repeat(np.arange(len(chains)), [len(c.after) for c in chains])
     join = lambda parts: np.concatenate([np.zeros(0), *parts])
     score = join([c.score for c in chains])
@@ -254,15 +199,7 @@ def sorted_steps(chains: list[Chain]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def drop_after(chains: list[Chain], counts: Any) -> Drop:
-    """What is gone when so many indices of each chain are.
-
-    Args:
-      chains: of the groups.
-      counts: for each how many go, in each copy.
-
-    Returns:
-      A `Drop` with an entry for every chain.
-    """
+    """What is gone when so many indices of each chain are."""
     indices = {
         c.name: np.sort(c.order[..., : int(k)], axis=-1).astype(np.int64)
         for c, k in zip(chains, counts, strict=True)

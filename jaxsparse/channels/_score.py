@@ -85,22 +85,7 @@ def slices_that_count(
     *,
     roles: Collection[str] = ROLES,
 ) -> dict[str, Slices]:
-    """The slices of prunable groups in those parameters that count.
-
-    Args:
-      groups: groups by name; those that are not prunable are passed over.
-      tree: like the parameters.
-      where: which of them count.
-      roles: which members count.
-
-    Returns:
-      By name, without groups of which no member counts.
-
-    Raises:
-      ValueError: there is none, or one lies in a parameter that is not there or of
-        another shape.
-      TypeError: a member that is not real floating-point.
-    """
+    """The slices of prunable groups in those parameters that count."""
     check_groups(groups)
     prunable = {name: group for name, group in groups.items() if group.prunable}
     if not prunable:

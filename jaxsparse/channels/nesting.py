@@ -14,20 +14,7 @@ from jaxsparse.tree import leaves_with_paths
 def nesting(
     slices: Mapping[str, Slices], params: PyTree, *, disjoint: bool = False
 ) -> list[str]:
-    """An order of groups in which each set of slices comes before those that hold it.
-
-    Args:
-      slices: of `slices_of`.
-      params: the parameters, or their shapes.
-      disjoint: whether no slices may hold others.
-
-    Returns:
-      The groups' names, the smallest slices first.
-
-    Raises:
-      ValueError: two indices whose slices share some entries, and neither lies in the
-        other; or share any, if they have to be disjoint.
-    """
+    """An order of groups: each set of slices comes before those that hold it."""
     counts = entry_counts(slices, params)
     order = sorted(slices, key=lambda name: float(counts[name].mean()))
     shapes = {path: np.shape(x) for path, x in leaves_with_paths(params)}

@@ -20,18 +20,7 @@ def spread(
     combine: Callable[[Array, Array], Array],
     fill: float,
 ) -> dict[str, Array]:
-    """Each index's number at all entries of its slices.
-
-    Args:
-      slices: of `slices_of`.
-      vectors: `[*copies, size]` by the groups' names.
-      ndims: the ranks of the parameters, by path; those that are missing are left out.
-      combine: of the numbers of two groups that share a parameter.
-      fill: where a group has no index; neutral to `combine`.
-
-    Returns:
-      By path an array that broadcasts to the parameter.
-    """
+    """Each index's number at all entries of its slices."""
     result: dict[str, Array] = {}
     for name, s in slices.items():
         flat = vectors[name].ravel()
@@ -58,16 +47,7 @@ def _at_entries(flat: Array, part: Part, ndim: int, fill: float) -> Array:
 def factors_of(
     slices: Mapping[str, Slices], vectors: Mapping[str, Array], tree: PyTree
 ) -> dict[str, Array]:
-    """What each parameter is multiplied by when each index's slices are.
-
-    Args:
-      slices: of `slices_of`.
-      vectors: `[*copies, size]` by the groups' names.
-      tree: parameters or gradients.
-
-    Returns:
-      By path an array that broadcasts to the leaf.
-    """
+    """What each parameter is multiplied by when each index's slices are."""
     ndims = {path: np.ndim(x) for path, x in leaves_with_paths(tree)}
     return spread(slices, vectors, ndims, combine=jnp.multiply, fill=1.0)
 
@@ -79,14 +59,6 @@ def scaled_updates(
 
     Exactly 0.0 where the factor is 0, and `u` itself where it is 1. They take the
     parameter's dtype, without which neither would hold.
-
-    Args:
-      updates: what would be added to the parameters.
-      params: the parameters.
-      factors: of `factors_of`; other leaves are left as they are.
-
-    Returns:
-      A tree like `updates`.
     """
     leaves = dict(leaves_with_paths(params))
 

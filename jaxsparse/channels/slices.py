@@ -52,20 +52,7 @@ class Slices(NamedTuple):
 def slices_of(
     groups: Mapping[str, Group], *, roles: Collection[str] = PRODUCERS
 ) -> dict[str, Slices]:
-    """Finds the slices of groups.
-
-    Args:
-      groups: groups by name, all of them prunable.
-      roles: which members take part, by what their axis is to a kernel. Without
-        "input" they are the producers: what makes a channel, and not what reads it.
-
-    Returns:
-      The slices by the groups' names.
-
-    Raises:
-      ValueError: no groups, one that is not prunable, unknown roles, or a group without
-        members of these roles.
-    """
+    """Finds the slices of groups."""
     check_groups(groups)
     if isinstance(roles, str) or not roles or set(roles) - set(ROLES):
         raise ValueError(f"roles={roles!r}: expected a tuple of some of {ROLES}.")
@@ -108,16 +95,6 @@ def check_params(slices: Mapping[str, Slices], params: PyTree) -> None:
     """Raises unless slices are those of these parameters.
 
     Leaves that `optax.masked` or `optax.partition` hide, and None, may be missing.
-
-    Args:
-      slices: of `slices_of`.
-      params: the parameters. A tree without any leaf, as optax makes it to ask for the
-        structure of a state, passes.
-
-    Raises:
-      ValueError: a parameter that is not there or has another shape, or a group all of
-        whose members are hidden.
-      TypeError: a parameter that is not real floating-point.
     """
     leaves = dict(leaves_with_paths(params))
     if not leaves:

@@ -38,22 +38,7 @@ def combined(
     reduce: Reduce = "sum",
     absolute: bool = False,
 ) -> dict[str, Array]:
-    """What the members of each group say of its indices, together.
-
-    Args:
-      slices: the members that count.
-      tree: like the parameters, or some of them by path. Members in a parameter that is
-        missing count nothing.
-      measure: of one member.
-      reduce: of all members.
-      absolute: whether the magnitude of what each member says counts.
-
-    Returns:
-      `[*copies, size]` by the groups' names, on every device.
-
-    Raises:
-      ValueError: an unknown `reduce`.
-    """
+    """What the members of each group say of its indices, together."""
     if reduce not in get_args(Reduce):
         known = ", ".join(map(repr, get_args(Reduce)))
         raise ValueError(f"reduce={reduce!r}: expected one of {known}.")
@@ -116,16 +101,7 @@ def _present(part: Part, size: int) -> np.ndarray:
 
 
 def part_sum(part: Part, x: Array, shape: tuple[int, ...]) -> Array:
-    """The sum over all entries with an index, of one member.
-
-    Args:
-      part: where the indices are.
-      x: the leaf.
-      shape: `(*copies, size)`.
-
-    Returns:
-      `[prod(shape)]`, in float32 at least.
-    """
+    """The sum over all entries with an index, of one member."""
     by_place = jnp.sum(x, axis=others_of(part, x.ndim), dtype=wide_dtype(x.dtype))
     return _adder(part, math.prod(shape))(by_place)
 
@@ -134,14 +110,6 @@ def ordered_part_sum(part: Part, x: Array, shape: tuple[int, ...]) -> Array:
     """`part_sum`, bit for bit the same however the leaf is sharded.
 
     For scores, which decide what goes. It reads the leaf twice.
-
-    Args:
-      part: where the indices are.
-      x: the leaf.
-      shape: `(*copies, size)`.
-
-    Returns:
-      `[prod(shape)]`, in float32 at least.
     """
     x, total, others = as_wide(x), math.prod(shape), others_of(part, x.ndim)
     labels = np.where(part.labels < 0, total, part.labels)
@@ -173,45 +141,19 @@ def _adder(part: Part, total: int) -> Callable[[Array], Array]:
 def sums(
     slices: Mapping[str, Slices], entries: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """The sum over each index's slices.
-
-    Args:
-      slices: of `slices_of`.
-      entries: arrays of the parameters' shapes, by path, for instance squares. Those
-        that are missing count nothing.
-
-    Returns:
-      `[*copies, size]` by the groups' names, on every device; of one dtype, the widest
-      of the entries and float32 at least.
-    """
+    """The sum over each index's slices."""
     dtype = wide_dtype(*(x.dtype for x in entries.values()))
     used = {p: entries[p].astype(dtype) for p in paths_of(slices) if p in entries}
     return combined(slices, used, part_sum)
 
 
 def squared_norms(slices: Mapping[str, Slices], params: PyTree) -> dict[str, Array]:
-    """The squared L2 norm of each index's slices.
-
-    Args:
-      slices: of `slices_of`.
-      params: the parameters.
-
-    Returns:
-      `[*copies, size]` by the groups' names, in float32 at least.
-    """
+    """The squared L2 norm of each index's slices."""
     return sums(slices, {p: w * w for p, w in wide_leaves(slices, params).items()})
 
 
 def entry_counts(slices: Mapping[str, Slices], params: PyTree) -> dict[str, np.ndarray]:
-    """How many entries each index's slices have.
-
-    Args:
-      slices: of `slices_of`.
-      params: the parameters, or their shapes.
-
-    Returns:
-      `[*copies, size]` by the groups' names, on the host.
-    """
+    """How many entries each index's slices have."""
     shapes = {path: np.shape(x) for path, x in leaves_with_paths(params)}
     result = {}
     for name, s in slices.items():

@@ -34,14 +34,7 @@ class Damaged(ValueError):
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """Adds a CRC-32 of all the rest.
-
-    Args:
-      content: what JSON holds.
-
-    Returns:
-      The same with `crc32`.
-    """
+    """Adds a CRC-32 of all the rest."""
     return content | {"crc32": _crc(content)}
 
 
@@ -51,11 +44,7 @@ def _crc(content: dict[str, Any]) -> int:
 
 
 def list_files(path: pathlib.Path) -> None:
-    """Writes the list of the files of a checkpoint that is complete.
-
-    Args:
-      path: its directory.
-    """
+    """Writes the list of the files of a checkpoint that is complete."""
     files = {}
     for file in sorted(path.rglob("*")):
         if file.is_file() and file.name not in _UNREAD:
@@ -68,44 +57,18 @@ def list_files(path: pathlib.Path) -> None:
 
 
 def read_stamp(path: pathlib.Path) -> dict[str, Any]:
-    """The stamp of a checkpoint.
-
-    Args:
-      path: its directory.
-
-    Returns:
-      What was written, not yet checked.
-
-    Raises:
-      Damaged: it cannot be read.
-    """
+    """The stamp of a checkpoint."""
     return _read(path, f"{STAMP}/{_TEXT}")
 
 
 def check_stamp(stamp: dict[str, Any]) -> None:
-    """Raises unless a stamp is as it was written.
-
-    Args:
-      stamp: what was read, of a format that this version reads.
-
-    Raises:
-      Damaged: it was changed.
-    """
+    """Raises unless a stamp is as it was written."""
     _check_crc(stamp, f"{STAMP}/{_TEXT}")
     _of_schema(f"{STAMP}/{_TEXT}", lambda: _schema.check_content(stamp))
 
 
 def check(path: pathlib.Path, stamp: dict[str, Any], *, up_to: int | None) -> None:
-    """Raises unless all files are there, as far as one sees without reading arrays.
-
-    Args:
-      path: of the checkpoint.
-      stamp: its stamp, checked.
-      up_to: the largest file to read, in bytes; None reads all whose CRC-32 is known.
-
-    Raises:
-      Damaged: a file is missing, of another size, or was changed.
-    """
+    """Raises unless all files are there, as far as one sees without reading arrays."""
     if (path / STAMP / _LIST).exists():
         listed = _read(path, f"{STAMP}/{_LIST}")
         _check_crc(listed, f"{STAMP}/{_LIST}", needed=True)
@@ -128,16 +91,7 @@ def check(path: pathlib.Path, stamp: dict[str, Any], *, up_to: int | None) -> No
 
 
 def is_whole(path: pathlib.Path, newest_format: int) -> bool:
-    """Whether a checkpoint is whole, as far as `check` sees.
-
-    Args:
-      path: its directory.
-      newest_format: the latest format that this version reads. Of later ones it cannot
-        tell, and `restore` says so.
-
-    Returns:
-      Whether all is there.
-    """
+    """Whether a checkpoint is whole, as far as `check` sees."""
     try:
         stamp = read_stamp(path)
         if not isinstance(stamp.get("format"), int):

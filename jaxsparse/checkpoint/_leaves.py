@@ -28,16 +28,7 @@ Sharding = jax.sharding.Sharding
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths.
-
-    Args:
-      tree: any pytree.
-
-    Returns:
-      A dictionary in the order of `jax.tree.leaves`. A bare leaf is called `value`; of
-      two leaves with the same text (`{"a": {"b": x}, "a/b": y}`) the second gets a
-      prime. Control characters are kept: what shows a name escapes them.
-    """
+    """The leaves of a tree by their paths."""
     named: dict[str, Any] = {}
     keys, _ = jax.tree_util.tree_flatten_with_path(tree)
     for (path, leaf), (key_path, _) in zip(leaves_with_paths(tree), keys, strict=True):
@@ -50,18 +41,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def describe(name: str, leaf: Any) -> Record:
-    """The shape and type of a leaf, of a template or of what is to be saved.
-
-    Args:
-      name: what a message calls it.
-      leaf: an array, a `jax.ShapeDtypeStruct`, a typed key, a Python number or text.
-
-    Returns:
-      A record with `shape` and `dtype`.
-
-    Raises:
-      TypeError: something else.
-    """
+    """The shape and type of a leaf, of a template or of what is to be saved."""
     if type(leaf) in {bool, int, float, str}:  # np.float64 is a float too
         return {"shape": [], "dtype": type(leaf).__name__, "value": leaf}
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
@@ -77,19 +57,7 @@ def describe(name: str, leaf: Any) -> Record:
 
 
 def encode(name: str, leaf: Any) -> tuple[Record, Any]:
-    """What is said and what is written of a leaf.
-
-    Args:
-      name: what a message calls it.
-      leaf: as for `describe`.
-
-    Returns:
-      Its record, and the array to write or None where the record says it all.
-
-    Raises:
-      TypeError: as `describe`; for a shape without values, and for arrays of text,
-        dates and Python objects.
-    """
+    """What is said and what is written of a leaf."""
     record = describe(name, leaf)
     if "value" in record:
         return record, None
@@ -124,31 +92,12 @@ def _is_local(place: Sharding) -> bool:
 
 
 def is_written(record: Record) -> bool:
-    """Whether there is an array on disk besides the record.
-
-    Args:
-      record: what `encode` returned.
-
-    Returns:
-      False for Python values and for arrays without elements.
-    """
+    """Whether there is an array on disk besides the record."""
     return "value" not in record and 0 not in record["shape"]
 
 
 def place_of(name: str, template: Any) -> Sharding | None:
-    """Where a leaf is to be put.
-
-    Args:
-      name: what a message calls it.
-      template: as for `describe`.
-
-    Returns:
-      The template's sharding; None where it has none, or is of numpy, or an array that
-      JAX itself has put on the default device and may move from there.
-
-    Raises:
-      ValueError: a sharding over an abstract mesh, which names no devices.
-    """
+    """Where a leaf is to be put."""
     sharding = getattr(template, "sharding", None)
     if sharding is None:
         return None
@@ -171,15 +120,7 @@ def place_of(name: str, template: Any) -> Sharding | None:
 
 
 def written_place(record: Record, place: Sharding | None) -> Sharding | None:
-    """Where the array on disk is read to, before it becomes the leaf.
-
-    Args:
-      record: what `encode` returned.
-      place: where the leaf is to be put.
-
-    Returns:
-      A sharding, or None for the host.
-    """
+    """Where the array on disk is read to, before it becomes the leaf."""
     if place is None or _is_local(place):
         return None
     if "packed_axis" not in record:
@@ -190,21 +131,7 @@ def written_place(record: Record, place: Sharding | None) -> Sharding | None:
 def decode(
     name: str, written: Any, record: Record, template: Any, place: Sharding | None
 ) -> Any:
-    """The leaf as it was saved.
-
-    Args:
-      name: what a message calls it.
-      written: the array on disk, read to `written_place`; None where there is none.
-      record: what `encode` returned.
-      template: a leaf whose kind the result has: Python, numpy or JAX.
-      place: where it is to be put.
-
-    Returns:
-      The leaf.
-
-    Raises:
-      ValueError: 64-bit numbers for JAX, where it cuts them to 32.
-    """
+    """The leaf as it was saved."""
     shape = tuple(record["shape"])
     if "value" in record:
         if not hasattr(template, "dtype"):

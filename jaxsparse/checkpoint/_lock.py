@@ -41,14 +41,7 @@ class _Kept(NamedTuple):
 
 
 def take(directory: pathlib.Path) -> None:
-    """Lets this process be the one that writes into a directory, until it ends.
-
-    Args:
-      directory: of checkpoints.
-
-    Raises:
-      OSError: another run does, or may do.
-    """
+    """Lets this process be the one that writes into a directory, until it ends."""
     file = directory / NAME
     if file in _kept and _kept[file].identity == _identity(file):
         return

@@ -7,15 +7,7 @@ import numpy as np
 
 
 def by_the_first(act: Callable[[], None], what: str) -> None:
-    """What the first process does while the others wait; if it cannot, all fail.
-
-    Args:
-      act: what it does.
-      what: how a message calls it.
-
-    Raises:
-      OSError: in the others, where the first one failed.
-    """
+    """What the first process does while the others wait; if it cannot, all fail."""
     error: Exception | None = None
     if jax.process_index() == 0:
         try:

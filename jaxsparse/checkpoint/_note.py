@@ -12,18 +12,7 @@ from jaxsparse.coupling import Drop
 
 
 def of_drop(drop: Drop | None) -> dict[str, Any]:
-    """What the text says of what was dropped.
-
-    Args:
-      drop: as `export` got it.
-
-    Returns:
-      A dictionary to add to it.
-
-    Raises:
-      TypeError: something else.
-      ValueError: indices that are none of a group of its size.
-    """
+    """What the text says of what was dropped."""
     if drop is None:
         return {}
     if not isinstance(drop, Drop):
@@ -42,18 +31,7 @@ def of_drop(drop: Drop | None) -> dict[str, Any]:
 
 
 def parsed(text: str, crc: int | None) -> dict[str, Any]:
-    """The text of a file, checked.
-
-    Args:
-      text: as it was read.
-      crc: the CRC-32 that was written with it; None for a file of an earlier version.
-
-    Returns:
-      A dictionary with `types`, and where they were written `shapes`, `crc32`, `drop`.
-
-    Raises:
-      ValueError: it is not what `export` wrote.
-    """
+    """The text of a file, checked."""
     note = json.loads(text)
     found = zlib.crc32(text.encode())
     if not isinstance(note, dict):
@@ -87,12 +65,6 @@ def check_masks(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
     """Raises for a mask that fits no parameter beside it.
 
     Of a tree with `params` and `masks`, such as a `Pruned`.
-
-    Args:
-      arrays: shapes and types by name.
-
-    Raises:
-      ValueError: masks of other parameters, or that do not broadcast to theirs.
     """
     if not any(name.startswith("params/") for name in arrays):
         return

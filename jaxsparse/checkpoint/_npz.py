@@ -16,14 +16,7 @@ _NOTE, _CRC = "note.npy", "note_crc32.npy"
 
 
 def write_npz(path: str, arrays: Mapping[str, np.ndarray], note: str, crc: int) -> None:
-    """Writes a `.npz` file.
-
-    Args:
-      path: of the file.
-      arrays: what `stored` returned, by name.
-      note: a text.
-      crc: its CRC-32.
-    """
+    """Writes a `.npz` file."""
     named: Any = {f"params/{name}": x for name, x in arrays.items()}
     np.savez(path, note=np.array(note), note_crc32=np.array(crc, np.uint32), **named)
 

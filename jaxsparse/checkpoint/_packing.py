@@ -16,27 +16,12 @@ Shape = tuple[int, ...]
 
 
 def packed_shape(shape: Shape, axis: int) -> Shape:
-    """The shape of packed bits.
-
-    Args:
-      shape: the shape of the array of bools.
-      axis: the axis along which eight of them make a byte.
-
-    Returns:
-      `shape` with an eighth of that axis, rounded up.
-    """
+    """The shape of packed bits."""
     return (*shape[:axis], -(-shape[axis] // 8), *shape[axis + 1 :])
 
 
 def choose_axis(x: Array | np.ndarray) -> int:
-    """The axis to pack along: the fewest bytes, then whole bytes in every shard.
-
-    Args:
-      x: an array of bools of at least one axis, not empty.
-
-    Returns:
-      The axis.
-    """
+    """The axis to pack along: the fewest bytes, then whole bytes in every shard."""
 
     def cost(axis: int):
         size = np.prod(packed_shape(x.shape, axis))
@@ -51,17 +36,7 @@ def choose_axis(x: Array | np.ndarray) -> int:
 def whole_bytes(
     sharding: jax.sharding.Sharding, shape: Shape, axis: int
 ) -> jax.sharding.Sharding:
-    """A sharding close to `sharding` under which no byte lies on two devices.
-
-    Args:
-      sharding: the sharding of an array of bools.
-      shape: the array's shape.
-      axis: the axis along which it is packed.
-
-    Returns:
-      `sharding` itself where every shard holds whole bytes; else the same without a
-      split of `axis`.
-    """
+    """A sharding close to `sharding` under which no byte lies on two devices."""
     part = sharding.shard_shape(shape)[axis]
     if part == shape[axis] or part % 8 == 0:
         return sharding
@@ -79,16 +54,7 @@ def whole_bytes(
 
 
 def pack(x: Array | np.ndarray, axis: int) -> Array | np.ndarray:
-    """Packs bools into bits along an axis.
-
-    Args:
-      x: an array of bools.
-      axis: the axis along which eight of them make a byte; the first is the highest
-        bit.
-
-    Returns:
-      Bytes of the shape `packed_shape(x.shape, axis)`, sharded as `x`.
-    """
+    """Packs bools into bits along an axis."""
     if isinstance(x, np.ndarray):
         return np.packbits(x, axis=axis)
     placed = jax.device_put(x, whole_bytes(x.sharding, x.shape, axis))
@@ -98,16 +64,7 @@ def pack(x: Array | np.ndarray, axis: int) -> Array | np.ndarray:
 
 
 def unpack(bits: Array | np.ndarray, shape: Shape, axis: int) -> Array | np.ndarray:
-    """Turns packed bits into bools again.
-
-    Args:
-      bits: what `pack` returned, on a sharding that `whole_bytes` allows.
-      shape: the shape of the array of bools.
-      axis: the axis along which it was packed.
-
-    Returns:
-      The bools, sharded as `bits`.
-    """
+    """Turns packed bits into bools again."""
     if isinstance(bits, np.ndarray):
         return _unpackbits(bits, shape[axis], axis)
     count = bits.sharding.shard_shape(shape)[axis]

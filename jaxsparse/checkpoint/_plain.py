@@ -7,19 +7,7 @@ from jaxsparse.checkpoint._types import is_foreign
 
 
 def stored(name: str, x: np.ndarray, *, npz: bool) -> np.ndarray:
-    """An array as the format holds it.
-
-    Args:
-      name: what a message calls it.
-      x: an array of numbers or bools.
-      npz: which format.
-
-    Returns:
-      The array, or its bits, which `retyped` turns back.
-
-    Raises:
-      TypeError: of a type that the format cannot hold.
-    """
+    """An array as the format holds it."""
     if npz:
         return _bits(x) if is_foreign(x.dtype) else x
     if x.dtype.name in CODES:
@@ -33,15 +21,7 @@ def stored(name: str, x: np.ndarray, *, npz: bool) -> np.ndarray:
 
 
 def retyped(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """What was `stored`, in its own type.
-
-    Args:
-      x: the array in the file.
-      dtype: the type it had.
-
-    Returns:
-      The array as it was.
-    """
+    """What was `stored`, in its own type."""
     return x.view(dtype) if is_foreign(dtype) else x.astype(dtype)
 
 

@@ -21,14 +21,7 @@ def checkpointer() -> ocp.Checkpointer:
 
 
 def checksums_of(arrays: Tree) -> dict[str, dict[str, int]]:
-    """The CRC-32 of each array.
-
-    Args:
-      arrays: by item and name; in many processes each has its parts.
-
-    Returns:
-      The numbers, by item and name.
-    """
+    """The CRC-32 of each array."""
     flat = {(item, n): x for item, named in arrays.items() for n, x in named.items()}
     found = checksums(flat)
     return {
@@ -40,20 +33,7 @@ def checksums_of(arrays: Tree) -> dict[str, dict[str, int]]:
 def read(
     path: pathlib.Path, stamp: dict[str, Any], templates: Tree, *, alone: bool
 ) -> Tree:
-    """The leaves of each item, in the order of its template and where that lies.
-
-    Args:
-      path: of the checkpoint.
-      stamp: its stamp.
-      templates: the template's leaves, by item and name.
-      alone: reads one array at a time, which is slower, and names the one that fails.
-
-    Returns:
-      The leaves, by item and name.
-
-    Raises:
-      Damaged: arrays that cannot be read, or whose CRC-32 is not that of the stamp.
-    """
+    """The leaves of each item, in the order of its template and where that lies."""
     _check_axes(stamp)
     records = stamp["leaves"]
     places = {
@@ -90,15 +70,7 @@ def read(
 
 
 def check_arrays(path: pathlib.Path, stamp: dict[str, Any]) -> None:
-    """Reads every array, one at a time, onto the host.
-
-    Args:
-      path: of the checkpoint.
-      stamp: its stamp.
-
-    Raises:
-      Damaged: one that cannot be read, or whose CRC-32 is not that of the stamp.
-    """
+    """Reads every array, one at a time, onto the host."""
     _check_axes(stamp)
     for item, records in stamp["leaves"].items():
         for name in records:

@@ -46,17 +46,7 @@ _TYPES = {code: name for name, code in CODES.items()} | {
 def write_safetensors(
     path: str, arrays: Mapping[str, np.ndarray], note: str, crc: int
 ) -> None:
-    """Writes a `.safetensors` file.
-
-    Args:
-      path: of the file.
-      arrays: what `stored` returned, by name.
-      note: a text.
-      crc: its CRC-32.
-
-    Raises:
-      ValueError: a name that the format has taken.
-    """
+    """Writes a `.safetensors` file."""
     if "__metadata__" in arrays:
         raise ValueError(
             "__metadata__: a .safetensors file keeps this name for itself. Rename the "

@@ -13,14 +13,7 @@ _VALUES = {"bool": bool, "int": int, "float": float, "str": str}
 
 
 def check_content(stamp: dict[str, Any]) -> None:
-    """Raises unless a stamp has what `restore` reads of it.
-
-    Args:
-      stamp: what was read, a dictionary of a known format.
-
-    Raises:
-      ValueError: says what is missing, or is something else.
-    """
+    """Raises unless a stamp has what `restore` reads of it."""
     leaves = _dictionary(stamp, "leaves")
     if "params" not in leaves:
         raise ValueError("it has no leaves of params")
@@ -39,14 +32,7 @@ def check_content(stamp: dict[str, Any]) -> None:
 
 
 def check_list(content: dict[str, Any]) -> None:
-    """Raises unless a list of files says of each its size and its CRC-32.
-
-    Args:
-      content: what was read.
-
-    Raises:
-      ValueError: says what is something else.
-    """
+    """Raises unless a list of files says of each its size and its CRC-32."""
     for name, entry in _dictionary(content, "files").items():
         known = isinstance(entry, list) and len(entry) == 2 and _is_size(entry[0])
         if not known or not (entry[1] is None or _is_size(entry[1])):

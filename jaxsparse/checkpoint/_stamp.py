@@ -28,19 +28,7 @@ def make(
     opt_state: PyTree,
     extra: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The stamp of a new checkpoint.
-
-    Args:
-      step: the step.
-      records: for each of `params`, `opt_state` and `masks` that is saved, a record of
-        each leaf.
-      checksums: likewise the CRC-32 of what is written of each leaf.
-      opt_state: the optimizer state.
-      extra: what the caller adds.
-
-    Returns:
-      What is written as JSON.
-    """
+    """The stamp of a new checkpoint."""
     content = {
         "format": FORMAT,
         "jaxsparse": __version__,
@@ -55,14 +43,7 @@ def make(
 
 
 def check_extra(extra: Any) -> None:
-    """Raises for what JSON would not give back as it was.
-
-    Args:
-      extra: what the caller adds to the stamp.
-
-    Raises:
-      TypeError: not a dictionary of what JSON holds.
-    """
+    """Raises for what JSON would not give back as it was."""
     if not isinstance(extra, dict | None):
         raise TypeError(f"extra: expected a dictionary, got {type(extra).__name__}.")
     _check_json("extra", extra)
@@ -87,15 +68,7 @@ def _check_json(path: str, x: Any) -> None:
 
 
 def check_version(stamp: dict[str, Any], *, path: Any) -> None:
-    """Raises for a checkpoint that this version cannot read.
-
-    Args:
-      stamp: the JSON that was read.
-      path: the checkpoint, for the message.
-
-    Raises:
-      ValueError: a later format, or none.
-    """
+    """Raises for a checkpoint that this version cannot read."""
     got = stamp.get("format")
     if not isinstance(got, int):
         raise ValueError(f"{path} is not a checkpoint of jaxsparse: no format version.")
@@ -110,17 +83,7 @@ def check_version(stamp: dict[str, Any], *, path: Any) -> None:
 def check_leaves(
     stamp: dict[str, Any], item: str, templates: dict[str, Any], *, path: Any
 ) -> None:
-    """Raises unless the checkpoint holds exactly what the template asks for.
-
-    Args:
-      stamp: the JSON that was read.
-      item: `params` or `opt_state`.
-      templates: the template's leaves by path.
-      path: the checkpoint, for the message.
-
-    Raises:
-      ValueError: leaves that are missing, too many, or of another shape or type.
-    """
+    """Raises unless the checkpoint holds exactly what the template asks for."""
     records = stamp["leaves"].get(item)
     if records is None:
         raise ValueError(
@@ -163,15 +126,7 @@ def check_leaves(
 
 
 def check_masks(stamp: dict[str, Any], *, path: Any) -> None:
-    """Raises unless the masks of a stamp are masks of its parameters.
-
-    Args:
-      stamp: the JSON that was read.
-      path: the checkpoint, for the message.
-
-    Raises:
-      ValueError: masks of other parameters, of another shape, or not of bools.
-    """
+    """Raises unless the masks of a stamp are masks of its parameters."""
     params, masks = stamp["leaves"]["params"], stamp["leaves"]["masks"]
     said = []
     if set(params) != set(masks):
@@ -198,17 +153,7 @@ def check_masks(stamp: dict[str, Any], *, path: Any) -> None:
 
 
 def check_sparse(stamp: dict[str, Any], opt_state: PyTree, *, path: Any) -> None:
-    """Raises when a dense optimizer state meets a sparse one.
-
-    Args:
-      stamp: the JSON that was read.
-      opt_state: the template.
-      path: the checkpoint, for the message.
-
-    Raises:
-      ValueError: one of the two holds the masks of a pruning transformation, the other
-        does not.
-    """
+    """Raises when a dense optimizer state meets a sparse one."""
     saved, asked = stamp["opt_state_has_masks"], bool(find_states(opt_state))
     if asked and not saved:
         raise ValueError(

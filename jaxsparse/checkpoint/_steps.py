@@ -90,17 +90,7 @@ def latest_step(directory: Directory) -> int | None:
 
 
 def as_directory(directory: Directory) -> pathlib.Path:
-    """An absolute path.
-
-    Args:
-      directory: what the caller passed.
-
-    Returns:
-      The path; what it names need not exist.
-
-    Raises:
-      ValueError: an address such as `gs://...`.
-    """
+    """An absolute path."""
     text = os.fspath(directory)
     if "://" in text:
         raise ValueError(
@@ -112,18 +102,7 @@ def as_directory(directory: Directory) -> pathlib.Path:
 
 
 def as_step(step: Any) -> int:
-    """A step as a Python integer.
-
-    Args:
-      step: an integer, or an integer array such as an optimizer's counter.
-
-    Returns:
-      The integer.
-
-    Raises:
-      TypeError: not an integer.
-      ValueError: negative.
-    """
+    """A step as a Python integer."""
     if not isinstance(step, bool):
         with contextlib.suppress(TypeError):  # said below
             step = operator.index(step)
@@ -132,17 +111,7 @@ def as_step(step: Any) -> int:
 
 
 def present(directory: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The checkpoints in a directory, also those that are damaged.
-
-    Args:
-      directory: where they are.
-
-    Returns:
-      Their paths by step; none for a directory that does not exist.
-
-    Raises:
-      NotADirectoryError: a file.
-    """
+    """The checkpoints in a directory, also those that are damaged."""
     found: dict[int, pathlib.Path] = {}
     try:
         entries = sorted(directory.iterdir())  # `7.replacement` comes after `7`
@@ -159,30 +128,13 @@ def present(directory: pathlib.Path) -> dict[int, pathlib.Path]:
 
 
 def whole(directory: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The whole checkpoints in a directory.
-
-    Args:
-      directory: where they are.
-
-    Returns:
-      Their paths by step; none for a directory that does not exist.
-
-    Raises:
-      NotADirectoryError: a file.
-    """
+    """The whole checkpoints in a directory."""
     found = present(directory)
     return {s: path for s, path in found.items() if _files.is_whole(path, FORMAT)}
 
 
 def open_for_writing(directory: pathlib.Path) -> None:
-    """Makes the directory, takes it, and tidies up what a killed process left in it.
-
-    Args:
-      directory: where checkpoints go.
-
-    Raises:
-      OSError: it cannot be made or written to, or is another run's.
-    """
+    """Makes the directory, takes it, and tidies up what a killed process left in it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -210,11 +162,7 @@ def open_for_writing(directory: pathlib.Path) -> None:
 
 
 def clear(path: pathlib.Path) -> None:
-    """Deletes what a save that failed has written of a step.
-
-    Args:
-      path: where it was to be, of `path_to_write`.
-    """
+    """Deletes what a save that failed has written of a step."""
     for left in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
         shutil.rmtree(left, ignore_errors=True)
     if path.exists():
@@ -222,18 +170,7 @@ def clear(path: pathlib.Path) -> None:
 
 
 def path_to_write(directory: pathlib.Path, step: int) -> pathlib.Path:
-    """Where to write a step: nothing may be there yet.
-
-    Args:
-      directory: where checkpoints go, tidied up.
-      step: the step.
-
-    Returns:
-      `<step>`, or `<step>.replacement` where there is one already.
-
-    Raises:
-      FileExistsError: something of that name that is not a checkpoint.
-    """
+    """Where to write a step: nothing may be there yet."""
     path = directory / str(step)
     if not path.exists():
         return path
@@ -248,14 +185,7 @@ def path_to_write(directory: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def put_in_place(path: pathlib.Path) -> pathlib.Path:
-    """Lets a whole replacement take the place of what it replaces.
-
-    Args:
-      path: a whole checkpoint, `<step>` or `<step>.replacement`.
-
-    Returns:
-      `<step>`.
-    """
+    """Lets a whole replacement take the place of what it replaces."""
     if not path.name.endswith(_REPLACEMENT):
         return path
     target = path.with_suffix("")
@@ -265,14 +195,7 @@ def put_in_place(path: pathlib.Path) -> pathlib.Path:
 
 
 def remove_older(directory: pathlib.Path, step: int, keep: int) -> None:
-    """Deletes old checkpoints, after a new one is whole.
-
-    Args:
-      directory: where they are.
-      step: the new one.
-      keep: how many whole ones to leave, with the new one; newer ones are left and not
-        counted. Damaged ones go.
-    """
+    """Deletes old checkpoints, after a new one is whole."""
     found = {s: path for s, path in present(directory).items() if s < step}
     kept = sorted(s for s in found if _files.is_whole(found[s], FORMAT))
     for old in set(found) - set(kept[max(0, len(kept) - (keep - 1)) :]):
@@ -280,11 +203,7 @@ def remove_older(directory: pathlib.Path, step: int, keep: int) -> None:
 
 
 def remove(path: pathlib.Path) -> None:
-    """Deletes a checkpoint so that it is never seen half-deleted.
-
-    Args:
-      path: its directory.
-    """
+    """Deletes a checkpoint so that it is never seen half-deleted."""
     aside = path.with_name(path.name + _REMOVED)
     path.rename(aside)
     shutil.rmtree(aside)

@@ -37,53 +37,22 @@ _TYPES = _table()
 
 
 def type_name(dtype: np.dtype) -> str:
-    """What a file calls a type.
-
-    Args:
-      dtype: of numbers or bools.
-
-    Returns:
-      A name for `type_of`, with the order of the bytes where it is not the usual one.
-    """
+    """What a file calls a type."""
     return dtype.str if dtype.byteorder == ">" else dtype.name
 
 
 def type_of(name: Any) -> np.dtype:
-    """The type of a name.
-
-    Args:
-      name: what a file calls it.
-
-    Returns:
-      The type.
-
-    Raises:
-      ValueError: none that is known.
-    """
+    """The type of a name."""
     if not isinstance(name, str) or name not in _TYPES:
         raise ValueError(f"the type {name!r} is none that this version knows")
     return _TYPES[name]
 
 
 def is_known(dtype: np.dtype) -> bool:
-    """Whether a type is of numbers or bools, and can be named in a file.
-
-    Args:
-      dtype: any type.
-
-    Returns:
-      False for text, dates, objects, records, and numbers that are not listed here.
-    """
+    """Whether a type is of numbers or bools, and can be named in a file."""
     return _TYPES.get(type_name(dtype)) == dtype
 
 
 def is_foreign(dtype: np.dtype) -> bool:
-    """Whether a type is not of NumPy itself, whatever its `kind` says.
-
-    Args:
-      dtype: any type.
-
-    Returns:
-      True for those of ml_dtypes: the kind of float8_e5m2 is "f".
-    """
+    """Whether a type is not of NumPy itself, whatever its `kind` says."""
     return dtype.isbuiltin == 2

@@ -84,19 +84,7 @@ def finite(
     zero: Collection[Leaf],
     around: Around,
 ) -> Finite:
-    """What is known of a result.
-
-    Args:
-      eqn: the equation, without programs of its own.
-      ins: what is known of its operands.
-      read: see `Read`.
-      special: the leaves whose masked entries are numbers in some operand.
-      zero: those along which the result's are zero.
-      around: see `Around`.
-
-    Returns:
-      It.
-    """
+    """What is known of a result."""
     row, result = row_of(eqn), _derivative(eqn, ins, around)
     steep = dict(result.steep)
     points: dict[Leaf, Point] = {}
@@ -144,19 +132,7 @@ def after_rule(
     special: Collection[Leaf],
     visit: Any,
 ) -> list[Finite]:
-    """What is known of the results of a function with derivatives of its own.
-
-    Args:
-      eqn: a `custom_jvp_call` or `custom_vjp_call`.
-      outs: what its program says of them.
-      ins: of its operands.
-      read: see `Read`.
-      special: as of `finite`.
-      visit: of the equation.
-
-    Returns:
-      The same, with what its rule says.
-    """
+    """What is known of the results of a function with derivatives of its own."""
     steep: dict[Leaf, Any] = {}
     seen: dict[Any, bool] = {}
     for leaf in special:

@@ -32,16 +32,7 @@ def is_bad(x: Number) -> bool:
 
 
 def value_at(eqn: Any, at: Sequence[Number]) -> Number:
-    """What an equation gives, entry by entry, at known and unknown numbers.
-
-    Args:
-      eqn: its primitive is elementwise.
-      at: of its operands.
-
-    Returns:
-      The result, if it is the same whatever the unknown ones are; NaN if it is finite
-      for none of them.
-    """
+    """What an equation gives, entry by entry, at known and unknown numbers."""
     name = eqn.primitive.name
     if all(x is None for x in at):
         return None
@@ -67,16 +58,7 @@ def value_at(eqn: Any, at: Sequence[Number]) -> Number:
 
 
 def steep_at(eqn: Any, at: Sequence[Number], which: tuple[int, ...]) -> bool:
-    """Whether the derivative is not finite there.
-
-    Args:
-      eqn: its primitive is elementwise, or it has a rule for derivatives of its own.
-      at: its operands, which are finite.
-      which: of the operands that are differentiated.
-
-    Returns:
-      Whether some result's is not, whatever the unknown operands are.
-    """
+    """Whether the derivative is not finite there."""
     if eqn.primitive.name == "integer_pow" and eqn.params["y"] > 0:
         return False
     if called(eqn) is not None:
@@ -95,16 +77,7 @@ def steep_at(eqn: Any, at: Sequence[Number], which: tuple[int, ...]) -> bool:
 
 
 def run(program: Any, at: Sequence[Number]) -> list[Number]:
-    """The numbers that a program gives, one for each result.
-
-    Args:
-      program: a closed jaxpr. It is read as one of single entries: what it adds up
-        over an axis is unknown, unless some of it is not finite.
-      at: of its operands; those that are missing are unknown.
-
-    Returns:
-      Of its results.
-    """
+    """The numbers that a program gives, one for each result."""
     missing = len(program.jaxpr.invars) - len(at)
     return interpret(
         program,

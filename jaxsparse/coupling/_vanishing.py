@@ -72,19 +72,7 @@ def vanishing(
     leaves: Leaves,
     layers: frozenset[Leaf],
 ) -> frozenset[Leaf]:
-    """The leaves along which masked entries of a result are zero.
-
-    Args:
-      eqn: the equation.
-      ins: what masking does to its operands.
-      before: their axes.
-      after: the axes of the result.
-      leaves: of axes.
-      layers: of the scans around it, which no value in a turn shows.
-
-    Returns:
-      Some of the leaves of the result and of the layers.
-    """
+    """The leaves along which masked entries of a result are zero."""
     row, here = row_of(eqn), layers | leaves.of_all(after)
     if row.zeros is None:
         return frozenset()

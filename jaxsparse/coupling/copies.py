@@ -20,14 +20,7 @@ _FIXED = frozenset({"iota"})
 
 
 def batches(trace: Trace) -> dict[Leaf, tuple[Leaf, ...]]:
-    """The axes that batch each axis.
-
-    Args:
-      trace: a trace.
-
-    Returns:
-      For each leaf those that every value has which has it too.
-    """
+    """The axes that batch each axis."""
     found = covered(trace)
     # In one direction only: of two axes that always go together the outer is the batch.
     order = {x: i for i, x in enumerate(found)}

@@ -34,12 +34,6 @@ def drop_of(marked: Mapping[str, Any]) -> Drop:
 
     All copies of a group lose equally many, as few as the one with the fewest marks,
     and the lower indices first.
-
-    Args:
-      marked: bools `[*copies, size]` by the groups' names.
-
-    Returns:
-      A `Drop`; groups that lose nothing are not in it.
     """
     indices, sizes = {}, {}
     for name, x in marked.items():

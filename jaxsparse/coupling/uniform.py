@@ -57,15 +57,7 @@ class Operand(NamedTuple):
 
 
 def uniform(operands: Iterable[Operand], axes: frozenset[int]) -> Uniform:
-    """Along which axes the masked entries of a result are all the same.
-
-    Args:
-      operands: of an equation that is `supported`.
-      axes: of the result, those that may lose indices and where it is not zero then.
-
-    Returns:
-      The axes, as many as one choice for each operand leaves; there may be none.
-    """
+    """Along which axes the masked entries of a result are all the same."""
     kinds: list[Kind] = []
     for x in operands:
         choices: dict[Kind, frozenset[int]]
@@ -95,17 +87,7 @@ def places(eqn: Any, at: int, dims: Dims, after: Dims) -> dict[int, int]:
 def masked_entries(
     eqn: Any, ins: Sequence[Known], found: Uniform, shape: Sequence[int]
 ) -> Entries:
-    """A result's masked entries.
-
-    Args:
-      eqn: the equation.
-      ins: its operands at the new sizes.
-      found: how they make the masked entries.
-      shape: the new one of the result.
-
-    Returns:
-      The entries, which are computed when they are first asked for: few are.
-    """
+    """A result's masked entries."""
     shape = tuple(1 if at in found.axes else n for at, n in enumerate(shape))
 
     def operand(x: Known, kind: str, var: Any) -> Any:
@@ -134,19 +116,7 @@ def completed(
     dims: Dims,
     size: Callable[[Axis], int],
 ) -> Any:
-    """The sum of the masked model.
-
-    Args:
-      total: the sum over the entries that are left.
-      entries: the masked ones.
-      axes: over which is summed.
-      told: those of them whose masked entries are to be added.
-      dims: all axes of what is summed.
-      size: the new size of an axis.
-
-    Returns:
-      The sum over all.
-    """
+    """The sum of the masked model."""
     uniform = [dims[a] for a in told if a in entries.axes]
     missing = math.prod(d.size for d in uniform) - math.prod(map(size, uniform))
     if not missing:

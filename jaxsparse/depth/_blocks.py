@@ -102,20 +102,7 @@ def _plain(trace: Trace) -> dict[str, ResidualBlock]:
 def chosen(
     trace: Trace, names: Collection[str], join: Join
 ) -> dict[str, ResidualBlock]:
-    """Some blocks by their names.
-
-    Args:
-      trace: of the model.
-      names: of blocks.
-      join: see `residual_blocks`.
-
-    Returns:
-      Those blocks, in the model's order.
-
-    Raises:
-      TypeError: one text instead of several.
-      ValueError: a name that no block has.
-    """
+    """Some blocks by their names."""
     if isinstance(names, str) or not isinstance(names, Collection):
         raise TypeError(f"names: expected a collection of names, got {names!r}.")
     found = residual_blocks(trace, join=join)

@@ -12,17 +12,7 @@ from jaxsparse.tracing import Trace
 
 
 def flat_of(trace: Trace) -> Flat:
-    """The flat program of a trace with its branches.
-
-    Args:
-      trace: of the model.
-
-    Returns:
-      A `Flat`.
-
-    Raises:
-      ValueError: there are no branches.
-    """
+    """The flat program of a trace with its branches."""
     found = _flattened(trace)
     if not found.additions:
         raise ValueError(
@@ -64,15 +54,7 @@ def _flattened(trace: Trace) -> Flat:
 
 
 def flat_for(trace: Trace, additions: Collection[Addition]) -> Flat:
-    """The flat program in which only those scans are unrolled that have to be.
-
-    Args:
-      trace: of the model.
-      additions: of the branches that are to be changed.
-
-    Returns:
-      A `Flat` of these additions; the scans that have none of them stay scans.
-    """
+    """The flat program in which only those scans are unrolled that have to be."""
     whole = trace.once(flat_of)
     within = lambda scan: any(a.address[: len(scan)] == scan for a in additions)
     scans = frozenset(filter(within, whole.unrolled))
@@ -183,15 +165,7 @@ def _is_branch(
 
 
 def line(x: int | None, carried: Mapping[int, int]) -> Iterator[int]:
-    """A value of the stream, then those that it was before.
-
-    Args:
-      x: the value.
-      carried: for a value the one that it was before, as `Flat.before`.
-
-    Yields:
-      Variables.
-    """
+    """A value of the stream, then those that it was before."""
     while x is not None:
         yield x
         x = carried.get(x)

@@ -80,16 +80,7 @@ class Flat:
 
 
 def used(flat: Steps, replace: Mapping[int, int]) -> tuple[list[int], set[int]]:
-    """What a program computes and reads, with some variables in place of others.
-
-    Args:
-      flat: the program.
-      replace: for a variable the one that is read in its place.
-
-    Returns:
-      The indices of the steps that lead to the results, in order; the variables that
-      they or the results read.
-    """
+    """What a program computes and reads, with some variables in place of others."""
     read = {final(x, replace) for x in flat.results if isinstance(x, int)}
     steps = []
     for i in range(len(flat.steps) - 1, -1, -1):
@@ -101,44 +92,20 @@ def used(flat: Steps, replace: Mapping[int, int]) -> tuple[list[int], set[int]]:
 
 
 def final(x: int, replace: Mapping[int, int]) -> int:
-    """What is read in place of a variable.
-
-    Args:
-      x: the variable.
-      replace: see `used`.
-
-    Returns:
-      A variable.
-    """
+    """What is read in place of a variable."""
     while x in replace:
         x = replace[x]
     return x
 
 
 def without(found: Flat, additions: Collection[Addition]) -> dict[int, int]:
-    """For the results of some additions the stream to be read in their place.
-
-    Args:
-      found: of `flat_of`.
-      additions: of its branches.
-
-    Returns:
-      What `used` takes.
-    """
+    """For the results of some additions the stream to be read in their place."""
     steps = [(found.steps.steps[found.additions[a]], a.stream) for a in additions]
     return {step.outs[0]: step.ins[stream] for step, stream in steps}
 
 
 def units_read(found: Flat, replace: Mapping[int, int]) -> dict[Unit, None]:
-    """The parameters and slices that a program reads, in the order it does.
-
-    Args:
-      found: of `flat_of`.
-      replace: see `used`.
-
-    Returns:
-      Units, as the keys of a dictionary.
-    """
+    """The parameters and slices that a program reads, in the order it does."""
     steps, _ = used(found.steps, replace)
     units: dict[Unit, None] = {}
 
@@ -160,28 +127,12 @@ def units_read(found: Flat, replace: Mapping[int, int]) -> dict[Unit, None]:
 
 
 def own_units(found: Flat, additions: Collection[Addition]) -> list[Unit]:
-    """What nothing reads any more without some branches.
-
-    Args:
-      found: of `flat_of`.
-      additions: of the branches.
-
-    Returns:
-      Units, in the order in which the program first reads them.
-    """
+    """What nothing reads any more without some branches."""
     left = units_read(found, without(found, additions))
     return [unit for unit in units_read(found, {}) if unit not in left]
 
 
 def unit_size(trace: Trace, unit: Unit) -> int:
-    """How many numbers a unit has.
-
-    Args:
-      trace: of the model.
-      unit: one of its units.
-
-    Returns:
-      The size of its array.
-    """
+    """How many numbers a unit has."""
     shape = [d.size for d in trace.dims[unit.path]]
     return math.prod(shape) // math.prod(shape[axis] for axis, _ in unit.at)

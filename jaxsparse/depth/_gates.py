@@ -87,17 +87,7 @@ def gated(trace: Trace, *, join: Join = None) -> Callable[..., Any]:
 def with_gates(
     trace: Trace, names: tuple[str, ...], join: Join
 ) -> Callable[..., list[Any]]:
-    """The program of a trace with gates before some branches.
-
-    Args:
-      trace: of the model.
-      names: of the blocks.
-      join: as given to `residual_blocks`.
-
-    Returns:
-      A function of the parameters' leaves, the flat inputs and the gates; it gives the
-      flat results.
-    """
+    """The program of a trace with gates before some branches."""
     eqns = dict(equations(trace.program))
     known = chosen(trace, names, join)
     # By operand of an addition, for the turns of the scans around it, which gate.

@@ -20,18 +20,7 @@ def runnable(
     replace: Mapping[int, int],
     left: Mapping[str, Mapping[int, np.ndarray] | None] | None = None,
 ) -> Callable[..., list[Any]]:
-    """A flat program as a function; what does not lead to its results is left out.
-
-    Args:
-      found: the whole program.
-      flat: the steps to run: the program's, changed, with more or in another order.
-      replace: variables with those that are read in their place.
-      left: of stacked parameters the rows that are there, by path and axis.
-
-    Returns:
-      A function of lists of values, which together are the program's arguments; it
-      gives the flat results.
-    """
+    """A flat program as a function; what does not lead to its results is left out."""
     put = lambda x: final(x, replace) if isinstance(x, int) else x
     taken, _ = used(flat, replace)
     steps = [flat.steps[i] for i in taken]

@@ -180,17 +180,7 @@ def merge_experts(
 
 @jax.jit
 def group_means(experts: PyTree, usage: Array, labels: Array, member: Array) -> PyTree:
-    """The means of groups of experts, as `merge_experts` takes them.
-
-    Args:
-      experts: a tree of arrays `[E, ...]`.
-      usage: `[E]`, at least 0.
-      labels: `[E]` integers.
-      member: `[groups, E]` bools: `labels` as a table.
-
-    Returns:
-      A tree of arrays `[groups, ...]` of the same dtypes.
-    """
+    """The means of groups of experts, as `merge_experts` takes them."""
     n, groups = labels.shape[0], member.shape[0]
     weight = jnp.where(member, as_wide(jnp.asarray(usage))[None], -1)
     leader = jnp.argmax(weight, axis=1)  # the most used of each group

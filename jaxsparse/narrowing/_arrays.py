@@ -14,31 +14,12 @@ from jaxsparse.primitives.dims import Dims
 
 
 def cut_array(cut: Cut, x: Any, dims: Dims) -> Any:
-    """An array without what goes, where and as it was.
-
-    Args:
-      cut: what is kept.
-      x: numpy's, JAX's or a `jax.ShapeDtypeStruct`.
-      dims: its axes.
-
-    Returns:
-      The same kind of array. A sharded one keeps its sharding along all axes that the
-      mesh still divides.
-    """
+    """An array without what goes, where and as it was."""
     return _changed(cut, x, dims, cut.take, cut.shape(dims))
 
 
 def put_array(cut: Cut, x: Any, dims: Dims) -> Any:
-    """The inverse of `cut_array`, with zeros.
-
-    Args:
-      cut: what was kept.
-      x: an array of the cut shape.
-      dims: the axes of the whole one.
-
-    Returns:
-      The whole array.
-    """
+    """The inverse of `cut_array`, with zeros."""
     return _changed(cut, x, dims, cut.put, tuple(d.size for d in dims))
 
 

@@ -103,15 +103,7 @@ class Cut:
         return Kept(self.size, indices, self.copies)
 
     def take(self, x: Any, dims: Dims) -> Any:
-        """An array without what goes.
-
-        Args:
-          x: of any kind; numpy's stay numpy's.
-          dims: its axes.
-
-        Returns:
-          The smaller array.
-        """
+        """An array without what goes."""
         if not self.touches(dims):
             return x
         return _taken(x, self.positions(dims))
@@ -119,17 +111,7 @@ class Cut:
     def take_in_turn(
         self, x: Any, dims: Dims, around: Sequence[tuple[algebra.Axis, Any]]
     ) -> Any:
-        """An array of one turn of scans without what goes in this turn.
-
-        Args:
-          x: the array.
-          dims: its axes.
-          around: the axes that the scans around it run over, each with the number of
-            the turn among those that are left; it may be traced.
-
-        Returns:
-          The smaller array.
-        """
+        """An array of one turn of scans without what goes in this turn."""
         if not self.touches(dims):
             return x
         layers = [axis for axis, _ in around]

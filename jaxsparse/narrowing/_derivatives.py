@@ -35,20 +35,7 @@ _STAYS = frozenset({"frozen", "fixed", "gathered"})  # notes on axes that keep t
 def with_derivative(
     eqn: Any, plain: Plain, trace: Trace, cut: Cut, node: Node, runner: Runner
 ) -> Plain:
-    """A function of the new sizes with the rule that the traced one has.
-
-    Args:
-      eqn: a `custom_jvp_call` or `custom_vjp_call`.
-      plain: what it computes, at the new sizes.
-      trace: of the model.
-      cut: what is kept.
-      node: the axes at the equation.
-      runner: see `Runner`.
-
-    Returns:
-      The function. Differentiating it raises a NotImplementedError if the axes of the
-      rule do not follow from those of the operands.
-    """
+    """A function of the new sizes with the rule that the traced one has."""
     make = _with_jvp if eqn.primitive.name == "custom_jvp_call" else _with_vjp
     function = make(eqn, plain, _Rule(eqn, trace, cut, node), runner)
     constants = eqn.params.get("num_consts", 0)

@@ -15,13 +15,6 @@ def resized_mean(name: str, ins: list[Known]) -> list[Known]:
 
     A division by the old number n, or by n - 1 (an unbiased variance), and a
     multiplication by 1 / n are recognised.
-
-    Args:
-      name: "div" or "mul".
-      ins: both operands.
-
-    Returns:
-      The operands, changed where they are those of a mean.
     """
     for at, other in ((0, 1), (1, 0)) if name == "mul" else ((0, 1),):
         summed, number = ins[at].summed, ins[other].number

@@ -36,22 +36,7 @@ def plan(
     positions: Positions = "slice",
     masks: bool = False,
 ) -> Plan:
-    """Checks a specification against a trace.
-
-    Args:
-      trace: of the model.
-      drop: names of groups with the indices that go.
-      allow: flags that shall not forbid.
-      norms: "resized" allows groups that are not zero-invariant.
-      positions: as `narrow`'s.
-      masks: whether shapes stay, so that what only `narrow` has to heed is allowed.
-
-    Returns:
-      What is kept.
-
-    Raises:
-      ValueError: see `narrow`.
-    """
+    """Checks a specification against a trace."""
     _checks.check_choice(("masked", "resized"), norms=norms)
     _checks.check_choice(("slice", "renumber"), positions=positions)
     if not isinstance(drop, Drop):
@@ -98,15 +83,6 @@ def like(first: Cut, trace: Trace, cut: Cut, at: Trace) -> Cut:
 
     For inputs of another shape a model may leave out a parameter, or an operation that
     couples it with others: what it lost with them it has lost nonetheless.
-
-    Args:
-      first: what is kept.
-      trace: the trace that this is of.
-      cut: what the same drop keeps of the other trace.
-      at: the other trace.
-
-    Returns:
-      What is kept of the other trace.
     """
     kept, copies = dict(cut.kept), dict(cut.copies)
     for path, dims in trace.dims.items():

@@ -32,16 +32,7 @@ class Kept(NamedTuple):
 
 
 def old_positions(dims: Dims, kept: Kept) -> list[np.ndarray]:
-    """For each axis of an array the old positions of what stays.
-
-    Args:
-      dims: the axes.
-      kept: what is kept of their leaves.
-
-    Returns:
-      For each axis an array that broadcasts to the new shape: of one axis if it stays
-      the same in all copies, of more where each copy has its own.
-    """
+    """For each axis of an array the old positions of what stays."""
     array = _Array(dims, kept)
     return [array.old(at) for at in range(len(dims))]
 

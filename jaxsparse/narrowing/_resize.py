@@ -202,17 +202,7 @@ class _Patched:
 
 
 def resized(trace: Trace, cut: Cut, norms: Norms, positions: Positions) -> Resized:
-    """The program at the sizes of a cut.
-
-    Args:
-      trace: of the model.
-      cut: what is kept.
-      norms: see `Resized`.
-      positions: see `Resized`.
-
-    Returns:
-      A function of flat parameters and inputs.
-    """
+    """The program at the sizes of a cut."""
     touched: set[Address] = set()
     for address, node in trace.nodes.items():
         if any(map(cut.touches, (*node.ins, *node.outs))) or _within(

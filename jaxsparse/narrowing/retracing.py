@@ -19,17 +19,7 @@ def by_shape(
     *,
     whole: Callable[[int, Shape], Shape] = lambda i, shape: shape,
 ) -> Callable[[Sequence[Any], Any], tuple[Any, Any]]:
-    """Traces a model anew for inputs of other shapes or types, once for each.
-
-    Args:
-      trace: of the model with the example inputs.
-      build: makes a program of a trace.
-      whole: for the number of an input and its shape the shape that the model takes.
-
-    Returns:
-      A function of the parameters' leaves (of which only the types count) and the
-      inputs; it gives the program for them, and the structure of the model's result.
-    """
+    """Traces a model anew for inputs of other shapes or types, once for each."""
     known: dict[Any, tuple[Any, Any]] = {}
     traced = [v.aval for v in trace.program.jaxpr.invars]
     example = jax.tree.structure(tuple(trace.inputs))
@@ -67,13 +57,6 @@ def as_sharded(
 
     A trace knows of no shardings. On a mesh with explicit axes the compiler decides
     within, as on one with automatic axes, and the results are sharded as the model's.
-
-    Args:
-      trace: of the model, with inputs of these shapes.
-      program: of flat parameters, maybe of other sizes, flat inputs, and more.
-
-    Returns:
-      A function of them.
     """
     traced = [v.aval for v in trace.program.jaxpr.invars]
 

@@ -211,18 +211,7 @@ def dropped(opt_state: PyTree) -> Drop:
 def check_scores(
     scores: Mapping[str, Any], slices: Mapping[str, Slices]
 ) -> dict[str, Array]:
-    """Scores in the order of the groups, as arrays of one dtype, float32 at least.
-
-    Args:
-      scores: `[*copies, size]` by the groups' names.
-      slices: of the groups.
-
-    Returns:
-      The same, for the groups that there are.
-
-    Raises:
-      ValueError: a group without scores, scores of another shape, or NaN.
-    """
+    """Scores in the order of the groups, as arrays of one dtype, float32 at least."""
     found = {}
     dtypes = (jnp.result_type(scores[name]) for name in slices if name in scores)
     wide = wide_dtype(*(x for x in dtypes if jnp.issubdtype(x, jnp.floating)))

@@ -40,17 +40,7 @@ def saliency(
     *,
     criteria: Criteria,
 ) -> dict[str, Array]:
-    """The weighted sum of the criteria.
-
-    Args:
-      slices: of the groups.
-      params: the parameters.
-      grads: their gradients.
-      criteria: the weights.
-
-    Returns:
-      `[*copies, size]` by the groups' names, larger = keep.
-    """
+    """The weighted sum of the criteria."""
     x = wide_leaves(slices, params)
     held = wide_leaves(slices, grads)
     g = {path: held[path].astype(w.dtype) for path, w in x.items()}
@@ -91,14 +81,6 @@ def lowest(
     The r-th weakest ones of all copies of a group go together and count as one, with
     their mean score. The strongest of each group stays. Among equals the one with the
     lower index, in the earlier group, is kept.
-
-    Args:
-      scores: `[*copies, size]` by the groups' names, larger = keep. NaN is the lowest.
-      count: how many, at most the sum of the sizes less one each.
-      first: bools of the same shapes: what went already goes before all others.
-
-    Returns:
-      Bools `[*copies, size]` by the groups' names.
     """
     ranks: dict[str, Array] = {}
     queue: list[Array] = []
@@ -124,19 +106,7 @@ def lowest(
 def removed_by(
     slices: Mapping[str, Slices], sparsity: float, periods: int
 ) -> list[int]:
-    """How many indices are gone after each period.
-
-    Args:
-      slices: of the groups.
-      sparsity: the fraction of indices that goes.
-      periods: how many periods.
-
-    Returns:
-      A count for each period; the last is that of the sparsity.
-
-    Raises:
-      ValueError: more than leaves one index in each group.
-    """
+    """How many indices are gone after each period."""
     sizes = [s.shape[-1] for s in slices.values()]
     total = math.floor(float(sparsity) * sum(sizes) + 0.5)
     most = sum(sizes) - len(sizes)

@@ -17,16 +17,7 @@ from jaxsparse.tree import leaves_with_paths, map_with_path
 
 
 def check_strength(strength: Any, *, name: str = "strength") -> None:
-    """Raises unless it is a schedule or a number of at least 0.
-
-    Args:
-      strength: what the caller passed.
-      name: the argument's name.
-
-    Raises:
-      TypeError: neither a number nor callable.
-      ValueError: negative or NaN.
-    """
+    """Raises unless it is a schedule or a number of at least 0."""
     if callable(strength):
         return
     if isinstance(strength, float) and strength == math.inf:
@@ -46,18 +37,7 @@ def add_scaled(
     slices: Mapping[str, Slices],
     vectors: Mapping[str, Array],
 ) -> PyTree:
-    """`updates + factor * params`, with a factor for each index of each group.
-
-    Args:
-      updates: gradients.
-      params: the parameters.
-      slices: of the groups.
-      vectors: `[*copies, size]` by the groups' names; those of groups that share an
-        entry add up.
-
-    Returns:
-      A tree like `updates`, with its dtypes. Where the factor is 0 the same bits.
-    """
+    """`updates + factor * params`, with a factor for each index of each group."""
     leaves = dict(leaves_with_paths(params))
     ndims = {path: np.ndim(x) for path, x in leaves.items()}
     factors = spread(slices, vectors, ndims, combine=jnp.add, fill=0.0)

@@ -24,15 +24,7 @@ def dot_general(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
 
 
 def _ragged_axes(eqn: Any) -> tuple[int, int] | None:
-    """Which axes of the matrices a product of groups of rows contracts and counts.
-
-    Args:
-      eqn: a `ragged_dot`.
-
-    Returns:
-      The contracted axis and that of the groups; None where the operands are not rows
-      `[m, k]` in groups, and a matrix for each group.
-    """
+    """Which axes of the matrices a product of groups of rows contracts and counts."""
     if [len(x.aval.shape) for x in eqn.invars[:2]] != [2, 3]:
         return None
     numbers = eqn.params.get("ragged_dot_dimension_numbers")

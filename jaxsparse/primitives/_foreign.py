@@ -10,18 +10,7 @@ from jaxsparse.primitives.dims import Dims, Rule, freeze, out_shapes, unify
 
 
 def foreign(equation: str) -> Primitive:
-    """The row that an equation of operands and results gives.
-
-    Args:
-      equation: `"btd,df->btf"`, in which equal letters are the same axis; `?` for an
-        operand or result that has no part in it.
-
-    Returns:
-      The row.
-
-    Raises:
-      ValueError: it is no such equation; when it is used, it does not fit.
-    """
+    """The row that an equation of operands and results gives."""
     if not isinstance(equation, str) or equation.count("->") != 1:
         raise ValueError(
             f"rules: {equation!r} is no equation such as 'btd,df->btf', in which equal "

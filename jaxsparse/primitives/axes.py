@@ -137,15 +137,7 @@ def _become(axis: Axis, other: Axis) -> None:
 
 
 def unify(a: Axis, b: Axis) -> None:
-    """Makes two axes the same.
-
-    Args:
-      a: an axis.
-      b: an axis.
-
-    Raises:
-      Incompatible: sizes differ, or factors and segments do not fit.
-    """
+    """Makes two axes the same."""
     a, b = find(a), find(b)
     if a is b:
         return
@@ -211,18 +203,7 @@ def _unify_product_with_sum(a: Axis, b: Axis) -> None:
 
 
 def split_minor(axis: Axis, size: int) -> tuple[Axis, Axis]:
-    """Sees an axis as `major * minor` with a minor part of the given size.
-
-    Args:
-      axis: an axis; it is refined.
-      size: of the fast part; it must divide the axis.
-
-    Returns:
-      The slow and the fast part.
-
-    Raises:
-      Incompatible: the axis cannot be seen so.
-    """
+    """Sees an axis as `major * minor` with a minor part of the given size."""
     node = find(axis)
     if node.size % size:
         raise Incompatible(f"{node.size} is no multiple of {size}")
@@ -257,18 +238,7 @@ def split_minor(axis: Axis, size: int) -> tuple[Axis, Axis]:
 
 
 def cut(axis: Axis, at: int) -> tuple[Axis, Axis]:
-    """Sees an axis as a first part and the rest.
-
-    Args:
-      axis: an axis; it is refined.
-      at: the size of the first part, between 1 and the axis's size less 1.
-
-    Returns:
-      Both parts.
-
-    Raises:
-      Incompatible: the cut does not fall between indices of the slowest factor.
-    """
+    """Sees an axis as a first part and the rest."""
     node = find(axis)
     if node.is_sum:
         first, rest = [], _segments(node)[::-1]
@@ -293,18 +263,7 @@ def cut(axis: Axis, at: int) -> tuple[Axis, Axis]:
 
 
 def taken(axis: Axis, places: Iterable[int]) -> Axis:
-    """Sees some indices of an axis, in any order, as an axis.
-
-    Args:
-      axis: an axis; it is refined.
-      places: its indices, each at most once.
-
-    Returns:
-      The axis of these.
-
-    Raises:
-      Incompatible: the axis cannot be seen so, or in too many pieces.
-    """
+    """Sees some indices of an axis, in any order, as an axis."""
     wanted = [int(x) for x in places]
     if wanted == list(range(axis.size)):
         return axis
@@ -326,15 +285,7 @@ _MOST_PIECES = 1024  # each has an array of the axis's size when places are look
 
 
 def coordinates(axis: Axis) -> list[tuple[Axis, np.ndarray]]:
-    """Where the indices of each leaf lie along an axis.
-
-    Args:
-      axis: an axis.
-
-    Returns:
-      For each occurrence of a leaf an array of the axis's size: the leaf's index at
-      that position, -1 where the leaf has no part in it.
-    """
+    """Where the indices of each leaf lie along an axis."""
     node = find(axis)
     if not node.parts:
         return [(node, np.arange(node.size))]

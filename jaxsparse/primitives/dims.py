@@ -11,13 +11,7 @@ Rule = Callable[[Any, Sequence[Dims]], list[Dims]]
 
 
 def unify(a: Axis, b: Axis, eqn: Any) -> None:
-    """Makes two axes the same, or freezes both.
-
-    Args:
-      a: an axis.
-      b: an axis.
-      eqn: the equation that asks.
-    """
+    """Makes two axes the same, or freezes both."""
     try:
         algebra.unify(a, b)
     except algebra.Incompatible as error:
@@ -26,27 +20,12 @@ def unify(a: Axis, b: Axis, eqn: Any) -> None:
 
 
 def freeze(axis: Axis, why: str, eqn: Any) -> None:
-    """Says of an axis that its indices must stay.
-
-    Args:
-      axis: an axis.
-      why: the reason.
-      eqn: the equation.
-    """
+    """Says of an axis that its indices must stay."""
     algebra.flag(axis, f"frozen: {why}", eqn=eqn)
 
 
 def frozen(size: int, why: str, eqn: Any) -> Axis:
-    """A new axis whose indices must stay.
-
-    Args:
-      size: how many.
-      why: the reason.
-      eqn: the equation.
-
-    Returns:
-      The axis.
-    """
+    """A new axis whose indices must stay."""
     axis = algebra.leaf(size)
     freeze(axis, why, eqn)
     return axis

@@ -40,16 +40,7 @@ def number(value: Any) -> Counter | None:
 def carried_counters(
     eqn: Any, carries: Sequence[Counter | None], address: Address
 ) -> list[Counter | None]:
-    """Which of the values that a scan carries count its turns.
-
-    Args:
-      eqn: the scan.
-      carries: what is known of the first turn's.
-      address: of the scan.
-
-    Returns:
-      What is known of them in all turns.
-    """
+    """Which of the values that a scan carries count its turns."""
     p, body = eqn.params, inner(eqn)[0].jaxpr
     first, carried = scan_counts(eqn)
     makers = {e.outvars[0]: e for e in body.eqns if e.primitive.name == "add"}
@@ -78,15 +69,7 @@ def _step(own: Any, after: Any, makers: dict[Any, Any]) -> int | None:
 
 
 def counted(eqn: Any, ins: Sequence[Counter | None]) -> Counter | None:
-    """What is known of an equation's result.
-
-    Args:
-      eqn: the equation.
-      ins: what is known of its operands.
-
-    Returns:
-      The result, where it is a counter too.
-    """
+    """What is known of an equation's result."""
     name = eqn.primitive.name
     if name == "convert_element_type" and ins[0] is not None:
         return ins[0] if np.dtype(eqn.params["new_dtype"]).kind in "iu" else None

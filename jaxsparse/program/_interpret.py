@@ -28,19 +28,7 @@ def interpret(
     literal: Callable[[Any], Any] = lambda x: x.val,
     constants: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """Goes through a closed jaxpr.
-
-    Args:
-      program: the jaxpr.
-      args: what its arguments are.
-      meaning: what an equation gives, see `Meaning`.
-      address: of the jaxpr.
-      literal: what a literal is; by default its value.
-      constants: what the jaxpr's constants are; by default their values.
-
-    Returns:
-      What its results are.
-    """
+    """Goes through a closed jaxpr."""
     jaxpr = program.jaxpr
     constants = program.consts if constants is None else constants
     known = dict(zip(jaxpr.constvars, constants, strict=True))
@@ -53,15 +41,7 @@ def interpret(
 
 
 def bind(eqn: Any, values: list[Any]) -> list[Any]:
-    """The results of one equation, evaluated as JAX would.
-
-    Args:
-      eqn: an equation.
-      values: its operands.
-
-    Returns:
-      Its results.
-    """
+    """The results of one equation, evaluated as JAX would."""
     found = eqn.primitive.get_bind_params(eqn.params)
     functions, params = found if isinstance(found, tuple) else ((), found)
     outs = eqn.primitive.bind(*functions, *values, **params)
@@ -77,20 +57,7 @@ def scan(
     carry: Any = (),
     over: Any = (),
 ) -> tuple[list[Any], Any, Any]:
-    """The scan of an equation, with a body of one's own.
-
-    Args:
-      eqn: the equation.
-      values: its operands.
-      body: of the operands in a turn, of what is carried beside them and of the turn's
-        slice of `over` the results, what is carried on and what is stacked.
-      length: the number of turns, if it is another.
-      carry: what is carried beside.
-      over: what is scanned over beside, with a leading axis of turns.
-
-    Returns:
-      The results, what was carried, and what was stacked.
-    """
+    """The scan of an equation, with a body of one's own."""
     p = eqn.params
     first, carried = scan_counts(eqn)
     last = first + carried
@@ -120,19 +87,7 @@ def while_loop(
     *,
     carry: Any = (),
 ) -> tuple[list[Any], Any]:
-    """The loop of an equation, with a test and a body of one's own.
-
-    Args:
-      eqn: the equation.
-      values: its operands.
-      test: of the operands of the test the one result.
-      body: of the operands in a turn and of what is carried beside them the results and
-        what is carried on.
-      carry: what is carried beside.
-
-    Returns:
-      The results and what was carried.
-    """
+    """The loop of an equation, with a test and a body of one's own."""
     tests, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     of_test, of_body = values[:tests], values[tests : tests + bodies]
 

@@ -71,17 +71,7 @@ def flatten(
     unroll: Collection[Address],
     enter: Collection[Address],
 ) -> Steps:
-    """Flattens a program.
-
-    Args:
-      program: a closed jaxpr.
-      parameters: how many of its arguments are parameters; the others are inputs.
-      unroll: the scans to unroll.
-      enter: equations to inline where they are calls: what leads to a kernel.
-
-    Returns:
-      The flat program.
-    """
+    """Flattens a program."""
     return _Flattening(set(unroll), set(enter)).whole(program, parameters)
 
 
@@ -113,16 +103,7 @@ def _constants(value: Any) -> Iterator[Any]:
 def key_of(
     steps: Sequence[Step], arguments: Sequence[int], wanted: Sequence[Any]
 ) -> Any:
-    """What tells pieces of programs from those that compute something else.
-
-    Args:
-      steps: in order.
-      arguments: the numbers of the variables that are handed in.
-      wanted: those of the results, or literals.
-
-    Returns:
-      A hashable value. It holds constants within equations by `id`.
-    """
+    """What tells pieces of programs from those that compute something else."""
     numbers: dict[int, int] = {}
     number = lambda x: numbers.setdefault(x, len(numbers))
     name = lambda x: f"{x.val!r}:{x.aval}" if isinstance(x, core.Literal) else number(x)

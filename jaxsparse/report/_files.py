@@ -9,16 +9,6 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> pathlib.Path:
 
     Who reads `path` meanwhile sees the old file or the new one, never a part; when the
     disk is full, the old one stays.
-
-    Args:
-      path: where to; its folder must exist.
-      content: the bytes.
-
-    Returns:
-      The path.
-
-    Raises:
-      FileNotFoundError: the folder does not exist.
     """
     path = pathlib.Path(path)
     if not path.parent.is_dir():

@@ -105,14 +105,7 @@ def _paragraph(text: str) -> str:
 
 
 def png(figure: Any) -> bytes:
-    """A matplotlib figure as a PNG image.
-
-    Args:
-      figure: anything with matplotlib's `savefig`.
-
-    Returns:
-      The bytes of the file.
-    """
+    """A matplotlib figure as a PNG image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -129,22 +122,7 @@ def table_html(
     note: str = "",
     warning: str = "",
 ) -> str:
-    """A `<table>` with its style inside, all text escaped.
-
-    Args:
-      title: the caption.
-      header: the columns' names; the first column is aligned left.
-      rows: the cells of each row, as text.
-      totals: rows below a line.
-      bars: for each row and then each total, the fraction of `bar_column`'s cell that
-        is shaded.
-      bar_column: which column that is.
-      note: a line below the totals, where it is not empty.
-      warning: a last line in red, where it is not empty.
-
-    Returns:
-      HTML text.
-    """
+    """A `<table>` with its style inside, all text escaped."""
 
     def line(tag: str, cells: Sequence[str], *, bar: float = 0.0, style: str = ""):
         written = []

@@ -13,17 +13,7 @@ _LATE = 2**30  # past the end of any training; float32 holds it exactly
 
 
 def as_cadence(every: int | Cadence) -> Cadence:
-    """A cadence from what `prune_schedule` takes for `every`.
-
-    Args:
-      every: an integer, a cadence of `jaxsparse.schedules`, or a function.
-
-    Returns:
-      A function step -> bool.
-
-    Raises:
-      TypeError: neither an integer nor callable.
-    """
+    """A cadence from what `prune_schedule` takes for `every`."""
     if callable(every):
         return every
     if isinstance(every, bool) or not isinstance(every, int):
@@ -35,32 +25,14 @@ def as_cadence(every: int | Cadence) -> Cadence:
 
 
 def evaluate(sparsity: Sparsity, step: Any) -> PyTree:
-    """The sparsity, or the tree of them, at a step.
-
-    Args:
-      sparsity: a number, a schedule, None, or a tree of numbers and schedules.
-      step: a step, possibly traced.
-
-    Returns:
-      Numbers, of the same structure. Python numbers stay what they are.
-    """
+    """The sparsity, or the tree of them, at a step."""
     return jax.tree.map(lambda s: s(step) if callable(s) else s, sparsity)
 
 
 def check_horizon(
     sparsity: Sparsity, cadence: Cadence, total_steps: int | None
 ) -> None:
-    """Raises when the masks would stop changing before the target is reached.
-
-    Args:
-      sparsity: a number, a schedule, None, or a tree of numbers and schedules.
-      cadence: when masks change.
-      total_steps: the length of the training, if known.
-
-    Raises:
-      ValueError: no update at all, a last update before the target, or a sparsity
-        outside [0, 1) at the first update, the last one, or in the end.
-    """
+    """Raises when the masks would stop changing before the target is reached."""
     if total_steps is not None:
         _checks.check_positive_int(total_steps, name="total_steps")
     last = _last_update(cadence, total_steps)

@@ -46,15 +46,7 @@ def lifted(scores: Array, root: Array) -> Array:
 
 
 def product(a: Array, b: Array) -> Array:
-    """`|a * b|`, of which `lifted` keeps the order where it is tiny.
-
-    Args:
-      a: floating point, at least float32.
-      b: the same type.
-
-    Returns:
-      An array, not negative.
-    """
+    """`|a * b|`, of which `lifted` keeps the order where it is tiny."""
     half = -jnp.finfo(a.dtype).minexp // 2
     # As they are larger, tiny products are not 0: two roots for four.
     high = jnp.minimum(jnp.abs(a), 2.0**half) * 2.0**half

@@ -66,15 +66,7 @@ class Unfollowed(NamedTuple):
 def kernels_of(
     walk: Walk, shapes: Mapping[str, Any]
 ) -> tuple[dict[str, Kernel], tuple[Unfollowed, ...]]:
-    """The kernels by path, and what could not be followed.
-
-    Args:
-      walk: of the whole program.
-      shapes: of the parameters, by path.
-
-    Returns:
-      Both.
-    """
+    """The kernels by path, and what could not be followed."""
     by_path: dict[str, list[Site]] = collections.defaultdict(list)
     for site in walk.sites:
         for path, _ in site.origin.sources:

@@ -28,15 +28,7 @@ class Cut(NamedTuple):
 
 
 def cut_of(reads: Sequence[np.ndarray], sizes: Sequence[int]) -> Cut | None:
-    """The largest equal pieces that every reader has all of, or nothing of.
-
-    Args:
-      reads: for each reader which indices it reads, bools over some axes flattened.
-      sizes: of these axes.
-
-    Returns:
-      The cut; None where parts differ along several axes, or pieces would be many.
-    """
+    """The largest equal pieces that every reader has all of, or nothing of."""
     for axis, size in enumerate(sizes):
         lines = []
         for mask in reads:
@@ -55,17 +47,7 @@ def cut_of(reads: Sequence[np.ndarray], sizes: Sequence[int]) -> Cut | None:
 
 
 def piece_of(inputs: np.ndarray, sizes: Sequence[int], cut: Cut, at: int) -> np.ndarray:
-    """The places of one piece's inputs.
-
-    Args:
-      inputs: those of all inputs, flattened.
-      sizes: of the input axes.
-      cut: of one of them.
-      at: the number of the piece.
-
-    Returns:
-      Flattened.
-    """
+    """The places of one piece's inputs."""
     here = range(at * cut.size, (at + 1) * cut.size)
     return np.take(inputs.reshape(sizes), here, axis=cut.axis).reshape(-1)
 
@@ -73,17 +55,7 @@ def piece_of(inputs: np.ndarray, sizes: Sequence[int], cut: Cut, at: int) -> np.
 def with_pieces(
     batch: np.ndarray, sizes: Sequence[int], inserted: Sequence[tuple[int, int, int]]
 ) -> np.ndarray:
-    """Flat batch indices where some batch axes are new.
-
-    Args:
-      batch: flat indices without them.
-      sizes: of the axes without them.
-      inserted: for each new axis where it is inserted, in order, its size, and the
-        index along it.
-
-    Returns:
-      Flat indices, of the same shape.
-    """
+    """Flat batch indices where some batch axes are new."""
     places, sizes = list(np.unravel_index(batch, sizes) if sizes else ()), list(sizes)
     for at, size, index in inserted:
         places.insert(at, np.full(batch.shape, index))

@@ -10,16 +10,7 @@ from jaxsparse.tracing.values import Origin, Value
 
 
 def piece_of(eqn: Any, ins: Sequence[Value]) -> Origin | None:
-    """How a parameter is read after a `rev`, or a `dynamic_slice`.
-
-    Args:
-      eqn: any equation.
-      ins: its operands.
-
-    Returns:
-      The origin of its result; None for other equations, and where indices cannot be
-      told.
-    """
+    """How a parameter is read after a `rev`, or a `dynamic_slice`."""
     name, origin = eqn.primitive.name, ins[0].origin if ins else None
     if origin is None or name not in {"rev", "dynamic_slice"}:
         return None

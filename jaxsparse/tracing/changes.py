@@ -43,15 +43,7 @@ class Past(NamedTuple):
 
 
 def past_of(eqn: Any, ins: Sequence[Past]) -> Past:
-    """What is known of an equation's results.
-
-    Args:
-      eqn: the equation.
-      ins: what is known of its operands.
-
-    Returns:
-      The same for its results.
-    """
+    """What is known of an equation's results."""
     paths = frozenset().union(*(p.paths for p in ins))
     if not row_of(eqn).keeps_entries or len(ins) != 1:
         return Past(paths)
@@ -65,15 +57,7 @@ def together(pasts: Iterable[Past]) -> Past:
 
 
 def change_of(eqn: Any, operands: Sequence[tuple[Past, bool]]) -> tuple[Change, ...]:
-    """How an elementwise equation changes the kernels among its operands.
-
-    Args:
-      eqn: the equation.
-      operands: what is known of each, and whether it is a kernel, perhaps changed.
-
-    Returns:
-      The change; nothing where entries stay as they are.
-    """
+    """How an elementwise equation changes the kernels among its operands."""
     name, source = eqn.primitive.name, eqn.source
     ins, own = [past for past, _ in operands], [mine for _, mine in operands]
     other = (Change(name, source, "other"),)
@@ -100,17 +84,7 @@ def change_of(eqn: Any, operands: Sequence[tuple[Past, bool]]) -> tuple[Change, 
 
 
 def check_solvable(path: str, changes: Sequence[Change], chosen: Any = ()) -> None:
-    """Raises where zeros of a kernel are not zeros of what acts in its place.
-
-    Args:
-      path: of the kernel.
-      changes: what happens to it.
-      chosen: the paths of all kernels that are to be pruned.
-
-    Raises:
-      ValueError: it is changed by what depends on itself, is no product, or is a
-        product with another kernel that is to be pruned as well.
-    """
+    """Raises where zeros of a kernel are not zeros of what acts in its place."""
     for change in changes:
         if change.kind == "other":
             raise ValueError(
@@ -127,15 +101,7 @@ def check_solvable(path: str, changes: Sequence[Change], chosen: Any = ()) -> No
 
 
 def check_plain(path: str, changes: Sequence[Change]) -> None:
-    """Raises where a kernel is not contracted as it is stored, but for masks.
-
-    Args:
-      path: of the kernel.
-      changes: what happens to it.
-
-    Raises:
-      ValueError: it is scaled, or changed otherwise.
-    """
+    """Raises where a kernel is not contracted as it is stored, but for masks."""
     for change in changes:
         if change.kind != "mask":
             raise ValueError(

@@ -40,15 +40,7 @@ class Reading:
     scans: tuple[Address, ...]
 
     def samples(self, axes: Sequence[Axis]) -> np.ndarray:
-        """For each row of inputs its place along some axes of the model's inputs.
-
-        Args:
-          axes: the axes that are counted together, such as those of samples and tokens;
-            a place is an index into them flattened.
-
-        Returns:
-          `[n]`, -1 for a row that does not belong to one place.
-        """
+        """For each row of inputs its place along some axes of the model's inputs."""
         site = self.site
         contracted, batch = site.of_input
         dims, repeat = site.input_dims, 1
@@ -69,19 +61,7 @@ class Reading:
 def view_of(
     path: str, shape: tuple[int, ...], sites: Sequence[Site]
 ) -> tuple[MatrixView, tuple[Reading, ...]]:
-    """The view of a parameter, and how each site reads it.
-
-    Args:
-      path: the parameter's path.
-      shape: its shape.
-      sites: the equations that contract it, at least one.
-
-    Returns:
-      The view and the readings.
-
-    Raises:
-      NotFollowed: its sites disagree, or read parts that no view describes.
-    """
+    """The view of a parameter, and how each site reads it."""
     dims = next(dims for p, dims in sites[0].origin.sources if p == path)
     roles: dict[Axis, str] = {}
     for site in sites:

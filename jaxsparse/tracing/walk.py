@@ -56,17 +56,7 @@ class Walk:
     def run(
         self, jaxpr: Any, args: Sequence[Value], address: Address, times: int | None
     ) -> list[Value]:
-        """Walks a closed jaxpr.
-
-        Args:
-          jaxpr: with its constants.
-          args: one value for each of its variables.
-          address: of the jaxpr, () for the outermost one.
-          times: how often it runs.
-
-        Returns:
-          The values of its results.
-        """
+        """Walks a closed jaxpr."""
         constants = [
             self.new(var.aval.shape, data=False, token=("const", id(const)))
             for var, const in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)
@@ -87,15 +77,7 @@ class Walk:
         )
 
     def whole(self, program: Any, args: Sequence[Value]) -> list[Value]:
-        """Walks a whole program; then what became of its products is known.
-
-        Args:
-          program: a closed jaxpr.
-          args: one value for each of its variables.
-
-        Returns:
-          The values of its results.
-        """
+        """Walks a whole program; then what became of its products is known."""
         results = self.run(program, args, (), 1)
         self._end(results)
         return results

@@ -47,14 +47,7 @@ class LayerParameter(NamedTuple):
 
 
 def by_class(params: PyTree) -> Iterator[LayerParameter]:
-    """The parameters of a tree whose layers are of a known class.
-
-    Args:
-      params: any pytree.
-
-    Yields:
-      A `LayerParameter` for each.
-    """
+    """The parameters of a tree whose layers are of a known class."""
     known = lambda node: _known(node) is not None
     layers = jax.tree_util.tree_leaves_with_path(params, is_leaf=known)
     for path, layer in layers:
