@@ -65,7 +65,6 @@ def check_like(
     params: PyTree,
     *,
     of: str = "params",
-    extra: int = 0,
     abstract: bool = False,
     **trees: PyTree,
 ) -> None:
@@ -74,7 +73,6 @@ def check_like(
     Args:
       params: a tree of arrays.
       of: what the message calls it.
-      extra: how many leading axes the leaves have besides.
       abstract: whether `params` may be abstract.
       **trees: by the arguments' names.
 
@@ -89,11 +87,30 @@ def check_like(
         same_structure(tree, params, name=name, of=of)
         found = jax.tree_util.tree_leaves_with_path(tree)
         for (keys, leaf), w in zip(found, leaves, strict=True):
-            if jnp.shape(leaf)[extra:] != jnp.shape(w):
-                raise ValueError(
-                    f"{_path(keys)}: {name} has the shape {jnp.shape(leaf)}, {of} has "
-                    f"{jnp.shape(w)}. Was {name} made for another model?"
-                )
+            check_shape(_path(keys), leaf, jnp.shape(w), name=name, of=of)
+
+
+def check_shape(
+    path: str, x: Any, shape: Any, *, name: str, of: str = "params", extra: int = 0
+) -> None:
+    """Raises unless an array has the shape of a parameter.
+
+    Args:
+      path: the parameter's, for the message.
+      x: the array.
+      shape: the parameter's.
+      name: what the message calls the tree that `x` is from.
+      of: what it calls the one with `shape`.
+      extra: how many leading axes `x` has besides.
+
+    Raises:
+      ValueError: another shape.
+    """
+    if jnp.shape(x)[extra:] != tuple(shape):
+        raise ValueError(
+            f"{path}: {name} has the shape {jnp.shape(x)}, {of} has "
+            f"{tuple(shape)}. Was {name} made for another model?"
+        )
 
 
 def check_bools(masks: PyTree, *, name: str = "masks") -> None:
