@@ -127,8 +127,8 @@ def relaxed_promotion():
 
 @pytest.fixture(scope="session")
 def float16():
-    """Skips where XLA compiles no float16: on an x86 processor without F16C it looks for
-    a conversion that LLVM calls by a name which nothing defines."""
+    """Skips where XLA compiles no float16: for an x86 processor without F16C it lacks a
+    function that LLVM calls to convert one."""
     try:
         jax.jit(lambda x: jnp.sum(x.astype(jnp.float32)))(jnp.ones(64, jnp.float16))
     except jax.errors.JaxRuntimeError as e:
