@@ -86,8 +86,9 @@ def apart(fisher: Fisher) -> list[Fisher]:
     own = {name: x for name, x in own.items() if isinstance(x, tuple)}
 
     def part(path: str, *values: Any) -> Fisher:
-        one = {name: (x,) for name, x in zip(own, values, strict=True)}
-        return dataclasses.replace(fisher, treedef=jax.tree.structure({path: 0}), **one)
+        one: Any = {name: (x,) for name, x in zip(own, values, strict=True)}
+        one["treedef"] = jax.tree.structure({path: 0})
+        return dataclasses.replace(fisher, **one)
 
     return list(map(part, fisher.paths, *own.values()))
 

@@ -219,7 +219,7 @@ def _each_alone(
     diagonal = dict(leaves_with_paths(curvature.inverse_diagonal(fisher)))
     for path, w in params.items():
         _checks.check_shape(path, w, diagonal[path].shape, name="params", of="fisher")
-    losses = {path: _loss(w, diagonal[path]) for path, w in params.items()}
+    losses: Any = {path: _loss(w, diagonal[path]) for path, w in params.items()}
     if rules.update != "independent":
         return losses, {}
     wide = {path: w.astype(diagonal[path].dtype) for path, w in params.items()}
