@@ -101,15 +101,18 @@ def check_shape(
       shape: the parameter's.
       name: what the message calls the tree that `x` is from.
       of: what it calls the one with `shape`.
-      extra: how many leading axes `x` has besides.
+      extra: how many leading axes `x` has besides, which number gradients.
 
     Raises:
       ValueError: another shape.
     """
     if jnp.shape(x)[extra:] != tuple(shape):
+        wanted = f"{of} has {tuple(shape)}"
+        if extra:
+            wanted = f"expected {('m',) * extra + tuple(shape)}"
         raise ValueError(
-            f"{path}: {name} has the shape {jnp.shape(x)}, {of} has "
-            f"{tuple(shape)}. Was {name} made for another model?"
+            f"{path}: {name} has the shape {jnp.shape(x)}, {wanted}. Was {name} made "
+            "for another model?"
         )
 
 
