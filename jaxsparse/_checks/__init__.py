@@ -21,6 +21,7 @@ from jaxsparse._checks._memory import check_window_fits as check_window_fits
 from jaxsparse._checks._trees import check_arrays as check_arrays
 from jaxsparse._checks._trees import check_bools as check_bools
 from jaxsparse._checks._trees import check_like as check_like
+from jaxsparse._checks._trees import check_shape as check_shape
 from jaxsparse._checks._trees import same_structure as same_structure
 from jaxsparse._checks._values import check_all_numbers as check_all_numbers
 from jaxsparse._checks._values import check_floating as check_floating

@@ -56,7 +56,6 @@ def check_like(
     params: PyTree,
     *,
     of: str = "params",
-    extra: int = 0,
     abstract: bool = False,
     **trees: PyTree,
 ) -> None:
@@ -68,11 +67,33 @@ def check_like(
         same_structure(tree, params, name=name, of=of)
         found = jax.tree_util.tree_leaves_with_path(tree)
         for (keys, leaf), w in zip(found, leaves, strict=True):
-            if jnp.shape(leaf)[extra:] != jnp.shape(w):
-                raise ValueError(
-                    f"{_path(keys)}: {name} has the shape {jnp.shape(leaf)}, {of} has "
-                    f"{jnp.shape(w)}. Was {name} made for another model?"
-                )
+            check_shape(_path(keys), leaf, jnp.shape(w), name=name, of=of)
+
+
+def check_shape(
+    path: str, x: Any, shape: Any, *, name: str, of: str = "params", extra: int = 0
+) -> None:
+    """Raises unless an array has the shape of a parameter.
+
+    Args:
+      path: the parameter's, for the message.
+      x: the array.
+      shape: the parameter's.
+      name: what the message calls the tree that `x` is from.
+      of: what it calls the one with `shape`.
+      extra: how many leading axes `x` has besides, which number gradients.
+
+    Raises:
+      ValueError: another shape.
+    """
+    if jnp.shape(x)[extra:] != tuple(shape):
+        wanted = f"{of} has {tuple(shape)}"
+        if extra:
+            wanted = f"expected {('m',) * extra + tuple(shape)}"
+        raise ValueError(
+            f"{path}: {name} has the shape {jnp.shape(x)}, {wanted}. Was {name} made "
+            "for another model?"
+        )
 
 
 def check_bools(masks: PyTree, *, name: str = "masks") -> None:

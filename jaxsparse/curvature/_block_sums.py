@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -72,9 +73,11 @@ def add_sums(sums: Triangle, other: Triangle) -> Triangle:
     """
     *lead, b, _ = sums.square.shape
 
-    def add(*parts: Triangle) -> Triangle:
+    def plus(*parts: Triangle) -> Triangle:
         one, two = (_triangle.join(part, jnp.float64) for part in parts)
         return _triangle.split(one + two, sums.square.dtype)
+
+    add = functools.partial(_apart, plus)
 
     with jax.enable_x64(True):
         return over_blocks(add, tuple(lead), 4 * b * b, sums, other, in_place=True)
@@ -133,15 +136,8 @@ def _sum_up(sums: Triangle, g: Array, layout: BlockLayout, accurate: bool) -> Tr
             first = start * row // b + i
             take = lambda x, at: lax.dynamic_slice_in_dim(x, at, size, 1)
             old = jax.tree.map(lambda x: take(x, first), sums)
-            # The turn of a loop of its own, which XLA cannot know to be one. It reads
-            # its matrix transposed as well: fused with the writing, that would make a
-            # copy of all sums necessary.
-            new = when(
-                lax.optimization_barrier(jnp.ones((), bool)),
-                lambda old, part: _plus(old, part, accurate),
-                old,
-                take(part, i),
-            )
+            plus = lambda old, part: _plus(old, part, accurate)
+            new = _apart(plus, old, take(part, i))
             write = lambda x, n: lax.dynamic_update_slice_in_dim(x, n, first, 1)
             return jax.tree.map(write, sums, new)
 
@@ -151,6 +147,15 @@ def _sum_up(sums: Triangle, g: Array, layout: BlockLayout, accurate: bool) -> Tr
     with jax.enable_x64(True):
         new = in_parts(rows, slab, add_rows, jax.tree.map(flat, sums))
     return jax.tree.map(lambda x, s: x.reshape(s.shape), new, sums)
+
+
+def _apart(plus: Callable[..., Triangle], sums: Triangle, *others: Any) -> Triangle:
+    """`plus(sums, *others)` in the turn of a loop of its own, of which XLA cannot know.
+
+    It reads its matrix transposed as well: fused with the writing, that would make a
+    copy of all sums necessary.
+    """
+    return when(lax.optimization_barrier(jnp.ones((), bool)), plus, sums, *others)
 
 
 def _plus(sums: Triangle, blocks: Array, accurate: bool) -> Triangle:

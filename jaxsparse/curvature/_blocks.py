@@ -27,7 +27,6 @@ from jaxsparse.curvature._trees import (
     check_factor,
     check_finite,
     check_one_damping,
-    check_shapes,
     gradient_leaves,
     leaves_at,
     mean_diagonal,
@@ -213,9 +212,8 @@ def block_estimator(
 
     def update(sums: Sums, grads: PyTree) -> Sums:
         gradient_leaves(grads)
-        leaves = leaves_at(grads, sums.paths, name="grads")
         shapes = [layout.shape for layout in sums.layouts]
-        check_shapes(sums.paths, shapes, leaves, name="grads", extra=1)
+        leaves = leaves_at(grads, sums.paths, shapes, name="grads", extra=1)
         new = tuple(
             sum_up(s, g, layout=layout, accurate=accurate)
             for s, g, layout in zip(sums.sums, leaves, sums.layouts, strict=True)

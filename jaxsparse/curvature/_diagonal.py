@@ -14,7 +14,6 @@ from jaxsparse.curvature._trees import (
     absolute_damping,
     check_finite,
     check_one_damping,
-    check_shapes,
     gradient_leaves,
     leaves_at,
     mean_diagonal,
@@ -132,9 +131,8 @@ def diagonal_estimator(*, where: Where = None) -> Estimator:
 
     def update(sums: Sums, grads: PyTree) -> Sums:
         gradient_leaves(grads)
-        leaves = leaves_at(grads, sums.paths, name="grads")
         shapes = [layout.shape for layout in sums.layouts]
-        check_shapes(sums.paths, shapes, leaves, name="grads", extra=1)
+        leaves = leaves_at(grads, sums.paths, shapes, name="grads", extra=1)
         parts = zip(sums.sums, map(_squares, leaves), strict=True)
         new = tuple(s + part.astype(s.dtype) for s, part in parts)
         check_finite(sums.paths, leaves, new)

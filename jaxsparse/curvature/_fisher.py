@@ -13,7 +13,7 @@ from jaxsparse.curvature._diagonal import DiagonalFisher
 from jaxsparse.curvature._kronecker import KroneckerFisher
 from jaxsparse.curvature._mfac import MFac
 from jaxsparse.curvature._mfac_blocks import BlockMFac
-from jaxsparse.curvature._trees import check_shapes, leaves_at
+from jaxsparse.curvature._trees import leaves_at
 
 Fisher = BlockFisher | BlockMFac | DiagonalFisher | KroneckerFisher | MFac
 
@@ -33,9 +33,7 @@ def arrays_of(fisher: Fisher, tree: PyTree, *, name: str) -> list[Array]:
       ValueError: a parameter is missing, or of another shape.
     """
     check_fisher(fisher)
-    leaves = leaves_at(tree, fisher.paths, name=name)
-    check_shapes(fisher.paths, _shapes(fisher), leaves, name=name)
-    return leaves
+    return leaves_at(tree, fisher.paths, _shapes(fisher), name=name)
 
 
 def masks_of(fisher: Fisher, masks: PyTree, *, name: str = "masks") -> list[Array]:
@@ -88,8 +86,9 @@ def apart(fisher: Fisher) -> list[Fisher]:
     own = {name: x for name, x in own.items() if isinstance(x, tuple)}
 
     def part(path: str, *values: Any) -> Fisher:
-        one = {name: (x,) for name, x in zip(own, values, strict=True)}
-        return dataclasses.replace(fisher, treedef=jax.tree.structure({path: 0}), **one)
+        one: Any = {name: (x,) for name, x in zip(own, values, strict=True)}
+        one["treedef"] = jax.tree.structure({path: 0})
+        return dataclasses.replace(fisher, **one)
 
     return list(map(part, fisher.paths, *own.values()))
 

@@ -26,7 +26,6 @@ from jaxsparse.curvature._kronecker_sums import (
 from jaxsparse.curvature._trees import (
     check_finite,
     check_one_damping,
-    check_shapes,
     gradient_leaves,
     leaves_at,
     widest,
@@ -219,9 +218,8 @@ def kronecker_estimator(
 
     def update(sums: Sums, grads: PyTree) -> Sums:
         gradient_leaves(grads)
-        leaves = leaves_at(grads, sums.paths, name="grads")
         shapes = [layout.shape for layout in sums.layouts]
-        check_shapes(sums.paths, shapes, leaves, name="grads", extra=1)
+        leaves = leaves_at(grads, sums.paths, shapes, name="grads", extra=1)
         new = tuple(
             sum_up(s, g, layout=layout, accurate=accurate)
             for s, g, layout in zip(sums.sums, leaves, sums.layouts, strict=True)

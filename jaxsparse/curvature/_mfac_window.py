@@ -276,11 +276,8 @@ def _check_like_rows(state: MFacWindow, tree: PyTree, *, name: str) -> None:
     _checks.same_structure(tree, state.grads, name=name, of="the window's parameters")
 
     def one(path: str, x: Any, G: Array) -> None:
-        if jnp.shape(x) != G.shape[1:]:
-            raise ValueError(
-                f"{path}: {name} has shape {jnp.shape(x)}, the window was made for "
-                f"{G.shape[1:]}. Was it made for another model?"
-            )
+        options = {"name": name, "of": "the window's parameter"}
+        _checks.check_shape(path, x, G.shape[1:], **options)
 
     map_with_path(one, tree, state.grads)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
@@ -102,7 +103,7 @@ def inverse_diagonal(fisher: Fisher) -> PyTree:
     match fisher:
         case BlockFisher():
             parts = zip(fisher.diagonals, fisher.layouts, strict=True)
-            diagonals = [from_blocks(d, layout) for d, layout in parts]
+            diagonals = [_from_blocks(d, layout=layout) for d, layout in parts]
         case DiagonalFisher():
             diagonals = [1 / d for d in fisher.diagonals]
         case KroneckerFisher():
@@ -232,3 +233,7 @@ def eliminate(
                 f"mfac); got {type(fisher).__name__}. Use update='independent'."
             )
     return fisher.treedef.unflatten(changes)
+
+
+# Without jit each of its steps would make a copy.
+_from_blocks = jax.jit(from_blocks, static_argnames="layout")

@@ -68,19 +68,28 @@ def check_real(path: str, x: Any) -> None:
         )
 
 
-def leaves_at(tree: PyTree, paths: tuple[str, ...], *, name: str) -> list[Any]:
+def leaves_at(
+    tree: PyTree,
+    paths: tuple[str, ...],
+    shapes: Iterable[tuple[int, ...]] | None = None,
+    *,
+    name: str,
+    extra: int = 0,
+) -> list[Any]:
     """The leaves of a tree at given paths.
 
     Args:
       tree: has a leaf at each of `paths`, and possibly more.
       paths: of the parameters that take part.
+      shapes: of these parameters, where the leaves have to have them.
       name: what the message calls `tree`.
+      extra: how many leading axes the leaves have besides.
 
     Returns:
       Leaves, in the order of `paths`.
 
     Raises:
-      ValueError: a path is missing.
+      ValueError: a path is missing, or has another shape.
     """
     _checks.check_arrays(**{name: tree})
     found = dict(leaves_with_paths(tree))
@@ -90,28 +99,10 @@ def leaves_at(tree: PyTree, paths: tuple[str, ...], *, name: str) -> list[Any]:
             f"{name} lacks {missing[:4]}, which the gradients were taken for. Was it "
             "made for another model, or with another `where`?"
         )
+    for path, shape in zip(paths, shapes, strict=True) if shapes else ():
+        options: Any = {"name": name, "of": "the parameter", "extra": extra}
+        _checks.check_shape(path, found[path], shape, **options)
     return [found[path] for path in paths]
-
-
-def check_shapes(paths, shapes, leaves, *, name: str, extra: int = 0) -> None:
-    """Raises unless leaves have given shapes after their first `extra` axes.
-
-    Args:
-      paths: of the leaves.
-      shapes: of the parameters.
-      leaves: arrays.
-      name: what the message calls the tree of `leaves`.
-      extra: how many leading axes they have besides.
-
-    Raises:
-      ValueError: another shape.
-    """
-    for path, shape, x in zip(paths, shapes, leaves, strict=True):
-        if jnp.shape(x)[extra:] != tuple(shape):
-            raise ValueError(
-                f"{path}: {name} has shape {jnp.shape(x)}, expected "
-                f"{('m',) * extra + tuple(shape)}. Was it made for another model?"
-            )
 
 
 def check_damping(damping: Any, *, name: str = "damping") -> None:

@@ -217,11 +217,18 @@ def _each_alone(
     if isinstance(fisher, curvature.BlockFisher) and _is_tiled(rules):
         return curvature.group_scores(fisher, params)
     diagonal = dict(leaves_with_paths(curvature.inverse_diagonal(fisher)))
-    wide = {path: w.astype(diagonal[path].dtype) for path, w in params.items()}
-    losses = scores.obs(wide, diagonal, where=True)
+    for path, w in params.items():
+        _checks.check_shape(path, w, diagonal[path].shape, name="params", of="fisher")
+    losses: Any = {path: _loss(w, diagonal[path]) for path, w in params.items()}
     if rules.update != "independent":
         return losses, {}
+    wide = {path: w.astype(diagonal[path].dtype) for path, w in params.items()}
     return losses, {path: w / diagonal[path] for path, w in wide.items()}
+
+
+@jax.jit
+def _loss(w: Array, diagonal: Array) -> Array:
+    return scores.obs(w.astype(diagonal.dtype), diagonal, where=True)
 
 
 def _is_tiled(rules: _Rules) -> bool:

@@ -255,9 +255,7 @@ def test_masks_of_other_shapes(tmp_path, ending):
 
 def test_what_is_no_drop(tmp_path):
     export = lambda drop: js.checkpoint.export(tmp_path / "m.npz", PARAMS, drop=drop)
-    with pytest.raises(
-        TypeError, match=r"drop: expected a js\.structured\.Drop, as js"
-    ):
+    with pytest.raises(TypeError, match=r"drop: expected a js\.coupling\.Drop, as js"):
         export({"g": [1]})
     with pytest.raises(
         ValueError, match=r"drop: what is dropped of g is not different"

@@ -419,7 +419,7 @@ def test_errors_name_the_parameter_and_what_to_do():
     sums = estimator.init({"dense": ones(3, 4)})
     with pytest.raises(ValueError, match="call update first"):
         estimator.finalize(sums, damping=1.0)
-    with pytest.raises(ValueError, match=r"dense: grads has shape \(2, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"dense: grads has the shape \(2, 4, 3\)"):
         estimator.update(sums, {"dense": ones(2, 4, 3)})
     with pytest.raises(ValueError, match="lacks"):
         estimator.update(sums, {"other": ones(2, 3, 4)})

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import jaxlib.version
+import numpy as np
 import pytest
 
 import jaxsparse as js
@@ -47,6 +48,36 @@ def test_blocks_are_inverted_in_place():
     sums = jax.eval_shape(estimator.init, tree())
     finalize = functools.partial(estimator.finalize, damping=1e-3)
     temporary, in_place = memory(finalize, sums, donate=0)
+    assert in_place >= SUMS
+    assert temporary < 10 * MB
+
+
+def test_sums_become_the_inverse_without_jit_and_are_gone():
+    estimator = js.curvature.block_estimator(block_size=2)
+    grads = {"kernel": jnp.array([[[1.0, 2.0], [3.0, 5.0]]])}
+    sums = estimator.update(estimator.init({"kernel": grads["kernel"][0]}), grads)
+    kept = estimator.finalize(sums, damping=1e-3)
+    first = sums.sums[0].square
+    assert not first.is_deleted()
+    given = estimator.finalize(sums, damping=1e-3, donate=True)
+    assert first.is_deleted()
+    jax.tree.map(np.testing.assert_array_equal, given, kept)
+
+
+def test_an_inverse_is_restricted_in_place_where_it_is_given_away():
+    grads = {"kernel": jnp.array([[[1.0, 2.0], [3.0, 5.0]]])}
+    fisher = js.curvature.block_fisher(grads, block_size=2, damping=1e-3)
+    masks = {"kernel": jnp.array([[True, False], [True, True]])}
+    kept = js.curvature.restrict(fisher, masks)
+    assert not fisher.roots[0].square.is_deleted()
+    given = js.curvature.restrict(fisher, masks, donate=True)
+    assert fisher.roots[0].square.is_deleted()
+    jax.tree.map(np.testing.assert_array_equal, given, kept)
+
+
+def test_sums_are_merged_in_place():
+    sums = jax.eval_shape(estimator.init, tree())
+    temporary, in_place = memory(estimator.merge, sums, sums, donate=0)
     assert in_place >= SUMS
     assert temporary < 10 * MB
 

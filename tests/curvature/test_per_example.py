@@ -137,6 +137,7 @@ def test_parameters_in_bf16_have_gradients_in_bf16():
     assert np.max(np.abs(error)) < 0.05 * np.max(np.abs(want))
 
 
+@pytest.mark.usefixtures("float16")
 def test_large_gradients_of_one_sign_are_no_infinity():
     """Their sum leaves the range of float16, they do not."""
     params = {"w": np.zeros((64, 64), np.float16)}
