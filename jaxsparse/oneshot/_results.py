@@ -115,7 +115,11 @@ def put(
     total = int(np.prod(view.batch)) if view.batch else 1
     sharding = getattr(leaves[path], "sharding", None)
     leaf = _replaced(leaves[path], places, w, view)
-    leaves[path] = leaf if sharding is None else jax.device_put(leaf, sharding)
+    if sharding not in (None, leaf.sharding):
+        # Only where it has to be: what is put somewhere stays there, and what is made
+        # with it compiles anew.
+        leaf = jax.device_put(leaf, sharding)
+    leaves[path] = leaf
     if path not in state.masks:
         state.masks[path] = np.ones(view.shape, bool)
         empty = lambda x: np.full(total, np.nan if x.dtype.kind == "f" else 0, x.dtype)

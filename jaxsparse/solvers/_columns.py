@@ -19,8 +19,7 @@ from jaxsparse.patterns._threshold import ordered_keys, top_k_masks
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 
-_PART = 8  # columns a turn; what earlier turns pass on is a matrix product
-_TILE = 4  # columns in one pass over the memory; in a turn of N:M about as many
+_TILE = 4  # columns in one pass over the memory; earlier ones act by a product
 
 
 def sparsegpt(
@@ -125,7 +124,7 @@ class _Problem(NamedTuple):
     """
 
     x: Array  # [n, d_out]
-    root: Array  # [n, n]
+    lower: Array  # the root, transposed, [n, n]
     dead: Array  # [n]
     before: Array | None  # the mask of what was pruned before, [n, d_out]
     removed: Array
@@ -160,7 +159,7 @@ def _solve(
     more = -d_in % block_size
     problem = _Problem(
         _longer(x, more),
-        _larger(factor.root, more),
+        lax.optimization_barrier(_larger(factor.root, more).T),
         _longer(dead, more),
         None if before is None else _longer(before, more),
         removed,
@@ -296,7 +295,7 @@ class _Columns(NamedTuple):
     """Some columns of a layer and what is known of them."""
 
     now: Array  # their weights when the block begins, [k, d_out]
-    upper: Array  # their block of U, [k, k]
+    lower: Array  # their block of U^T, [k, k]
     dead: Array  # [k]
     before: Array | None  # [k, d_out]
 
@@ -322,14 +321,14 @@ def _block(
     start = jnp.asarray(start, jnp.int32)
     cut = lambda a: lax.dynamic_slice_in_dim(a, start, size, 0)
     number = start // size
-    corner = lax.dynamic_slice(problem.root, (start, start), (size, size))
+    corner = lax.dynamic_slice(problem.lower, (start, start), (size, size))
     eye = jnp.eye(size, dtype=corner.dtype)
-    upper = lax.linalg.triangular_solve(corner, eye, left_side=True, lower=False)
-    passed = _solved.product_before(problem.root, swept.change, start, size, size)
+    lower = lax.linalg.triangular_solve(corner, eye, left_side=True, lower=True)
+    passed = _solved.product_before(problem.lower, swept.change, start, size, size)
     own = cut(problem.x)
-    now = own + matmul(upper.T, passed)
+    now = own + matmul(lower, passed)
     before = None if problem.before is None else cut(problem.before)
-    block = _Columns(now, upper, cut(problem.dead), before)
+    block = _Columns(now, lower, cut(problem.dead), before)
     if isinstance(pattern, patterns.Unstructured):
         gone = lax.dynamic_index_in_dim(problem.removed, number, 0)  # [1, 1 or d_out]
         there = jnp.minimum(d_in - start, size).astype(gone.dtype)
@@ -341,7 +340,7 @@ def _block(
             (kept,) = top_k_masks([scores], there - gone, axes=(0,))
         else:
             (kept,) = top_k_masks([scores], there * now.shape[1] - gone[0, 0])
-        fixed = _sweep(block, kept, _PART, lambda columns, kept: kept, _TILE)
+        fixed = _sweep(block, kept, _TILE, lambda _, kept: kept, _TILE)
     else:
         assert isinstance(pattern, patterns.NM)
         of = pattern.of
@@ -359,7 +358,7 @@ def _block(
 
 def _scores(columns: _Columns) -> Array:
     """`(w_ij / U_jj)^2`; less for dead inputs, and least for what is gone."""
-    ratio = columns.now / jnp.diagonal(columns.upper)[:, None]
+    ratio = columns.now / jnp.diagonal(columns.lower)[:, None]
     unused = _solved.below_zero(columns.now)
     score = jnp.where(columns.dead[:, None], unused, ratio * ratio)
     if columns.before is None:
@@ -385,12 +384,16 @@ def _best(scores: Array, mask: Array, keep: Array) -> Array:
 
 
 def _once(f: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
-    """`f(*arrays)`, of the same shapes and types, as a loop of one turn.
+    """`f(*arrays)`, of the same shapes and types, on CPU as a loop of one turn.
 
-    What goes in and what comes out is stored. Else XLA makes what goes in anew for each
-    row of what comes out, and then computes one number at a time.
+    What goes in and what comes out is stored then. Else XLA makes what goes in anew for
+    each row of what comes out, and computes one number at a time.
     """
-    return in_parts(1, 1, lambda at, size, arrays: f(*after(at, arrays)), arrays)
+
+    def stored(*arrays: Any) -> tuple[Any, ...]:
+        return in_parts(1, 1, lambda at, _, arrays: f(*after(at, arrays)), arrays)
+
+    return lax.platform_dependent(*arrays, cpu=stored, default=f)
 
 
 def _sweep(block: _Columns, kept: Array, part: int, choose: Any, group: int) -> _Fixed:
@@ -402,20 +405,21 @@ def _sweep(block: _Columns, kept: Array, part: int, choose: Any, group: int) -> 
     """
     size = block.now.shape[0]
     more = -size % part
-    now, upper, dead, before = block
+    now, lower, dead, before = block
     if before is not None:
         before = _longer(before, more)
     now, kept = _longer(now, more), _longer(kept, more)
-    block = _Columns(now, _larger(upper, more), _longer(dead, more), before)
+    block = _Columns(now, _larger(lower, more), _longer(dead, more), before)
 
     def turn(at: Any, count: int, carry: tuple[_Fixed, _Fixed]) -> Any:
         at = jnp.asarray(at, jnp.int32)
         cut = lambda a: lax.dynamic_slice_in_dim(a, at, count, 0)
         fixed = put(*carry, at - count)
-        columns = lax.dynamic_slice_in_dim(block.upper, at, count, 1)
-        now = cut(block.now) - matmul(columns.T, fixed.error)
+        rows = cut(block.lower)
+        now = cut(block.now) - matmul(rows, fixed.error)
         before = None if block.before is None else cut(block.before)
-        own = _Columns(now, cut(columns), cut(block.dead), before)
+        corner = lax.dynamic_slice_in_dim(rows, at, count, 1)
+        own = _Columns(now, corner, cut(block.dead), before)
         return fixed, _few(own, cut(kept), choose, group)
 
     def put(fixed: _Fixed, new: _Fixed, at: Any) -> _Fixed:
@@ -423,7 +427,7 @@ def _sweep(block: _Columns, kept: Array, part: int, choose: Any, group: int) -> 
         return jax.tree.map(write, fixed, new)
 
     # A turn writes what the one before has made: XLA computes one number at a time
-    # where it computes and writes at once. The first writes what the second writes over.
+    # where it does both at once. The first writes what the second writes over.
     start = _Fixed(jnp.zeros_like(now), jnp.zeros_like(now), jnp.zeros_like(kept))
     first = jax.tree.map(lambda a: a[:part], start)
     fixed, new = in_parts(size + more, part, turn, (start, first))
@@ -433,27 +437,27 @@ def _sweep(block: _Columns, kept: Array, part: int, choose: Any, group: int) -> 
 
 def _few(columns: _Columns, kept: Array, choose: Any, group: int) -> _Fixed:
     """Fixes a few columns, a tile after another."""
-    now, upper, dead, before = columns
+    now, lower, dead, before = columns
     rest, tiles = now, []
     for i in range(0, now.shape[0], group):
         own = slice(i, i + group)
         left = None if before is None else before[own]
         mask = choose(
-            _Columns(rest[:group], upper[own, own], dead[own], left), kept[own]
+            _Columns(rest[:group], lower[own, own], dead[own], left), kept[own]
         )
         mask = mask if left is None else mask & left
         for j in range(0, group, _TILE):
             width, at = min(_TILE, group - j), i + j
-            corner = upper[at : at + width, at : at + width]
+            corner = lower[at : at + width, at : at + width]
             tile = _tile(rest[:width], corner, mask[j : j + width])
             tiles.append(tile)
             rest = rest[width:]
             for k, row in enumerate(tile.error):
-                rest = rest - upper[at + k, at + width :][:, None] * row[None, :]
+                rest = rest - lower[at + width :, at + k][:, None] * row[None, :]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *tiles)
 
 
-def _tile(now: Array, upper: Array, kept: Array) -> _Fixed:
+def _tile(now: Array, lower: Array, kept: Array) -> _Fixed:
     """Fixes columns in one pass for their errors and one for their new weights."""
     zero = jnp.zeros((), now.dtype)
 
@@ -462,9 +466,9 @@ def _tile(now: Array, upper: Array, kept: Array) -> _Fixed:
         last: list[Array] = []
         for i, row in enumerate(now):
             for k, error in enumerate(errors):
-                row = row - upper[k, i] * error
+                row = row - lower[i, k] * error
             last.append(row)
-            errors.append(jnp.where(kept[i], zero, row / upper[i, i]))
+            errors.append(jnp.where(kept[i], zero, row / lower[i, i]))
         return _Fixed(jnp.stack(errors), jnp.where(kept, jnp.stack(last), zero), kept)
 
     return _Fixed(*_once(lambda *a: tuple(fix(*a)), now, now, kept))

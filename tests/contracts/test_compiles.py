@@ -33,7 +33,7 @@ MOST = {
     "check": 2,
     "calibration": 7,
     "wanda": 49,
-    "layerwise": 29,
+    "layerwise": 24,
     "group_scores": 30,
     "sparsity_of": 0,
 }

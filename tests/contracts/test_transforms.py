@@ -19,6 +19,7 @@ from transforms.problems import OPTIMIZERS
 from transforms.test_zeros import assert_exact_zeros
 
 import jaxsparse as js
+from jaxsparse import contrib, penalties, transforms
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -122,13 +123,13 @@ TRANSFORMS = {
     ),
     "windowed_obs": Row(
         schedule(
-            score=js.transforms.windowed_obs(window=2, block_size=8, damping=1e-3)
+            score=transforms.windowed_obs(window=2, block_size=8, damping=1e-3)
         ).wrap,
         masked,
     ),
     "windowed_obs, summed": Row(
         schedule(
-            score=js.transforms.windowed_obs(
+            score=transforms.windowed_obs(
                 window=2, block_size=8, damping=1e-3, summed=True
             )
         ).wrap,
@@ -144,34 +145,30 @@ TRANSFORMS = {
         lambda optimizer: js.enforce(
             optax.chain(
                 schedule(),
-                js.transforms.scale_by_mfac(window=2, damping=1e-3),
+                transforms.scale_by_mfac(window=2, damping=1e-3),
                 optimizer,
             )
         ),
         masked,
     ),
     "hesso": Row(
-        lambda optimizer: js.penalties.hesso(
+        lambda optimizer: penalties.hesso(
             optimizer, groups(), sparsity=0.5, begin=0, periods=1, duration=STEPS - 1
         ),
         dropped,
     ),
-    "group_lasso": before(
-        lambda groups: js.penalties.group_lasso(groups, strength=1e-2)
-    ),
+    "group_lasso": before(lambda groups: penalties.group_lasso(groups, strength=1e-2)),
     "group_norm_decay": before(
-        lambda groups: js.penalties.group_norm_decay(groups, strength=1e-3)
+        lambda groups: penalties.group_norm_decay(groups, strength=1e-3)
     ),
     "growing_regularization": before(
-        lambda groups: js.penalties.growing_regularization(
-            groups, increment=1e-2, every=2
-        )
+        lambda groups: penalties.growing_regularization(groups, increment=1e-2, every=2)
     ),
     "prox_group_lasso": after(
-        lambda groups: js.penalties.prox_group_lasso(groups, strength=1e-2)
+        lambda groups: penalties.prox_group_lasso(groups, strength=1e-2)
     ),
     "wgsef_prox": after(
-        lambda groups: js.contrib.wgsef_prox(groups, sparsity=0.5, strength=1e-2)
+        lambda groups: contrib.wgsef_prox(groups, sparsity=0.5, strength=1e-2)
     ),
 }
 

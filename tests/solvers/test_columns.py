@@ -69,6 +69,13 @@ def test_parts_within_a_block_and_a_last_block_that_is_not_full(pattern):
     layers.assert_obeys(got.mask, 0.5, pattern)
 
 
+@pytest.mark.parametrize(("keep", "of", "d_in"), [(1, 2, 36), (2, 3, 42), (3, 8, 40)])
+def test_groups_smaller_and_larger_than_what_is_fixed_in_one_pass(keep, of, d_in):
+    """In blocks of 15 or 16 columns, of which the last is not full."""
+    w, gram = layer(d_in=d_in, dead=(1, 20))
+    check(w, gram, 1 - keep / of, js.NM(keep, of), block_size=16)
+
+
 @every_pattern
 def test_dead_inputs_go_first_and_count(pattern):
     w, gram = layer(dead=(3, 9, 10, 39))
