@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._checks import check_positive_int
+from jaxsparse._parts import in_parts
 from jaxsparse._typing import PyTree, Sparsity, Where
 from jaxsparse.patterns._before import gone_before, score_shapes, targets
 from jaxsparse.patterns._select import check_further, choose
@@ -103,10 +104,24 @@ def prune(
         gone = gone_before(masks, params, pattern, selected, axes)
     every = jnp.asarray(np.True_)
     for cut, target in enumerate(targets(gone, sparsity, steps, pattern, selected)):
-        so_far = jax.tree.map(lambda _: every, params) if masks is None else masks
-        scored = _calls.ask(score, params, masks=so_far, step=cut, sparsity=target)
-        _checks.check_like(params, scores=scored)
-        masks, _ = choose(scored, target, masks=masks, **options)
-        del scored  # before there is memory for what is left
+        apart = score is scores.magnitude and pattern == patterns.Unstructured()
+        if masks is None and apart:
+            masks = in_parts(
+                scores.magnitude,
+                lambda scored, taken, target=target: choose(
+                    scored, target, **{**options, "where": taken}
+                )[0],
+                params,
+                select(shapes, where),
+            )
+        else:
+            so_far = jax.tree.map(lambda _: every, params) if masks is None else masks
+            scored = _calls.ask(score, params, masks=so_far, step=cut, sparsity=target)
+            _checks.check_like(params, scores=scored)
+            masks, _ = choose(scored, target, masks=masks, **options)
+            # What is dispatched holds its arguments; without the scores there is memory
+            # for what is left.
+            jax.block_until_ready(masks)
+            del scored
         params = patterns.apply(params, masks)
     return patterns.Pruned(params, masks)

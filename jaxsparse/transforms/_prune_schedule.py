@@ -12,6 +12,7 @@ from jax import lax
 from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._checks import is_concrete
 from jaxsparse._loops import when
+from jaxsparse._parts import in_parts
 from jaxsparse._together import each
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
 from jaxsparse.patterns._before import score_shapes
@@ -28,6 +29,7 @@ from jaxsparse.transforms._sparse_start import (
 )
 from jaxsparse.transforms._state import PruneScheduleState, leaked_weights
 from jaxsparse.tree import AxesRule, by_rules, leaves_with_paths, like
+from jaxsparse.tree import select as select_by
 
 _LOOK_FOR_LEAKS_EVERY = 100
 
@@ -275,6 +277,16 @@ def prune_schedule(
         values = by_rules(score_shapes(params), sparsity, where)[0]
         warn_of_regrowth(masks, params, values, cadence, step)
         if adopted is None and _starts_sparse(params):
+            if score is scores.magnitude and pattern == patterns.Unstructured():
+                asked, taken = at(score_shapes(params), 0)
+                return in_parts(
+                    scores.magnitude,
+                    lambda scored, taken: patterns.masks(
+                        scored, asked, where=taken, min_keep=min_keep, axes=axes
+                    ),
+                    params,
+                    select_by(score_shapes(params), taken),
+                )
             given = (params, None, score_state)
             scored = ask(scorer.score, given, params, masks, 0)
             _checks.check_like(params, scores=scored)

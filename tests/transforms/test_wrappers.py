@@ -1,5 +1,7 @@
 """Around and inside of optax's wrappers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,3 +180,57 @@ def test_unexpected_extra_arguments_reach_the_inner_optimizer():
     for _ in range(4):
         _, state = update(params, state, params, value=np.float32(1.0), other=3)
     assert float(optax.tree_utils.tree_get(state, "scale")) < 1
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_wrap_runs_the_optimizer_once_in_a_step(jit):
+    adam, calls = optax.adam(1e-2), []
+
+    def update(updates, state, params=None):
+        calls.append(jax.tree.structure(updates))
+        return adam.update(updates, state, params)
+
+    counted = optax.GradientTransformation(adam.init, update)
+    rising = js.schedules.polynomial(final=0.5, begin=0, end=4)
+    prune_schedule = js.prune_schedule(rising, every=2)
+    tx = prune_schedule.wrap(counted)
+    same = js.enforce(optax.chain(prune_schedule, adam))
+    params = {"w": jnp.arange(1.0, 13).reshape(3, 4), "b": jnp.ones(4)}
+    run = jax.jit if jit else lambda f: f
+    step, step_of_same = run(tx.update), run(same.update)
+    state = tx.init(params)
+    for turn in range(5):
+        before = len(calls)
+        updates, new = step(params, state, params)
+        assert len(calls) - before == (1 if turn == 0 or not jit else 0)
+        found = step_of_same(params, state, params)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+        jax.tree.map(close, found, (updates, new))
+        params, state = optax.apply_updates(params, updates), new
+    assert int(jnp.sum(params["w"] == 0)) == 6
+
+
+def test_a_schedule_within_what_is_wrapped_is_found():
+    later = js.prune_schedule(0.75, every=js.schedules.at(2), where="v")
+    tx = js.prune_schedule(0.5, every=js.schedules.at(1), where="w").wrap(
+        optax.chain(later, optax.adam(1e-2))
+    )
+    params = {k: jnp.arange(1.0, 9).reshape(2, 4) for k in "vw"}
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    zeros = {k: int(jnp.sum(x == 0)) for k, x in params.items()}
+    assert zeros == {"v": 6, "w": 4}
+
+
+def test_leaks_are_counted_over_parameters_of_any_shapes():
+    shapes = [(4, 6)] * 10 + [(6, 4)] + [(3, 5)] * 2
+    params = {f"l{i}": {"kernel": jnp.ones(s)} for i, s in enumerate(shapes)}
+    tx = optax.chain(js.prune_schedule(0.5, every=1), optax.sgd(0.0))
+    state = tx.init(params)
+    _, state = jax.jit(tx.update)(params, state, params)
+    _, state = jax.jit(tx.update)(params, state, params)  # nothing was projected
+    (pruning,) = js.transforms.find_states(state)
+    removed = sum(int(jnp.sum(~m)) for m in jax.tree.leaves(pruning.masks))
+    assert int(pruning.leaked) == removed == 11 * 12 + 2 * 8

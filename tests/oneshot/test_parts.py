@@ -1,0 +1,85 @@
+"""Large models are scored and chosen from by parts: with what memory, and the same."""
+
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsparse as js
+from jaxsparse import _parts
+
+
+def params() -> dict:
+    rng = np.random.default_rng(0)
+    kernels = {
+        f"l{i}": {"kernel": jnp.asarray(rng.standard_normal(s).astype(np.float32))}
+        for i, s in enumerate([(8, 8), (6, 12), (8, 8), (5, 7), (12, 6)])
+    }
+    return {**kernels, "bias": jnp.ones(3)}
+
+
+CALLS = {
+    "prune": lambda p: js.prune(p, {"l1": 0.25, "kernel": 0.5}).masks,
+    "prune in cuts": lambda p: js.prune(p, 0.6, steps=2, where=r"l[0-3]").masks,
+    "init": lambda p: js.masks_of(
+        js.prune_schedule(0.7, every=1, min_keep=3).wrap(optax.sgd(0.1)).init(p)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_masks_are_the_same_in_parts(name, monkeypatch):
+    whole = CALLS[name](params())
+    seen = []
+
+    def parts(leaves, selected):
+        taken = [i for i, yes in enumerate(selected) if yes]
+        seen.append(taken)
+        return [taken[:2], taken[2:]]
+
+    monkeypatch.setattr(_parts, "_parts", parts)
+    found = CALLS[name](params())
+    assert seen
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+
+
+def test_parts_hold_what_is_selected_once_and_are_small():
+    sizes = [3 * 2**20, 10, 2**20, 2**20, 2**24, 2**19]
+    leaves = [jax.ShapeDtypeStruct((n,), np.float32) for n in sizes]
+    parts = _parts._parts(leaves, [True, False, True, True, True, True])
+    assert [i for part in parts for i in part] == [0, 2, 3, 4, 5]
+    most = max(_parts._LEAST, sum(sizes) // _parts._PARTS)
+    sums = [sum(sizes[i] for i in part) for part in parts]
+    assert all(n <= most or len(part) == 1 for n, part in zip(sums, parts, strict=True))
+    assert len(_parts._parts(leaves[2:4], [True] * 2)) == 1
+
+
+def test_scores_of_a_part_are_gone_before_those_of_the_next(monkeypatch):
+    monkeypatch.setattr(_parts, "_LEAST", 64)
+    made, alive = [], []
+
+    def score(xs):
+        alive.append(sum(x() is not None for x in made))
+        found = [jnp.abs(x) for x in xs]
+        made.extend(map(weakref.ref, found))
+        return found
+
+    def choose(scored, taken):
+        keep = lambda x, yes: x > 1 if yes else jnp.ones((), bool)
+        return jax.tree.map(keep, scored, taken)
+
+    start = {f"l{i}": jnp.ones((8, 8)) for i in range(6)}
+    masks = _parts.in_parts(score, choose, start, dict.fromkeys(start, True))
+    assert alive == [0] * 6
+    assert all(mask.shape == (8, 8) for mask in masks.values())
+
+
+def test_looking_for_nan_makes_no_array_of_integers():
+    found = jax.jit(jax.named_call(js._checks._values._any_nan)).lower(
+        jax.ShapeDtypeStruct((1024, 1024), np.float32)
+    )
+    scratch = found.compile().memory_analysis().temp_size_in_bytes
+    assert scratch <= 1.1 * 2**20
