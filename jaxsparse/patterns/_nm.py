@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._typing import Array
-from jaxsparse.patterns._spec import NM
 from jaxsparse.patterns._keys import ordered_keys
+from jaxsparse.patterns._spec import NM
 from jaxsparse.tree import Axes
 
 

@@ -73,9 +73,7 @@ def top_k_masks_of_each(scores: Sequence[Array], keep: Sequence[Array]) -> list[
     most = jnp.stack([jnp.asarray(k, count_dtype(length)) for k in keep])[:, None]
     split = [((), ())]
     (kept,) = masks_by_keys([keys], lambda key: key, most, axes=(1,), splits=split)
-    return [
-        row[: x.size].reshape(x.shape) for row, x in zip(kept, scores, strict=True)
-    ]
+    return [row[: x.size].reshape(x.shape) for row, x in zip(kept, scores, strict=True)]
 
 
 def _length(size: int) -> int:

@@ -32,6 +32,7 @@ _RUN = 64  # entries that lie together: memory is slow to give single ones
 _LARGE = 2**20  # entries from which a sample pays
 _DEVIATIONS = 4
 
+
 class Cut(NamedTuple):
     """Where to cut, for each competing group.
 

@@ -185,7 +185,9 @@ def choose(
     _checks.check_arrays(scores=scores)
     sparsity, where = by_rules(scores, sparsity, where)
     selected = jax.tree.leaves(select(scores, where))
-    if of is not None and (masks is not None or not _read_often(scores, selected, pattern)):
+    if of is not None and (
+        masks is not None or not _read_often(scores, selected, pattern)
+    ):
         scores, of = jax.tree.map(of, scores), None
     named = leaves_with_paths(scores)
     before = None

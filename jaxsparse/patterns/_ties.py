@@ -21,7 +21,6 @@ from jaxsparse.patterns._keys import positions
 from jaxsparse.patterns._search import Cut
 from jaxsparse.patterns._shards import Split, names_along, pieces, total
 
-
 _LANES = 512
 
 KeyOf = Callable[[Any], Array]
@@ -118,7 +117,9 @@ def _tie_ends_of_rows(x: Any, key_of: KeyOf, cut: Cut, size: int) -> Array:
         tied = (key_of(after(turn, x)) == cut.low).reshape(len(end), -1, _LANES)
         rows = count(tied, (2,), end.dtype)[..., 0]
         row, left = _place(rows, cut.need)
-        chosen = tied & (lax.broadcasted_iota(row.dtype, tied.shape, 1) == row[..., None])
+        chosen = tied & (
+            lax.broadcasted_iota(row.dtype, tied.shape, 1) == row[..., None]
+        )
         columns = jnp.max(chosen.astype(jnp.uint8), axis=1, initial=0)
         column, _ = _place(columns.astype(end.dtype), left)
         last = jnp.where(cut.need > 0, row * _LANES + column + 1, jnp.zeros_like(end))
@@ -169,5 +170,3 @@ def _smallest(enough: Callable[[Array], Array], most: int, *, start: Array) -> A
 
     bounds = (start, jnp.full_like(start, most))
     return lax.while_loop(lambda b: jnp.any(b[0] < b[1]), halve, bounds)[0]
-
-
