@@ -13,7 +13,6 @@ Competing = tuple[int, ...] | None
 """The axes along which entries compete; None: all entries of all arrays."""
 
 _ROW = 8192
-_SHORT = 512  # entries of a row where there are few
 _BLOCK = 128  # rows that are added up in 8 bits
 _WIDE = 128  # columns from which adding rows up fills the vector units
 
@@ -101,7 +100,7 @@ def _count_along(digits: Array, candidate: Array, axes: int, dtype: Any) -> Arra
     flat = digits.reshape(groups, -1)
     bound = candidate.reshape(groups, 1)
     length = flat.shape[1]
-    lanes = _ROW if length >= 2**6 * _ROW else _SHORT
+    lanes = _lanes(length, groups)
     rows, rest = divmod(length, lanes)
     total = count(flat[:, length - rest :] >= bound, (1,), dtype)
     if not rows:
@@ -120,7 +119,7 @@ def _count_along(digits: Array, candidate: Array, axes: int, dtype: Any) -> Arra
 def _count_all(digits: Array, candidate: Array, dtype: Any) -> Array:
     """Of all entries."""
     flat = digits.reshape(-1)
-    lanes = _ROW if flat.size >= 2**6 * _ROW else _SHORT
+    lanes = _lanes(flat.size, 1)
     rows, rest = divmod(flat.size, lanes)
     total = jnp.sum(flat[flat.size - rest :] >= candidate, dtype=dtype)
     if rows == 0:
@@ -146,3 +145,9 @@ def _count_all(digits: Array, candidate: Array, dtype: Any) -> Array:
 
     blocks = jnp.zeros((), dtype), jnp.asarray(-(-rows // _BLOCK), dtype)
     return lax.fori_loop(*blocks, add_block, total)
+
+
+def _lanes(length: int, groups: int) -> int:
+    """How much of each group to add at once: to begin a turn takes time, too."""
+    lanes = _ROW // groups if length >= 2**16 else _ROW // 8
+    return max(2**8, 2 ** (lanes.bit_length() - 1))

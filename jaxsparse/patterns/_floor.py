@@ -127,4 +127,6 @@ def _best(
     start = First(~zero.astype(keys.dtype), zero.astype(dtype))
     start = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), start)
     start = jax.tree.map(lambda n: varying_as(n, [keys], [over]), start)
+    if least == 0:  # an array without entries has no best one
+        return start
     return add(0, start) if least == 1 else lax.fori_loop(0, least, add, start)

@@ -17,10 +17,11 @@ from jaxsparse._checks import is_concrete
 from jaxsparse._sharded import manual_axes
 from jaxsparse._typing import Array
 from jaxsparse.patterns._counts import count_dtype
-from jaxsparse.patterns._threshold import top_k_masks
+from jaxsparse.patterns._keys import ordered_keys
+from jaxsparse.patterns._threshold import masks_by_keys
 
 _LANES = 512  # what rows are filled up to a multiple of
-_TOGETHER = 2**20  # entries of a matrix
+_TOGETHER = 2**18  # entries of a matrix
 _SMALL = 2**16  # entries: a row of as many is filled in no time
 
 
@@ -66,13 +67,12 @@ def top_k_masks_of_each(scores: Sequence[Array], keep: Sequence[Array]) -> list[
     if jnp.finfo(scores[0].dtype).bits < 16:
         scores = [x.astype(jnp.float32) for x in scores]  # which has the same order
     length = _length(max(x.size for x in scores))
-    # NaN comes last, and of equal scores those behind do.
-    fill = lambda x: jnp.pad(
-        x.reshape(-1), (0, length - x.size), constant_values=jnp.nan
-    )
-    rows = jnp.stack([fill(x) for x in scores])
-    most = jnp.stack([jnp.asarray(k, count_dtype(length)) for k in keep])
-    (kept,) = top_k_masks([rows], most[:, None], axes=(1,))
+    # Among the lowest keys, that of NaN, those behind come last.
+    fill = lambda key: jnp.pad(key.reshape(-1), (0, length - key.size))
+    keys = jnp.stack([fill(ordered_keys(x)) for x in scores])
+    most = jnp.stack([jnp.asarray(k, count_dtype(length)) for k in keep])[:, None]
+    split = [((), ())]
+    (kept,) = masks_by_keys([keys], lambda key: key, most, axes=(1,), splits=split)
     return [row[: x.size].reshape(x.shape) for row, x in zip(kept, scores, strict=True)]
 
 

@@ -29,7 +29,7 @@ _TOP = 2**_DIGIT - 1
 _SAMPLE = 2**13, 2**16  # entries, at least and at most
 _SHARE = 2**7  # one in so many
 _RUN = 64  # entries that lie together: memory is slow to give single ones
-_LARGE = 2**18  # entries from which a sample pays
+_LARGE = 2**20  # entries from which a sample pays
 _DEVIATIONS = 4
 
 

@@ -162,7 +162,7 @@ def choose(
     min_keep: int = 1,
     masks: PyTree = None,
     axis_name: AxisName | None = None,
-    of: Callable[[Array], Array] | None = None,
+    of: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, Revived]:
     """`masks`, and what would have come back if `masks` had let it.
 
@@ -175,7 +175,7 @@ def choose(
       min_keep: what stays at least.
       masks: what was pruned before.
       axis_name: of shards.
-      of: a function of single entries: then the scores are `of(x)` of each array. Where
+      of: a function of trees, entry by entry: then the scores are `of(scores)`. Where
         all weights compete they are not held, but made in each pass over them.
 
     Returns:
@@ -188,7 +188,7 @@ def choose(
     if of is not None and (
         masks is not None or not _read_often(scores, selected, pattern)
     ):
-        scores, of = jax.tree.map(of, scores), None
+        scores, of = of(scores), None
     named = leaves_with_paths(scores)
     before = None
     if masks is not None:

@@ -60,15 +60,14 @@ def tie_ends(
             narrow = jnp.int16 if tied.shape[-1] < 2**15 else need.dtype
             rows = jnp.sum(tied, axis=-1, dtype=narrow).astype(need.dtype)
             here = jnp.minimum(need, jnp.sum(rows, dtype=need.dtype))
-            row, left = _place(rows.reshape(1, -1), here.reshape(1, 1))
-            chosen = tied & (positions(rows)[..., None] == row.reshape(()))
+            row, left = _place(rows, here)
+            chosen = tied & (positions(rows)[..., None] == row)
             columns = jnp.max(
                 chosen.astype(jnp.uint8), axis=tuple(range(tied.ndim - 1)), initial=0
             )
-            column, _ = _place(columns.reshape(1, -1).astype(need.dtype), left)
+            column, _ = _place(columns.astype(need.dtype), left)
             last = row.astype(end.dtype) * tied.shape[-1] + column.astype(end.dtype)
-            last = jnp.where(here > 0, last.reshape(()) + 1, jnp.zeros_like(end))
-            found.append(last)
+            found.append(jnp.where(here > 0, last + 1, jnp.zeros_like(end)))
             need = need - here
         return found
 
@@ -116,12 +115,12 @@ def _tie_ends_of_rows(x: Any, key_of: KeyOf, cut: Cut, size: int) -> Array:
     def find(turn: Array, end: Array) -> Array:
         tied = (key_of(after(turn, x)) == cut.low).reshape(len(end), -1, _LANES)
         rows = count(tied, (2,), end.dtype)[..., 0]
-        row, left = _place(rows, cut.need)
+        row, left = _place(rows, cut.need, (1,))
         chosen = tied & (
             lax.broadcasted_iota(row.dtype, tied.shape, 1) == row[..., None]
         )
         columns = jnp.max(chosen.astype(jnp.uint8), axis=1, initial=0)
-        column, _ = _place(columns.astype(end.dtype), left)
+        column, _ = _place(columns.astype(end.dtype), left, (1,))
         last = jnp.where(cut.need > 0, row * _LANES + column + 1, jnp.zeros_like(end))
         return jnp.where(partly, last, end)
 
@@ -145,16 +144,20 @@ def _tie_end_of_shards(
     return here, found
 
 
-def _place(counts: Array, need: Array) -> tuple[Array, Array]:
-    """Where in each row the `need`-th of things counted lies, and its number there."""
-    position = positions(counts, (1,))
+def _place(
+    counts: Array, need: Array, axes: tuple[int, ...] | None = None
+) -> tuple[Array, Array]:
+    """Where the `need`-th of things counted in order lies, and its number in there."""
+    position = positions(counts, axes)
+    keep = axes is not None
 
     def before(end: Array) -> Array:
         inside = jnp.where(position < end, counts, jnp.zeros((), counts.dtype))
-        return jnp.sum(inside, axis=1, dtype=counts.dtype, keepdims=True)
+        return jnp.sum(inside, axis=axes, dtype=counts.dtype, keepdims=keep)
 
+    size = counts.size // max(1, need.size)
     start = jnp.zeros_like(need, position.dtype)
-    end = _smallest(lambda end: before(end) >= need, counts.shape[1], start=start)
+    end = _smallest(lambda end: before(end) >= need, size, start=start)
     place = jnp.maximum(end - 1, jnp.zeros_like(end))
     return place, need - before(place)
 
