@@ -27,7 +27,7 @@ import hypothesis
 import jax
 import pytest
 
-MOST_PROGRAMS = 1000
+MOST_PROGRAMS = 700
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci")
