@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-MOST_PROGRAMS = 1000
+MOST_PROGRAMS = 700
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci")

@@ -149,9 +149,12 @@ def assert_pruned(w, mask, before, sparsity, pattern):
     assert jnp.isfinite(w).all()
 
 
+SPARSITY = 0.375
+
+
 def sparsity_for(pattern):
-    """Traced, where the pattern does not say it."""
-    return 0.5 if pattern == "nm" else jnp.float32(0.375)
+    """Traced, where the pattern does not say it; of one type, for one compilation."""
+    return 0.5 if pattern == "nm" else jnp.float32(SPARSITY)
 
 
 @every_pair
@@ -190,10 +193,10 @@ def test_sixteen_bit_weights_stay_so_and_are_computed_with_in_float32(name):
     pattern = first_pattern(name)
     half = layer()._replace(w=layer().w.astype(jnp.bfloat16))
     wide = half._replace(w=half.w.astype(jnp.float32))
-    solve = jitted(name, pattern)
-    got, mask, _ = solve(half, 0.5)
-    assert_pruned(got, mask, half.w, 0.5, SOLVERS[name][1][pattern])
-    want, own_mask, _ = solve(wide, 0.5)
+    solve, sparsity = jitted(name, pattern), sparsity_for(pattern)
+    got, mask, _ = solve(half, sparsity)
+    assert_pruned(got, mask, half.w, SPARSITY, SOLVERS[name][1][pattern])
+    want, own_mask, _ = solve(wide, sparsity)
     np.testing.assert_array_equal(mask, own_mask)
     # One rounding, to eight bits.
     np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-8, atol=1e-4)
@@ -203,8 +206,8 @@ def test_sixteen_bit_weights_stay_so_and_are_computed_with_in_float32(name):
 def test_eager_calls_are_jitted_calls(name):
     pattern = first_pattern(name)
     solve, patterns = SOLVERS[name]
-    got, mask, error = solve(layer(), 0.5, patterns[pattern])
-    want, own_mask, own_error = jitted(name, pattern)(layer(), 0.5)
+    got, mask, error = solve(layer(), SPARSITY, patterns[pattern])
+    want, own_mask, own_error = jitted(name, pattern)(layer(), sparsity_for(pattern))
     np.testing.assert_array_equal(mask, own_mask)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(error, own_error, rtol=1e-4)
@@ -231,11 +234,11 @@ def test_rows_on_many_devices_are_solved_where_they_lie(name, kind):
     rows, whole = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
     by_rows = NamedSharding(mesh, P(None, "x"))
     spread = jax.device_put(layer(), Layer(rows, whole, by_rows))
-    solve = jitted(name, pattern)
-    compiled = solve.lower(spread, 0.5).compile()
+    solve, sparsity = jitted(name, pattern), sparsity_for(pattern)
+    compiled = solve.lower(spread, sparsity).compile()
     (w, mask, error), (want, own_mask, own_error) = (
-        compiled(spread, 0.5),
-        solve(layer(), 0.5),
+        compiled(spread, sparsity),
+        solve(layer(), sparsity),
     )
     assert w.sharding.is_equivalent_to(rows, 2)
     assert mask.sharding.is_equivalent_to(rows, 2)

@@ -165,7 +165,7 @@ def test_a_schedule_in_shards_trains_what_one_device_trains():
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        state = tx.init(params)
+        state = jax.jit(tx.init)(params)
         if axis_name is not None:
             like = lambda x: specs["first"] if jnp.shape(x) == (16, 8) else P()
             states = jax.tree.map(like, state)

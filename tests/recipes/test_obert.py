@@ -328,10 +328,13 @@ N = 4 * 64 + 2 * 128  # the six kernels
 @pytest.mark.parametrize(
     "recipe",
     [
-        obert_downstream(3, final=0.9, learning_rate=(2e-2, 2e-3)),
-        obert_upstream(6, final=0.97),
+        pytest.param(
+            obert_downstream(3, final=0.9, learning_rate=(2e-2, 2e-3)), id="downstream"
+        ),
+        pytest.param(
+            obert_upstream(6, final=0.97), id="upstream", marks=pytest.mark.exhaustive
+        ),
     ],
-    ids=["downstream", "upstream"],
 )
 @pytest.mark.usefixtures("relaxed_promotion")
 def test_a_model_is_trained_through_the_whole_recipe(recipe):

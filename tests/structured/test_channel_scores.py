@@ -197,7 +197,13 @@ def test_flap_is_what_the_output_loses_when_a_channel_is_its_mean():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["grouped", "attention_flax", "scan"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("grouped", "attention_flax"),
+        pytest.param("scan", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_flap_adds_up_the_inputs_that_have_the_index_in_each_copy(name):
     groups, params, _ = built(name)
     stats = statistics(name)
