@@ -32,7 +32,7 @@ def regrew_in(new: PyTree, old: PyTree, axis_name: Any) -> Array:
       A bool, the same on all devices.
     """
     pairs = list(zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
-    return _any(pairs, lambda new, old: new & ~old, axis_name)
+    return _any(pairs, _came_back, axis_name)
 
 
 def most_leaked(most: Array, params: PyTree, masks: PyTree, axis_name: Any) -> Array:
@@ -49,17 +49,16 @@ def most_leaked(most: Array, params: PyTree, masks: PyTree, axis_name: Any) -> A
     """
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
     pairs = [(w, mask) for w, mask in leaves if jnp.ndim(mask)]
-    leaks = lambda w, mask: nonzero(w) & ~mask
 
     def count(most: Array, pairs: list[Pair]) -> Array:
         counts = [
             _over_shards(lax.psum, _sum(x), axis_name)
-            for x in _laid_over(pairs, leaks, jnp.add)
+            for x in _laid_over(pairs, _leaked, jnp.add)
         ]
         total = sum(counts, start=jnp.zeros((), jnp.float32))
         return jnp.maximum(most, jnp.minimum(total, 2.0**30).astype(most.dtype))
 
-    return when(_any(pairs, leaks, axis_name), count, most, pairs)
+    return when(_any(pairs, _leaked, axis_name), count, most, pairs)
 
 
 def _any(pairs: list[Pair], flag: Flag, axis_name: Any) -> Array:
@@ -71,6 +70,16 @@ def _any(pairs: list[Pair], flag: Flag, axis_name: Any) -> Array:
     return _over_shards(lax.pmax, some.astype(jnp.int32), axis_name) > 0
 
 
+def _leaked(w: Array, mask: Array) -> Array:
+    return nonzero(w) & ~mask
+
+
+def _came_back(new: Array, old: Array) -> Array:
+    return new & ~old
+
+
+# One program where there is no jit around it.
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _laid_over(
     pairs: list[Pair], flag: Flag, add: Callable[[Array, Array], Array]
 ) -> list[Array]:
