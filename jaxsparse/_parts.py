@@ -20,16 +20,6 @@ def in_parts(
 
     For scores that an array has by itself, and masks for which arrays do not compete.
     Under jit it is one part: XLA makes scores when they are needed.
-
-    Args:
-      score: of a list of arrays.
-      choose: masks of a tree of scores and a tree of bools, which say what takes part;
-        it does not look at the others.
-      params: the parameters.
-      selected: a tree of Python bools.
-
-    Returns:
-      The masks.
     """
     leaves, treedef = jax.tree.flatten(params)
     parts = _parts(leaves, jax.tree.leaves(selected))

@@ -73,19 +73,7 @@ def check_like(
 def check_shape(
     path: str, x: Any, shape: Any, *, name: str, of: str = "params", extra: int = 0
 ) -> None:
-    """Raises unless an array has the shape of a parameter.
-
-    Args:
-      path: the parameter's, for the message.
-      x: the array.
-      shape: the parameter's.
-      name: what the message calls the tree that `x` is from.
-      of: what it calls the one with `shape`.
-      extra: how many leading axes `x` has besides, which number gradients.
-
-    Raises:
-      ValueError: another shape.
-    """
+    """Raises unless an array has the shape of a parameter."""
     if jnp.shape(x)[extra:] != tuple(shape):
         wanted = f"{of} has {tuple(shape)}"
         if extra:

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
-from jaxsparse._dtypes import as_wide
+from jaxsparse._dtypes import as_wide, count_dtype
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.allocations.blocks import Blocks, Groups, by_shift, grouped, weights_in
-from jaxsparse.patterns._counts import count_dtype
 
 
 def owl(

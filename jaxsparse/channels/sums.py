@@ -22,7 +22,7 @@ from jaxsparse.channels.slices import (
     paths_of,
     wide_leaves,
 )
-from jaxsparse.patterns._exact import largest, ordered_sum
+from jaxsparse.linalg.ordered import largest, ordered_sum
 from jaxsparse.tree import leaves_with_paths
 
 Reduce = Literal["sum", "mean", "max", "prod", "first"]

@@ -14,10 +14,6 @@ from jaxsparse.curvature._estimator import Sums as Sums
 from jaxsparse.curvature._fisher import Fisher as Fisher
 from jaxsparse.curvature._fisher import apart as apart
 from jaxsparse.curvature._fisher import check_covers as check_covers
-from jaxsparse.curvature._gram import GramFactor as GramFactor
-from jaxsparse.curvature._gram import damped_inverse as damped_inverse
-from jaxsparse.curvature._gram import factor_gram as factor_gram
-from jaxsparse.curvature._gram import inverse_upper as inverse_upper
 from jaxsparse.curvature._kronecker import KroneckerFisher as KroneckerFisher
 from jaxsparse.curvature._kronecker import kronecker_estimator as kronecker_estimator
 from jaxsparse.curvature._kronecker import kronecker_fisher as kronecker_fisher
@@ -41,3 +37,7 @@ from jaxsparse.curvature._per_example import collect_grads as collect_grads
 from jaxsparse.curvature._per_example import per_example_grads as per_example_grads
 from jaxsparse.curvature._per_example import stream_grads as stream_grads
 from jaxsparse.curvature._trees import check_one_damping as check_one_damping
+from jaxsparse.linalg.gram import GramFactor as GramFactor
+from jaxsparse.linalg.gram import damped_inverse as damped_inverse
+from jaxsparse.linalg.gram import factor_gram as factor_gram
+from jaxsparse.linalg.gram import inverse_upper as inverse_upper

@@ -9,27 +9,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._typing import Array
-from jaxsparse.curvature import _triangle
 from jaxsparse.curvature._blocks import BlockFisher, inverse_diagonals
-from jaxsparse.curvature._chunks import over_blocks
-from jaxsparse.curvature._factor import HIGHEST, inverse_lower, inverse_root, matmul
-from jaxsparse.curvature._layout import BlockLayout, from_blocks, to_blocks
 from jaxsparse.curvature._trees import check_factor
-from jaxsparse.curvature._triangle import Triangle
+from jaxsparse.curvature.layout import BlockLayout, from_blocks, to_blocks
+from jaxsparse.linalg import triangle as _triangle
+from jaxsparse.linalg.chunks import over_blocks
+from jaxsparse.linalg.factor import HIGHEST, inverse_lower, inverse_root, matmul
+from jaxsparse.linalg.triangle import Triangle
 
 
 @functools.partial(jax.jit, static_argnames="layout")
 def block_ihvp(root: Triangle, x: Array, *, layout: BlockLayout) -> Array:
-    """`F^-1 x = R^T (R x)`.
-
-    Args:
-      root: the parameter's roots.
-      x: an array of its shape.
-      layout: the parameter's.
-
-    Returns:
-      An array of its shape, in the type of the root.
-    """
+    """`F^-1 x = R^T (R x)`."""
     r = root.square
 
     def product(r: Array, x: Array) -> Array:
@@ -46,16 +37,7 @@ def block_ihvp(root: Triangle, x: Array, *, layout: BlockLayout) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("layout", "size"))
 def block_groups(root: Triangle, *, layout: BlockLayout, size: int) -> Array:
-    """`[F^-1]_QQ` for the units Q of neighbouring weights.
-
-    Args:
-      root: the parameter's roots.
-      layout: the parameter's.
-      size: the weights of a unit; it divides the block size.
-
-    Returns:
-      `[*lead, block_size // size, size, size]`.
-    """
+    """`[F^-1]_QQ` for the units Q of neighbouring weights."""
     b, stored = layout.block_size, root.square.dtype
 
     def groups(root: Triangle) -> Array:
@@ -72,18 +54,7 @@ def block_groups(root: Triangle, *, layout: BlockLayout, size: int) -> Array:
 def block_group_solve(
     root: Triangle, w: Array, *, layout: BlockLayout, size: int
 ) -> tuple[Array, Array]:
-    """Units of neighbouring weights, each removed on its own.
-
-    Args:
-      root: the parameter's roots.
-      w: the parameter.
-      layout: the parameter's.
-      size: the weights of a unit; it divides the block size.
-
-    Returns:
-      `rho_Q = 1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q`, which the weights of a unit share, and
-      `([F^-1]_QQ)^-1 w_Q`; both of the parameter's shape.
-    """
+    """Units of neighbouring weights, each removed on its own."""
     b, stored = layout.block_size, root.square.dtype
 
     def solve(root: Triangle, w: Array) -> tuple[Array, Array]:
@@ -113,19 +84,7 @@ def block_greedy(
     layout: BlockLayout,
     most: int | None = None,
 ) -> Array:
-    """The loss at which greedy OBS removes each weight, one after another in a block.
-
-    Args:
-      root: the parameter's roots.
-      w: the parameter.
-      mask: True = still there.
-      layout: the parameter's.
-      most: how many of each unit may be removed; all by default.
-
-    Returns:
-      An array of the parameter's shape: the increase of the loss when the weight goes,
-      made so that it rises along the order; Inf where it never goes.
-    """
+    """The loss at which greedy OBS removes each weight, one after another in a block."""
     b, stored, unit = layout.block_size, root.square.dtype, layout.unit
 
     def greedy(root: Triangle, w: Array, alive: Array) -> Array:
@@ -184,18 +143,7 @@ def _restrict(
     layout: BlockLayout,
     accurate: bool,
 ) -> Triangle:
-    """The roots with the rows and columns of pruned weights taken out of `F`.
-
-    Args:
-      root: the parameter's roots.
-      mask: a bool array of the parameter's shape, True = kept.
-      damping: what stands on the diagonal of `F` where a weight is pruned.
-      layout: the parameter's.
-      accurate: whether to factor in float64.
-
-    Returns:
-      Roots like `root`.
-    """
+    """The roots with the rows and columns of pruned weights taken out of `F`."""
     b, stored = layout.block_size, root.square.dtype
     wide = jnp.float64 if accurate else stored
 
@@ -223,18 +171,7 @@ block_restrict_in_place = jax.jit(_restrict, donate_argnums=0, **_options)
 def block_eliminate(
     root: Triangle, w: Array, removed: Array, kept: Array, *, layout: BlockLayout
 ) -> Array:
-    """The exact update that removes weights: `w - F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q`.
-
-    Args:
-      root: the parameter's roots.
-      w: the parameter.
-      removed: a bool array of its shape, True = in Q.
-      kept: where weights may change as well; what is in neither changes by 0.
-      layout: the parameter's.
-
-    Returns:
-      The change of the parameter, in the type of the root.
-    """
+    """The exact update that removes weights: `w - F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q`."""
     b, stored = layout.block_size, root.square.dtype
 
     def eliminate(w: Array, root: Triangle, removed: Array) -> Array:
@@ -259,16 +196,7 @@ def block_eliminate(
 def restrict_blocks(
     fisher: BlockFisher, masks: list[Array], *, donate: bool = False
 ) -> BlockFisher:
-    """`restrict` for a block Fisher matrix.
-
-    Args:
-      fisher: a block Fisher matrix.
-      masks: one for each parameter that takes part, of its shape.
-      donate: whether the result takes the memory of `fisher`.
-
-    Returns:
-      A block Fisher matrix over the kept weights.
-    """
+    """`restrict` for a block Fisher matrix."""
     least = tuple(map(_least_pivot, fisher.roots))
     one = block_restrict_in_place if donate else block_restrict
     roots = tuple(

@@ -8,20 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks, patterns
+from jaxsparse._dtypes import widest
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.curvature import _triangle
-from jaxsparse.curvature._block_sums import add_sums, sum_up, sum_up_anew
-from jaxsparse.curvature._chunks import (
-    over_blocks,
-)
 from jaxsparse.curvature._estimator import Estimator, Sums, merge_by
-from jaxsparse.curvature._factor import inverse_root
-from jaxsparse.curvature._layout import (
-    BlockLayout,
-    block_layout,
-    block_sharding,
-    check_block_size,
-)
 from jaxsparse.curvature._trees import (
     absolute_damping,
     check_factor,
@@ -30,9 +19,20 @@ from jaxsparse.curvature._trees import (
     gradient_leaves,
     leaves_at,
     mean_diagonal,
-    widest,
 )
-from jaxsparse.curvature._triangle import Triangle
+from jaxsparse.curvature.block_sums import add_sums, sum_up, sum_up_anew
+from jaxsparse.curvature.layout import (
+    BlockLayout,
+    block_layout,
+    block_sharding,
+    check_block_size,
+)
+from jaxsparse.linalg import triangle as _triangle
+from jaxsparse.linalg.chunks import (
+    over_blocks,
+)
+from jaxsparse.linalg.factor import inverse_root
+from jaxsparse.linalg.triangle import Triangle
 from jaxsparse.patterns import Pattern
 from jaxsparse.tree import AxesRule, leaves_with_paths, resolve_axes, select
 
@@ -302,14 +302,7 @@ def largest_diagonal(sums: Triangle) -> Array:
 
 @jax.jit
 def inverse_diagonals(roots: Triangle) -> Array:
-    """The diagonals of `R^T R`: sums of squares, so never negative.
-
-    Args:
-      roots: triangles `[*lead, b, b]`.
-
-    Returns:
-      `[*lead, b]`.
-    """
+    """The diagonals of `R^T R`: sums of squares, so never negative."""
     r = roots.square
     with jax.enable_x64(True):
         # In float64 squares are exact. In float32 they are, or are not, rounded before

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import widest
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature._estimator import Estimator, Sums, merge_by
 from jaxsparse.curvature._trees import (
@@ -17,7 +18,6 @@ from jaxsparse.curvature._trees import (
     gradient_leaves,
     leaves_at,
     mean_diagonal,
-    widest,
 )
 from jaxsparse.tree import leaves_with_paths, select
 

@@ -57,15 +57,7 @@ class Sums:
 
 
 def merge_by(add: Callable[[Any, Any], Any]) -> Callable[[Sums, Sums], Sums]:
-    """`Estimator.merge` from a function that adds the statistics of one parameter.
-
-    Args:
-      add: `add(statistics, other) -> statistics`.
-
-    Returns:
-      `merge(sums, other) -> sums`. It raises ValueError when the two were made for
-      other parameters or with other blocks.
-    """
+    """`Estimator.merge` from a function that adds the statistics of one parameter."""
 
     def merge(sums: Sums, other: Sums) -> Sums:
         if (sums.treedef, sums.layouts) != (other.treedef, other.layouts):

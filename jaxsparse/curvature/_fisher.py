@@ -19,37 +19,13 @@ Fisher = BlockFisher | BlockMFac | DiagonalFisher | KroneckerFisher | MFac
 
 
 def arrays_of(fisher: Fisher, tree: PyTree, *, name: str) -> list[Array]:
-    """The arrays of a tree for the parameters that take part.
-
-    Args:
-      fisher: an approximation of the Fisher matrix.
-      tree: has an array of the parameter's shape for each of them.
-      name: what messages call the tree.
-
-    Returns:
-      For each parameter its array.
-
-    Raises:
-      ValueError: a parameter is missing, or of another shape.
-    """
+    """The arrays of a tree for the parameters that take part."""
     check_fisher(fisher)
     return leaves_at(tree, fisher.paths, _shapes(fisher), name=name)
 
 
 def masks_of(fisher: Fisher, masks: PyTree, *, name: str = "masks") -> list[Array]:
-    """Masks of full shape for the parameters that take part.
-
-    Args:
-      fisher: an approximation of the Fisher matrix.
-      masks: has a mask for each of them.
-      name: the argument's name.
-
-    Returns:
-      For each parameter its mask.
-
-    Raises:
-      ValueError: masks of another model.
-    """
+    """Masks of full shape for the parameters that take part."""
     check_fisher(fisher)
     _checks.check_bools(masks, name=name)
     leaves = leaves_at(masks, fisher.paths, name=name)

@@ -20,28 +20,8 @@ from jaxsparse._typing import Array, PyTree
 HIGHEST = lax.Precision.HIGHEST
 
 
-def wide_type(rows: PyTree) -> Any:
-    """The type that sums are made in.
-
-    Args:
-      rows: leaves of floating-point types.
-
-    Returns:
-      float32, or float64 where one of the leaves is.
-    """
-    double = any(G.dtype.itemsize > 4 for G in jax.tree.leaves(rows))
-    return jnp.dtype(jnp.float64 if double else jnp.float32)
-
-
 def everywhere(sharding: Any) -> NamedSharding | None:
-    """The sharding of what is the same on all devices.
-
-    Args:
-      sharding: that of the arrays which it is made from.
-
-    Returns:
-      A sharding on a mesh of explicit axes, where JAX wants it said; None elsewhere.
-    """
+    """The sharding of what is the same on all devices."""
     if not isinstance(sharding, NamedSharding):
         return None
     explicit = AxisType.Explicit in sharding.mesh.axis_types
@@ -49,30 +29,13 @@ def everywhere(sharding: Any) -> NamedSharding | None:
 
 
 def squares(tree: PyTree, wide: Any) -> Array:
-    """The sum of all squares.
-
-    Args:
-      tree: arrays.
-      wide: the type that sums are made in.
-
-    Returns:
-      A scalar.
-    """
+    """The sum of all squares."""
     found = [jnp.sum(jnp.square(x.astype(wide))) for x in jax.tree.leaves(tree)]
     return sum(found, start=jnp.zeros((), wide))
 
 
 def inner(rows: PyTree, x: PyTree, like: Array) -> Array:
-    """`G x`.
-
-    Args:
-      rows: G.
-      x: a tree like the parameters.
-      like: `[m]`, of the type that sums are made in.
-
-    Returns:
-      `[m]`, summed over all parameters.
-    """
+    """`G x`."""
     wide = like.dtype
 
     def one(G: Array, x: Array) -> Array:
@@ -88,16 +51,7 @@ def inner(rows: PyTree, x: PyTree, like: Array) -> Array:
 
 
 def combine(rows: PyTree, c: Array, wide: Any) -> PyTree:
-    """`G^T c`.
-
-    Args:
-      rows: G.
-      c: `[m]`.
-      wide: the type that sums are made in.
-
-    Returns:
-      A tree like the parameters, of type `wide`.
-    """
+    """`G^T c`."""
 
     def one(G: Array) -> Array:
         if G.dtype == wide:
@@ -118,15 +72,7 @@ def combine(rows: PyTree, c: Array, wide: Any) -> PyTree:
 
 
 def gram_of(G: Array, wide: Any) -> Array:
-    """`G G^T`, some columns at a time: of one factor XLA makes a transposed copy.
-
-    Args:
-      G: one leaf, `[m, *shape]`.
-      wide: the type that sums are made in.
-
-    Returns:
-      `[m, m]`.
-    """
+    """`G G^T`, some columns at a time: of one factor XLA makes a transposed copy."""
     m, axes = len(G), tuple(range(1, G.ndim))
     some = min(m, 16)
     steps = -(-m // some)

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import widest
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.curvature import _triangle
 from jaxsparse.curvature._estimator import Estimator, Sums, merge_by
-from jaxsparse.curvature._factor import matmul
 from jaxsparse.curvature._kronecker_sums import (
     Grams,
     KernelLayout,
@@ -28,9 +27,10 @@ from jaxsparse.curvature._trees import (
     check_one_damping,
     gradient_leaves,
     leaves_at,
-    widest,
 )
-from jaxsparse.curvature._triangle import Triangle
+from jaxsparse.linalg import triangle as _triangle
+from jaxsparse.linalg.factor import matmul
+from jaxsparse.linalg.triangle import Triangle
 from jaxsparse.tree import AxesRule, from_matrices, select, to_matrices
 
 
@@ -288,17 +288,7 @@ def _mean_diagonal(sums: Sums, stored) -> Array:
 def kronecker_ihvp(
     factors: Factors, x: Array, damping: Array, *, layout: KernelLayout
 ) -> Array:
-    """`F^-1 X = V [(V^T X U) / (r l^T + damping)] U^T`.
-
-    Args:
-      factors: the parameter's.
-      x: an array of its shape.
-      damping: a scalar.
-      layout: the parameter's.
-
-    Returns:
-      An array of its shape, in the type of the factors.
-    """
+    """`F^-1 X = V [(V^T X U) / (r l^T + damping)] U^T`."""
 
     def product(xs: list[Array], u, l, v, r, damping) -> list[Array]:
         x = to_matrices(xs[0].astype(u.dtype), layout.view)
@@ -312,16 +302,7 @@ def kronecker_ihvp(
 def kronecker_diagonal(
     factors: Factors, damping: Array, *, layout: KernelLayout
 ) -> Array:
-    """The diagonal of `F^-1`: sums of positive numbers.
-
-    Args:
-      factors: the parameter's.
-      damping: a scalar.
-      layout: the parameter's.
-
-    Returns:
-      An array of the parameter's shape.
-    """
+    """The diagonal of `F^-1`: sums of positive numbers."""
     u, l, v, r = factors
     inverse = 1 / _eigenvalues(l, r, damping)
     rows = matmul(jnp.square(v), inverse)

@@ -11,13 +11,13 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxsparse._dtypes import widest
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.curvature import _triangle
-from jaxsparse.curvature._chunks import SLAB_BYTES, in_parts, is_spread
-from jaxsparse.curvature._factor import HIGHEST
-from jaxsparse.curvature._trees import widest
-from jaxsparse.curvature._triangle import Triangle
+from jaxsparse.linalg import triangle as _triangle
+from jaxsparse.linalg.chunks import SLAB_BYTES, in_parts, is_spread
+from jaxsparse.linalg.factor import HIGHEST
+from jaxsparse.linalg.triangle import Triangle
 from jaxsparse.tree import (
     Axes,
     AxesRule,
@@ -61,15 +61,7 @@ class Grams(NamedTuple):
 
 
 def kernel_layouts(params: PyTree, axes: AxesRule) -> tuple[KernelLayout, ...]:
-    """How each parameter is read; a vector without stated axes is one column.
-
-    Args:
-      params: the parameters, or anything of their structure and shapes.
-      axes: the axes of kernels whose layout is not flax's.
-
-    Returns:
-      For each parameter its layout.
-    """
+    """How each parameter is read; a vector without stated axes is one column."""
     stated = resolve_axes(params, axes)
 
     def layout(path: str, w: Any) -> KernelLayout:
@@ -83,15 +75,7 @@ def kernel_layouts(params: PyTree, axes: AxesRule) -> tuple[KernelLayout, ...]:
 
 
 def no_grams(layout: KernelLayout, dtype: Any) -> Grams:
-    """Sums of no gradients.
-
-    Args:
-      layout: the parameter's.
-      dtype: float32 or float64.
-
-    Returns:
-      Zeros.
-    """
+    """Sums of no gradients."""
     view = layout.view
     sizes = (view.d_in, view.d_out)
     return Grams(*(_triangle.zeros(view.batch, size, dtype) for size in sizes))
@@ -99,46 +83,19 @@ def no_grams(layout: KernelLayout, dtype: Any) -> Grams:
 
 @functools.partial(jax.jit, static_argnames=("layout", "accurate"))
 def sum_up(sums: Grams, g: Array, *, layout: KernelLayout, accurate: bool) -> Grams:
-    """Adds both products of all gradients.
-
-    Args:
-      sums: those so far.
-      g: `[m, *shape]`.
-      layout: the parameter's.
-      accurate: whether to add in float64.
-
-    Returns:
-      The new sums.
-    """
+    """Adds both products of all gradients."""
     return _sum_up(sums, g, layout.view, accurate)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "accurate"))
 def sum_up_anew(g: Array, *, layout: KernelLayout, accurate: bool) -> Grams:
-    """`sum_up` from zero.
-
-    Args:
-      g: `[m, *shape]`.
-      layout: the parameter's.
-      accurate: whether to add in float64.
-
-    Returns:
-      The sums.
-    """
+    """`sum_up` from zero."""
     return _sum_up(no_grams(layout, widest([g])), g, layout.view, accurate)
 
 
 @jax.jit
 def add_grams(sums: Grams, other: Grams) -> Grams:
-    """The sums of two parts of the gradients, in float64.
-
-    Args:
-      sums: of one part.
-      other: of the other.
-
-    Returns:
-      Those of both.
-    """
+    """The sums of two parts of the gradients, in float64."""
     with jax.enable_x64(True):
         wide = lambda s: _triangle.join(s, jnp.float64)
         together = [wide(s) + wide(o) for s, o in zip(sums, other, strict=True)]
@@ -146,14 +103,7 @@ def add_grams(sums: Grams, other: Grams) -> Grams:
 
 
 def traces(sums: Grams) -> Array:
-    """Not finite where anything is not.
-
-    Args:
-      sums: of one parameter.
-
-    Returns:
-      A scalar.
-    """
+    """Not finite where anything is not."""
     inputs, outputs = map(_triangle.diagonal, sums)
     return jnp.sum(inputs) + jnp.sum(outputs)
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import widest
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.curvature import _triangle
-from jaxsparse.curvature._layout import block_layout, check_block_size
 from jaxsparse.curvature._mfac_blocks import BlockMFac, in_rows, row_roots
 from jaxsparse.curvature._mfac_products import (
     add_gram,
@@ -30,9 +29,10 @@ from jaxsparse.curvature._trees import (
     check_one_damping,
     gradient_leaves,
     largest_number,
-    widest,
 )
-from jaxsparse.curvature._triangle import Triangle
+from jaxsparse.curvature.layout import block_layout, check_block_size
+from jaxsparse.linalg import triangle as _triangle
+from jaxsparse.linalg.triangle import Triangle
 from jaxsparse.tree import AxesRule, resolve_axes
 
 
@@ -219,15 +219,7 @@ def span_ihvp(fisher: MFac, coefficients: Array) -> PyTree:
 
 
 def mfac_ihvp(fisher: MFac, xs: list[Array]) -> list[Array]:
-    """`F^-1 x = (x - G^T S^-1 G x) / damping`.
-
-    Args:
-      fisher: what `mfac` returned.
-      xs: for each parameter an array of its shape.
-
-    Returns:
-      For each parameter an array of its shape.
-    """
+    """`F^-1 x = (x - G^T S^-1 G x) / damping`."""
     c = solve_by_root(fisher.root, _all_dots(fisher, xs))
     damping = fisher.damping
     back = [_combine(fisher, g, c) for g in fisher.grads]
@@ -235,14 +227,7 @@ def mfac_ihvp(fisher: MFac, xs: list[Array]) -> list[Array]:
 
 
 def mfac_diagonal(fisher: MFac) -> list[Array]:
-    """The diagonal of `F^-1`: `(1 - sum_k V_kq^2) / damping` with `V = R G`.
-
-    Args:
-      fisher: what `mfac` returned.
-
-    Returns:
-      For each parameter an array of its shape.
-    """
+    """The diagonal of `F^-1`: `(1 - sum_k V_kq^2) / damping` with `V = R G`."""
     diagonals = []
     for g in fisher.grads:
         parts: list[Array] = [
@@ -260,15 +245,6 @@ def mfac_eliminate(
 
     With Q removed and K kept, `F_KK^-1 F_KQ w_Q = G_K^T (m * damping * I + G_K
     G_K^T)^-1 G_Q w_Q`: one more Gram matrix, of the kept columns.
-
-    Args:
-      fisher: what `mfac` returned.
-      ws: the parameters.
-      removed: for each a bool array of its shape, True = in Q.
-      kept: True = in K; what is in neither was pruned before.
-
-    Returns:
-      The changes of the parameters.
     """
     stored = widest(fisher.grads)
     gone = [
@@ -286,15 +262,7 @@ def mfac_eliminate(
 
 
 def restrict_mfac(fisher: MFac, masks: list[Array]) -> MFac:
-    """`restrict` for M-FAC: the gradients of pruned weights become 0, in a copy.
-
-    Args:
-      fisher: what `mfac` returned.
-      masks: for each parameter a bool array of its shape.
-
-    Returns:
-      An `MFac` over the kept weights.
-    """
+    """`restrict` for M-FAC: the gradients of pruned weights become 0, in a copy."""
     masked = []
     for g, mask in zip(fisher.grads, masks, strict=True):
         xp: Any = np if isinstance(g, np.ndarray) else jnp

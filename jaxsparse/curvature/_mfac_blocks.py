@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse._dtypes import widest
 from jaxsparse._typing import Array
-from jaxsparse.curvature import _triangle
-from jaxsparse.curvature._chunks import over_blocks
-from jaxsparse.curvature._factor import HIGHEST, inverse_root
-from jaxsparse.curvature._layout import BlockLayout, from_blocks, to_blocks
-from jaxsparse.curvature._trees import widest
-from jaxsparse.curvature._triangle import Triangle
+from jaxsparse.curvature.layout import BlockLayout, from_blocks, to_blocks
+from jaxsparse.linalg import triangle as _triangle
+from jaxsparse.linalg.chunks import over_blocks
+from jaxsparse.linalg.factor import HIGHEST, inverse_root
+from jaxsparse.linalg.triangle import Triangle
 
 
 @functools.partial(
@@ -51,30 +51,13 @@ class BlockMFac:
 
 @functools.partial(jax.jit, static_argnames="layout")
 def in_rows(g: Array, *, layout: BlockLayout) -> Array:
-    """Gradients `[m, *shape]` in blocks, `[*lead, m, b]`.
-
-    Args:
-      g: the gradients of a parameter.
-      layout: the parameter's.
-
-    Returns:
-      A copy in another order.
-    """
+    """Gradients `[m, *shape]` in blocks, `[*lead, m, b]`."""
     return jnp.moveaxis(to_blocks(g, layout), 0, -2)
 
 
 @functools.partial(jax.jit, static_argnames="accurate")
 def row_roots(rows: Array, damping: Array, *, accurate: bool) -> Triangle:
-    """`R` with `R^T R = (m * damping * I + G G^T)^-1`, for each block.
-
-    Args:
-      rows: `[*lead, m, b]`.
-      damping: a scalar.
-      accurate: whether to work in float64.
-
-    Returns:
-      Triangles `[*lead, m, m]`.
-    """
+    """`R` with `R^T R = (m * damping * I + G G^T)^-1`, for each block."""
     stored = widest([rows])
     wide = jnp.float64 if accurate else stored
     m, b = rows.shape[-2:]
@@ -97,18 +80,7 @@ def _root(rows: Array, damping: Array) -> Array:
 def rows_ihvp(
     rows: Array, root: Triangle, damping: Array, x: Array, *, layout: BlockLayout
 ) -> Array:
-    """`F^-1 x = (x - G^T R^T R G x) / damping`.
-
-    Args:
-      rows: `[*lead, m, b]`.
-      root: triangles `[*lead, m, m]`.
-      damping: a scalar.
-      x: an array of the parameter's shape.
-      layout: the parameter's.
-
-    Returns:
-      An array of the parameter's shape.
-    """
+    """`F^-1 x = (x - G^T R^T R G x) / damping`."""
     stored = root.square.dtype
 
     def product(rows: Array, r: Array, x: Array) -> Array:
@@ -131,18 +103,7 @@ def rows_ihvp(
 def rows_diagonal(
     rows: Array, root: Triangle, damping: Array, *, layout: BlockLayout, accurate: bool
 ) -> Array:
-    """The diagonal of `F^-1`: `(1 - sum_k V_kq^2) / damping` with `V = R G`.
-
-    Args:
-      rows: `[*lead, m, b]`.
-      root: triangles `[*lead, m, m]`.
-      damping: a scalar.
-      layout: the parameter's.
-      accurate: whether to work in float64.
-
-    Returns:
-      An array of the parameter's shape.
-    """
+    """The diagonal of `F^-1`: `(1 - sum_k V_kq^2) / damping` with `V = R G`."""
     stored = root.square.dtype
     wide = jnp.float64 if accurate else stored
     m, b = rows.shape[-2:]
@@ -171,20 +132,7 @@ def rows_eliminate(
     layout: BlockLayout,
     accurate: bool,
 ) -> Array:
-    """`G_K^T (m * damping * I + G_K G_K^T)^-1 G_Q w_Q` on K, `-w` on Q.
-
-    Args:
-      rows: `[*lead, m, b]`.
-      damping: a scalar.
-      w: the parameter.
-      removed: a bool array of its shape, True = in Q.
-      kept: True = in K.
-      layout: the parameter's.
-      accurate: whether to work in float64.
-
-    Returns:
-      The change of the parameter.
-    """
+    """`G_K^T (m * damping * I + G_K G_K^T)^-1 G_Q w_Q` on K, `-w` on Q."""
     stored = widest([rows])
     wide = jnp.float64 if accurate else stored
     m, b = rows.shape[-2:]
@@ -209,15 +157,7 @@ def rows_eliminate(
 
 
 def restrict_rows(fisher: BlockMFac, masks: list[Array]) -> BlockMFac:
-    """`restrict` for M-FAC in blocks: gradients of pruned weights become 0, in a copy.
-
-    Args:
-      fisher: what `mfac(..., block_size=...)` returned.
-      masks: for each parameter a bool array of its shape.
-
-    Returns:
-      A `BlockMFac` over the kept weights.
-    """
+    """`restrict` for M-FAC in blocks: gradients of pruned weights become 0, in a copy."""
     rows = []
     for g, mask, layout in zip(fisher.rows, masks, fisher.layouts, strict=True):
         kept = to_blocks(mask, layout)[..., None, :]

@@ -11,27 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array
-from jaxsparse.curvature import _triangle
-from jaxsparse.curvature._chunks import SCRATCH_BYTES, cut, in_parts, is_spread
-from jaxsparse.curvature._factor import HIGHEST, inverse_root
-from jaxsparse.curvature._triangle import Triangle
+from jaxsparse.linalg import triangle as _triangle
+from jaxsparse.linalg.chunks import SCRATCH_BYTES, cut, in_parts, is_spread
+from jaxsparse.linalg.factor import HIGHEST, inverse_root
+from jaxsparse.linalg.triangle import Triangle
 
 
 @functools.partial(jax.jit, static_argnames="accurate")
 def add_gram(
     gram: Triangle, g: Array, mask: Array | None, *, accurate: bool
 ) -> Triangle:
-    """`gram + (G mask) (G mask)^T`, some columns at a time in float64.
-
-    Args:
-      gram: the sum so far.
-      g: `[m, ...]`.
-      mask: which columns count, or None for all.
-      accurate: whether to add in float64.
-
-    Returns:
-      The new sum.
-    """
+    """`gram + (G mask) (G mask)^T`, some columns at a time in float64."""
     stored = gram.square.dtype
     wide = jnp.float64 if accurate else stored
 
@@ -62,16 +52,7 @@ def add_gram(
 
 @functools.partial(jax.jit, static_argnames="accurate")
 def gram_root(gram: Triangle, damping: Array, *, accurate: bool) -> Triangle:
-    """`R` with `R^T R = (m * damping * I + gram)^-1`.
-
-    Args:
-      gram: `G G^T`, `[m, m]`.
-      damping: a scalar.
-      accurate: whether to factor in float64.
-
-    Returns:
-      The root.
-    """
+    """`R` with `R^T R = (m * damping * I + gram)^-1`."""
     stored = gram.square.dtype
     wide = jnp.float64 if accurate else stored
     with jax.enable_x64(True):
@@ -83,15 +64,7 @@ def gram_root(gram: Triangle, damping: Array, *, accurate: bool) -> Triangle:
 
 @jax.jit
 def solve_by_root(root: Triangle, x: Array) -> Array:
-    """`S^-1 x`, in float64: S is as ill-conditioned as F.
-
-    Args:
-      root: R with `S^-1 = R^T R`.
-      x: `[m]`.
-
-    Returns:
-      `[m]`.
-    """
+    """`S^-1 x`, in float64: S is as ill-conditioned as F."""
     with jax.enable_x64(True):
         r = _triangle.join(root, jnp.float64)
         y = jnp.matmul(r, x.astype(jnp.float64), precision=HIGHEST)
@@ -103,16 +76,7 @@ def solve_by_root(root: Triangle, x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="wide")
 def dots(g: Array, x: Array, *, wide: Any) -> Array:
-    """`G x` for the gradients of one parameter.
-
-    Args:
-      g: `[m, *shape]`.
-      x: `[*shape]`.
-      wide: the type to compute in.
-
-    Returns:
-      `[m]`.
-    """
+    """`G x` for the gradients of one parameter."""
     m, x = g.shape[0], x.astype(wide)
     if g.dtype == wide:
         axes = tuple(range(x.ndim))
@@ -130,16 +94,7 @@ def dots(g: Array, x: Array, *, wide: Any) -> Array:
 
 @functools.partial(jax.jit, static_argnames="wide")
 def weighted_sum(g: Array, c: Array, *, wide: Any) -> Array:
-    """`G^T c`. With G first XLA would transpose a copy.
-
-    Args:
-      g: `[m, *shape]`.
-      c: `[m]`.
-      wide: the type to compute in.
-
-    Returns:
-      `[*shape]`.
-    """
+    """`G^T c`. With G first XLA would transpose a copy."""
     m, c = g.shape[0], c.astype(wide)
     if g.dtype == wide:
         return _product(c, g, (0,), (0,), along=g)
@@ -158,17 +113,7 @@ def weighted_sum(g: Array, c: Array, *, wide: Any) -> Array:
 
 @functools.partial(jax.jit, static_argnames="accurate")
 def page_diagonal(g: Array, root: Triangle, damping: Array, *, accurate: bool) -> Array:
-    """The diagonal of `F^-1` for one parameter, some columns at a time.
-
-    Args:
-      g: `[m, *shape]`.
-      root: R.
-      damping: a scalar.
-      accurate: whether to compute in float64.
-
-    Returns:
-      `[*shape]`.
-    """
+    """The diagonal of `F^-1` for one parameter, some columns at a time."""
     stored = root.square.dtype
     wide = jnp.float64 if accurate else stored
 

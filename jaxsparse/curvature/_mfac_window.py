@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks, _sharded
+from jaxsparse._dtypes import widest
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.curvature import _sliding_factor as sliding
@@ -28,7 +29,6 @@ from jaxsparse.curvature._gradient_rows import (
     gram_of,
     inner,
     squares,
-    wide_type,
 )
 from jaxsparse.curvature._trees import check_damping
 from jaxsparse.patterns import check_masks
@@ -98,7 +98,7 @@ def window_init(
     advice = "Take a smaller window, or dtype=jnp.bfloat16."
     _checks.check_window_fits("window_init", params, window, dtype, advice)
     rows = jax.tree.map(lambda w: _empty_rows(w, window, dtype), params)
-    wide = wide_type(rows)
+    wide = widest(jax.tree.leaves(rows))
     device = None
     for G in jax.tree.leaves(rows):
         device = device or everywhere(getattr(G, "sharding", None))

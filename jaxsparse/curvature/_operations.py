@@ -21,7 +21,6 @@ from jaxsparse.curvature._kronecker import (
     kronecker_diagonal,
     kronecker_ihvp,
 )
-from jaxsparse.curvature._layout import from_blocks
 from jaxsparse.curvature._mfac import (
     MFac,
     mfac_diagonal,
@@ -36,6 +35,7 @@ from jaxsparse.curvature._mfac_blocks import (
     rows_eliminate,
     rows_ihvp,
 )
+from jaxsparse.curvature.layout import from_blocks
 
 
 def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:

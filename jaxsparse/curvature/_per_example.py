@@ -13,13 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks, _sharded
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.curvature._chunks import in_parts, is_spread
 from jaxsparse.curvature._trees import (
     check_finite,
     check_real,
     gradient_leaves,
     largest_number,
 )
+from jaxsparse.linalg.chunks import in_parts, is_spread
 from jaxsparse.patterns import check_masks
 from jaxsparse.tree import leaves_with_paths, like, select
 

@@ -38,15 +38,7 @@ class Factor(NamedTuple):
 
 
 def empty_factor(m: int, shift: Array) -> Factor:
-    """The factor of a window of zeros.
-
-    Args:
-      m: how many rows it has.
-      shift: what is added to the diagonal.
-
-    Returns:
-      A factor.
-    """
+    """The factor of a window of zeros."""
     added = jnp.full(m, shift, shift.dtype)
     return Factor(jnp.diag(jnp.sqrt(added)), added)
 
@@ -62,15 +54,6 @@ def next_factor(factor: Factor, gram: Array, oldest: Array, shift: Array) -> Fac
 
     On accelerators, where m short steps in a row are slow, it is Cholesky's method in
     each step, `m^3 / 3` FLOP.
-
-    Args:
-      factor: that of the rows before.
-      gram: `G G^T`, `[m, m]`, with the new row.
-      oldest: the row of `gram` that is now the oldest.
-      shift: what is added to the diagonal.
-
-    Returns:
-      The factor of the rows as they are now.
     """
     system = (gram, oldest, shift)
     factor = lax.platform_dependent(*(factor, *system), cpu=_slide, default=_exchange)
@@ -81,14 +64,6 @@ def factorise(gram: Array, oldest: Array, shift: Array) -> Factor:
     """The factor by Cholesky's method.
 
     Where rounding leaves S indefinite, `sqrt(eps)` times its largest entry is added.
-
-    Args:
-      gram: `G G^T`, `[m, m]`.
-      oldest: the row of `gram` that is the oldest.
-      shift: what is added to the diagonal.
-
-    Returns:
-      A factor.
     """
     norms = jnp.diagonal(gram)
     added = jnp.full_like(norms, shift)
@@ -99,28 +74,12 @@ def factorise(gram: Array, oldest: Array, shift: Array) -> Factor:
 
 
 def solve(factor: Factor, x: Array) -> Array:
-    """`S^-1 x`.
-
-    Args:
-      factor: that of S.
-      x: `[m]`, by age.
-
-    Returns:
-      `[m]`, by age.
-    """
+    """`S^-1 x`."""
     return _back(factor.upper, _forward(factor.upper, x))
 
 
 def newest_column(factor: Factor) -> tuple[Array, Array]:
-    """The last column of `S^-1`, scaled so that its last entry is 1.
-
-    Args:
-      factor: that of S.
-
-    Returns:
-      c, `[m]`, by age: minus what the others explain of the newest gradient, and 1.
-      And `c^T (S - G G^T) c`.
-    """
+    """The last column of `S^-1`, scaled so that its last entry is 1."""
     upper, added = factor
     c = _back(upper, jnp.zeros_like(added).at[-1].set(upper[-1, -1]))
     return c, jnp.sum(added * c * c)

@@ -15,18 +15,7 @@ from jaxsparse.tree import leaves_with_paths
 
 
 def gradient_leaves(grads: PyTree) -> tuple[list[str], list[Any], int]:
-    """The leaves of a tree of gradients, and how many gradients it holds.
-
-    Args:
-      grads: leaves `[m, *shape]`.
-
-    Returns:
-      Paths, leaves and m.
-
-    Raises:
-      ValueError: no leaves, no gradients, or leaves that disagree about m.
-      TypeError: leaves that are not floating point.
-    """
+    """The leaves of a tree of gradients, and how many gradients it holds."""
     _checks.check_arrays(grads=grads)
     named = leaves_with_paths(grads)
     if not named:
@@ -51,15 +40,7 @@ def gradient_leaves(grads: PyTree) -> tuple[list[str], list[Any], int]:
 
 
 def check_real(path: str, x: Any) -> None:
-    """Raises unless `x` is an array of which there are gradients.
-
-    Args:
-      path: the parameter's path, for the message.
-      x: a parameter, or its gradients.
-
-    Raises:
-      TypeError: integers, bools, complex numbers, or no array.
-    """
+    """Raises unless `x` is an array of which there are gradients."""
     dtype = getattr(x, "dtype", type(x))
     if not jnp.issubdtype(dtype, jnp.floating) or not hasattr(x, "ndim"):
         raise TypeError(
@@ -76,21 +57,7 @@ def leaves_at(
     name: str,
     extra: int = 0,
 ) -> list[Any]:
-    """The leaves of a tree at given paths.
-
-    Args:
-      tree: has a leaf at each of `paths`, and possibly more.
-      paths: of the parameters that take part.
-      shapes: of these parameters, where the leaves have to have them.
-      name: what the message calls `tree`.
-      extra: how many leading axes the leaves have besides.
-
-    Returns:
-      Leaves, in the order of `paths`.
-
-    Raises:
-      ValueError: a path is missing, or has another shape.
-    """
+    """The leaves of a tree at given paths."""
     _checks.check_arrays(**{name: tree})
     found = dict(leaves_with_paths(tree))
     missing = [path for path in paths if path not in found]
@@ -106,16 +73,7 @@ def leaves_at(
 
 
 def check_damping(damping: Any, *, name: str = "damping") -> None:
-    """Raises unless a damping is a positive number; a traced one passes.
-
-    Args:
-      damping: what the caller passed.
-      name: the argument's name.
-
-    Raises:
-      ValueError: zero, negative or not finite.
-      TypeError: no number.
-    """
+    """Raises unless a damping is a positive number; a traced one passes."""
     if not _checks.is_concrete(damping):
         return
     _checks.check_scalar(**{name: damping})
@@ -156,35 +114,10 @@ def check_one_damping(damping: Any, rel_damping: Any) -> None:
         check_damping(damping)
 
 
-def widest(leaves) -> Any:
-    """The type of statistics of several arrays.
-
-    Args:
-      leaves: arrays, or anything with a dtype.
-
-    Returns:
-      float64 if one of them is, else float32.
-    """
-    return jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
-
-
 def absolute_damping(
     damping: Any, rel_damping: Any, mean: Callable[[], Array], dtype: Any
 ) -> Array:
-    """The damping, whichever kind was given.
-
-    Args:
-      damping: absolute, or None.
-      rel_damping: relative to the mean diagonal, or None.
-      mean: makes the mean diagonal; called where that is needed.
-      dtype: that of the result.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: it is 0 (in eager use).
-    """
+    """The damping, whichever kind was given."""
     if damping is None:
         scalar = jnp.asarray(rel_damping, dtype) * mean().astype(dtype)
     else:
@@ -198,16 +131,7 @@ def absolute_damping(
 
 
 def mean_diagonal(diagonals: Iterable[Array], dtype: Any) -> Array:
-    """The mean over the weights that have gradients.
-
-    Args:
-      diagonals: of the Fisher matrix or of its sums. Padding and masked weights have 0
-        there, and are not counted.
-      dtype: that of the result.
-
-    Returns:
-      A scalar.
-    """
+    """The mean over the weights that have gradients."""
     parts = [(jnp.sum(d), jnp.sum(d > 0, dtype=jnp.int32)) for d in diagonals]
     add = lambda xs: functools.reduce(jnp.add, [x.astype(dtype) for x in xs])
     total, count = map(add, zip(*parts, strict=True))
@@ -216,29 +140,12 @@ def mean_diagonal(diagonals: Iterable[Array], dtype: Any) -> Array:
 
 @jax.jit
 def largest_number(x: Array) -> Array:
-    """The largest number by size; NaN or Inf if there is one.
-
-    Args:
-      x: an array.
-
-    Returns:
-      A scalar.
-    """
+    """The largest number by size; NaN or Inf if there is one."""
     return jnp.max(jnp.abs(x))
 
 
 def check_finite(paths, grads, sums) -> None:
-    """Raises, in eager use, when statistics of gradients are not finite.
-
-    Args:
-      paths: of the parameters.
-      grads: leaves `[m, *shape]`, to say which gradient it was.
-      sums: for each leaf an array that is finite if all its gradients are; it may be
-        one of all leaves.
-
-    Raises:
-      ValueError: NaN or Inf, with the path and the first gradient that holds it.
-    """
+    """Raises, in eager use, when statistics of gradients are not finite."""
     finite = lambda s: not _checks.is_concrete(s) or not int(_not_finite(s))
     parts = zip(paths, grads, sums, strict=True)
     suspect = [(path, g) for path, g, s in parts if not finite(s)]
@@ -265,20 +172,7 @@ def check_factor(
     *,
     accurate: bool,
 ) -> None:
-    """Raises, in eager use, when a factorisation failed.
-
-    Args:
-      path: the parameter's path, or what else was factored.
-      diagonal: that of the factor or of the inverse, a row for each matrix, NaN where
-        that was not positive definite.
-      damping: what was added to the diagonal.
-      largest: makes a lower bound of the largest eigenvalue of `F`; called where that
-        is needed.
-      accurate: whether float64 was used.
-
-    Raises:
-      ValueError: how many factors failed, and what would help.
-    """
+    """Raises, in eager use, when a factorisation failed."""
     if not _checks.is_concrete(diagonal):
         return
     count = int(_not_finite(diagonal))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse import patterns
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.patterns._before import may_have_lost_more
+from jaxsparse.patterns.before import may_have_lost_more
 from jaxsparse.tracing import Kernel
 from jaxsparse.tree import leaves_with_paths, to_matrices
 
@@ -21,21 +21,7 @@ def masks_before(
     wanted: Mapping[str, float | None],
     pattern: patterns.Pattern,
 ) -> dict[str, Array]:
-    """The masks of the kernels that have lost something, of their shapes.
-
-    Args:
-      masks: what was pruned before, checked.
-      params: the parameters.
-      kernels: those that take part, by path.
-      wanted: their sparsities.
-      pattern: what is pruned together.
-
-    Returns:
-      Masks by path; none for a kernel whose mask is a scalar True.
-
-    Raises:
-      ValueError: a mask that removes more than is asked for, in one of its groups.
-    """
+    """The masks of the kernels that have lost something, of their shapes."""
     leaves = jax.tree.leaves(params)
     found = {}
     for (path, mask), w in zip(leaves_with_paths(masks), leaves, strict=True):
@@ -72,14 +58,7 @@ def _check_gone(
 
 
 def check_takes_mask(solver: Any) -> None:
-    """Raises unless a solver can be told what is gone.
-
-    Args:
-      solver: as for `layerwise`.
-
-    Raises:
-      TypeError: it has no parameter `mask`.
-    """
+    """Raises unless a solver can be told what is gone."""
     parameters = inspect.signature(solver).parameters.values()
     if not any(p.name == "mask" or p.kind == p.VAR_KEYWORD for p in parameters):
         raise TypeError(

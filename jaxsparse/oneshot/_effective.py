@@ -34,14 +34,7 @@ class NoScale(ValueError):
 
 
 def unsolvable(kernels: Mapping[str, Kernel]) -> dict[str, str]:
-    """The kernels that the model changes other than by a product.
-
-    Args:
-      kernels: all that are to be solved, by path.
-
-    Returns:
-      By path why no solver can work on them.
-    """
+    """The kernels that the model changes other than by a product."""
     found = {}
     for path, kernel in kernels.items():
         try:
@@ -61,19 +54,6 @@ def scales_of(
     """`S` of each kernel that is changed before it is contracted.
 
     It is the derivative of the operands that are contracted: they are products.
-
-    Args:
-      pieces: of the flat program.
-      kernels: those that are to be solved, by path; checked with `unsolvable`.
-      paths: of all parameters, in the order of the program's arguments.
-      leaves: the parameters.
-      value: of a parameter or a constant, by its number.
-
-    Returns:
-      By path, of the parameters' shapes; only of those that are changed.
-
-    Raises:
-      NoScale: it is changed within a loop, or differently at different places.
     """
     found = {}
     for path, kernel in kernels.items():
@@ -141,31 +121,14 @@ def _joined(a: Array, b: Array) -> Array | None:
 
 @functools.partial(jax.jit, static_argnames="view")
 def matrices_at(w: Array, places: np.ndarray, view: MatrixView) -> Array:
-    """Some of a kernel's matrices.
-
-    Args:
-      w: the kernel.
-      places: which of its flat batch indices.
-      view: how it is read as matrices.
-
-    Returns:
-      `[places, d_out, d_in]`.
-    """
+    """Some of a kernel's matrices."""
     matrices = to_matrices(w, view)
     return matrices.reshape(-1, *matrices.shape[-2:])[places]
 
 
 @jax.jit
 def scaled(matrices: Array, scale: Array) -> Array:
-    """The weights that act.
-
-    Args:
-      matrices: as they are stored.
-      scale: of the same shape.
-
-    Returns:
-      Their product, in float32 at least.
-    """
+    """The weights that act."""
     return matrices.astype(scale.dtype) * scale
 
 
@@ -173,17 +136,7 @@ def scaled(matrices: Array, scale: Array) -> Array:
 def unscaled(
     matrices: Array, scale: Array, solved: solvers.Solved, gram: Array | None
 ) -> solvers.Solved:
-    """The weights to store, so that those that were solved act.
-
-    Args:
-      matrices: as they were stored, `[places, d_out, d_in]`.
-      scale: of the same shape. Where it is 0 nothing acts, whatever is stored.
-      solved: of the weights that act.
-      gram: the inputs' second moments, or None.
-
-    Returns:
-      The solution in terms of what is stored, and with `gram` the error of what acts.
-    """
+    """The weights to store, so that those that were solved act."""
     before = matrices.astype(scale.dtype) * scale
     acts = jnp.where(scale == 0, 0, solved.w.astype(scale.dtype))
     moved = (acts / jnp.where(scale == 0, 1, scale)).astype(matrices.dtype)

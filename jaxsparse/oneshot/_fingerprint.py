@@ -38,17 +38,6 @@ def fingerprint(
     """What decides the result of a run, by name.
 
     The bytes of the parameters and of the batches are read once, where they are.
-
-    Args:
-      trace: of the model.
-      leaves: the parameters by path, before the run.
-      batches: the calibration data.
-      wanted: the sparsity of each kernel that takes part.
-      weight: as for `layerwise`.
-      **settings: anything else, by name.
-
-    Returns:
-      Text by name, as JSON keeps it.
     """
     found = {name: text_of(x) for name, x in settings.items()}
     found |= {f"sparsity of {path}": repr(s) for path, s in wanted.items()}
@@ -64,15 +53,7 @@ def fingerprint(
 
 
 def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """What differs between two runs.
-
-    Args:
-      there: the fingerprint of the run that wrote a checkpoint.
-      here: of this run.
-
-    Returns:
-      For each name that differs a text with both values.
-    """
+    """What differs between two runs."""
     names = [*here, *(name for name in there if name not in here)]
     return [
         f"{name}: there {there.get(name, 'nothing')}, here {here.get(name, 'nothing')}"
@@ -82,15 +63,7 @@ def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
 
 
 def text_of(x: Any) -> str:
-    """A setting as text, the same in every process.
-
-    Args:
-      x: a number, text, container, array, function, `functools.partial`, or a value
-        with fields such as a pattern.
-
-    Returns:
-      The text.
-    """
+    """A setting as text, the same in every process."""
     return _text(x, ())
 
 

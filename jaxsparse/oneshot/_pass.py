@@ -80,17 +80,7 @@ class Pass:
         self._advance(0)
 
     def statistics(self, stage: Stage) -> list[InputStats]:
-        """What the stage's kernels see.
-
-        Args:
-          stage: the one before which the pass stands.
-
-        Returns:
-          The statistics of each of its bundles, `[places, ...]`.
-
-        Raises:
-          ValueError: NaN or Inf among the inputs, with the batch.
-        """
+        """What the stage's kernels see."""
         index = next(i for i, s in enumerate(self.stages) if s is stage)
         total: list[RunningStats] | None = None
         for number in range(len(self._batches)):
@@ -113,20 +103,12 @@ class Pass:
         return not_finite(name, number, flags, self._paths, list(self.leaves.values()))
 
     def go_on(self, index: int) -> None:
-        """Runs the program, with the parameters as they are, to the next stage.
-
-        Args:
-          index: of the stage that is done.
-        """
+        """Runs the program, with the parameters as they are, to the next stage."""
         if index + 1 < len(self.stages):
             self._advance(index + 1)
 
     def all_statistics(self) -> list[list[InputStats]]:
-        """What all stages see when nothing is changed.
-
-        Returns:
-          The statistics of each stage's bundles.
-        """
+        """What all stages see when nothing is changed."""
         found = []
         for index, stage in enumerate(self.stages):
             found.append(self.statistics(stage))
@@ -225,22 +207,7 @@ def solvable_pass(
     left_out: dict[str, str] | None,
     **options: Any,
 ) -> Pass:
-    """A pass over the kernels of which it is known what acts.
-
-    Args:
-      trace: a trace.
-      kernels: those to be solved.
-      params: the parameters.
-      batches: the calibration data.
-      left_out: what is left out here is added, with the reason; None to leave out none.
-      **options: of `Pass`.
-
-    Returns:
-      The pass.
-
-    Raises:
-      NoScale: none would be left, or none may be left out.
-    """
+    """A pass over the kernels of which it is known what acts."""
     while True:
         try:
             return Pass(trace, kernels, params, batches, **options)

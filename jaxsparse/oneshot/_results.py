@@ -102,15 +102,7 @@ class Found(NamedTuple):
 def put(
     state: Progress, leaves: dict[str, Array], path: str, found: Found, kernel: Kernel
 ) -> None:
-    """Puts the solved matrices of a kernel in their places.
-
-    Args:
-      state: of the run; its masks and infos are changed.
-      leaves: the parameters by path; that of the kernel is replaced.
-      path: of the kernel.
-      found: what was solved.
-      kernel: how it is read.
-    """
+    """Puts the solved matrices of a kernel in their places."""
     view, (w, mask, places, info) = kernel.view, found
     total = int(np.prod(view.batch)) if view.batch else 1
     sharding = getattr(leaves[path], "sharding", None)
@@ -158,19 +150,7 @@ def result_of(
     kernels: Mapping[str, Kernel],
     left_dense: Mapping[str, str],
 ) -> Layerwise:
-    """What a run that is done returns.
-
-    Args:
-      state: of the run.
-      params: the parameters before it.
-      before: the masks before it, or None.
-      traced: of the model.
-      kernels: those that took part, by path.
-      left_dense: those that did not, and why.
-
-    Returns:
-      A `Layerwise`.
-    """
+    """What a run that is done returns."""
     leaves, masks = [], []
     given = jax.tree.leaves(params)
     rest = jax.tree.leaves(before) or [jnp.asarray(True)] * len(given)

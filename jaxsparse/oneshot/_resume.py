@@ -16,13 +16,7 @@ _TYPES = {x: np.dtype(x) for x in ("bool", "int32", "int64", "float32", "float64
 
 
 def saved(directory: Any, state: Progress, trace: Trace) -> None:
-    """Writes a checkpoint of what is done; the one before goes when it is whole.
-
-    Args:
-      directory: where to.
-      state: what is done.
-      trace: of the model.
-    """
+    """Writes a checkpoint of what is done; the one before goes when it is whole."""
     from jaxsparse import checkpoint  # brings orbax
 
     unflatten = lambda leaves: jax.tree.unflatten(trace.treedef, leaves)
@@ -46,20 +40,7 @@ def saved(directory: Any, state: Progress, trace: Trace) -> None:
 
 
 def resumed(directory: Any, state: Progress, trace: Trace, stages: Any) -> Progress:
-    """What a directory holds of an earlier run, or the state as it is.
-
-    Args:
-      directory: where `saved` wrote.
-      state: the state of a new run.
-      trace: of the model.
-      stages: of this run.
-
-    Returns:
-      The state to go on from.
-
-    Raises:
-      ValueError: a checkpoint of another run, with what differs; one that is damaged.
-    """
+    """What a directory holds of an earlier run, or the state as it is."""
     from jaxsparse import checkpoint
 
     template = jax.tree.unflatten(

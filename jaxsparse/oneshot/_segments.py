@@ -40,13 +40,6 @@ class Pieces:
 
         What depends on parameters alone is never kept: it is computed anew from the
         parameters as they are by then.
-
-        Args:
-          wanted: the variables to compute.
-          live: those that are there, apart from parameters and constants.
-
-        Returns:
-          The segment.
         """
         wanted, live = tuple(wanted), set(live)
         taken: set[int] = set()
@@ -73,15 +66,7 @@ class Pieces:
         return Segment(self.compiled[key], arguments, wanted)
 
     def live_at(self, begin: int, needed: Iterable[int]) -> set[int]:
-        """The variables that steps from `begin` on read and earlier steps made.
-
-        Args:
-          begin: the index of a step.
-          needed: the indices of the steps that are to be run at all.
-
-        Returns:
-          Their numbers; only of what depends on the model's inputs.
-        """
+        """The variables that steps from `begin` on read and earlier steps made."""
         found = set()
         for i in needed:
             if i < begin:
@@ -94,14 +79,7 @@ class Pieces:
         return found
 
     def leading_to(self, steps: Iterable[int]) -> set[int]:
-        """The steps that lead to some steps, and these.
-
-        Args:
-          steps: indices.
-
-        Returns:
-          Indices.
-        """
+        """The steps that lead to some steps, and these."""
         found, stack = set(), list(steps)
         while stack:
             i = stack.pop()

@@ -73,15 +73,7 @@ class Stage:
 
 
 def flat_program(trace: Any, kernels: Mapping[str, Kernel]) -> Steps:
-    """The program with its calls inlined and scans over layers unrolled.
-
-    Args:
-      trace: a trace.
-      kernels: those that are to be solved.
-
-    Returns:
-      The flat program.
-    """
+    """The program with its calls inlined and scans over layers unrolled."""
     equations = dict(all_equations(trace.program))
     sites = [r.site.address for k in kernels.values() for r in k.readings]
     wanted = sorted(
@@ -107,13 +99,6 @@ def stages_of(flat: Steps, kernels: Mapping[str, Kernel]) -> tuple[Stage, ...]:
 
     A kernel that is read at several steps (tied weights, the turns of a loop) is solved
     with the inputs of all of them, before the first.
-
-    Args:
-      flat: the flat program.
-      kernels: those that are to be solved.
-
-    Returns:
-      The stages, in the order of their first steps.
     """
     looks: dict[str, list[Look]] = {path: [] for path in kernels}
     by_address: dict[Address, list[tuple[str, Reading]]] = {}

@@ -27,14 +27,7 @@ def over_places(f: Callable[..., Any], *arrays: Any) -> Any:
 
 @jax.jit
 def never_seen(square: Array) -> Array:
-    """Which matrices have had no inputs, or zeros alone.
-
-    Args:
-      square: `[places, d_in]`, the inputs' second moments.
-
-    Returns:
-      `[places]` bools.
-    """
+    """Which matrices have had no inputs, or zeros alone."""
     return jnp.all(square == 0, axis=-1)
 
 
@@ -48,20 +41,7 @@ def without_data(
     pattern: patterns.Pattern,
     dense: bool,
 ) -> tuple[solvers.Solved, Array]:
-    """Where nothing is known magnitude decides, whatever the solver; or nothing goes.
-
-    Args:
-      matrices: `[places, d_out, d_in]`.
-      before: what was pruned of them before, or None.
-      blind: `[places]`, where nothing is known.
-      solved: what the solver made of all.
-      sparsity: to reach.
-      pattern: to obey.
-      dense: whether nothing goes.
-
-    Returns:
-      What is put in their place, and how much is kept, `[places]`.
-    """
+    """Where nothing is known magnitude decides, whatever the solver; or nothing goes."""
 
     def one(w: Array, mask: Array | None) -> Array:
         if dense:
@@ -81,28 +61,13 @@ def without_data(
 
 
 def nan_at(blind: np.ndarray, errors: Array) -> np.ndarray:
-    """Errors, NaN where none is known.
-
-    Args:
-      blind: `[places]`, where nothing is known.
-      errors: `[places]`.
-
-    Returns:
-      `[places]`.
-    """
+    """Errors, NaN where none is known."""
     known = on_host(errors)
     return np.where(blind, np.asarray(np.nan, known.dtype), known)
 
 
 def warn_unseen(unit: Unit, blind: np.ndarray, stats: InputStats, dense: bool) -> None:
-    """Names the matrices of which nothing is known.
-
-    Args:
-      unit: they belong to it.
-      blind: `[places]`, where nothing is known.
-      stats: of the inputs.
-      dense: whether they stay dense.
-    """
+    """Names the matrices of which nothing is known."""
     places = unit.places[blind].tolist()
     at = f" (batch index {', '.join(map(str, places))})" if unit.places.any() else ""
     rows = float(np.max(on_host(stats.count)[blind]))

@@ -8,7 +8,6 @@ from jaxsparse.patterns._masks import check_masks as check_masks
 from jaxsparse.patterns._masks import kept_count as kept_count
 from jaxsparse.patterns._masks import pack as pack
 from jaxsparse.patterns._masks import unpack as unpack
-from jaxsparse.patterns._select import masks as masks
 from jaxsparse.patterns._shards import AxisName as AxisName
 from jaxsparse.patterns._spec import NM as NM
 from jaxsparse.patterns._spec import Block as Block
@@ -17,3 +16,4 @@ from jaxsparse.patterns._spec import Pattern as Pattern
 from jaxsparse.patterns._spec import Unstructured as Unstructured
 from jaxsparse.patterns._verify import sparsity_of as sparsity_of
 from jaxsparse.patterns._verify import verify as verify
+from jaxsparse.patterns.selection import masks as masks

@@ -6,27 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array, PyTree, Sparsity
-from jaxsparse.patterns._counts import count_dtype, removed_count
+from jaxsparse.patterns._counts import removed_count
 from jaxsparse.patterns._spec import NM, Pattern
 from jaxsparse.tree import leaves_with_paths, like
 
 
 def sparsities_of(scores: PyTree, sparsity: Sparsity, pattern: Pattern) -> list[Any]:
-    """One sparsity a leaf.
-
-    Args:
-      scores: a tree of arrays.
-      sparsity: a number, a tree of them, or None for `NM`.
-      pattern: what lives or dies together.
-
-    Returns:
-      As many as there are leaves.
-
-    Raises:
-      ValueError: out of range or missing; a tree of another structure, or in the global
-        scope.
-    """
+    """One sparsity a leaf."""
     if sparsity is None:
         if not isinstance(pattern, NM):
             raise ValueError(
@@ -50,21 +38,7 @@ def sparsities_of(scores: PyTree, sparsity: Sparsity, pattern: Pattern) -> list[
 
 
 def keep_of(path: str, n: int, sparsity, pattern: Pattern, min_keep: int) -> Array:
-    """How many of `n` units stay in a group.
-
-    Args:
-      path: the parameter's path, for the message.
-      n: how many compete.
-      sparsity: the fraction to remove, possibly traced.
-      pattern: what lives or dies together.
-      min_keep: how many stay at least.
-
-    Returns:
-      An integer scalar.
-
-    Raises:
-      ValueError: more than the pattern removes.
-    """
+    """How many of `n` units stay in a group."""
     removed = removed_count(sparsity, n)
     if isinstance(pattern, NM):
         most = pattern.of - pattern.keep

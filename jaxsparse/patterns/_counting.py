@@ -23,14 +23,6 @@ def count(flags: Array, axes: Competing, dtype: Any) -> Array:
     It counts in float32 along one axis and in integers along the rest: sums of float32
     vectorise where sums of integers do not (twice as fast on x86), and they are exact
     below 2**24, which one axis is.
-
-    Args:
-      flags: bools.
-      axes: the axes to count along, which stay with size 1; None: a scalar for all.
-      dtype: an integer type that holds the result.
-
-    Returns:
-      Integers.
     """
     along = tuple(range(flags.ndim)) if axes is None else axes
     if not along:
@@ -53,15 +45,6 @@ def count_reaching(
     busy: a tenth of the time of the reduction in `count`. Rows are slices, which would
     gather an array that is spread over devices; so where there is a mesh, and on
     accelerators, it is a reduction.
-
-    Args:
-      digits: uint8.
-      candidate: uint8; broadcasts to `digits`.
-      axes: the axes to count along, which stay with size 1; None: a scalar for all.
-      dtype: an integer type that holds the result.
-
-    Returns:
-      Integers.
     """
     reduced = lambda d, c: count(d >= c, axes, dtype)
     by_rows = lambda d, c: _count_all(d, c, dtype)

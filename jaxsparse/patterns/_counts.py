@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array
 
 
@@ -53,25 +54,3 @@ def removed_count(sparsity: float | Array, n: int) -> int | Array:
         is_decimal = decimal.astype(short.dtype) == wide.astype(short.dtype)
         exact = jnp.where(is_decimal, decimal, wide)
         return jnp.floor(exact * n + 0.5).astype(dtype)
-
-
-def count_dtype(n: int) -> type[np.signedinteger]:
-    """The integer type in which `n` can be counted.
-
-    Args:
-      n: how many compete in one group.
-
-    Returns:
-      int32, or int64 for 2**31 and more.
-
-    Raises:
-      ValueError: int64 is needed and JAX's 64-bit mode is off.
-    """
-    if n < 2**31:
-        return np.int32
-    if jnp.result_type(int) != jnp.int64:
-        raise ValueError(
-            f"{n:,} weights compete in one group, more than int32 can count. Set "
-            "jax_enable_x64, or let fewer compete: js.Unstructured(scope='layer')."
-        )
-    return np.int64

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import when
 from jaxsparse._typing import Array
 from jaxsparse.patterns._counting import count
-from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._keys import ordered_keys, positions
 from jaxsparse.patterns._shards import Split, names_along, pieces, total, varying_as
-from jaxsparse.patterns._threshold import First, held_keys, masks_by_keys
+from jaxsparse.patterns.threshold import First, held_keys, masks_by_keys
 
 
 def top_k_with_floor(
@@ -30,22 +30,7 @@ def top_k_with_floor(
     min_keep: int,
     of: Callable[[Array], Array] | None = None,
 ) -> list[Array]:
-    """Masks of the `keep` largest scores of all arrays, and of some of each layer.
-
-    Args:
-      scores: floating-point arrays of one dtype.
-      keep: how many stay in all.
-      layers: for each array the axes along which the entries of one layer lie; the
-        indices of the others number its layers.
-      splits: of shards, over which mesh axes each array is split.
-      min_keep: how many of each layer stay at least, or all of a smaller one. Where
-        that is more than `keep` in all, it is what stays.
-      of: a function of single entries: then the scores are `of(x)` for `x` in `scores`,
-        made in every pass anew in place of being held.
-
-    Returns:
-      Bool arrays of the shapes of `scores`.
-    """
+    """Masks of the `keep` largest scores of all arrays, and of some of each layer."""
     if of is None:
         arrays, key_of = held_keys(scores, keep)
     else:

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import after
 from jaxsparse._typing import Array
 from jaxsparse.patterns._counting import Competing
-from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._shards import Split, index_along, names_along, pieces
 
 
@@ -46,20 +46,7 @@ def positions(
     *,
     now: Array | None = None,
 ) -> Array:
-    """The row-major position of every entry among those along `axes`.
-
-    Args:
-      x: an array; its shape counts.
-      axes: the axes to count along; None: all.
-      split: of a shard, over which mesh axes the array is split: then it is the
-        position in the whole array.
-      now: what has to be there before. XLA makes and stores in front of a loop what
-        does not depend on its turn; positions of all weights would cost more than a
-        search. So they are tied to it and fuse into the pass.
-
-    Returns:
-      Integers.
-    """
+    """The row-major position of every entry among those along `axes`."""
     axes = tuple(range(x.ndim)) if axes is None else axes
     split = split or ((),) * x.ndim
     dtype = count_dtype(x.size * pieces(names_along(split, axes)))

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._sharded import sharded_like
 from jaxsparse._together import each
 from jaxsparse._typing import Array, PyTree, Tree
-from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.tree import leaves_with_paths, like, map_with_path
 
 

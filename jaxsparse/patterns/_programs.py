@@ -15,17 +15,17 @@ from jaxsparse import _checks
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array
 from jaxsparse.patterns._floor import top_k_with_floor
-from jaxsparse.patterns._nm import nm_mask
 from jaxsparse.patterns._rows import together, top_k_masks_of_each
 from jaxsparse.patterns._shards import Split
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
-from jaxsparse.patterns._threshold import top_k_masks
 from jaxsparse.patterns._units import (
     batch_axes,
     block_scores,
     channel_scores,
     expand_blocks,
 )
+from jaxsparse.patterns.nm import nm_mask
+from jaxsparse.patterns.threshold import top_k_masks
 from jaxsparse.tree import Axes
 
 

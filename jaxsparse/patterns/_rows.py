@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._checks import is_concrete
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._sharded import manual_axes
 from jaxsparse._typing import Array
-from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._keys import ordered_keys
-from jaxsparse.patterns._threshold import masks_by_keys
+from jaxsparse.patterns.threshold import masks_by_keys
 
 _LANES = 512  # what rows are filled up to a multiple of
 _TOGETHER = 2**18  # entries of a matrix
@@ -26,15 +26,7 @@ _SMALL = 2**16  # entries: a row of as many is filled in no time
 
 
 def together(arrays: Sequence[Array], units: Sequence[Any]) -> list[list[int]]:
-    """Which arrays may share a search: small ones, on one device, of similar size.
-
-    Args:
-      arrays: whole arrays or shards.
-      units: what competes in each, with a shape and a dtype.
-
-    Returns:
-      Lists of at least two indices into `arrays`.
-    """
+    """Which arrays may share a search: small ones, on one device, of similar size."""
     found: dict[Any, list[list[int]]] = {}
     for i, (x, unit) in enumerate(zip(arrays, units, strict=True)):
         if not unit.size or manual_axes() or not jax.typeof(x).sharding.mesh.empty:
@@ -53,16 +45,7 @@ def together(arrays: Sequence[Array], units: Sequence[Any]) -> list[list[int]]:
 
 
 def top_k_masks_of_each(scores: Sequence[Array], keep: Sequence[Array]) -> list[Array]:
-    """Masks of the largest scores of each array.
-
-    Args:
-      scores: floating-point arrays of one dtype, on one device.
-      keep: how many stay of each, integers that may be traced.
-
-    Returns:
-      Bool arrays like `scores`. Among equal scores the one with the lower flat index
-      comes first.
-    """
+    """Masks of the largest scores of each array."""
     scores = lax.stop_gradient(list(scores))
     if jnp.finfo(scores[0].dtype).bits < 16:
         scores = [x.astype(jnp.float32) for x in scores]  # which has the same order

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import after
 from jaxsparse._sharded import manual_axes
 from jaxsparse._typing import Array
 from jaxsparse.patterns._counting import Competing, count_reaching
-from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._shards import Split, names_along, pieces, total, varying_as
 
 _DIGIT = 8  # bits
@@ -58,21 +58,7 @@ def search(
     *,
     begin_near: bool = False,
 ) -> Cut:
-    """Finds the cut of each group.
-
-    Args:
-      arrays: what the keys are made of, a tree of arrays for each array of them.
-      keys_of: for each the function that makes them: unsigned integers of one dtype.
-      keep: how many stay in each group, an integer that may be traced.
-      axes: the axes along which the entries of a single array compete; None: all
-        entries of all arrays.
-      splits: of shards, over which mesh axes each array is split.
-      begin_near: begin near the cut, which a sample tells. Then each of `arrays` is one
-        array, of which its keys are made entry by entry.
-
-    Returns:
-      The cut.
-    """
+    """Finds the cut of each group."""
     keys = [jax.eval_shape(f, x) for f, x in zip(keys_of, arrays, strict=True)]
     names = [names_along(split, axes) for split in splits]
     if axes is None:

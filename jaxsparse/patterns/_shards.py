@@ -25,21 +25,7 @@ AxisName = str | tuple[str, ...] | PyTree
 def splits_of(
     scores: PyTree, chosen: Sequence[tuple[str, Array]], axis_name: Any, pattern: Any
 ) -> list[Split]:
-    """How each selected array is split over the devices that run this together.
-
-    Args:
-      scores: the whole tree.
-      chosen: the path and the array of what takes part.
-      axis_name: what the caller said.
-      pattern: what is selected by.
-
-    Returns:
-      One for each of `chosen`; nothing is split outside `shard_map`.
-
-    Raises:
-      ValueError: a scope that reaches over shards, of which nothing was said; a name
-        that is none of the mesh's; specs of another structure.
-    """
+    """How each selected array is split over the devices that run this together."""
     manual = manual_axes()
     whole: list[Split] = [((),) * x.ndim for _, x in chosen]
     if not manual:

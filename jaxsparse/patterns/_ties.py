@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import after
 from jaxsparse._typing import Array
 from jaxsparse.patterns._counting import count
-from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._keys import positions
 from jaxsparse.patterns._search import Cut
 from jaxsparse.patterns._shards import Split, names_along, pieces, total
@@ -34,15 +34,6 @@ def tie_ends(
     Two passes, and none where no tie is cut: one counts the ties of each row (the last
     axis), from which follows the row in which the last one is kept; one takes this row
     out. Where an array is split over devices the position is searched for.
-
-    Args:
-      arrays: what the keys are made of, a tree of arrays for each array of them.
-      keys_of: for each the function that makes them.
-      cut: of all of them.
-      splits: of shards, over which mesh axes each array is split.
-
-    Returns:
-      Positions in each array.
     """
     names = [names_along(split, None) for split in splits]
 
@@ -81,18 +72,7 @@ def tie_ends(
 def tie_ends_of_groups(
     x: Any, key_of: KeyOf, cut: Cut, axes: tuple[int, ...], split: Split
 ) -> Array:
-    """For each group the position along `axes` before which ties are kept.
-
-    Args:
-      x: what the keys are made of, a tree of arrays.
-      key_of: the function that makes them.
-      cut: of each group.
-      axes: the axes along which the entries of a group lie.
-      split: of a shard, over which mesh axes the array is split.
-
-    Returns:
-      Positions, of size 1 along `axes`.
-    """
+    """For each group the position along `axes` before which ties are kept."""
     shape, names = jax.eval_shape(key_of, x).shape, names_along(split, axes)
     size = math.prod(shape[a] for a in axes) * pieces(names)
     partly = cut.need < cut.inside

@@ -4,23 +4,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._typing import Array
-from jaxsparse.patterns._exact import ordered_mean
+from jaxsparse.linalg.ordered import ordered_mean
 from jaxsparse.patterns._shards import Split, names_along, pieces
 from jaxsparse.patterns._spec import Block, Channel, Pattern
 from jaxsparse.tree import Axes
 
 
 def batch_axes(pattern: Pattern, ndim: int, axes: Axes | None) -> tuple[int, ...]:
-    """The axes each of whose indices is a layer that competes on its own.
-
-    Args:
-      pattern: an axis that a `Channel` names is none of them: its indices compete.
-      ndim: the parameter's number of axes.
-      axes: the kernel's axes, counted from the front, if they are known.
-
-    Returns:
-      Axes counted from the front.
-    """
+    """The axes each of whose indices is a layer that competes on its own."""
     batch = () if axes is None else axes.batch
     if isinstance(pattern, Channel):
         return tuple(a for a in batch if a != pattern.axis % ndim)
@@ -34,22 +25,7 @@ def channel_scores(
     axes: Axes | None = None,
     split: Split | None = None,
 ) -> Array:
-    """Scores of the slices along `pattern.axis`.
-
-    Args:
-      path: the parameter's path, for the message.
-      scores: one score a weight.
-      pattern: which axis, and how to reduce.
-      axes: the kernel's axes, counted from the front, if they are known.
-      split: of a shard, over which mesh axes the parameter is split.
-
-    Returns:
-      An array with size 1 on every axis but the pattern's and the batch axes; it
-      broadcasts to the parameter.
-
-    Raises:
-      ValueError: the parameter has no such axis.
-    """
+    """Scores of the slices along `pattern.axis`."""
     if not -scores.ndim <= pattern.axis < scores.ndim:
         raise ValueError(
             f"{path}: {pattern} asks for axis {pattern.axis}, but the parameter has "
@@ -65,21 +41,7 @@ def channel_scores(
 
 
 def block_scores(path: str, scores: Array, pattern: Block, axes: Axes) -> Array:
-    """Scores of the tiles.
-
-    Args:
-      path: the parameter's path, for the message.
-      scores: one score a weight.
-      pattern: the tile's shape, and how to reduce.
-      axes: the kernel's axes, counted from the front.
-
-    Returns:
-      An array in which the last input and the last output axis are shorter by the
-      tile's sides.
-
-    Raises:
-      ValueError: a tile's side does not divide its axis.
-    """
+    """Scores of the tiles."""
     sides = _sides(path, scores, pattern, axes)
     tiles, inner = scores, []
     # One axis at a time, from the last: explicitly sharded arrays allow no more.
@@ -96,15 +58,7 @@ def block_scores(path: str, scores: Array, pattern: Block, axes: Axes) -> Array:
 
 
 def expand_blocks(units: Array, shape: tuple[int, ...]) -> Array:
-    """Spreads one value a tile over the tile's weights.
-
-    Args:
-      units: one value a tile.
-      shape: the parameter's shape.
-
-    Returns:
-      An array of that shape.
-    """
+    """Spreads one value a tile over the tile's weights."""
     for axis, (count, size) in enumerate(zip(units.shape, shape, strict=True)):
         if count != size:
             tiled = (

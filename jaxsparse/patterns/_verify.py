@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._sharded import sharded_like
 from jaxsparse._together import each
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.patterns._counts import count_dtype
 from jaxsparse.patterns._masks import check_masks
-from jaxsparse.patterns._nm import group_inputs
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern
 from jaxsparse.patterns._units import block_scores, channel_scores
+from jaxsparse.patterns.nm import group_inputs
 from jaxsparse.tree import (
     Axes,
     AxesRule,

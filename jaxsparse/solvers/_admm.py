@@ -9,8 +9,8 @@ from jax import lax
 
 from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array
-from jaxsparse.curvature._factor import matmul
-from jaxsparse.curvature._gram import GramFactor, damped_inverse, factor_gram
+from jaxsparse.linalg.factor import matmul
+from jaxsparse.linalg.gram import GramFactor, damped_inverse, factor_gram
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._refit import conjugate_gradients
 from jaxsparse.solvers._solved import Solved

@@ -6,27 +6,18 @@ import jax.numpy as jnp
 
 from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array
-from jaxsparse.curvature._gram import (
+from jaxsparse.linalg.gram import (
     GramFactor,
     check_damping,
     check_factored,
     check_gram,
     count_not_finite,
 )
-from jaxsparse.patterns._before import may_have_lost_more
+from jaxsparse.patterns.before import may_have_lost_more
 
 
 def check_layer(w: Array, gram: Array | GramFactor) -> None:
-    """Raises unless a kernel and a gram matrix belong together.
-
-    Args:
-      w: what should be `[d_out, d_in]`.
-      gram: what should be `[d_in, d_in]`, or its factor.
-
-    Raises:
-      ValueError: other shapes, NaN or Inf (in eager use).
-      TypeError: not floating point.
-    """
+    """Raises unless a kernel and a gram matrix belong together."""
     shape = jnp.shape(w)
     if len(shape) != 2 or not all(shape):
         raise ValueError(
@@ -53,22 +44,7 @@ def check_layer(w: Array, gram: Array | GramFactor) -> None:
 def check_pattern(
     pattern: patterns.Pattern, sparsity: Any, d_in: int, *, solver: str
 ) -> Any:
-    """The sparsity to use, after checks.
-
-    Args:
-      pattern: `Unstructured` of a layer or an output, or `NM`.
-      sparsity: a number, possibly traced, or None for `NM`.
-      d_in: the number of inputs.
-      solver: what the message calls the solver.
-
-    Returns:
-      The sparsity, that of the pattern where none was given.
-
-    Raises:
-      ValueError: out of range or missing; a group that does not divide `d_in`; the
-        global scope.
-      TypeError: another pattern.
-    """
+    """The sparsity to use, after checks."""
     _checks.check_pattern(patterns.Pattern, pattern)
     if not isinstance(pattern, patterns.Unstructured | patterns.NM):
         raise TypeError(
@@ -104,16 +80,7 @@ def check_pattern(
 
 
 def check_mask(mask: Array | None, w: Array) -> None:
-    """Raises unless a mask is of bools and of the kernel's shape.
-
-    Args:
-      mask: a mask, or None.
-      w: the kernel.
-
-    Raises:
-      ValueError: another shape.
-      TypeError: no bools.
-    """
+    """Raises unless a mask is of bools and of the kernel's shape."""
     if mask is None:
         return
     if getattr(mask, "dtype", None) != jnp.bool_:
@@ -130,19 +97,7 @@ def check_mask(mask: Array | None, w: Array) -> None:
 def check_gone(
     mask: Array | None, w: Array, sparsity: Any, pattern: patterns.Pattern
 ) -> None:
-    """Raises unless a mask is one of the kernel and leaves something to remove.
-
-    Args:
-      mask: what is pruned already, or None.
-      w: the kernel.
-      sparsity: the fraction to remove.
-      pattern: the pattern.
-
-    Raises:
-      ValueError: another shape; some competing group has lost more than its share (but
-        for a full N:M, of which a group may keep fewer).
-      TypeError: no bools.
-    """
+    """Raises unless a mask is one of the kernel and leaves something to remove."""
     check_mask(mask, w)
     if mask is None or not (
         _checks.is_concrete(mask) and _checks.is_concrete(sparsity)
@@ -166,12 +121,7 @@ def check_gone(
 
 
 def check_dampings(damping: Any, rel_damping: Any) -> None:
-    """Raises unless both are numbers of at least 0.
-
-    Args:
-      damping: absolute, or None.
-      rel_damping: relative to the mean of the diagonal.
-    """
+    """Raises unless both are numbers of at least 0."""
     if damping is None and rel_damping is None:
         raise TypeError("rel_damping must be a number of at least 0, got None.")
     check_damping(damping, name="damping")

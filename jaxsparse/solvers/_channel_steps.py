@@ -22,8 +22,8 @@ from jax import lax
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array
-from jaxsparse.curvature._factor import inverse_lower, inverse_root, matmul
-from jaxsparse.curvature._gram import GramFactor
+from jaxsparse.linalg.factor import inverse_lower, inverse_root, matmul
+from jaxsparse.linalg.gram import GramFactor
 from jaxsparse.solvers._solved import least_moments
 
 _PUT_OFF = 64  # columns that are taken from the matrices in one product
@@ -62,20 +62,7 @@ class _Late(NamedTuple):
 def check_blocks(
     size: Any, blocks: Any, d_in: int
 ) -> tuple[np.ndarray | None, int, int]:
-    """How the columns of a layer fall into blocks.
-
-    Args:
-      size: columns of a block, where blocks stand side by side.
-      blocks: `[n_blocks, size]` columns, or None.
-      d_in: all columns.
-
-    Returns:
-      The columns, those of blocks first (None: as they are), and the blocks' shape.
-
-    Raises:
-      ValueError: a size that does not divide, blocks that overlap, no such column.
-      TypeError: blocks that are not integers, or traced.
-    """
+    """How the columns of a layer fall into blocks."""
     _checks.check_positive_int(size, name="size")
     if blocks is None:
         if d_in % size:
@@ -124,20 +111,7 @@ def greedy(
     size: int,
     at_once: int,
 ) -> Taken:
-    """Removes the cheapest blocks, `at_once` in a step, each step knowing the last.
-
-    Args:
-      inverse: `C`, `[d_in, d_in]`. The first `number * size` columns are the blocks.
-      moment: `M`, likewise.
-      count: how many blocks to remove, possibly traced; the last step has the rest.
-      unseen: added to each block's error for the choice: what tells dead ones apart.
-      number: of blocks.
-      size: columns of a block.
-      at_once: blocks of a step.
-
-    Returns:
-      What goes, with errors and steps. Errors are NaN where a factorisation failed.
-    """
+    """Removes the cheapest blocks, `at_once` in a step, each step knowing the last."""
     width = at_once * size
     turns = max(1, min(_PUT_OFF // width, -(-number // at_once)))
     steps = (count + (at_once - 1)) // at_once
@@ -177,18 +151,7 @@ def greedy(
 def unseen_errors(
     w: Array, factor: GramFactor, order: Any, number: int, size: int
 ) -> Array:
-    """Next to nothing for each block, by its weights of dead inputs.
-
-    Args:
-      w: `[d_out, d_in]`.
-      factor: of the gram matrix.
-      order: the columns, those of blocks first; None: as they are.
-      number: of blocks.
-      size: columns of a block.
-
-    Returns:
-      `[number]`, 0 where no input is dead.
-    """
+    """Next to nothing for each block, by its weights of dead inputs."""
     wide = w.astype(factor.root.dtype)
     moments = least_moments(jnp.diagonal(factor.gram).astype(wide.dtype))
     own = jnp.sum(wide * wide, axis=0) * moments
@@ -198,15 +161,7 @@ def unseen_errors(
 
 
 def untouched(number: int, dtype) -> Taken:
-    """Before the first step.
-
-    Args:
-      number: of blocks.
-      dtype: of the errors.
-
-    Returns:
-      All blocks kept.
-    """
+    """Before the first step."""
     return Taken(
         jnp.ones(number, bool),
         jnp.zeros(number, dtype),
@@ -215,16 +170,7 @@ def untouched(number: int, dtype) -> Taken:
 
 
 def take(errors: Array, count: Array, unseen: Array) -> Taken:
-    """Removes the cheapest blocks in one step.
-
-    Args:
-      errors: of each block.
-      count: how many.
-      unseen: as for `greedy`.
-
-    Returns:
-      What goes.
-    """
+    """Removes the cheapest blocks in one step."""
     number = errors.shape[0]
     valid = jnp.arange(number, dtype=jnp.int32) < count
     chosen = cheapest(errors + unseen, number)
@@ -233,15 +179,7 @@ def take(errors: Array, count: Array, unseen: Array) -> Taken:
 
 
 def cheapest(errors: Array, count: int) -> Array:
-    """The blocks with the lowest errors, in order; of equals the later goes first.
-
-    Args:
-      errors: of each block.
-      count: how many, static.
-
-    Returns:
-      `[count]`, numbers of blocks.
-    """
+    """The blocks with the lowest errors, in order; of equals the later goes first."""
     place = jnp.arange(errors.shape[0], dtype=jnp.int32)
     if count == 1:
         least = errors == jnp.min(errors)
@@ -250,16 +188,7 @@ def cheapest(errors: Array, count: int) -> Array:
 
 
 def diagonal_blocks(matrix: Array, number: int, size: int) -> Array:
-    """The first blocks on the diagonal.
-
-    Args:
-      matrix: `[d_in, d_in]`.
-      number: of blocks.
-      size: of a block.
-
-    Returns:
-      `[number, size, size]`.
-    """
+    """The first blocks on the diagonal."""
     if size == 1:
         return jnp.diagonal(matrix)[:number, None, None]
     end = number * size
@@ -268,18 +197,7 @@ def diagonal_blocks(matrix: Array, number: int, size: int) -> Array:
 
 
 def layer_errors(w: Array, upper: Array, number: int, size: int) -> Array:
-    """`tr(W_b C_bb^-1 W_b^T)` from the weights.
-
-    Args:
-      w: `[d_out, d_in]`, the blocks' columns first.
-      upper: `U` with `C = U^T U`, its columns likewise. Of `C` the blocks on the
-        diagonal are all that is needed.
-      number: of blocks.
-      size: columns of a block.
-
-    Returns:
-      `[number]`.
-    """
+    """`tr(W_b C_bb^-1 W_b^T)` from the weights."""
     end = number * size
     if size == 1:
         return jnp.sum(w * w, axis=0)[:end] / jnp.sum(upper * upper, axis=0)[:end]
@@ -290,14 +208,7 @@ def layer_errors(w: Array, upper: Array, number: int, size: int) -> Array:
 
 
 def roots(blocks: Array) -> Array:
-    """`R` with `R^T R = B^-1` for each block `B`, lower triangular.
-
-    Args:
-      blocks: `[blocks, size, size]`.
-
-    Returns:
-      Likewise; NaN where a block is not positive definite.
-    """
+    """`R` with `R^T R = B^-1` for each block `B`, lower triangular."""
     number, size = blocks.shape[:2]
     if size == 1:
         return lax.rsqrt(blocks)

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from jaxsparse import _checks, patterns
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array
-from jaxsparse.curvature._factor import matmul
-from jaxsparse.curvature._gram import GramFactor, factor_gram, inverse_upper
+from jaxsparse.linalg.factor import matmul
+from jaxsparse.linalg.gram import GramFactor, factor_gram, inverse_upper
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._channel_steps import (
     Taken,

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse import _checks, patterns
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import after
 from jaxsparse._typing import Array
-from jaxsparse.curvature._chunks import in_parts
-from jaxsparse.curvature._factor import matmul
-from jaxsparse.curvature._gram import GramFactor
-from jaxsparse.patterns._counts import count_dtype
-from jaxsparse.patterns._threshold import ordered_keys, top_k_masks
+from jaxsparse.linalg.chunks import in_parts
+from jaxsparse.linalg.factor import matmul
+from jaxsparse.linalg.gram import GramFactor
+from jaxsparse.patterns.threshold import ordered_keys, top_k_masks
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse import _checks, patterns
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array
-from jaxsparse.curvature._chunks import SCRATCH_BYTES, over_blocks
-from jaxsparse.curvature._gram import GramFactor, damped_inverse
-from jaxsparse.patterns._counts import count_dtype
-from jaxsparse.patterns._threshold import top_k_masks
+from jaxsparse.linalg.chunks import SCRATCH_BYTES, over_blocks
+from jaxsparse.linalg.gram import GramFactor, damped_inverse
+from jaxsparse.patterns.threshold import top_k_masks
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._refit import least_squares
 from jaxsparse.solvers._solved import Solved

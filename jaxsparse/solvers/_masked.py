@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxsparse import patterns
 from jaxsparse._typing import Array
-from jaxsparse.curvature._gram import GramFactor
+from jaxsparse.linalg.gram import GramFactor
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from jaxsparse import _checks, curvature, patterns, scores
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
-from jaxsparse.curvature._layout import block_layout
-from jaxsparse.patterns._before import gone_before, targets
-from jaxsparse.patterns._select import check_further, choose
+from jaxsparse.curvature.layout import block_layout
+from jaxsparse.patterns.before import gone_before, targets
+from jaxsparse.patterns.selection import check_further, choose
 from jaxsparse.tree import (
     Axes,
     AxesRule,

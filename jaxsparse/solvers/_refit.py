@@ -8,9 +8,9 @@ from jax import lax
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array
-from jaxsparse.curvature._chunks import SCRATCH_BYTES, over_blocks
-from jaxsparse.curvature._factor import matmul, solve
-from jaxsparse.curvature._gram import GramFactor
+from jaxsparse.linalg.chunks import SCRATCH_BYTES, over_blocks
+from jaxsparse.linalg.factor import matmul, solve
+from jaxsparse.linalg.gram import GramFactor
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 
@@ -108,16 +108,7 @@ def _refit(w, mask, gram, start, damping, rel_damping, *, iterations) -> Solved:
 
 
 def least_squares(target: Array, mask: Array, gram: Array) -> Array:
-    """The exact solution, row by row.
-
-    Args:
-      target: the dense weights, `[d_out, d_in]`.
-      mask: True = kept.
-      gram: damped.
-
-    Returns:
-      `[d_out, d_in]`; NaN in rows whose matrix is not positive definite.
-    """
+    """The exact solution, row by row."""
     d_out, d_in = target.shape
     outputs = matmul(target, gram)
     empty = jnp.diagonal(gram) == 0
@@ -140,18 +131,7 @@ def least_squares(target: Array, mask: Array, gram: Array) -> Array:
 def conjugate_gradients(
     target: Array, mask: Array, gram: Array, start: Array, iterations: int
 ) -> Array:
-    """A better solution after each iteration, for all rows at once.
-
-    Args:
-      target: the dense weights, `[d_out, d_in]`.
-      mask: True = kept.
-      gram: damped, or not.
-      start: the weights to begin with.
-      iterations: how many.
-
-    Returns:
-      `[d_out, d_in]`, zeros outside of the mask.
-    """
+    """A better solution after each iteration, for all rows at once."""
     zero = jnp.zeros((), target.dtype)
     kept = lambda x: jnp.where(mask, x, zero)
     diagonal = jnp.diagonal(gram)

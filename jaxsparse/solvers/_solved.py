@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array
-from jaxsparse.curvature._chunks import in_parts
-from jaxsparse.curvature._factor import matmul
-from jaxsparse.curvature._gram import GramFactor, check_factored, factor_gram
+from jaxsparse.linalg.chunks import in_parts
+from jaxsparse.linalg.factor import matmul
+from jaxsparse.linalg.gram import GramFactor, check_factored, factor_gram
 from jaxsparse.tree import Axes
 
 AXES = Axes(input=(1,), output=(0,))
@@ -62,14 +62,7 @@ class Solved(NamedTuple):
 
 
 def compute_type(*arrays: Array) -> Any:
-    """float64 where an array is, else float32.
-
-    Args:
-      *arrays: floating point.
-
-    Returns:
-      A dtype.
-    """
+    """float64 where an array is, else float32."""
     wide = any(x.dtype == jnp.float64 for x in arrays)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
@@ -80,20 +73,7 @@ def factor_of(
     damping: float | Array | None,
     rel_damping: float | Array | None,
 ) -> GramFactor:
-    """The factor to use, in the type to compute in; `damping` goes first.
-
-    Args:
-      w: the kernel, checked.
-      gram: a gram matrix or its factor, checked.
-      damping: absolute, or None.
-      rel_damping: relative to the mean of the diagonal.
-
-    Returns:
-      A factor.
-
-    Raises:
-      ValueError: a factor and a damping; a matrix that cannot be factored.
-    """
+    """The factor to use, in the type to compute in; `damping` goes first."""
     if isinstance(gram, GramFactor):
         if damping is not None:
             raise ValueError(
@@ -110,15 +90,7 @@ def factor_of(
 
 
 def plain_gram(w: Array, gram: Array | GramFactor) -> Array:
-    """The gram matrix without damping, in the type to compute in.
-
-    Args:
-      w: the kernel.
-      gram: a gram matrix or its factor.
-
-    Returns:
-      `[d_in, d_in]`.
-    """
+    """The gram matrix without damping, in the type to compute in."""
     plain = gram.gram if isinstance(gram, GramFactor) else gram
     return plain.astype(compute_type(w, plain))
 
@@ -126,16 +98,7 @@ def plain_gram(w: Array, gram: Array | GramFactor) -> Array:
 def given_damping(
     diagonal: Array, damping: float | Array | None, rel_damping: float | Array
 ) -> Array:
-    """What to add to the diagonal, as `factor_gram` says it.
-
-    Args:
-      diagonal: of the gram matrix.
-      damping: absolute, or None.
-      rel_damping: relative to the mean of the diagonal.
-
-    Returns:
-      A scalar.
-    """
+    """What to add to the diagonal, as `factor_gram` says it."""
     if damping is not None:
         return jnp.asarray(damping).astype(diagonal.dtype)
     live = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
@@ -150,12 +113,6 @@ def least_moments(moments: Array) -> Array:
 
     A score that is a product with them removes weights of dead inputs first, as 0
     would, and among these the smallest.
-
-    Args:
-      moments: `[d_in]`, at least 0.
-
-    Returns:
-      `[d_in]`, above 0.
     """
     most = jnp.max(moments)
     least = jnp.where(most > 0, most * 1e-20, jnp.ones_like(most))
@@ -163,14 +120,7 @@ def least_moments(moments: Array) -> Array:
 
 
 def below_zero(w: Array) -> Array:
-    """Scores below 0 in the order of `|w|`: for weights that go before all others.
-
-    Args:
-      w: weights.
-
-    Returns:
-      Finite numbers below 0, likewise.
-    """
+    """Scores below 0 in the order of `|w|`: for weights that go before all others."""
     return -1 / jnp.maximum(jnp.abs(w), jnp.asarray(1e-37, w.dtype))
 
 
@@ -184,16 +134,6 @@ def product_before(
 
     A product of the full width would do twice the work. Rows and not columns of the
     matrix: XLA's products on CPU take twice as long where the first one is transposed.
-
-    Args:
-      matrix: `[n, n]`.
-      x: `[n, m]`.
-      start: a multiple of `step`, traced.
-      size: how many rows.
-      step: a static number.
-
-    Returns:
-      `[size, m]`.
     """
 
     def add(wide: int, first: Any) -> Callable[[Any, Array], Array]:
@@ -214,15 +154,7 @@ def product_before(
 
 
 def energy(x: Array, gram: Array) -> Array:
-    """`tr(x^T G x)` for `[d_in, d_out]`, by half of the symmetric matrix.
-
-    Args:
-      x: weights, transposed.
-      gram: symmetric.
-
-    Returns:
-      A scalar, at least 0.
-    """
+    """`tr(x^T G x)` for `[d_in, d_out]`, by half of the symmetric matrix."""
     step = min(_PART, x.shape[0])
 
     def add(start: Any, size: int, total: Array) -> Array:
@@ -239,18 +171,7 @@ def energy(x: Array, gram: Array) -> Array:
 def solve_info(
     target: Array, gram: Array, *, error: Array, damping: Array, failed: Array
 ) -> SolveInfo:
-    """The info of a result.
-
-    Args:
-      target: the dense weights, transposed.
-      gram: without damping.
-      error: of the result.
-      damping: what was added to the diagonal.
-      failed: whether a factorisation failed.
-
-    Returns:
-      A `SolveInfo`.
-    """
+    """The info of a result."""
     total = energy(target, gram)
     none = total == 0
     share = error / jnp.where(none, jnp.ones_like(total), total)
@@ -266,17 +187,6 @@ def finish(
     """A result from the new weights `[d_out, d_in]`, in the type of the old.
 
     Kept weights of dead inputs stay what they were: no data says otherwise.
-
-    Args:
-      w: the dense weights.
-      moved: the new ones, in the type computed in.
-      mask: True = kept.
-      gram: without damping.
-      damping: what was added to the diagonal.
-      failed: whether a factorisation failed.
-
-    Returns:
-      A `Solved`.
     """
     wide = w.astype(moved.dtype)
     dead = jnp.diagonal(gram) == 0
@@ -289,16 +199,7 @@ def finish(
 
 
 def on_mesh(f: Callable[..., Solved], w: Array, *rest: Any) -> Solved:
-    """`f(w, *rest)`, with the sharding of `w` stated where its mesh has explicit axes.
-
-    Args:
-      f: a solver.
-      w: the kernel.
-      *rest: more arguments.
-
-    Returns:
-      What `f` returns; weights and mask lie as `w` does.
-    """
+    """`f(w, *rest)`, with the sharding of `w` stated where its mesh has explicit axes."""
     mesh = explicit_mesh([w])
     if mesh is None:
         return f(w, *rest)
@@ -311,16 +212,6 @@ def on_mesh(f: Callable[..., Solved], w: Array, *rest: Any) -> Solved:
 
 
 def done(solved: Solved) -> Solved:
-    """Raises where a solver is known to have failed.
-
-    Args:
-      solved: a result.
-
-    Returns:
-      It.
-
-    Raises:
-      ValueError: the gram matrix could not be factored.
-    """
+    """Raises where a solver is known to have failed."""
     check_factored(solved.info.failed, solved.info.damping, what="gram")
     return solved

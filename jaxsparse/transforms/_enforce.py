@@ -77,15 +77,7 @@ def enforce(
 def enforce_chain(
     schedule: optax.GradientTransformationExtraArgs, tx: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """`enforce(optax.chain(schedule, tx))`, in which an update runs `tx` once.
-
-    Args:
-      schedule: what `prune_schedule` returned.
-      tx: an optimizer.
-
-    Returns:
-      A transformation with the state of the chain.
-    """
+    """`enforce(optax.chain(schedule, tx))`, in which an update runs `tx` once."""
     _checks.check_transformation(tx=tx)
     chain = optax.chain(schedule, tx)
     look_at_all = _look_at(chain)

@@ -21,32 +21,13 @@ _MOST = 8  # arrays read at once; more are slower, and a byte counts to 255
 
 
 def regrew_in(new: PyTree, old: PyTree, axis_name: Any) -> Array:
-    """Whether new masks bring a weight back.
-
-    Args:
-      new: a tree of bools.
-      old: the masks before.
-      axis_name: of shards, as for `jaxsparse.patterns.masks`.
-
-    Returns:
-      A bool, the same on all devices.
-    """
+    """Whether new masks bring a weight back."""
     pairs = list(zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
     return _any(pairs, _came_back, axis_name)
 
 
 def most_leaked(most: Array, params: PyTree, masks: PyTree, axis_name: Any) -> Array:
-    """The number of pruned weights that are not zero, or `most` if that is more.
-
-    Args:
-      most: the number so far.
-      params: the parameters.
-      masks: a tree of bools.
-      axis_name: of shards, as for `jaxsparse.patterns.masks`.
-
-    Returns:
-      An integer, the same on all devices.
-    """
+    """The number of pruned weights that are not zero, or `most` if that is more."""
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
     pairs = [(w, mask) for w, mask in leaves if jnp.ndim(mask)]
 

@@ -151,16 +151,7 @@ def mfac(
 
 
 def forget_pruned(opt_state: PyTree, masks: PyTree, changed: Array) -> PyTree:
-    """Takes pruned coordinates out of all windows of an optimizer state.
-
-    Args:
-      opt_state: the state of any chain, wrapper or partition.
-      masks: a tree of bools like the parameters.
-      changed: whether masks changed; if not, it costs nothing.
-
-    Returns:
-      A state like `opt_state`.
-    """
+    """Takes pruned coordinates out of all windows of an optimizer state."""
     found = dict(jax.tree_util.tree_leaves_with_path(masks))
 
     def forget(window: Any) -> Any:
@@ -179,14 +170,6 @@ def hide_pruned(params: PyTree, masks: PyTree, opt_state: PyTree) -> PyTree:
 
     In the step that prunes a weight it is not zero yet, and its decay would enter the
     window.
-
-    Args:
-      params: the parameters before the step.
-      masks: a tree of bools like the parameters, those after the step.
-      opt_state: the state of any chain, wrapper or partition.
-
-    Returns:
-      Masked parameters; the same as they were if no window is in the state.
     """
     if not any(map(_is_window, jax.tree.leaves(opt_state, is_leaf=_is_window))):
         return params

@@ -31,15 +31,6 @@ def reset_moments(
     reads anyway. A coordinate that came back is told by its second moment, exactly 0
     until now. (A kept weight that never had a gradient looks the same, and starts in
     the same way, in a step that brings others back.)
-
-    Args:
-      opt_state: the state before the optimizer's update.
-      grads: the raw gradients of this step.
-      masks: the masks of this step; scalar where nothing is pruned.
-      regrew: whether this step brought weights back.
-
-    Returns:
-      A state like `opt_state`.
     """
     gradients = jax.tree_util.tree_leaves_with_path(grads)
     owners = {

@@ -23,14 +23,6 @@ def project(updates: PyTree, masks: PyTree, params: PyTree) -> PyTree:
     `w + (-w)` is exactly +0.0 in every floating-point format as long as both have one
     dtype, so the update takes the parameter's. (A NaN or Inf stays what it is: no
     number added to it gives 0.)
-
-    Args:
-      updates: what would be added to the parameters.
-      masks: a tree of bools; a scalar leaf means that the parameter is not pruned.
-      params: the parameters.
-
-    Returns:
-      A tree like `updates`.
     """
 
     def one(u: Array, mask: Array, w: Array) -> Array:
@@ -42,15 +34,7 @@ def project(updates: PyTree, masks: PyTree, params: PyTree) -> PyTree:
 
 
 def add_change(tree: PyTree, states: list[PruneScheduleState]) -> PyTree:
-    """Adds what this step's choice of masks changes in the weights that are kept.
-
-    Args:
-      tree: updates or parameters.
-      states: the pruning states after this step.
-
-    Returns:
-      A tree like `tree`; the same arrays where no masks were chosen.
-    """
+    """Adds what this step's choice of masks changes in the weights that are kept."""
     for state in states:
         if state.change is None:
             continue

@@ -15,8 +15,8 @@ from jaxsparse._loops import when
 from jaxsparse._parts import in_parts
 from jaxsparse._together import each
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
-from jaxsparse.patterns._before import score_shapes
-from jaxsparse.patterns._select import choose as choose_masks
+from jaxsparse.patterns.before import score_shapes
+from jaxsparse.patterns.selection import choose as choose_masks
 from jaxsparse.schedules.horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._enforce import enforce_chain
 from jaxsparse.transforms._leaks import most_leaked, regrew_in

@@ -31,13 +31,6 @@ def masks_of_zeros(masks: PyTree, params: PyTree) -> PyTree:
 
     A kernel of zeros alone was not pruned: layers are begun so. Nor was a model with
     less than one zero in a hundred weights.
-
-    Args:
-      masks: masks that keep everything.
-      params: the parameters.
-
-    Returns:
-      Masks of the same shapes.
     """
     sparse = _is_sparse(masks, params)
     if is_concrete(sparse) and not sparse:
@@ -76,11 +69,7 @@ def _kept(mask: Array, w: Array) -> Array:
 
 
 def warn_of_zeros(masks: PyTree) -> None:
-    """Says which zeros are held, where there are any.
-
-    Args:
-      masks: of `masks_of_zeros`.
-    """
+    """Says which zeros are held, where there are any."""
     named = [(path, m) for path, m in leaves_with_paths(masks) if jnp.ndim(m)]
     if not all(is_concrete(m) for _, m in named):
         return
@@ -105,15 +94,7 @@ def _removed(mask: Array) -> Array:
 def warn_of_regrowth(
     masks: PyTree, params: PyTree, sparsity: Sparsity, cadence: Cadence, step: int
 ) -> None:
-    """Warns where the schedule's first masks keep more than those that are there.
-
-    Args:
-      masks: the masks to begin with.
-      params: the parameters.
-      sparsity: of the schedule.
-      cadence: when masks change.
-      step: where the schedule begins.
-    """
+    """Warns where the schedule's first masks keep more than those that are there."""
     first = _first_choice(cadence, step)
     pairs = _pairs(masks, params)
     if first is None or not pairs or not all(is_concrete(m) for m, _ in pairs):

@@ -68,15 +68,7 @@ def _is_state(x: Any) -> bool:
 
 
 def put_states(opt_state: PyTree, states: list[PruneScheduleState]) -> PyTree:
-    """Replaces the pruning states inside an optimizer state.
-
-    Args:
-      opt_state: the state of any chain, wrapper or partition.
-      states: as many as `find_states` finds, in its order.
-
-    Returns:
-      A state like `opt_state`.
-    """
+    """Replaces the pruning states inside an optimizer state."""
     leaves, treedef = jax.tree.flatten(opt_state, is_leaf=_is_state)
     rest = iter(states)
     return treedef.unflatten([next(rest) if _is_state(x) else x for x in leaves])
@@ -87,13 +79,6 @@ def masks_by_path(opt_state: PyTree) -> dict[tuple, Array]:
 
     Where two pruning transformations hold a mask of one parameter, what either of them
     removes is removed.
-
-    Args:
-      opt_state: the state of any chain, wrapper or partition.
-
-    Returns:
-      A dictionary from key path to mask; parameters hidden by `optax.masked` or
-      `optax.partition` have no entry.
     """
     found: dict[tuple, Array] = {}
     for state in find_states(opt_state):
@@ -103,15 +88,7 @@ def masks_by_path(opt_state: PyTree) -> dict[tuple, Array]:
 
 
 def masks_like(params: PyTree, opt_state: PyTree) -> PyTree:
-    """The masks in an optimizer state, in the structure of `params`.
-
-    Args:
-      params: the parameters that `opt_state` was made for.
-      opt_state: the state of any chain, wrapper or partition.
-
-    Returns:
-      A tree of bools; a scalar True where no transformation holds a mask.
-    """
+    """The masks in an optimizer state, in the structure of `params`."""
     found = masks_by_path(opt_state)
     return jax.tree_util.tree_map_with_path(
         lambda path, _: found.get(path, jnp.ones((), bool)), params

@@ -13,7 +13,7 @@ from jaxsparse import _checks, curvature, patterns, scores
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse._zeros import nonzero
-from jaxsparse.curvature._block_sums import masked_sums
+from jaxsparse.curvature.block_sums import masked_sums
 from jaxsparse.tree import AxesRule, leaves_with_paths, map_with_path, select
 
 

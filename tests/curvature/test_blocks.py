@@ -12,8 +12,9 @@ from curvature.problems import DENSE, SIZE, M, assert_each_near, assert_near, by
 from reference import second_order as ref
 
 import jaxsparse as js
-from jaxsparse.curvature import _block_sums, _chunks
-from jaxsparse.curvature._layout import to_blocks
+from jaxsparse.curvature import block_sums as _block_sums
+from jaxsparse.curvature.layout import to_blocks
+from jaxsparse.linalg import chunks as _chunks
 
 DAMPING = 1e-3
 ONE = ("kernel",)

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import jaxsparse as js
-from jaxsparse.curvature._layout import block_layout, from_blocks, to_blocks
+from jaxsparse.curvature.layout import block_layout, from_blocks, to_blocks
 
 Axes = js.Axes
 CASES = [

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array
-from jaxsparse.curvature._factor import matmul
+from jaxsparse.linalg.factor import matmul
 
 _SLAB, _SLABS = 256, 16  # the least columns of a slab, and the most slabs
 
@@ -190,16 +190,7 @@ def _cholesky(matrix: Array) -> Array:
 
 
 def check_gram(gram: Array, *, d_in: int | None = None) -> None:
-    """Raises unless `gram` can be the second moment of a layer's inputs.
-
-    Args:
-      gram: what should be `[d_in, d_in]`.
-      d_in: the number of inputs, where a kernel says it.
-
-    Raises:
-      ValueError: another shape; NaN, Inf or a negative diagonal (in eager use).
-      TypeError: not floating point.
-    """
+    """Raises unless `gram` can be the second moment of a layer's inputs."""
     shape = jnp.shape(gram)
     wanted = "[d_in, d_in]" if d_in is None else f"[{d_in}, {d_in}]"
     if len(shape) != 2 or shape[0] != shape[1] or d_in not in (None, shape[0]):
@@ -228,43 +219,18 @@ def check_gram(gram: Array, *, d_in: int | None = None) -> None:
 
 @jax.jit
 def count_not_finite(x: Array) -> Array:
-    """How many numbers are NaN or Inf, in one pass.
-
-    Args:
-      x: floating point.
-
-    Returns:
-      An integer.
-    """
+    """How many numbers are NaN or Inf, in one pass."""
     return jnp.sum(~jnp.isfinite(x))
 
 
 def check_damping(value: Any, *, name: str) -> None:
-    """Raises unless a damping is a number of at least 0, or left out.
-
-    Args:
-      value: a number, possibly traced, or None.
-      name: the argument's name.
-
-    Raises:
-      ValueError: negative, NaN or infinite.
-      TypeError: no number.
-    """
+    """Raises unless a damping is a number of at least 0, or left out."""
     if value is not None:
         _checks.check_number(least=0, **{name: value})
 
 
 def check_factored(failed: Array, damping: Array, *, what: str) -> None:
-    """Raises where a factorisation is known to have failed.
-
-    Args:
-      failed: a scalar bool, possibly traced.
-      damping: what had been added to the diagonal.
-      what: what the message calls the matrix.
-
-    Raises:
-      ValueError: it failed.
-    """
+    """Raises where a factorisation is known to have failed."""
     if _checks.is_concrete(failed) and bool(failed):
         raise ValueError(
             f"{what} + {float(damping):g} I is not positive definite in "

@@ -46,19 +46,6 @@ def top_k_masks(
 ) -> list[Array]:
     """Masks of the `keep` largest scores of each competing group.
 
-    Args:
-      scores: floating-point arrays of one dtype. Several of them form one group, which
-        needs `axes=None`.
-      keep: how many stay in each group, an integer that may be traced.
-      axes: the axes along which the entries of a single array compete; the indices of
-        the other axes are groups of their own. None: all entries.
-      splits: of shards, over which mesh axes each array is split.
-
-    Returns:
-      Bool arrays of the shapes of `scores`, exactly `keep` of each group True. Among
-      equal scores the one with the lower flat index (in the order of the list) comes
-      first.
-
     Cost: for each digit of 8 bits one pass over the keys and 8 over the digits, and one
     for the mask; two more where the threshold is tied. Memory: the keys, and the
     digits, one byte a score.
@@ -74,13 +61,6 @@ def held_keys(scores: Sequence[Array], keep: Array) -> tuple[list[Array], KeyOf]
 
     A loop takes what it reads as arrays, and scores that are computed would be held for
     it anyway. None is made before `keep` is there: a bit of 0 waits for it.
-
-    Args:
-      scores: floating-point arrays of one dtype.
-      keep: how many stay.
-
-    Returns:
-      Arrays for `masks_by_keys`, and what their keys are.
     """
     zero = jnp.minimum(jnp.min(keep), 0)
     keys = [ordered_keys(x) for x in lax.stop_gradient(list(scores))]
@@ -97,20 +77,7 @@ def masks_by_keys(
     first: Sequence[First] | None = None,
     layers: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Array]:
-    """Masks of the `keep` largest keys of each competing group.
-
-    Args:
-      arrays: arrays of one dtype, of which each pass over them makes the keys.
-      key_of: how.
-      keep: how many stay in each group, as for `top_k_masks`, and so are the others.
-      axes: the axes along which the entries of a single array compete.
-      splits: of shards, over which mesh axes each array is split.
-      first: for each array what comes before all others, at most `keep` in a group.
-      layers: for each array the axes along which the groups of `first` lie.
-
-    Returns:
-      Bool arrays of the shapes of `arrays`.
-    """
+    """Masks of the `keep` largest keys of each competing group."""
     if axes is not None and len(axes) == arrays[0].ndim:
         axes = None
     entries: list[Any] = list(arrays)

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
 from jaxsparse.patterns._asked import keep_of, sparsities_of
-from jaxsparse.patterns._before import Revived, check_budget, sink, without_gone
-from jaxsparse.patterns._counts import count_dtype, removed_count
+from jaxsparse.patterns._counts import removed_count
 from jaxsparse.patterns._masks import check_masks
-from jaxsparse.patterns._nm import group_inputs
 from jaxsparse.patterns._programs import (
     Part,
     competing_axes,
@@ -31,6 +30,8 @@ from jaxsparse.patterns._shards import (
     splits_of,
 )
 from jaxsparse.patterns._spec import NM, Block, Pattern, Unstructured
+from jaxsparse.patterns.before import Revived, check_budget, sink, without_gone
+from jaxsparse.patterns.nm import group_inputs
 from jaxsparse.tree import (
     Axes,
     AxesRule,
@@ -130,17 +131,7 @@ def masks(
 def check_further(
     params: PyTree, masks: PyTree, sparsity: Sparsity, **options: Any
 ) -> None:
-    """Raises where masks remove more than a sparsity, before there are scores.
-
-    Args:
-      params: the parameters; only their shapes are looked at.
-      masks: what was pruned before.
-      sparsity: the fraction to remove in the end.
-      **options: as for `choose`.
-
-    Raises:
-      ValueError: they do; what `masks` raises.
-    """
+    """Raises where masks remove more than a sparsity, before there are scores."""
     equal = jax.tree.map(_equal_scores, params)
     revived = choose(equal, sparsity, masks=masks, **options)[1]
     check_budget(revived, options["pattern"])
@@ -164,23 +155,7 @@ def choose(
     axis_name: AxisName | None = None,
     of: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, Revived]:
-    """`masks`, and what would have come back if `masks` had let it.
-
-    Args:
-      scores: as for `masks`, and so are the others.
-      sparsity: the fraction to remove.
-      pattern: what lives or dies together.
-      where: which parameters take part.
-      axes: of kernels.
-      min_keep: what stays at least.
-      masks: what was pruned before.
-      axis_name: of shards.
-      of: a function of trees, entry by entry: then the scores are `of(scores)`. Where
-        all weights compete they are not held, but made in each pass over them.
-
-    Returns:
-      Masks, and for `check_budget` what they have brought back.
-    """
+    """`masks`, and what would have come back if `masks` had let it."""
     _checks.check_pattern(Pattern, pattern)
     _checks.check_arrays(scores=scores)
     sparsity, where = by_rules(scores, sparsity, where)

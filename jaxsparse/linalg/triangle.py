@@ -35,17 +35,7 @@ class Triangle(NamedTuple):
 
 
 def zeros(shape: tuple[int, ...], size: int, dtype, *, device=None) -> Triangle:
-    """Triangles of zeros.
-
-    Args:
-      shape: how many, as a shape.
-      size: rows of one of them.
-      dtype: float32 or float64.
-      device: a device or a sharding.
-
-    Returns:
-      A `Triangle`.
-    """
+    """Triangles of zeros."""
     return Triangle(
         _sharded.zeros((*shape, size, size), dtype, device),
         _sharded.zeros((*shape, size), dtype, device),
@@ -53,15 +43,7 @@ def zeros(shape: tuple[int, ...], size: int, dtype, *, device=None) -> Triangle:
 
 
 def split(lower: Array, dtype) -> Triangle:
-    """Stores the lower triangle of a matrix.
-
-    Args:
-      lower: `[..., b, b]`, float64 (or `dtype` itself: then the low parts are 0).
-      dtype: that of the result.
-
-    Returns:
-      A `Triangle`.
-    """
+    """Stores the lower triangle of a matrix."""
     lower = jnp.tril(lower)
     high = lower.astype(dtype)
     if lower.dtype == dtype:
@@ -73,15 +55,7 @@ def split(lower: Array, dtype) -> Triangle:
 
 
 def join(triangle: Triangle, dtype) -> Array:
-    """The lower triangle, zeros above it.
-
-    Args:
-      triangle: what `split` stored.
-      dtype: that of the result; in float32 the high parts alone.
-
-    Returns:
-      `[..., b, b]`.
-    """
+    """The lower triangle, zeros above it."""
     high = jnp.tril(triangle.square).astype(dtype)
     if triangle.square.dtype == dtype:
         return high
@@ -92,24 +66,10 @@ def join(triangle: Triangle, dtype) -> Array:
 
 
 def symmetric(lower: Array) -> Array:
-    """The symmetric matrix with this lower triangle.
-
-    Args:
-      lower: `[..., b, b]`, zeros above the diagonal.
-
-    Returns:
-      `[..., b, b]`.
-    """
+    """The symmetric matrix with this lower triangle."""
     return lower + jnp.swapaxes(jnp.tril(lower, -1), -1, -2)
 
 
 def diagonal(triangle: Triangle) -> Array:
-    """The diagonal, its high parts.
-
-    Args:
-      triangle: what `split` stored.
-
-    Returns:
-      `[..., b]`.
-    """
+    """The diagonal, its high parts."""
     return jnp.diagonal(triangle.square, axis1=-2, axis2=-1)

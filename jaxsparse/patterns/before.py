@@ -25,18 +25,7 @@ Revived = list[tuple[str, Any, Array]]
 def sink(
     x: Array, mask: Array, pattern: Pattern, axes: Axes | None, split: Split
 ) -> tuple[Array, Array]:
-    """Scores in which what is gone comes last, whatever its score was.
-
-    Args:
-      x: one score a weight.
-      mask: what was pruned before; it broadcasts to `x`.
-      pattern: what lives or dies together.
-      axes: the kernel's axes, counted from the front, if they are known.
-      split: of a shard, over which mesh axes the parameter is split.
-
-    Returns:
-      The scores, and `gone_units`.
-    """
+    """Scores in which what is gone comes last, whatever its score was."""
     gone = gone_units("", mask, x.shape, pattern, axes, split)
     # NaN is below all numbers, infinities too, and a mean or maximum of NaN is one.
     return jnp.where(gone, jnp.full((), jnp.nan, x.dtype), x), gone
@@ -59,18 +48,6 @@ def gone_units(
     """True for units that are removed whole.
 
     One that has lost some of its weights competes with the rest.
-
-    Args:
-      path: the parameter's path, for messages.
-      mask: what was pruned before.
-      shape: the parameter's.
-      pattern: what lives or dies together.
-      axes: the kernel's axes, counted from the front, if they are known.
-      split: of a shard, over which mesh axes the parameter is split.
-
-    Returns:
-      Bools that broadcast to the parameter; where units may be of different sizes, one
-      entry is one unit.
     """
     any_left = lambda ms: [_any_left(path, ms[0], pattern, axes, split)]
     return ~sharded_like(any_left, [jnp.broadcast_to(mask, shape)])[0]
@@ -97,13 +74,6 @@ def may_have_lost_more(sparsity: Any, pattern: Pattern) -> bool:
 
     N:M keeps at most `keep` of a group: one that has fewer obeys it. With a sparsity
     below that of the pattern it is the sparsity that is asked for.
-
-    Args:
-      sparsity: the fraction to remove.
-      pattern: the pattern.
-
-    Returns:
-      True for a full `NM`, and where nobody can say.
     """
     if not _checks.is_concrete(sparsity):
         return True
@@ -113,15 +83,7 @@ def may_have_lost_more(sparsity: Any, pattern: Pattern) -> bool:
 
 
 def check_budget(revived: Revived, pattern: Pattern) -> None:
-    """Raises when something that is gone would have to come back.
-
-    Args:
-      revived: of each parameter that takes part.
-      pattern: the pattern.
-
-    Raises:
-      ValueError: it would, with the path of the first.
-    """
+    """Raises when something that is gone would have to come back."""
     asked = [(p, s, r) for p, s, r in revived if not may_have_lost_more(s, pattern)]
     if not asked or not all(_checks.is_concrete(r) for _, _, r in asked):
         return
@@ -137,14 +99,7 @@ def check_budget(revived: Revived, pattern: Pattern) -> None:
 
 
 def score_shapes(params: PyTree) -> PyTree:
-    """Parameters, but for complex ones the shapes of their scores, which are real.
-
-    Args:
-      params: a tree of arrays.
-
-    Returns:
-      A tree with their structure, to select by.
-    """
+    """Parameters, but for complex ones the shapes of their scores, which are real."""
 
     def one(w: Array) -> Any:
         if not jnp.iscomplexobj(w):
@@ -157,18 +112,7 @@ def score_shapes(params: PyTree) -> PyTree:
 def gone_before(
     masks: PyTree, params: PyTree, pattern: Pattern, selected: PyTree, axes: AxesRule
 ) -> PyTree:
-    """`gone_units` of a tree; False for what takes no part.
-
-    Args:
-      masks: what was pruned before, checked.
-      params: the parameters; only their shapes are looked at.
-      pattern: what lives or dies together.
-      selected: a tree of bools.
-      axes: as for `masks`.
-
-    Returns:
-      A tree of bools.
-    """
+    """`gone_units` of a tree; False for what takes no part."""
     stated = resolve_axes(params, axes)
 
     def one(path: str, mask: Array, w: Array, taken: bool) -> Array:
@@ -188,18 +132,7 @@ def targets(
     pattern: Pattern,
     selected: PyTree,
 ) -> list[Sparsity]:
-    """The sparsity after each cut, by equal factors of density.
-
-    Args:
-      gone: of `gone_before`; None for a dense model.
-      sparsity: after the last cut, a number or a tree.
-      steps: how many cuts.
-      pattern: who competes with whom.
-      selected: a tree of bools.
-
-    Returns:
-      One for each cut.
-    """
+    """The sparsity after each cut, by equal factors of density."""
     if steps == 1:
         return [sparsity]
     if gone is None:

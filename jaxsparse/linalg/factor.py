@@ -15,15 +15,7 @@ _SUBSTITUTED = 16  # rows below which products are too small to pay
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """`a @ b` in the full precision of its type, on every device.
-
-    Args:
-      a: `[..., i, j]`.
-      b: `[..., j, k]`.
-
-    Returns:
-      `[..., i, k]`.
-    """
+    """`a @ b` in the full precision of its type, on every device."""
     return jnp.matmul(a, b, precision=HIGHEST)
 
 
@@ -33,12 +25,6 @@ def inverse_lower(lower: Array) -> Array:
     From `[[A, 0], [C, D]]^-1 = [[A^-1, 0], [-D^-1 C A^-1, D^-1]]`: the inverses of all
     diagonal blocks of one size give those of twice the size, all at once. The smallest
     are substituted.
-
-    Args:
-      lower: `[..., n, n]`; what is above the diagonal is not looked at.
-
-    Returns:
-      `[..., n, n]`, zeros above the diagonal.
     """
     n, lead = lower.shape[-1], lower.shape[:-2]
     blocks = 1
@@ -89,27 +75,12 @@ def _below_diagonal(lower: Array, pairs: int, size: int) -> Array:
 
 
 def inverse_root(matrix: Array) -> Array:
-    """The lower-triangular `R` with `R^T R = A^-1`, from Cholesky's `A = L L^T`.
-
-    Args:
-      matrix: `[..., n, n]`, symmetric positive definite.
-
-    Returns:
-      `R = L^-1`, `[..., n, n]`; NaN where `A` is not positive definite.
-    """
+    """The lower-triangular `R` with `R^T R = A^-1`, from Cholesky's `A = L L^T`."""
     return inverse_lower(jnp.linalg.cholesky(matrix, symmetrize_input=False))
 
 
 def solve(matrix: Array, x: Array) -> Array:
-    """`A^-1 x` for symmetric positive definite `A`.
-
-    Args:
-      matrix: `[..., n, n]`.
-      x: `[..., n]`.
-
-    Returns:
-      `[..., n]`.
-    """
+    """`A^-1 x` for symmetric positive definite `A`."""
     root = inverse_root(matrix)
     y = jnp.einsum("...ab,...b->...a", root, x, precision=HIGHEST)
     return jnp.einsum("...ab,...a->...b", root, y, precision=HIGHEST)

@@ -41,7 +41,7 @@ def ordered_mean(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxsparse.patterns._exact import ordered_mean
+      >>> from jaxsparse.linalg.ordered import ordered_mean
       >>> ordered_mean(jnp.array([[1.0, 2.0, 6.0], [1.0, 1.0, 1.0]]), (1,)).tolist()
       [[3.0], [1.0]]
     """
@@ -64,17 +64,6 @@ def ordered_sum(
     """A sum of any kind, bit for bit the same however it is split.
 
     Its derivative is that of the plain sum.
-
-    Args:
-      x: floating point, at least float32.
-      axes: the axes to sum over first, which stay with size 1.
-      add: sums up what is left of them.
-      most: like the result, the largest magnitude of each sum's terms.
-      here: the same where the terms are: what broadcasts to `x`.
-      n: how many terms a sum has at most.
-
-    Returns:
-      The sums.
     """
     with jax.enable_x64(True):
         total = jnp.zeros(most.shape, jnp.float64)

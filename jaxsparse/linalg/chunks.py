@@ -23,12 +23,6 @@ def is_spread(*arrays: Array) -> bool:
 
     A loop over an axis that is sharded would fetch every slice from another device. So
     there the work is done at once, each device on its part.
-
-    Args:
-      *arrays: arrays, possibly traced.
-
-    Returns:
-      True where the mesh is known while tracing.
     """
     return any(not jax.typeof(x).sharding.mesh.empty for x in arrays)
 
@@ -36,18 +30,7 @@ def is_spread(*arrays: Array) -> bool:
 def in_parts(
     total: int, part: int, body: Callable[[Any, int, Any], Any], carry: Any
 ) -> Any:
-    """A loop over `range(total)` in parts of a static size, the last one smaller.
-
-    Args:
-      total: how many.
-      part: how many a turn.
-      body: `body(start, size, carry) -> carry`; `size` is a Python integer, `start` is
-        traced.
-      carry: a tree of arrays.
-
-    Returns:
-      The last carry.
-    """
+    """A loop over `range(total)` in parts of a static size, the last one smaller."""
     if total >= part:
         turn = lambda i, carry: body(i * part, part, carry)
         carry = lax.fori_loop(0, _opaque(total // part), turn, carry)
@@ -68,15 +51,6 @@ def cut(x: Array, start: Array, size: int, axis: int = 0) -> Array:
 
     It is tied to the turn. Else XLA, on CPU, makes a float32 copy of a whole bfloat16
     array in front of the loop.
-
-    Args:
-      x: an array from outside the loop.
-      start: the first index.
-      size: how many.
-      axis: along which axis.
-
-    Returns:
-      `x[start : start + size]` along the axis.
     """
     return lax.dynamic_slice_in_dim(after(start, x), start, size, axis)
 
@@ -89,21 +63,7 @@ def over_blocks(
     whole: tuple[Array, ...] = (),
     in_place: bool = False,
 ) -> Any:
-    """`f(*arrays)` for a function of independent blocks, a chunk of them at a time.
-
-    Args:
-      f: takes and returns trees of arrays whose leading axes number blocks; after
-        these it takes what is in `whole`.
-      lead: these axes.
-      floats: how many float64 of scratch `f` needs for a block.
-      *arrays: trees of arrays `[*lead, ...]`.
-      whole: arrays that are the same for all blocks.
-      in_place: whether results take the place of the first argument, chunk by chunk;
-        they have to be of its shapes and types.
-
-    Returns:
-      What `f(*arrays, *whole)` returns.
-    """
+    """`f(*arrays)` for a function of independent blocks, a chunk of them at a time."""
     total = math.prod(lead)
     mesh = explicit_mesh(jax.tree.leaves(arrays))
     if mesh is not None:

@@ -69,24 +69,7 @@ def block_layout(
     axes: Axes | None = None,
     pattern: patterns.Pattern = patterns.Unstructured(),
 ) -> BlockLayout:
-    """The blocks of a parameter.
-
-    Args:
-      path: the parameter's path.
-      shape: its shape.
-      block_size: the weights of a block.
-      axes: its axes, where the caller stated them. By default a matrix is `(in, out)`
-        and an array of four or more axes `(*window, in, out)`; any other parameter is
-        read as it lies.
-      pattern: its units, tiles or N:M groups, are kept whole.
-
-    Returns:
-      A layout.
-
-    Raises:
-      ValueError: more weights in a block than in a layer, or a pattern whose units do
-        not fit into blocks.
-    """
+    """The blocks of a parameter."""
     ndim = len(shape)
     if axes is None and (ndim == 2 or ndim >= 4):
         axes = default_axes(path, jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -158,15 +141,7 @@ def _tiled(shape, axes: Axes, a: int, b: int):
 
 
 def to_blocks(x: Array, layout: BlockLayout) -> Array:
-    """Cuts an array of a parameter's shape into blocks, the last one padded with zeros.
-
-    Args:
-      x: `[..., *shape]`.
-      layout: the parameter's.
-
-    Returns:
-      `[..., *lead, block_size]`.
-    """
+    """Cuts an array of a parameter's shape into blocks, the last one padded with zeros."""
     extra = x.ndim - len(layout.shape)
     front = x.shape[:extra]
     x = x.reshape(*front, *layout.split)
@@ -180,15 +155,7 @@ def to_blocks(x: Array, layout: BlockLayout) -> Array:
 
 
 def from_blocks(blocks: Array, layout: BlockLayout) -> Array:
-    """Puts blocks together again.
-
-    Args:
-      blocks: `[*lead, block_size]`.
-      layout: the parameter's.
-
-    Returns:
-      An array of the parameter's shape.
-    """
+    """Puts blocks together again."""
     if layout.blocks * layout.block_size != layout.per_layer:
         layers = layout.ordered[: layout.layers]
         blocks = blocks.reshape(*layers, layout.blocks * layout.block_size)
@@ -199,16 +166,7 @@ def from_blocks(blocks: Array, layout: BlockLayout) -> Array:
 
 
 def block_sharding(x: Any, layout: BlockLayout) -> NamedSharding | None:
-    """How the blocks of a parameter lie: as it does, where blocks end with its axes.
-
-    Args:
-      x: the parameter.
-      layout: the parameter's.
-
-    Returns:
-      A sharding for `[*lead, ...]`; None where it is not known, for instance under a
-      jit on a mesh with automatic axes.
-    """
+    """How the blocks of a parameter lie: as it does, where blocks end with its axes."""
     found = getattr(x, "sharding", None)
     if not isinstance(found, NamedSharding) or found.mesh.size == 1:
         return None
@@ -225,13 +183,5 @@ def block_sharding(x: Any, layout: BlockLayout) -> NamedSharding | None:
 
 
 def check_block_size(block_size: int) -> None:
-    """Raises unless it is a positive integer.
-
-    Args:
-      block_size: what the caller passed.
-
-    Raises:
-      ValueError: below 1.
-      TypeError: no integer.
-    """
+    """Raises unless it is a positive integer."""
     _checks.check_positive_int(block_size, name="block_size")

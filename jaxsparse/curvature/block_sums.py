@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._dtypes import widest
 from jaxsparse._loops import when
 from jaxsparse._typing import Array
-from jaxsparse.curvature import _triangle
-from jaxsparse.curvature._chunks import (
+from jaxsparse.curvature.layout import BlockLayout, to_blocks
+from jaxsparse.linalg import triangle as _triangle
+from jaxsparse.linalg.chunks import (
     SCRATCH_BYTES,
     SLAB_BYTES,
     cut,
@@ -20,57 +22,28 @@ from jaxsparse.curvature._chunks import (
     is_spread,
     over_blocks,
 )
-from jaxsparse.curvature._factor import HIGHEST
-from jaxsparse.curvature._layout import BlockLayout, to_blocks
-from jaxsparse.curvature._trees import widest
-from jaxsparse.curvature._triangle import Triangle
+from jaxsparse.linalg.factor import HIGHEST
+from jaxsparse.linalg.triangle import Triangle
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "accurate"))
 def sum_up(
     sums: Triangle, g: Array, *, layout: BlockLayout, accurate: bool
 ) -> Triangle:
-    """Adds `g_i g_i^T` of all gradients.
-
-    Args:
-      sums: those so far, `[*lead, b, b]`.
-      g: `[m, *shape]`.
-      layout: the parameter's.
-      accurate: whether to add in float64.
-
-    Returns:
-      The new sums.
-    """
+    """Adds `g_i g_i^T` of all gradients."""
     return _sum_up(sums, g, layout, accurate)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "accurate"))
 def sum_up_anew(g: Array, *, layout: BlockLayout, accurate: bool) -> Triangle:
-    """`sum_up` from zero.
-
-    Args:
-      g: `[m, *shape]`.
-      layout: the parameter's.
-      accurate: whether to add in float64.
-
-    Returns:
-      The sums.
-    """
+    """`sum_up` from zero."""
     zeros = _triangle.zeros(layout.lead, layout.block_size, widest([g]))
     return _sum_up(zeros, g, layout, accurate)
 
 
 @jax.jit
 def add_sums(sums: Triangle, other: Triangle) -> Triangle:
-    """The sums of two parts of the gradients, in float64.
-
-    Args:
-      sums: of one part.
-      other: of the other.
-
-    Returns:
-      Those of both.
-    """
+    """The sums of two parts of the gradients, in float64."""
     *lead, b, _ = sums.square.shape
 
     def plus(*parts: Triangle) -> Triangle:
@@ -85,16 +58,7 @@ def add_sums(sums: Triangle, other: Triangle) -> Triangle:
 
 @functools.partial(jax.jit, static_argnames="layout")
 def masked_sums(sums: Triangle, mask: Array, *, layout: BlockLayout) -> Triangle:
-    """The sums as if some weights had never had a gradient.
-
-    Args:
-      sums: `[*lead, b, b]`.
-      mask: bools of the parameter's shape, True = kept.
-      layout: the parameter's.
-
-    Returns:
-      The sums with zeros in the rows and columns of the others.
-    """
+    """The sums as if some weights had never had a gradient."""
     kept = to_blocks(mask, layout)
     both = kept[..., :, None] & kept[..., None, :]
     zero = jnp.zeros((), sums.square.dtype)

@@ -18,19 +18,6 @@ def nm_mask(path: str, scores: Array, keep: Array, pattern: NM, axes: Axes) -> A
     with a larger score, and among equals those with a lower index. That takes
     `of * (of - 1)` comparisons, needs no sort and no communication, and fuses into one
     pass.
-
-    Args:
-      path: the parameter's path, for the message.
-      scores: one score a weight.
-      keep: how many of a group stay, possibly traced.
-      pattern: the size of a group.
-      axes: the kernel's axes, counted from the front.
-
-    Returns:
-      A bool array of the shape of `scores`.
-
-    Raises:
-      ValueError: `pattern.of` does not divide the number of inputs.
     """
     grouped, axis = group_inputs(path, scores, pattern, axes)
     keys = ordered_keys(grouped)
@@ -51,21 +38,7 @@ def nm_mask(path: str, scores: Array, keep: Array, pattern: NM, axes: Axes) -> A
 
 
 def group_inputs(path: str, x: Array, pattern: NM, axes: Axes) -> tuple[Array, int]:
-    """Splits the input axes of a kernel into groups of `pattern.of`.
-
-    Args:
-      path: the parameter's path, for the message.
-      x: an array of the kernel's shape.
-      pattern: the size of a group.
-      axes: the kernel's axes, counted from the front.
-
-    Returns:
-      The array in a shape that has the members of a group along one axis, and which
-      axis that is.
-
-    Raises:
-      ValueError: `pattern.of` does not divide the number of inputs.
-    """
+    """Splits the input axes of a kernel into groups of `pattern.of`."""
     of, shape = pattern.of, x.shape
     d_in = math.prod(shape[a] for a in axes.input)
     if d_in % of:

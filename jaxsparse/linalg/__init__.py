@@ -1,0 +1,1 @@
+"""Dense linear algebra in chunks, exact sums. The library's own use."""
