@@ -31,9 +31,9 @@ MOST = {
     "init of enforce": 18,
     "update of enforce": 70,
     "check": 2,
-    "calibration": 6,
+    "calibration": 7,
     "wanda": 49,
-    "layerwise": 24,
+    "layerwise": 29,
     "group_scores": 30,
     "sparsity_of": 0,
 }
