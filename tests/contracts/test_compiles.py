@@ -29,7 +29,7 @@ MOST = {
     "prune channels": 2,
     "prune by outputs": 3,
     "init of enforce": 18,
-    "update of enforce": 75,
+    "update of enforce": 70,
     "check": 2,
     "calibration": 7,
     "wanda": 49,
