@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import jaxsparse as js
-from jaxsparse.curvature import _block_sums, _blocks
+from jaxsparse.curvature import _blocks
+from jaxsparse.curvature import block_sums as _block_sums
 
 sequential = None
 try:

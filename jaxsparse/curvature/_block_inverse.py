@@ -84,7 +84,7 @@ def block_greedy(
     layout: BlockLayout,
     most: int | None = None,
 ) -> Array:
-    """The loss at which greedy OBS removes each weight, one after another in a block."""
+    """The loss at which greedy OBS removes each weight, one by one in a block."""
     b, stored, unit = layout.block_size, root.square.dtype, layout.unit
 
     def greedy(root: Triangle, w: Array, alive: Array) -> Array:

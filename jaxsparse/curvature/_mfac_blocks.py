@@ -157,7 +157,7 @@ def rows_eliminate(
 
 
 def restrict_rows(fisher: BlockMFac, masks: list[Array]) -> BlockMFac:
-    """`restrict` for M-FAC in blocks: gradients of pruned weights become 0, in a copy."""
+    """`restrict` for M-FAC in blocks: gradients of pruned weights become 0."""
     rows = []
     for g, mask, layout in zip(fisher.rows, masks, fisher.layouts, strict=True):
         kept = to_blocks(mask, layout)[..., None, :]

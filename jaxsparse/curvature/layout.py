@@ -141,7 +141,7 @@ def _tiled(shape, axes: Axes, a: int, b: int):
 
 
 def to_blocks(x: Array, layout: BlockLayout) -> Array:
-    """Cuts an array of a parameter's shape into blocks, the last one padded with zeros."""
+    """Cuts an array of a parameter's shape into blocks, the last padded with zeros."""
     extra = x.ndim - len(layout.shape)
     front = x.shape[:extra]
     x = x.reshape(*front, *layout.split)

@@ -41,7 +41,7 @@ def without_data(
     pattern: patterns.Pattern,
     dense: bool,
 ) -> tuple[solvers.Solved, Array]:
-    """Where nothing is known magnitude decides, whatever the solver; or nothing goes."""
+    """Where nothing is known magnitude decides, or nothing goes."""
 
     def one(w: Array, mask: Array | None) -> Array:
         if dense:

@@ -199,7 +199,7 @@ def finish(
 
 
 def on_mesh(f: Callable[..., Solved], w: Array, *rest: Any) -> Solved:
-    """`f(w, *rest)`, with the sharding of `w` stated where its mesh has explicit axes."""
+    """`f(w, *rest)`, with the sharding of `w` stated on a mesh with explicit axes."""
     mesh = explicit_mesh([w])
     if mesh is None:
         return f(w, *rest)

@@ -11,13 +11,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
-from jaxsparse.curvature import _kronecker_sums, _triangle
+from jaxsparse.curvature import _kronecker_sums
 from jaxsparse.curvature._kronecker import (
     kronecker_diagonal,
     kronecker_estimator,
     kronecker_fisher,
     kronecker_ihvp,
 )
+from jaxsparse.linalg import triangle as _triangle
 
 M = 6
 DAMPING = 0.03

@@ -11,7 +11,8 @@ from curvature.problems import DENSE, SIZE, assert_each_near, assert_near, by_bl
 from reference import second_order as ref
 
 import jaxsparse as js
-from jaxsparse.curvature import _chunks, _mfac_products
+from jaxsparse.curvature import _mfac_products
+from jaxsparse.linalg import chunks as _chunks
 
 DAMPING = 1e-2
 NAMES = ("conv", "kernel")
