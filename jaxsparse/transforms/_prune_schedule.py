@@ -216,6 +216,8 @@ def prune_schedule(
         return _calls.ask(function, *given, **known)
 
     def select(scored: PyTree, step: Any, of: Any = None) -> PyTree:
+        if of is not None and any(map(jnp.iscomplexobj, jax.tree.leaves(scored))):
+            scored, of = of(scored), None  # what takes part is told by real scores
         asked, taken = at(scored, step)
         return choose_masks(
             scored,

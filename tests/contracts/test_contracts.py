@@ -298,7 +298,8 @@ def differ(tree, other):
 
 
 def functions_of(package):
-    return {k for k, f in vars(package).items() if inspect.isfunction(f)}
+    every = vars(package).items()
+    return {k for k, f in every if inspect.isfunction(f) and not k.startswith("_")}
 
 
 # Scores.

@@ -59,11 +59,10 @@ def test_an_average_follows_its_recurrence():
     )
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    ["bfloat16", pytest.param("float16", marks=pytest.mark.usefixtures("float16"))],
-)
-def test_an_average_of_narrow_scores_is_kept_in_float32(dtype):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_average_of_narrow_scores_is_kept_in_float32(dtype, request):
+    if dtype == "float16":
+        request.getfixturevalue("float16")
     narrow = {"w": jnp.ones((2, 2), dtype)}
     score = js.scores.moving_average(js.scores.taylor, decay=0.999)
     state = score.init(narrow)
