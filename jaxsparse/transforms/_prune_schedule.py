@@ -10,15 +10,14 @@ import optax
 from jax import lax
 
 from jaxsparse import _calls, _checks, patterns, scores
-from jaxsparse._checks import is_concrete
 from jaxsparse._loops import when
 from jaxsparse._parts import in_parts
-from jaxsparse._together import each
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
 from jaxsparse.patterns.before import score_shapes
 from jaxsparse.patterns.selection import choose as choose_masks
 from jaxsparse.schedules.horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._enforce import enforce_chain
+from jaxsparse.transforms._first_masks import all_kept, check_masked
 from jaxsparse.transforms._leaks import most_leaked, regrew_in
 from jaxsparse.transforms._mfac import forget_pruned
 from jaxsparse.transforms._sparse_start import (
@@ -27,8 +26,8 @@ from jaxsparse.transforms._sparse_start import (
     warn_of_regrowth,
     warn_of_zeros,
 )
-from jaxsparse.transforms._state import PruneScheduleState, leaked_weights
-from jaxsparse.tree import AxesRule, by_rules, leaves_with_paths, like
+from jaxsparse.transforms._state import PruneScheduleState
+from jaxsparse.tree import AxesRule, by_rules, like
 from jaxsparse.tree import select as select_by
 
 _LOOK_FOR_LEAKS_EVERY = 100
@@ -105,7 +104,7 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
         """
         if masks is not None:
             masks = like(masks, params, name="masks")
-            _check_masked(params, masks)
+            check_masked(params, masks)
         state: Any = self._start(params, step, masks)
         if masks is not None:
             opt_state = forget_pruned(opt_state, state.masks, jnp.ones((), bool))
@@ -265,7 +264,7 @@ def prune_schedule(
         # Shapes do not depend on values, so this works for abstract parameters, and
         # says here what is wrong with the model.
         shapes = jax.eval_shape(lambda p: select(p, 0), score_shapes(params))
-        masks = _all_kept(shapes, params)
+        masks = all_kept(shapes, params)
         leaves = jax.tree.leaves(params)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
             return masks
@@ -370,36 +369,6 @@ def prune_schedule(
         return _hide(updates, masks), state
 
     return PruneSchedule(lambda params: start(params, 0, None), update_fn, start)
-
-
-def _check_masked(params: PyTree, masks: PyTree) -> None:
-    patterns.check_masks(masks, params)
-    named = leaves_with_paths(params)
-    counts = each(leaked_weights, [w for _, w in named], jax.tree.leaves(masks))
-    for (path, _), leaked in zip(named, counts, strict=True):
-        if is_concrete(leaked) and int(leaked):
-            raise ValueError(
-                f"{path}: {int(leaked)} weights are not zero under the adopted mask. "
-                "Mask them first: params = js.patterns.apply(params, masks)."
-            )
-
-
-def _all_kept(shapes: PyTree, params: PyTree) -> PyTree:
-    """Masks of ones that follow their parameters' shardings where they have a shape."""
-    leaves, treedef = jax.tree.flatten(shapes)
-    pairs = zip(leaves, jax.tree.leaves(params), strict=True)
-    like = {
-        i: w for i, (s, w) in enumerate(pairs) if s.shape == jnp.shape(w) and s.shape
-    }
-    found = dict(zip(like, each(_ones_like, list(like.values())), strict=True))
-    small = lambda shape: jnp.asarray(np.ones(shape, np.bool_))
-    return treedef.unflatten([
-        found[i] if i in found else small(s.shape) for i, s in enumerate(leaves)
-    ])
-
-
-def _ones_like(w: Array) -> Array:
-    return jnp.ones_like(w, dtype=bool)
 
 
 def _hide(grads: PyTree, masks: PyTree) -> PyTree:
