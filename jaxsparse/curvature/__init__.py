@@ -1,6 +1,6 @@
 """What the loss's second derivatives say: Fisher matrices and their inverses."""
 
-from jaxsparse.curvature import _block_inverse as _block_inverse
+from jaxsparse.curvature import _block_inverse as _block_inverse  # what blocks answer
 from jaxsparse.curvature._blocks import BlockFisher as BlockFisher
 from jaxsparse.curvature._blocks import block_estimator as block_estimator
 from jaxsparse.curvature._blocks import block_fisher as block_fisher

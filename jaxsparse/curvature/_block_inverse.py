@@ -15,7 +15,13 @@ from jaxsparse.curvature._trees import check_factor, for_each
 from jaxsparse.curvature.layout import BlockLayout, from_blocks, to_blocks
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.chunks import over_blocks
-from jaxsparse.linalg.factor import HIGHEST, inverse_lower, inverse_root, matmul
+from jaxsparse.linalg.factor import (
+    HIGHEST,
+    by_root,
+    inverse_lower,
+    inverse_root,
+    matmul,
+)
 from jaxsparse.linalg.triangle import Triangle
 
 
@@ -40,8 +46,7 @@ def block_ihvp(root: Triangle, x: Array, *, layout: BlockLayout) -> Array:
 
     def product(r: Array, x: Array) -> Array:
         # What stands above the diagonal, low parts scaled down, is far below rounding.
-        y = jnp.einsum("...ab,...b->...a", r, x, precision=HIGHEST)
-        return jnp.einsum("...ab,...a->...b", r, y, precision=HIGHEST)
+        return by_root(r, x)
 
     x = to_blocks(x.astype(r.dtype), layout)
     floats = max(
@@ -204,9 +209,7 @@ def block_eliminate(
         eye = jnp.broadcast_to(jnp.eye(b, dtype=jnp.float64), inverse.shape)
         half = inverse_root(jnp.where(both, inverse, eye))
         w = jnp.where(removed, w.astype(jnp.float64), 0)
-        y = jnp.einsum("...ab,...b->...a", half, w, precision=HIGHEST)
-        y = jnp.einsum("...ab,...a->...b", half, y, precision=HIGHEST)
-        y = jnp.where(removed, y, 0)
+        y = jnp.where(removed, by_root(half, w), 0)
         change = -jnp.einsum("...ab,...b->...a", inverse, y, precision=HIGHEST)
         return jnp.where(removed, -w, change).astype(stored)
 

@@ -11,7 +11,12 @@ from jaxsparse import _checks, patterns
 from jaxsparse._dtypes import widest
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature._estimator import Estimator, Form, Sums, at_once, streamed
-from jaxsparse.curvature._trees import STATIC, check_factor, mean_diagonal
+from jaxsparse.curvature._trees import (
+    STATIC,
+    check_factor,
+    mean_diagonal,
+    paths_of_layouts,
+)
 from jaxsparse.curvature.block_sums import add_sums, sum_up
 from jaxsparse.curvature.layout import (
     BlockLayout,
@@ -50,10 +55,7 @@ class BlockFisher:
     layouts: tuple[BlockLayout, ...] = dataclasses.field(metadata=STATIC)
     accurate: bool = dataclasses.field(metadata=STATIC)
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of the parameters that take part."""
-        return tuple(layout.path for layout in self.layouts)
+    paths = paths_of_layouts
 
 
 def block_fisher(

@@ -17,6 +17,7 @@ from jaxsparse.curvature._trees import (
     for_each,
     gradient_leaves,
     largest_number,
+    paths_of_layouts,
     without_m,
 )
 from jaxsparse.curvature.layout import (
@@ -27,7 +28,7 @@ from jaxsparse.curvature.layout import (
 )
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.chunks import over_blocks
-from jaxsparse.linalg.factor import HIGHEST, inverse_root
+from jaxsparse.linalg.factor import HIGHEST, by_root, inverse_root
 from jaxsparse.linalg.triangle import Triangle
 from jaxsparse.tree import AxesRule
 
@@ -55,10 +56,7 @@ class BlockMFac:
     layouts: tuple[BlockLayout, ...] = dataclasses.field(metadata=STATIC)
     accurate: bool = dataclasses.field(metadata=STATIC)
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of the parameters that take part."""
-        return tuple(layout.path for layout in self.layouts)
+    paths = paths_of_layouts
 
 
 def mfac_in_blocks(
@@ -116,8 +114,7 @@ def rows_ihvp(
         rows = rows.astype(stored)
         # What stands above the diagonal of r is below the rounding of the rest.
         y = jnp.einsum("...mb,...b->...m", rows, x, precision=HIGHEST)
-        y = jnp.einsum("...nm,...m->...n", r, y, precision=HIGHEST)
-        y = jnp.einsum("...nm,...n->...m", r, y, precision=HIGHEST)
+        y = by_root(r, y)
         back = jnp.einsum("...mb,...m->...b", rows, y, precision=HIGHEST)
         return (x - back) / damping
 
@@ -172,8 +169,7 @@ def rows_eliminate(
         kept_rows = jnp.where(k[..., None, :], g, jnp.zeros((), wide))
         r = _root(kept_rows, damping.astype(wide))
         y = jnp.einsum("...mb,...b->...m", g, w, precision=HIGHEST)
-        y = jnp.einsum("...nm,...m->...n", r, y, precision=HIGHEST)
-        y = jnp.einsum("...nm,...n->...m", r, y, precision=HIGHEST)
+        y = by_root(r, y)
         back = jnp.einsum("...mb,...m->...b", kept_rows, y, precision=HIGHEST)
         return (back - w).astype(stored)
 

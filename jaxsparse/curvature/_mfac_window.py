@@ -6,7 +6,7 @@ With m rows `G` the empirical Fisher matrix and the small system behind its inve
     F^-1 x = (x - G^T S^-1 G x) / damping,
 
 and for the gradient `g_j` of row j, without that difference of nearly equal numbers,
-`F^-1 g_j = m G^T S^-1 e_j`. `S` is kept factored (`_sliding_factor`). Gradients stay
+`F^-1 g_j = m G^T S^-1 e_j`. `S` is kept factored (`linalg.sliding`). Gradients stay
 trees: there is no copy of all parameters in one vector, and none of `G`.
 """
 
@@ -22,7 +22,6 @@ from jaxsparse import _checks, _sharded
 from jaxsparse._dtypes import widest
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.curvature import _sliding_factor as sliding
 from jaxsparse.curvature._gradient_rows import (
     combine,
     everywhere,
@@ -31,6 +30,7 @@ from jaxsparse.curvature._gradient_rows import (
     squares,
 )
 from jaxsparse.curvature._trees import check_damping
+from jaxsparse.linalg import sliding
 from jaxsparse.patterns import check_masks
 from jaxsparse.tree import leaves_with_paths, like, map_with_path
 
