@@ -15,7 +15,6 @@ from jaxsparse.curvature._trees import (
     STATIC,
     check_factor,
     mean_diagonal,
-    paths_of_layouts,
 )
 from jaxsparse.curvature.block_sums import add_sums, sum_up
 from jaxsparse.curvature.layout import (
@@ -55,7 +54,10 @@ class BlockFisher:
     layouts: tuple[BlockLayout, ...] = dataclasses.field(metadata=STATIC)
     accurate: bool = dataclasses.field(metadata=STATIC)
 
-    paths = paths_of_layouts
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the parameters that take part."""
+        return tuple(layout.path for layout in self.layouts)
 
 
 def block_fisher(

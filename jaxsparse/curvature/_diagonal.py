@@ -11,7 +11,7 @@ from jaxsparse._dtypes import widest
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature import dispatch
 from jaxsparse.curvature._estimator import Estimator, Form, Sums, at_once, streamed
-from jaxsparse.curvature._trees import STATIC, mean_diagonal, paths_of_layouts
+from jaxsparse.curvature._trees import STATIC, mean_diagonal
 from jaxsparse.tree import leaves_with_paths
 
 
@@ -45,7 +45,10 @@ class DiagonalFisher:
     treedef: Any = dataclasses.field(metadata=STATIC)
     layouts: tuple[Plain, ...] = dataclasses.field(metadata=STATIC)
 
-    paths = paths_of_layouts
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the parameters that take part."""
+        return tuple(layout.path for layout in self.layouts)
 
 
 def diagonal_fisher(

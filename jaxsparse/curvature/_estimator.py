@@ -18,7 +18,6 @@ from jaxsparse.curvature._trees import (
     for_each,
     gradient_leaves,
     leaves_at,
-    paths_of_layouts,
     without_m,
 )
 from jaxsparse.tree import select
@@ -60,7 +59,10 @@ class Sums:
     treedef: Any = dataclasses.field(metadata=STATIC)
     layouts: tuple[Any, ...] = dataclasses.field(metadata=STATIC)
 
-    paths = paths_of_layouts
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the parameters that take part."""
+        return tuple(layout.path for layout in self.layouts)
 
 
 class Form(NamedTuple):

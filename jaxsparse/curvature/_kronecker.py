@@ -21,7 +21,7 @@ from jaxsparse.curvature._kronecker_sums import (
     sum_up,
     traces,
 )
-from jaxsparse.curvature._trees import STATIC, for_each, paths_of_layouts
+from jaxsparse.curvature._trees import STATIC, for_each
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.triangle import Triangle
@@ -65,7 +65,10 @@ class KroneckerFisher:
     treedef: Any = dataclasses.field(metadata=STATIC)
     layouts: tuple[KernelLayout, ...] = dataclasses.field(metadata=STATIC)
 
-    paths = paths_of_layouts
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the parameters that take part."""
+        return tuple(layout.path for layout in self.layouts)
 
 
 def kronecker_fisher(

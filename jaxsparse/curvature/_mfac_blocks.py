@@ -17,7 +17,6 @@ from jaxsparse.curvature._trees import (
     for_each,
     gradient_leaves,
     largest_number,
-    paths_of_layouts,
     without_m,
 )
 from jaxsparse.curvature.layout import (
@@ -56,7 +55,10 @@ class BlockMFac:
     layouts: tuple[BlockLayout, ...] = dataclasses.field(metadata=STATIC)
     accurate: bool = dataclasses.field(metadata=STATIC)
 
-    paths = paths_of_layouts
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the parameters that take part."""
+        return tuple(layout.path for layout in self.layouts)
 
 
 def mfac_in_blocks(

@@ -17,12 +17,6 @@ STATIC = {"static": True}
 """Marks the fields of a pytree that are no arrays."""
 
 
-@property
-def paths_of_layouts(self: Any) -> tuple[str, ...]:
-    """The paths of the parameters that take part."""
-    return tuple(layout.path for layout in self.layouts)
-
-
 def gradient_leaves(grads: PyTree) -> tuple[list[str], list[Any], int]:
     """The leaves of a tree of gradients, and how many gradients it holds."""
     _checks.check_arrays(grads=grads)
