@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import jaxsparse as js
-from jaxsparse.curvature import _blocks
-from jaxsparse.curvature import block_sums as _block_sums
+from jaxsparse.curvature.block_sums import sum_up
+from jaxsparse.curvature.layout import block_layout
 
 sequential = None
 try:
@@ -103,12 +103,9 @@ def test_block_inverse(b, m, large, compare, record):
 
 def test_block_memory(large, record):
     shape, m, b = sizes(large), 64, 50
-    layout = _blocks._layouts(
-        {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, b, js.Unstructured(), None
-    )[0]
+    layout = block_layout("w", shape, block_size=b)
     g = jax.ShapeDtypeStruct((m, *shape), jnp.float32)
-    sum_up = _block_sums.sum_up_anew
-    compiled = sum_up.lower(g, layout=layout, accurate=True).compile()
+    compiled = sum_up.lower(None, g, layout=layout, accurate=True).compile()
     analysis = compiled.memory_analysis()
     d = int(np.prod(shape))
     record(

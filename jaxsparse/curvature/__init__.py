@@ -1,8 +1,6 @@
 """What the loss's second derivatives say: Fisher matrices and their inverses."""
 
-from jaxsparse.curvature._block_operations import greedy_scores as greedy_scores
-from jaxsparse.curvature._block_operations import group_scores as group_scores
-from jaxsparse.curvature._block_operations import inverse_blocks as inverse_blocks
+from jaxsparse.curvature import _block_inverse as _block_inverse  # what blocks answer
 from jaxsparse.curvature._blocks import BlockFisher as BlockFisher
 from jaxsparse.curvature._blocks import block_estimator as block_estimator
 from jaxsparse.curvature._blocks import block_fisher as block_fisher
@@ -11,7 +9,6 @@ from jaxsparse.curvature._diagonal import diagonal_estimator as diagonal_estimat
 from jaxsparse.curvature._diagonal import diagonal_fisher as diagonal_fisher
 from jaxsparse.curvature._estimator import Estimator as Estimator
 from jaxsparse.curvature._estimator import Sums as Sums
-from jaxsparse.curvature._fisher import Fisher as Fisher
 from jaxsparse.curvature._fisher import apart as apart
 from jaxsparse.curvature._fisher import check_covers as check_covers
 from jaxsparse.curvature._kronecker import KroneckerFisher as KroneckerFisher
@@ -30,13 +27,17 @@ from jaxsparse.curvature._mfac_window import (
     window_update_ihvp as window_update_ihvp,
 )
 from jaxsparse.curvature._operations import eliminate as eliminate
+from jaxsparse.curvature._operations import greedy_scores as greedy_scores
+from jaxsparse.curvature._operations import group_scores as group_scores
 from jaxsparse.curvature._operations import ihvp as ihvp
+from jaxsparse.curvature._operations import inverse_blocks as inverse_blocks
 from jaxsparse.curvature._operations import inverse_diagonal as inverse_diagonal
 from jaxsparse.curvature._operations import restrict as restrict
 from jaxsparse.curvature._per_example import collect_grads as collect_grads
 from jaxsparse.curvature._per_example import per_example_grads as per_example_grads
 from jaxsparse.curvature._per_example import stream_grads as stream_grads
 from jaxsparse.curvature._trees import check_one_damping as check_one_damping
+from jaxsparse.curvature.dispatch import Fisher as Fisher
 from jaxsparse.linalg.gram import GramFactor as GramFactor
 from jaxsparse.linalg.gram import damped_inverse as damped_inverse
 from jaxsparse.linalg.gram import factor_gram as factor_gram

@@ -9,15 +9,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._typing import Array
+from jaxsparse.curvature import dispatch
 from jaxsparse.curvature._blocks import BlockFisher, inverse_diagonals
-from jaxsparse.curvature._trees import check_factor
+from jaxsparse.curvature._trees import check_factor, for_each
 from jaxsparse.curvature.layout import BlockLayout, from_blocks, to_blocks
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.chunks import over_blocks
-from jaxsparse.linalg.factor import HIGHEST, inverse_lower, inverse_root, matmul
+from jaxsparse.linalg.factor import (
+    HIGHEST,
+    by_root,
+    inverse_lower,
+    inverse_root,
+    matmul,
+)
 from jaxsparse.linalg.triangle import Triangle
 
 
+def _answers(question: Any) -> Any:
+    """Registers a function of one parameter, its root first: the answer of blocks."""
+
+    def register(f: Any) -> Any:
+        @question.register
+        def _(fisher: BlockFisher, *columns: list[Array], **options: Any) -> list[Any]:
+            return for_each(f, fisher.layouts, fisher.roots, *columns, **options)
+
+        return f
+
+    return register
+
+
+@_answers(dispatch.ihvp)
 @functools.partial(jax.jit, static_argnames="layout")
 def block_ihvp(root: Triangle, x: Array, *, layout: BlockLayout) -> Array:
     """`F^-1 x = R^T (R x)`."""
@@ -25,8 +46,7 @@ def block_ihvp(root: Triangle, x: Array, *, layout: BlockLayout) -> Array:
 
     def product(r: Array, x: Array) -> Array:
         # What stands above the diagonal, low parts scaled down, is far below rounding.
-        y = jnp.einsum("...ab,...b->...a", r, x, precision=HIGHEST)
-        return jnp.einsum("...ab,...a->...b", r, y, precision=HIGHEST)
+        return by_root(r, x)
 
     x = to_blocks(x.astype(r.dtype), layout)
     floats = max(
@@ -36,32 +56,34 @@ def block_ihvp(root: Triangle, x: Array, *, layout: BlockLayout) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "size"))
-def block_groups(root: Triangle, *, layout: BlockLayout, size: int) -> Array:
-    """`[F^-1]_QQ` for the units Q of neighbouring weights."""
+def block_groups(root: Triangle, *, layout: BlockLayout, size: int | None) -> Array:
+    """`[F^-1]_QQ` for groups Q of neighbouring weights; of whole blocks for None."""
     b, stored = layout.block_size, root.square.dtype
 
     def groups(root: Triangle) -> Array:
-        r = _triangle.join(root, jnp.float64)
-        r = r.reshape(*r.shape[:-1], b // size, size)
-        products = jnp.einsum("...aqi,...aqj->...qij", r, r, precision=HIGHEST)
-        return products.astype(stored)
+        return _groups(root, size or b).astype(stored)
 
     with jax.enable_x64(True):
         return over_blocks(groups, layout.lead, 4 * b * b, root)
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "size"))
+def _groups(root: Triangle, size: int) -> Array:
+    """In float64, `[..., b // size, size, size]`."""
+    r = _triangle.join(root, jnp.float64)
+    r = r.reshape(*r.shape[:-1], r.shape[-1] // size, size)
+    return jnp.einsum("...aqi,...aqj->...qij", r, r, precision=HIGHEST)
+
+
+@_answers(dispatch.group_scores)
+@functools.partial(jax.jit, static_argnames="layout")
 def block_group_solve(
-    root: Triangle, w: Array, *, layout: BlockLayout, size: int
+    root: Triangle, w: Array, *, layout: BlockLayout
 ) -> tuple[Array, Array]:
     """Units of neighbouring weights, each removed on its own."""
-    b, stored = layout.block_size, root.square.dtype
+    b, size, stored = layout.block_size, layout.unit, root.square.dtype
 
     def solve(root: Triangle, w: Array) -> tuple[Array, Array]:
-        r = _triangle.join(root, jnp.float64)
-        r = r.reshape(*r.shape[:-1], b // size, size)
-        inverse = jnp.einsum("...aqi,...aqj->...qij", r, r, precision=HIGHEST)
-        half = inverse_root(inverse)
+        half = inverse_root(_groups(root, size))
         w = w.astype(jnp.float64).reshape(*w.shape[:-1], b // size, size)
         y = jnp.einsum("...ij,...j->...i", half, w, precision=HIGHEST)
         rho = jnp.sum(jnp.square(y), axis=-1, keepdims=True) / 2
@@ -75,6 +97,13 @@ def block_group_solve(
     return from_blocks(rho, layout), from_blocks(y, layout)
 
 
+def _inverse(root: Triangle) -> Array:
+    """`F^-1` in float64."""
+    r = _triangle.join(root, jnp.float64)
+    return jnp.einsum("...ka,...kb->...ab", r, r, precision=HIGHEST)
+
+
+@_answers(dispatch.greedy_scores)
 @functools.partial(jax.jit, static_argnames=("layout", "most"))
 def block_greedy(
     root: Triangle,
@@ -88,8 +117,7 @@ def block_greedy(
     b, stored, unit = layout.block_size, root.square.dtype, layout.unit
 
     def greedy(root: Triangle, w: Array, alive: Array) -> Array:
-        r = _triangle.join(root, jnp.float64)
-        inverse = jnp.einsum("...ka,...kb->...ab", r, r, precision=HIGHEST)
+        inverse = _inverse(root)
         w = jnp.where(alive, w.astype(jnp.float64), 0)
         index = jnp.broadcast_to(jnp.arange(b), w.shape)
 
@@ -167,6 +195,7 @@ block_restrict = jax.jit(_restrict, **_options)
 block_restrict_in_place = jax.jit(_restrict, donate_argnums=0, **_options)
 
 
+@_answers(dispatch.eliminate)
 @functools.partial(jax.jit, static_argnames="layout")
 def block_eliminate(
     root: Triangle, w: Array, removed: Array, kept: Array, *, layout: BlockLayout
@@ -175,15 +204,12 @@ def block_eliminate(
     b, stored = layout.block_size, root.square.dtype
 
     def eliminate(w: Array, root: Triangle, removed: Array) -> Array:
-        r = _triangle.join(root, jnp.float64)
-        inverse = jnp.einsum("...ka,...kb->...ab", r, r, precision=HIGHEST)
+        inverse = _inverse(root)
         both = removed[..., :, None] & removed[..., None, :]
         eye = jnp.broadcast_to(jnp.eye(b, dtype=jnp.float64), inverse.shape)
         half = inverse_root(jnp.where(both, inverse, eye))
         w = jnp.where(removed, w.astype(jnp.float64), 0)
-        y = jnp.einsum("...ab,...b->...a", half, w, precision=HIGHEST)
-        y = jnp.einsum("...ab,...a->...b", half, y, precision=HIGHEST)
-        y = jnp.where(removed, y, 0)
+        y = jnp.where(removed, by_root(half, w), 0)
         change = -jnp.einsum("...ab,...b->...a", inverse, y, precision=HIGHEST)
         return jnp.where(removed, -w, change).astype(stored)
 
@@ -193,16 +219,26 @@ def block_eliminate(
     return jnp.where(kept | removed, from_blocks(change, layout), 0)
 
 
-def restrict_blocks(
-    fisher: BlockFisher, masks: list[Array], *, donate: bool = False
-) -> BlockFisher:
-    """`restrict` for a block Fisher matrix."""
+@jax.jit
+def _least_pivot(root: Triangle) -> Array:
+    """Of the inverse, as a square root."""
+    return jnp.min(_triangle.diagonal(root))
+
+
+# What needs more than one parameter's root.
+
+
+@dispatch.inverse_diagonal.register
+def _(fisher: BlockFisher) -> list[Array]:
+    return for_each(_from_blocks, fisher.layouts, fisher.diagonals)
+
+
+@dispatch.restrict.register
+def _(fisher: BlockFisher, masks: list[Array], *, donate: bool) -> BlockFisher:
     least = tuple(map(_least_pivot, fisher.roots))
     one = block_restrict_in_place if donate else block_restrict
-    roots = tuple(
-        one(r, mask, fisher.damping, layout=layout, accurate=fisher.accurate)
-        for r, mask, layout in zip(fisher.roots, masks, fisher.layouts, strict=True)
-    )
+    options = {"damping": fisher.damping, "accurate": fisher.accurate}
+    roots = tuple(for_each(one, fisher.layouts, fisher.roots, masks, **options))
     diagonals = tuple(map(inverse_diagonals, roots))
     for path, pivot, d in zip(fisher.paths, least, diagonals, strict=True):
         largest = lambda p=pivot: 1 / jnp.square(p)
@@ -210,7 +246,17 @@ def restrict_blocks(
     return dataclasses.replace(fisher, roots=roots, diagonals=diagonals)
 
 
-@jax.jit
-def _least_pivot(root: Triangle) -> Array:
-    """Of the inverse, as a square root."""
-    return jnp.min(_triangle.diagonal(root))
+@dispatch.inverse_blocks.register
+def _(fisher: BlockFisher, *, size: int | None) -> list[Array]:
+    for layout in fisher.layouts:
+        if size is not None and layout.block_size % size:
+            raise ValueError(
+                f"{layout.path}: groups of {size} weights do not fill blocks of "
+                f"{layout.block_size}. Choose a block_size that {size} divides."
+            )
+    groups = for_each(block_groups, fisher.layouts, fisher.roots, size=size)
+    return groups if size else [blocks[..., 0, :, :] for blocks in groups]
+
+
+# Without jit each of its steps would make a copy.
+_from_blocks = jax.jit(from_blocks, static_argnames="layout")

@@ -10,38 +10,27 @@ import jax.numpy as jnp
 from jaxsparse import _checks, patterns
 from jaxsparse._dtypes import widest
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.curvature._estimator import Estimator, Sums, merge_by
+from jaxsparse.curvature._estimator import Estimator, Form, Sums, at_once, streamed
 from jaxsparse.curvature._trees import (
-    absolute_damping,
+    STATIC,
     check_factor,
-    check_finite,
-    check_one_damping,
-    gradient_leaves,
-    leaves_at,
     mean_diagonal,
 )
-from jaxsparse.curvature.block_sums import add_sums, sum_up, sum_up_anew
+from jaxsparse.curvature.block_sums import add_sums, sum_up
 from jaxsparse.curvature.layout import (
     BlockLayout,
-    block_layout,
+    block_layouts,
     block_sharding,
     check_block_size,
 )
 from jaxsparse.linalg import triangle as _triangle
-from jaxsparse.linalg.chunks import (
-    over_blocks,
-)
+from jaxsparse.linalg.chunks import over_blocks
 from jaxsparse.linalg.factor import inverse_root
 from jaxsparse.linalg.triangle import Triangle
-from jaxsparse.patterns import Pattern
-from jaxsparse.tree import AxesRule, leaves_with_paths, resolve_axes, select
+from jaxsparse.tree import AxesRule
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["roots", "diagonals", "damping"],
-    meta_fields=["treedef", "layouts", "accurate"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockFisher:
     """The inverse of a damped block-diagonal Fisher matrix, as its square root.
@@ -61,9 +50,9 @@ class BlockFisher:
     roots: tuple[Triangle, ...]
     diagonals: tuple[Array, ...]
     damping: Array
-    treedef: Any
-    layouts: tuple[BlockLayout, ...]
-    accurate: bool
+    treedef: Any = dataclasses.field(metadata=STATIC)
+    layouts: tuple[BlockLayout, ...] = dataclasses.field(metadata=STATIC)
+    accurate: bool = dataclasses.field(metadata=STATIC)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -141,18 +130,8 @@ def block_fisher(
       >>> js.curvature.inverse_diagonal(fisher)
       {'w': Array([0.25, 0.25], dtype=float32)}
     """
-    _checks.check_pattern(Pattern, pattern)
-    _checks.check_axes(axes)
-    check_one_damping(damping, rel_damping)
-    paths, leaves, m = gradient_leaves(grads)
-    layouts = _layouts(_without_m(grads), block_size, pattern, axes)
-    summed = tuple(
-        sum_up_anew(g, layout=layout, accurate=accurate)
-        for g, layout in zip(leaves, layouts, strict=True)
-    )
-    check_finite(paths, leaves, map(largest_diagonal, summed))
-    sums = Sums(summed, jnp.int32(m), jax.tree.structure(grads), layouts)
-    return _finalize(_root_in_place, sums, damping, rel_damping, accurate)
+    form = _form(block_size, pattern, axes, accurate)
+    return at_once(form, grads, damping, rel_damping)
 
 
 def block_estimator(
@@ -192,70 +171,28 @@ def block_estimator(
       [[0.25 0.25]]
       [[0.0625 0.0625]]
     """
-    _checks.check_pattern(Pattern, pattern)
-    _checks.check_where(where)
+    return streamed(_form(block_size, pattern, axes, accurate), where)
+
+
+def _form(
+    block_size: int, pattern: patterns.Pattern, axes: AxesRule, accurate: bool
+) -> Form:
+    _checks.check_pattern(patterns.Pattern, pattern)
     _checks.check_axes(axes)
     check_block_size(block_size)
 
-    def init(params: PyTree) -> Sums:
-        keep = lambda w, taken: w if taken else None
-        params = jax.tree.map(keep, params, select(params, where))
-        layouts = _layouts(params, block_size, pattern, axes)
-        leaves = jax.tree.leaves(params)
-        sums = tuple(
-            _triangle.zeros(
-                layout.lead, block_size, widest([w]), device=block_sharding(w, layout)
-            )
-            for layout, w in zip(layouts, leaves, strict=True)
-        )
-        return Sums(sums, jnp.int32(0), jax.tree.structure(params), layouts)
+    def zeros(w: Array, layout: BlockLayout) -> Triangle:
+        lie = block_sharding(w, layout)
+        return _triangle.zeros(layout.lead, block_size, widest([w]), device=lie)
 
-    def update(sums: Sums, grads: PyTree) -> Sums:
-        gradient_leaves(grads)
-        shapes = [layout.shape for layout in sums.layouts]
-        leaves = leaves_at(grads, sums.paths, shapes, name="grads", extra=1)
-        new = tuple(
-            sum_up(s, g, layout=layout, accurate=accurate)
-            for s, g, layout in zip(sums.sums, leaves, sums.layouts, strict=True)
-        )
-        check_finite(sums.paths, leaves, map(largest_diagonal, new))
-        return dataclasses.replace(
-            sums, sums=new, count=sums.count + leaves[0].shape[0]
-        )
-
-    def finalize(
-        sums: Sums,
-        *,
-        damping: float | Array | None = None,
-        rel_damping: float | Array | None = None,
-        donate: bool = False,
-    ) -> BlockFisher:
-        check_one_damping(damping, rel_damping)
-        _checks.check_bool(donate=donate)
-        if _checks.is_concrete(sums.count) and int(sums.count) == 0:
-            raise ValueError("No gradients were summed up (m = 0): call update first.")
-        root = _root_in_place if donate else _root
-        return _finalize(root, sums, damping, rel_damping, accurate)
-
-    return Estimator(init, update, merge_by(add_sums), finalize)
-
-
-def _without_m(grads: PyTree) -> PyTree:
-    return jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
-
-
-def _layouts(params: PyTree, block_size, pattern, axes) -> tuple[BlockLayout, ...]:
-    check_block_size(block_size)
-    stated = resolve_axes(params, axes)
-    return tuple(
-        block_layout(
-            path,
-            tuple(w.shape),
-            block_size=block_size,
-            axes=stated.get(path),
-            pattern=pattern,
-        )
-        for path, w in leaves_with_paths(params)
+    return Form(
+        layouts=lambda params: block_layouts(params, block_size, axes, pattern=pattern),
+        zeros=zeros,
+        add=functools.partial(sum_up, accurate=accurate),
+        merge=add_sums,
+        largest=_largest_diagonal,
+        mean=_mean,
+        finalize=functools.partial(_finalize, accurate=accurate),
     )
 
 
@@ -279,13 +216,20 @@ _root = jax.jit(_root_, static_argnames="accurate")
 _root_in_place = jax.jit(_root_, static_argnames="accurate", donate_argnums=0)
 
 
-def _finalize(root, sums: Sums, damping, rel_damping, accurate: bool) -> BlockFisher:
-    stored = widest([s.square for s in sums.sums])
-    scale = 1 / sums.count.astype(stored)
-    squares = (_triangle.diagonal(s) for s in sums.sums)
-    mean = lambda: mean_diagonal(squares, stored) * scale
-    damping = absolute_damping(damping, rel_damping, mean, stored)
-    tops = tuple(map(largest_diagonal, sums.sums))  # `root` may take the sums' memory
+def _mean(sums: Sums, stored: Any) -> Array:
+    squares = map(_triangle.diagonal, sums.sums)
+    return mean_diagonal(squares, stored) * _scale(sums)
+
+
+def _scale(sums: Sums) -> Array:
+    return 1 / sums.count.astype(widest([s.square for s in sums.sums]))
+
+
+def _finalize(
+    sums: Sums, damping: Array, *, donate: bool, accurate: bool
+) -> BlockFisher:
+    scale, root = _scale(sums), _root_in_place if donate else _root
+    tops = tuple(map(_largest_diagonal, sums.sums))  # `root` may take the sums' memory
     roots = tuple(root(s, scale, damping, accurate=accurate) for s in sums.sums)
     diagonals = tuple(map(inverse_diagonals, roots))
     for path, d, top in zip(sums.paths, diagonals, tops, strict=True):
@@ -295,7 +239,7 @@ def _finalize(root, sums: Sums, damping, rel_damping, accurate: bool) -> BlockFi
 
 
 @jax.jit
-def largest_diagonal(sums: Triangle) -> Array:
+def _largest_diagonal(sums: Triangle) -> Array:
     """The largest number on the diagonals; NaN or Inf if there is one."""
     return jnp.max(_triangle.diagonal(sums))
 

@@ -7,19 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import _checks
 from jaxsparse._dtypes import widest
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.curvature._estimator import Estimator, Sums, merge_by
-from jaxsparse.curvature._trees import (
-    absolute_damping,
-    check_finite,
-    check_one_damping,
-    gradient_leaves,
-    leaves_at,
-    mean_diagonal,
-)
-from jaxsparse.tree import leaves_with_paths, select
+from jaxsparse.curvature import dispatch
+from jaxsparse.curvature._estimator import Estimator, Form, Sums, at_once, streamed
+from jaxsparse.curvature._trees import STATIC, mean_diagonal
+from jaxsparse.tree import leaves_with_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +28,7 @@ class Plain:
     shape: tuple[int, ...]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["diagonals", "damping"],
-    meta_fields=["treedef", "layouts"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DiagonalFisher:
     """The diagonal of a damped Fisher matrix.
@@ -53,8 +42,8 @@ class DiagonalFisher:
 
     diagonals: tuple[Array, ...]
     damping: Array
-    treedef: Any
-    layouts: tuple[Plain, ...]
+    treedef: Any = dataclasses.field(metadata=STATIC)
+    layouts: tuple[Plain, ...] = dataclasses.field(metadata=STATIC)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -93,13 +82,7 @@ def diagonal_fisher(
       >>> js.curvature.diagonal_fisher(grads, damping=1.0).diagonals
       (Array([2., 6.], dtype=float32),)
     """
-    _, leaves, m = gradient_leaves(grads)
-    check_one_damping(damping, rel_damping)
-    shapes = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
-    summed = tuple(map(_squares, leaves))
-    check_finite([p for p, _ in leaves_with_paths(grads)], leaves, summed)
-    sums = Sums(summed, jnp.int32(m), jax.tree.structure(grads), _layouts(shapes))
-    return _finalize(sums, damping=damping, rel_damping=rel_damping)
+    return at_once(_FORM, grads, damping, rel_damping)
 
 
 def diagonal_estimator(*, where: Where = None) -> Estimator:
@@ -120,27 +103,7 @@ def diagonal_estimator(*, where: Where = None) -> Estimator:
       >>> estimator.finalize(sums, damping=1.0).diagonals
       (Array([[2., 6.]], dtype=float32),)
     """
-    _checks.check_where(where)
-
-    def init(params: PyTree) -> Sums:
-        keep = lambda w, taken: w if taken else None
-        params = jax.tree.map(keep, params, select(params, where))
-        zeros = lambda w: jnp.zeros_like(w, dtype=widest([w]))
-        zeros = tuple(map(zeros, jax.tree.leaves(params)))
-        return Sums(zeros, jnp.int32(0), jax.tree.structure(params), _layouts(params))
-
-    def update(sums: Sums, grads: PyTree) -> Sums:
-        gradient_leaves(grads)
-        shapes = [layout.shape for layout in sums.layouts]
-        leaves = leaves_at(grads, sums.paths, shapes, name="grads", extra=1)
-        parts = zip(sums.sums, map(_squares, leaves), strict=True)
-        new = tuple(s + part.astype(s.dtype) for s, part in parts)
-        check_finite(sums.paths, leaves, new)
-        return dataclasses.replace(
-            sums, sums=new, count=sums.count + leaves[0].shape[0]
-        )
-
-    return Estimator(init, update, merge_by(jnp.add), _finalize)
+    return streamed(_FORM, where)
 
 
 @jax.jit
@@ -148,22 +111,67 @@ def _squares(g: Array) -> Array:
     return jnp.sum(jnp.square(g.astype(widest([g]))), axis=0)
 
 
+def _add(total: Array | None, g: Array, *, layout: Plain) -> Array:
+    del layout
+    return _squares(g) if total is None else total + _squares(g).astype(total.dtype)
+
+
 def _layouts(params: PyTree) -> tuple[Plain, ...]:
     return tuple(Plain(path, tuple(w.shape)) for path, w in leaves_with_paths(params))
 
 
-def _finalize(
-    sums: Sums,
-    *,
-    damping: float | Array | None = None,
-    rel_damping: float | Array | None = None,
-) -> DiagonalFisher:
-    check_one_damping(damping, rel_damping)
-    if _checks.is_concrete(sums.count) and int(sums.count) == 0:
-        raise ValueError("No gradients were summed up (m = 0): call update first.")
-    means = [s / sums.count.astype(s.dtype) for s in sums.sums]
-    stored = widest(means)
-    mean = lambda: mean_diagonal(means, stored)
-    damping = absolute_damping(damping, rel_damping, mean, stored)
+def _mean(sums: Sums, stored: Any) -> Array:
+    return mean_diagonal(map(functools.partial(_over, sums.count), sums.sums), stored)
+
+
+def _over(count: Array, total: Array) -> Array:
+    return total / count.astype(total.dtype)
+
+
+def _finalize(sums: Sums, damping: Array, *, donate: bool) -> DiagonalFisher:
+    del donate
+    means = [_over(sums.count, s) for s in sums.sums]
     diagonals = tuple(d + damping.astype(d.dtype) for d in means)
     return DiagonalFisher(diagonals, damping, sums.treedef, sums.layouts)
+
+
+_FORM = Form(
+    layouts=_layouts,
+    zeros=lambda w, layout: jnp.zeros_like(w, dtype=widest([w])),
+    add=_add,
+    merge=jnp.add,
+    largest=lambda s: s,
+    mean=_mean,
+    finalize=_finalize,
+)
+
+
+# What it answers.
+
+
+@dispatch.ihvp.register
+def _(fisher: DiagonalFisher, xs: list[Array]) -> list[Array]:
+    parts = zip(fisher.diagonals, xs, strict=True)
+    return [x.astype(d.dtype) / d for d, x in parts]
+
+
+@dispatch.inverse_diagonal.register
+def _(fisher: DiagonalFisher) -> list[Array]:
+    return [1 / d for d in fisher.diagonals]
+
+
+@dispatch.restrict.register
+def _(fisher: DiagonalFisher, masks: list[Array], *, donate: bool) -> DiagonalFisher:
+    del donate
+    apart = lambda d, kept: jnp.where(kept, d, fisher.damping.astype(d.dtype))
+    diagonals = tuple(map(apart, fisher.diagonals, masks))
+    return dataclasses.replace(fisher, diagonals=diagonals)
+
+
+@dispatch.eliminate.register
+def _(
+    fisher: DiagonalFisher, ws: list[Array], removed: list[Array], kept: list[Array]
+) -> list[Array]:
+    del kept
+    gone = lambda d, w, q: jnp.where(q, -w.astype(d.dtype), jnp.zeros((), d.dtype))
+    return list(map(gone, fisher.diagonals, ws, removed))

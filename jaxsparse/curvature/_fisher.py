@@ -1,6 +1,5 @@
-"""The approximations of the Fisher matrix, and what of a tree belongs to one."""
+"""What of a tree belongs to an approximation of the Fisher matrix."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,20 +7,15 @@ import jax.numpy as jnp
 
 from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.curvature._blocks import BlockFisher
-from jaxsparse.curvature._diagonal import DiagonalFisher
-from jaxsparse.curvature._kronecker import KroneckerFisher
-from jaxsparse.curvature._mfac import MFac
-from jaxsparse.curvature._mfac_blocks import BlockMFac
+from jaxsparse.curvature import dispatch
 from jaxsparse.curvature._trees import leaves_at
-
-Fisher = BlockFisher | BlockMFac | DiagonalFisher | KroneckerFisher | MFac
+from jaxsparse.curvature.dispatch import Fisher
 
 
 def arrays_of(fisher: Fisher, tree: PyTree, *, name: str) -> list[Array]:
     """The arrays of a tree for the parameters that take part."""
     check_fisher(fisher)
-    return leaves_at(tree, fisher.paths, _shapes(fisher), name=name)
+    return leaves_at(tree, fisher.paths, dispatch.shapes(fisher), name=name)
 
 
 def masks_of(fisher: Fisher, masks: PyTree, *, name: str = "masks") -> list[Array]:
@@ -29,7 +23,7 @@ def masks_of(fisher: Fisher, masks: PyTree, *, name: str = "masks") -> list[Arra
     check_fisher(fisher)
     _checks.check_bools(masks, name=name)
     leaves = leaves_at(masks, fisher.paths, name=name)
-    shapes = _shapes(fisher)
+    shapes = dispatch.shapes(fisher)
     struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     by_path = lambda xs: dict(zip(fisher.paths, xs, strict=True))
     patterns.check_masks(by_path(leaves), by_path(map(struct, shapes)))
@@ -56,17 +50,7 @@ def apart(fisher: Fisher) -> list[Fisher]:
       [('a',), ('b',)]
     """
     check_fisher(fisher)
-    if isinstance(fisher, MFac):
-        return [fisher]
-    own = {f.name: getattr(fisher, f.name) for f in dataclasses.fields(fisher)}
-    own = {name: x for name, x in own.items() if isinstance(x, tuple)}
-
-    def part(path: str, *values: Any) -> Fisher:
-        one: Any = {name: (x,) for name, x in zip(own, values, strict=True)}
-        one["treedef"] = jax.tree.structure({path: 0})
-        return dataclasses.replace(fisher, **one)
-
-    return list(map(part, fisher.paths, *own.values()))
+    return dispatch.apart(fisher)
 
 
 def check_fisher(fisher: Any) -> None:
@@ -100,9 +84,3 @@ def check_covers(fisher: Any, path: str) -> None:
             f"It was made for {len(fisher.paths)} parameters: {fisher.paths[:4]}... "
             "Take the gradients and prune with the same `where`."
         )
-
-
-def _shapes(fisher: Fisher) -> list[tuple[int, ...]]:
-    if isinstance(fisher, MFac):
-        return [g.shape[1:] for g in fisher.grads]
-    return [layout.shape for layout in fisher.layouts]

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _sharded
 from jaxsparse._loops import after
+from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array, PyTree
-
-HIGHEST = lax.Precision.HIGHEST
+from jaxsparse.linalg.factor import HIGHEST
 
 
 def everywhere(sharding: Any) -> NamedSharding | None:
@@ -41,7 +41,7 @@ def inner(rows: PyTree, x: PyTree, like: Array) -> Array:
     def one(G: Array, x: Array) -> Array:
         if G.dtype == wide:
             axes = tuple(range(x.ndim))
-            return _dot(G, x.astype(wide), (tuple(a + 1 for a in axes), axes), wide)
+            return contract(G, x.astype(wide), tuple(a + 1 for a in axes), axes)
         # As a dot product XLA would widen all of a 16-bit G first, on CPU.
         product = G.astype(wide) * x.astype(wide)[None]
         return jnp.sum(product, axis=tuple(range(1, G.ndim)))
@@ -55,7 +55,7 @@ def combine(rows: PyTree, c: Array, wide: Any) -> PyTree:
 
     def one(G: Array) -> Array:
         if G.dtype == wide:
-            return _dot(c, G, ((0,), (0,)), wide)
+            return contract(c, G, (0,), (0,), along=G)
         together = math.gcd(len(G), 8)
 
         def some(i: Array, total: Array) -> Array:
@@ -87,26 +87,33 @@ def gram_of(G: Array, wide: Any) -> Array:
 
         def part(j: Array, total: Array) -> Array:
             above, left = rows(j)
-            dots = _dot(left, right, (axes, axes), wide)
+            dots = contract(left, right, axes, axes)
             return lax.dynamic_update_slice(total, dots, (above, start))
 
         if G.dtype != wide:
             return lax.fori_loop(0, steps, part, total)
-        dots = _dot(G, right, (axes, axes), wide)
+        dots = contract(G, right, axes, axes)
         return lax.dynamic_update_slice_in_dim(total, dots, start, 1)
 
     start = _sharded.zeros((m, m), wide, everywhere(jax.typeof(G).sharding))
     return lax.fori_loop(0, steps, columns, start)
 
 
-def _dot(a: Array, b: Array, axes: tuple, wide: Any) -> Array:
-    """Contracts `axes`; what is summed over devices is the same on all of them."""
-    out = everywhere(jax.typeof(b).sharding) if axes != ((0,), (0,)) else None
-    return lax.dot_general(
-        a,
-        b,
-        (axes, ((), ())),
-        precision=HIGHEST,
-        preferred_element_type=wide,
-        out_sharding=out,
-    )
+def contract(
+    a: Array, b: Array, over_a: Any, over_b: Any, *, along: Array | None = None
+) -> Array:
+    """A sum of products over axes of both.
+
+    On a mesh with explicit axes the result is on every device; or, with `along`, its
+    last axes are sharded as those of these gradients.
+    """
+    mesh, out = explicit_mesh([a, b]), None
+    if mesh is not None:
+        spec = [None] * (a.ndim - len(over_a) + b.ndim - len(over_b))
+        if along is not None:
+            last = (*jax.typeof(along).sharding.spec, *[None] * along.ndim)
+            last = last[1 : along.ndim]
+            spec = [*spec[: len(spec) - len(last)], *last]
+        out = NamedSharding(mesh, P(*spec))
+    axes = ((over_a, over_b), ((), ()))
+    return lax.dot_general(a, b, axes, precision=HIGHEST, out_sharding=out)

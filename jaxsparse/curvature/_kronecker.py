@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
-from jaxsparse._dtypes import widest
 from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.curvature._estimator import Estimator, Sums, merge_by
+from jaxsparse.curvature import dispatch
+from jaxsparse.curvature._estimator import Estimator, Form, Sums, at_once, streamed
 from jaxsparse.curvature._kronecker_sums import (
     Grams,
     KernelLayout,
@@ -19,19 +19,13 @@ from jaxsparse.curvature._kronecker_sums import (
     kernel_layouts,
     no_grams,
     sum_up,
-    sum_up_anew,
     traces,
 )
-from jaxsparse.curvature._trees import (
-    check_finite,
-    check_one_damping,
-    gradient_leaves,
-    leaves_at,
-)
+from jaxsparse.curvature._trees import STATIC, for_each
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.triangle import Triangle
-from jaxsparse.tree import AxesRule, from_matrices, select, to_matrices
+from jaxsparse.tree import AxesRule, from_matrices, to_matrices
 
 
 class Factors(NamedTuple):
@@ -53,11 +47,7 @@ class Factors(NamedTuple):
     output_values: Array
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["factors", "damping"],
-    meta_fields=["treedef", "layouts"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KroneckerFisher:
     """A damped Fisher matrix, for each layer a Kronecker product.
@@ -72,8 +62,8 @@ class KroneckerFisher:
 
     factors: tuple[Factors, ...]
     damping: Array
-    treedef: Any
-    layouts: tuple[KernelLayout, ...]
+    treedef: Any = dataclasses.field(metadata=STATIC)
+    layouts: tuple[KernelLayout, ...] = dataclasses.field(metadata=STATIC)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -163,18 +153,7 @@ def kronecker_fisher(
       Array([[2., 2.],
              [5., 5.]], dtype=float32)
     """
-    _checks.check_axes(axes)
-    check_one_damping(damping, rel_damping)
-    paths, leaves, m = gradient_leaves(grads)
-    shapes = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
-    layouts = kernel_layouts(shapes, axes)
-    summed = tuple(
-        sum_up_anew(g, layout=layout, accurate=accurate)
-        for g, layout in zip(leaves, layouts, strict=True)
-    )
-    check_finite(paths, leaves, map(traces, summed))
-    sums = Sums(summed, jnp.int32(m), jax.tree.structure(grads), layouts)
-    return _finalize(sums, damping, rel_damping, accurate)
+    return at_once(_form(axes, accurate), grads, damping, rel_damping)
 
 
 def kronecker_estimator(
@@ -203,44 +182,20 @@ def kronecker_estimator(
       >>> js.curvature.inverse_diagonal(fisher)["w"].round(5).tolist()
       [[0.5], [0.5]]
     """
-    _checks.check_where(where)
+    return streamed(_form(axes, accurate), where)
+
+
+def _form(axes: AxesRule, accurate: bool) -> Form:
     _checks.check_axes(axes)
-
-    def init(params: PyTree) -> Sums:
-        keep = lambda w, taken: w if taken else None
-        params = jax.tree.map(keep, params, select(params, where))
-        layouts = kernel_layouts(params, axes)
-        leaves = jax.tree.leaves(params)
-        zeros = tuple(
-            no_grams(lay, widest([w])) for lay, w in zip(layouts, leaves, strict=True)
-        )
-        return Sums(zeros, jnp.int32(0), jax.tree.structure(params), layouts)
-
-    def update(sums: Sums, grads: PyTree) -> Sums:
-        gradient_leaves(grads)
-        shapes = [layout.shape for layout in sums.layouts]
-        leaves = leaves_at(grads, sums.paths, shapes, name="grads", extra=1)
-        new = tuple(
-            sum_up(s, g, layout=layout, accurate=accurate)
-            for s, g, layout in zip(sums.sums, leaves, sums.layouts, strict=True)
-        )
-        check_finite(sums.paths, leaves, map(traces, new))
-        return dataclasses.replace(
-            sums, sums=new, count=sums.count + leaves[0].shape[0]
-        )
-
-    def finalize(
-        sums: Sums,
-        *,
-        damping: float | Array | None = None,
-        rel_damping: float | Array | None = None,
-    ) -> KroneckerFisher:
-        check_one_damping(damping, rel_damping)
-        if _checks.is_concrete(sums.count) and int(sums.count) == 0:
-            raise ValueError("No gradients were summed up (m = 0): call update first.")
-        return _finalize(sums, damping, rel_damping, accurate)
-
-    return Estimator(init, update, merge_by(add_grams), finalize)
+    return Form(
+        layouts=lambda params: kernel_layouts(params, axes),
+        zeros=no_grams,
+        add=functools.partial(sum_up, accurate=accurate),
+        merge=add_grams,
+        largest=traces,
+        mean=_mean,
+        finalize=functools.partial(_finalize, accurate=accurate),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="accurate")
@@ -261,16 +216,15 @@ def _factor(sums: Grams, count: Array, accurate: bool) -> Factors:
         return Factors(*(x.astype(stored) for x in factors))
 
 
-def _finalize(sums: Sums, damping, rel_damping, accurate: bool) -> KroneckerFisher:
-    stored = jnp.result_type(*(s.input.square.dtype for s in sums.sums))
-    if damping is None:
-        damping = rel_damping * _mean_diagonal(sums, stored)
-    damping = jnp.asarray(damping, stored)
+def _finalize(
+    sums: Sums, damping: Array, *, donate: bool, accurate: bool
+) -> KroneckerFisher:
+    del donate
     factors = tuple(_factor(s, sums.count, accurate=accurate) for s in sums.sums)
     return KroneckerFisher(factors, damping, sums.treedef, sums.layouts)
 
 
-def _mean_diagonal(sums: Sums, stored) -> Array:
+def _mean(sums: Sums, stored: Any) -> Array:
     """Over the weights whose input and output have gradients."""
     total, seen = jnp.zeros((), stored), jnp.zeros((), stored)
     for s in sums.sums:
@@ -315,3 +269,15 @@ def _eigenvalues(l: Array, r: Array, damping: Array) -> Array:
 
 def _transposed(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2)
+
+
+@dispatch.ihvp.register
+def _(fisher: KroneckerFisher, xs: list[Array]) -> list[Array]:
+    options = {"damping": fisher.damping}
+    return for_each(kronecker_ihvp, fisher.layouts, fisher.factors, xs, **options)
+
+
+@dispatch.inverse_diagonal.register
+def _(fisher: KroneckerFisher) -> list[Array]:
+    options = {"damping": fisher.damping}
+    return for_each(kronecker_diagonal, fisher.layouts, fisher.factors, **options)

@@ -74,23 +74,21 @@ def kernel_layouts(params: PyTree, axes: AxesRule) -> tuple[KernelLayout, ...]:
     return tuple(layout(path, w) for path, w in leaves_with_paths(params))
 
 
-def no_grams(layout: KernelLayout, dtype: Any) -> Grams:
-    """Sums of no gradients."""
+def no_grams(like: Array, layout: KernelLayout) -> Grams:
+    """Sums of no gradients, for a parameter or gradients of this type."""
     view = layout.view
     sizes = (view.d_in, view.d_out)
-    return Grams(*(_triangle.zeros(view.batch, size, dtype) for size in sizes))
+    zeros = lambda size: _triangle.zeros(view.batch, size, widest([like]))
+    return Grams(*map(zeros, sizes))
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "accurate"))
-def sum_up(sums: Grams, g: Array, *, layout: KernelLayout, accurate: bool) -> Grams:
-    """Adds both products of all gradients."""
+def sum_up(
+    sums: Grams | None, g: Array, *, layout: KernelLayout, accurate: bool
+) -> Grams:
+    """Adds both products of all gradients, to zero for None."""
+    sums = no_grams(g, layout) if sums is None else sums
     return _sum_up(sums, g, layout.view, accurate)
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "accurate"))
-def sum_up_anew(g: Array, *, layout: KernelLayout, accurate: bool) -> Grams:
-    """`sum_up` from zero."""
-    return _sum_up(no_grams(layout, widest([g])), g, layout.view, accurate)
 
 
 @jax.jit

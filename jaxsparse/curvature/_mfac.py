@@ -13,7 +13,8 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._dtypes import widest
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.curvature._mfac_blocks import BlockMFac, in_rows, row_roots
+from jaxsparse.curvature import dispatch
+from jaxsparse.curvature._mfac_blocks import BlockMFac, mfac_in_blocks
 from jaxsparse.curvature._mfac_products import (
     add_gram,
     dots,
@@ -23,24 +24,19 @@ from jaxsparse.curvature._mfac_products import (
     weighted_sum,
 )
 from jaxsparse.curvature._trees import (
+    STATIC,
     absolute_damping,
     check_factor,
     check_finite,
     check_one_damping,
     gradient_leaves,
-    largest_number,
 )
-from jaxsparse.curvature.layout import block_layout, check_block_size
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.triangle import Triangle
-from jaxsparse.tree import AxesRule, resolve_axes
+from jaxsparse.tree import AxesRule
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["grads", "root", "damping"],
-    meta_fields=["treedef", "paths", "accurate", "page_bytes"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MFac:
     """The inverse of a damped Fisher matrix, as the gradients and a small factor.
@@ -58,10 +54,10 @@ class MFac:
     grads: tuple[Any, ...]
     root: Triangle
     damping: Array
-    treedef: Any
-    paths: tuple[str, ...]
-    accurate: bool
-    page_bytes: int
+    treedef: Any = dataclasses.field(metadata=STATIC)
+    paths: tuple[str, ...] = dataclasses.field(metadata=STATIC)
+    accurate: bool = dataclasses.field(metadata=STATIC)
+    page_bytes: int = dataclasses.field(metadata=STATIC)
 
 
 def mfac(
@@ -133,7 +129,7 @@ def mfac(
     if block_size is not None:
         mean = lambda: _mean_square(leaves)
         damping = absolute_damping(damping, rel_damping, mean, stored)
-        return _in_blocks(grads, damping, block_size, axes, accurate)
+        return mfac_in_blocks(grads, damping, block_size, axes, accurate)
     gram = _gram(leaves, accurate, page_bytes)
     check_finite(paths, leaves, [jnp.diagonal(gram.square)] * len(leaves))
     count = float(sum(math.prod(g.shape) for g in leaves))
@@ -149,28 +145,6 @@ def mfac(
         accurate,
         page_bytes,
     )
-
-
-def _in_blocks(grads, damping, block_size: int, axes, accurate: bool) -> BlockMFac:
-    check_block_size(block_size)
-    paths, leaves, _ = gradient_leaves(grads)
-    shape = lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype)
-    stated = resolve_axes(jax.tree.map(shape, grads), axes)
-    layouts = tuple(
-        block_layout(path, g.shape[1:], block_size=block_size, axes=stated.get(path))
-        for path, g in zip(paths, leaves, strict=True)
-    )
-    rows = tuple(
-        in_rows(g, layout=layout) for g, layout in zip(leaves, layouts, strict=True)
-    )
-    roots = tuple(row_roots(g, damping, accurate=accurate) for g in rows)
-    check_finite(paths, leaves, [largest_number(g) for g in leaves])
-    for path, g, r in zip(paths, rows, roots, strict=True):
-        largest = lambda g=g: jnp.max(jnp.mean(jnp.square(g.astype(jnp.float32)), -2))
-        diagonal = _triangle.diagonal(r)
-        check_factor(path, diagonal, damping, largest, accurate=accurate)
-    treedef = jax.tree.structure(grads)
-    return BlockMFac(rows, roots, damping, treedef, layouts, accurate)
 
 
 @jax.jit
@@ -218,7 +192,11 @@ def span_ihvp(fisher: MFac, coefficients: Array) -> PyTree:
     return fisher.treedef.unflatten(combined)
 
 
-def mfac_ihvp(fisher: MFac, xs: list[Array]) -> list[Array]:
+# What an `MFac` answers.
+
+
+@dispatch.ihvp.register
+def _(fisher: MFac, xs: list[Array]) -> list[Array]:
     """`F^-1 x = (x - G^T S^-1 G x) / damping`."""
     c = solve_by_root(fisher.root, _all_dots(fisher, xs))
     damping = fisher.damping
@@ -226,7 +204,8 @@ def mfac_ihvp(fisher: MFac, xs: list[Array]) -> list[Array]:
     return [(x.astype(b.dtype) - b) / damping for x, b in zip(xs, back, strict=True)]
 
 
-def mfac_diagonal(fisher: MFac) -> list[Array]:
+@dispatch.inverse_diagonal.register
+def _(fisher: MFac) -> list[Array]:
     """The diagonal of `F^-1`: `(1 - sum_k V_kq^2) / damping` with `V = R G`."""
     diagonals = []
     for g in fisher.grads:
@@ -238,14 +217,12 @@ def mfac_diagonal(fisher: MFac) -> list[Array]:
     return diagonals
 
 
-def mfac_eliminate(
+@dispatch.eliminate.register
+def _(
     fisher: MFac, ws: list[Array], removed: list[Array], kept: list[Array]
 ) -> list[Array]:
-    """The exact update that removes weights.
-
-    With Q removed and K kept, `F_KK^-1 F_KQ w_Q = G_K^T (m * damping * I + G_K
-    G_K^T)^-1 G_Q w_Q`: one more Gram matrix, of the kept columns.
-    """
+    # With Q removed and K kept, F_KK^-1 F_KQ w_Q = G_K^T (m * damping * I + G_K
+    # G_K^T)^-1 G_Q w_Q: one more Gram matrix, of the kept columns.
     stored = widest(fisher.grads)
     gone = [
         jnp.where(q, w.astype(stored), jnp.zeros((), stored))
@@ -261,8 +238,20 @@ def mfac_eliminate(
     ]
 
 
-def restrict_mfac(fisher: MFac, masks: list[Array]) -> MFac:
-    """`restrict` for M-FAC: the gradients of pruned weights become 0, in a copy."""
+@dispatch.shapes.register
+def _(fisher: MFac) -> list[tuple[int, ...]]:
+    return [g.shape[1:] for g in fisher.grads]
+
+
+@dispatch.apart.register
+def _(fisher: MFac) -> list[MFac]:
+    return [fisher]
+
+
+@dispatch.restrict.register
+def _(fisher: MFac, masks: list[Array], *, donate: bool) -> MFac:
+    """The gradients of pruned weights become 0, in a copy."""
+    del donate
     masked = []
     for g, mask in zip(fisher.grads, masks, strict=True):
         xp: Any = np if isinstance(g, np.ndarray) else jnp

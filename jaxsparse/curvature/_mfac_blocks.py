@@ -8,19 +8,31 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse._dtypes import widest
-from jaxsparse._typing import Array
-from jaxsparse.curvature.layout import BlockLayout, from_blocks, to_blocks
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.curvature import dispatch
+from jaxsparse.curvature._trees import (
+    STATIC,
+    check_factor,
+    check_finite,
+    for_each,
+    gradient_leaves,
+    largest_number,
+    without_m,
+)
+from jaxsparse.curvature.layout import (
+    BlockLayout,
+    block_layouts,
+    from_blocks,
+    to_blocks,
+)
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.chunks import over_blocks
-from jaxsparse.linalg.factor import HIGHEST, inverse_root
+from jaxsparse.linalg.factor import HIGHEST, by_root, inverse_root
 from jaxsparse.linalg.triangle import Triangle
+from jaxsparse.tree import AxesRule
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["rows", "roots", "damping"],
-    meta_fields=["treedef", "layouts", "accurate"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockMFac:
     """The inverse of a damped block-diagonal Fisher matrix, as gradients and factors.
@@ -39,9 +51,9 @@ class BlockMFac:
     rows: tuple[Array, ...]
     roots: tuple[Triangle, ...]
     damping: Array
-    treedef: Any
-    layouts: tuple[BlockLayout, ...]
-    accurate: bool
+    treedef: Any = dataclasses.field(metadata=STATIC)
+    layouts: tuple[BlockLayout, ...] = dataclasses.field(metadata=STATIC)
+    accurate: bool = dataclasses.field(metadata=STATIC)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -49,14 +61,31 @@ class BlockMFac:
         return tuple(layout.path for layout in self.layouts)
 
 
+def mfac_in_blocks(
+    grads: PyTree, damping: Array, block_size: int, axes: AxesRule, accurate: bool
+) -> BlockMFac:
+    """M-FAC for each block on its own."""
+    layouts = block_layouts(without_m(grads), block_size, axes)
+    paths, leaves, _ = gradient_leaves(grads)
+    rows = tuple(for_each(_in_rows, layouts, leaves))
+    roots = tuple(_row_roots(g, damping, accurate=accurate) for g in rows)
+    check_finite(paths, leaves, map(largest_number, leaves))
+    for path, g, r in zip(paths, rows, roots, strict=True):
+        largest = lambda g=g: jnp.max(jnp.mean(jnp.square(g.astype(jnp.float32)), -2))
+        diagonal = _triangle.diagonal(r)
+        check_factor(path, diagonal, damping, largest, accurate=accurate)
+    treedef = jax.tree.structure(grads)
+    return BlockMFac(rows, roots, damping, treedef, layouts, accurate)
+
+
 @functools.partial(jax.jit, static_argnames="layout")
-def in_rows(g: Array, *, layout: BlockLayout) -> Array:
+def _in_rows(g: Array, *, layout: BlockLayout) -> Array:
     """Gradients `[m, *shape]` in blocks, `[*lead, m, b]`."""
     return jnp.moveaxis(to_blocks(g, layout), 0, -2)
 
 
 @functools.partial(jax.jit, static_argnames="accurate")
-def row_roots(rows: Array, damping: Array, *, accurate: bool) -> Triangle:
+def _row_roots(rows: Array, damping: Array, *, accurate: bool) -> Triangle:
     """`R` with `R^T R = (m * damping * I + G G^T)^-1`, for each block."""
     stored = widest([rows])
     wide = jnp.float64 if accurate else stored
@@ -78,7 +107,7 @@ def _root(rows: Array, damping: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="layout")
 def rows_ihvp(
-    rows: Array, root: Triangle, damping: Array, x: Array, *, layout: BlockLayout
+    rows: Array, root: Triangle, x: Array, *, damping: Array, layout: BlockLayout
 ) -> Array:
     """`F^-1 x = (x - G^T R^T R G x) / damping`."""
     stored = root.square.dtype
@@ -87,8 +116,7 @@ def rows_ihvp(
         rows = rows.astype(stored)
         # What stands above the diagonal of r is below the rounding of the rest.
         y = jnp.einsum("...mb,...b->...m", rows, x, precision=HIGHEST)
-        y = jnp.einsum("...nm,...m->...n", r, y, precision=HIGHEST)
-        y = jnp.einsum("...nm,...n->...m", r, y, precision=HIGHEST)
+        y = by_root(r, y)
         back = jnp.einsum("...mb,...m->...b", rows, y, precision=HIGHEST)
         return (x - back) / damping
 
@@ -101,7 +129,7 @@ def rows_ihvp(
 
 @functools.partial(jax.jit, static_argnames=("layout", "accurate"))
 def rows_diagonal(
-    rows: Array, root: Triangle, damping: Array, *, layout: BlockLayout, accurate: bool
+    rows: Array, root: Triangle, *, damping: Array, layout: BlockLayout, accurate: bool
 ) -> Array:
     """The diagonal of `F^-1`: `(1 - sum_k V_kq^2) / damping` with `V = R G`."""
     stored = root.square.dtype
@@ -124,11 +152,11 @@ def rows_diagonal(
 @functools.partial(jax.jit, static_argnames=("layout", "accurate"))
 def rows_eliminate(
     rows: Array,
-    damping: Array,
     w: Array,
     removed: Array,
     kept: Array,
     *,
+    damping: Array,
     layout: BlockLayout,
     accurate: bool,
 ) -> Array:
@@ -143,8 +171,7 @@ def rows_eliminate(
         kept_rows = jnp.where(k[..., None, :], g, jnp.zeros((), wide))
         r = _root(kept_rows, damping.astype(wide))
         y = jnp.einsum("...mb,...b->...m", g, w, precision=HIGHEST)
-        y = jnp.einsum("...nm,...m->...n", r, y, precision=HIGHEST)
-        y = jnp.einsum("...nm,...n->...m", r, y, precision=HIGHEST)
+        y = by_root(r, y)
         back = jnp.einsum("...mb,...m->...b", kept_rows, y, precision=HIGHEST)
         return (back - w).astype(stored)
 
@@ -156,11 +183,42 @@ def rows_eliminate(
         )
 
 
-def restrict_rows(fisher: BlockMFac, masks: list[Array]) -> BlockMFac:
-    """`restrict` for M-FAC in blocks: gradients of pruned weights become 0."""
-    rows = []
-    for g, mask, layout in zip(fisher.rows, masks, fisher.layouts, strict=True):
+# What it answers.
+
+
+@dispatch.ihvp.register
+def _(fisher: BlockMFac, xs: list[Array]) -> list[Array]:
+    columns, damping = (fisher.rows, fisher.roots, xs), fisher.damping
+    return for_each(rows_ihvp, fisher.layouts, *columns, damping=damping)
+
+
+@dispatch.inverse_diagonal.register
+def _(fisher: BlockMFac) -> list[Array]:
+    columns = fisher.rows, fisher.roots
+    return for_each(rows_diagonal, fisher.layouts, *columns, **_options(fisher))
+
+
+@dispatch.restrict.register
+def _(fisher: BlockMFac, masks: list[Array], *, donate: bool) -> BlockMFac:
+    """Gradients of pruned weights become 0."""
+    del donate
+
+    def without(g: Array, mask: Array, layout: BlockLayout) -> Array:
         kept = to_blocks(mask, layout)[..., None, :]
-        rows.append(jnp.where(kept, g, jnp.zeros((), g.dtype)))
-    find = lambda g: row_roots(g, fisher.damping, accurate=fisher.accurate)
-    return dataclasses.replace(fisher, rows=tuple(rows), roots=tuple(map(find, rows)))
+        return jnp.where(kept, g, jnp.zeros((), g.dtype))
+
+    rows = tuple(for_each(without, fisher.layouts, fisher.rows, masks))
+    roots = tuple(_row_roots(g, **_options(fisher)) for g in rows)
+    return dataclasses.replace(fisher, rows=rows, roots=roots)
+
+
+@dispatch.eliminate.register
+def _(
+    fisher: BlockMFac, ws: list[Array], removed: list[Array], kept: list[Array]
+) -> list[Array]:
+    columns = fisher.rows, ws, removed, kept
+    return for_each(rows_eliminate, fisher.layouts, *columns, **_options(fisher))
+
+
+def _options(fisher: BlockMFac) -> dict[str, Any]:
+    return {"damping": fisher.damping, "accurate": fisher.accurate}

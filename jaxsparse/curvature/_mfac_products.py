@@ -6,11 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array
+from jaxsparse.curvature._gradient_rows import contract
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.chunks import SCRATCH_BYTES, cut, in_parts, is_spread
 from jaxsparse.linalg.factor import HIGHEST, inverse_root
@@ -30,7 +28,7 @@ def add_gram(
         if mask is not None:
             g = jnp.where(mask[None], g, jnp.zeros((), wide))
         axes = tuple(range(1, g.ndim))
-        return _product(g, g, axes, axes)
+        return contract(g, g, axes, axes)
 
     with jax.enable_x64(True):
         total = _triangle.join(gram, wide)
@@ -80,7 +78,7 @@ def dots(g: Array, x: Array, *, wide: Any) -> Array:
     m, x = g.shape[0], x.astype(wide)
     if g.dtype == wide:
         axes = tuple(range(x.ndim))
-        return _product(g, x, tuple(a + 1 for a in axes), axes)
+        return contract(g, x, tuple(a + 1 for a in axes), axes)
     if is_spread(g):
         return jnp.sum(g.astype(wide) * x[None], axis=tuple(range(1, g.ndim)))
     flat, x = g.reshape(m, -1), x.reshape(-1)
@@ -97,7 +95,7 @@ def weighted_sum(g: Array, c: Array, *, wide: Any) -> Array:
     """`G^T c`. With G first XLA would transpose a copy."""
     m, c = g.shape[0], c.astype(wide)
     if g.dtype == wide:
-        return _product(c, g, (0,), (0,), along=g)
+        return contract(c, g, (0,), (0,), along=g)
     if is_spread(g):
         return jnp.sum(g.astype(wide) * c.reshape(m, *[1] * (g.ndim - 1)), axis=0)
     flat = g.reshape(m, -1)
@@ -119,7 +117,7 @@ def page_diagonal(g: Array, root: Triangle, damping: Array, *, accurate: bool) -
 
     def diagonal(g: Array, r: Array) -> Array:
         g, shift = g.astype(wide), damping.astype(wide)
-        v = _product(r, g, (1,), (0,), along=g)
+        v = contract(r, g, (1,), (0,), along=g)
         rest = (1 - jnp.sum(jnp.square(v), axis=0)) / shift
         # No less than 1 / F_qq: where rounding would make it so, or negative.
         least = 1 / (shift + jnp.mean(jnp.square(g), axis=0))
@@ -139,26 +137,6 @@ def page_diagonal(g: Array, root: Triangle, damping: Array, *, accurate: bool) -
         columns = max(512, SCRATCH_BYTES // (16 * m))
         empty = jnp.zeros(flat.shape[1], stored)
         return in_parts(flat.shape[1], columns, fill, empty).reshape(shape)
-
-
-def _product(
-    a: Array, b: Array, over_a: Any, over_b: Any, *, along: Array | None = None
-) -> Array:
-    """A sum of products over axes of both.
-
-    On a mesh with explicit axes the result is on every device; or, with `along`, its
-    last axes are sharded as those of these gradients.
-    """
-    mesh, out = explicit_mesh([a, b]), None
-    if mesh is not None:
-        spec = [None] * (a.ndim - len(over_a) + b.ndim - len(over_b))
-        if along is not None:
-            last = (*jax.typeof(along).sharding.spec, *[None] * along.ndim)
-            last = last[1 : along.ndim]
-            spec = [*spec[: len(spec) - len(last)], *last]
-        out = NamedSharding(mesh, P(*spec))
-    axes = ((over_a, over_b), ((), ()))
-    return lax.dot_general(a, b, axes, precision=HIGHEST, out_sharding=out)
 
 
 def _columns_in_cache(m: int) -> int:

@@ -6,7 +6,7 @@ With m rows `G` the empirical Fisher matrix and the small system behind its inve
     F^-1 x = (x - G^T S^-1 G x) / damping,
 
 and for the gradient `g_j` of row j, without that difference of nearly equal numbers,
-`F^-1 g_j = m G^T S^-1 e_j`. `S` is kept factored (`_sliding_factor`). Gradients stay
+`F^-1 g_j = m G^T S^-1 e_j`. `S` is kept factored (`linalg.sliding`). Gradients stay
 trees: there is no copy of all parameters in one vector, and none of `G`.
 """
 
@@ -22,7 +22,6 @@ from jaxsparse import _checks, _sharded
 from jaxsparse._dtypes import widest
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.curvature import _sliding_factor as sliding
 from jaxsparse.curvature._gradient_rows import (
     combine,
     everywhere,
@@ -31,6 +30,7 @@ from jaxsparse.curvature._gradient_rows import (
     squares,
 )
 from jaxsparse.curvature._trees import check_damping
+from jaxsparse.linalg import sliding
 from jaxsparse.patterns import check_masks
 from jaxsparse.tree import leaves_with_paths, like, map_with_path
 
@@ -81,9 +81,9 @@ def window_init(
       TypeError: parameters that are not real floating-point numbers.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsparse.curvature import _mfac_window as mfac
-      >>> state = mfac.window_init({"w": jnp.ones((2, 3))}, window=4, damping=1e-3)
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"w": jnp.ones((2, 3))}
+      >>> state = js.curvature.window_init(params, window=4, damping=1e-3)
       >>> state.grads["w"].shape
       (4, 2, 3)
     """
@@ -135,10 +135,9 @@ def window_update(
       ValueError: gradients of another structure or shape, `damping <= 0`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsparse.curvature import _mfac_window as mfac
-      >>> state = mfac.window_init({"w": jnp.zeros(2)}, window=2, damping=0.5)
-      >>> state = mfac.window_update(state, {"w": jnp.array([1.0, 2.0])})
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> state = js.curvature.window_init({"w": jnp.zeros(2)}, window=2, damping=0.5)
+      >>> state = js.curvature.window_update(state, {"w": jnp.array([1.0, 2.0])})
       >>> state.gram
       Array([[5., 0.],
              [0., 0.]], dtype=float32)
@@ -182,11 +181,10 @@ def window_update_ihvp(
       ValueError: gradients of another structure or shape, `damping <= 0`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsparse.curvature import _mfac_window as mfac
-      >>> state = mfac.window_init({"w": jnp.zeros(2)}, window=2, damping=0.5)
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> state = js.curvature.window_init({"w": jnp.zeros(2)}, window=2, damping=0.5)
       >>> grads = {"w": jnp.array([1.0, 2.0])}
-      >>> mfac.window_update_ihvp(state, grads)[1]     # g m / (m damping + |g|^2)
+      >>> js.curvature.window_update_ihvp(state, grads)[1]  # g m / (m damping + |g|^2)
       {'w': Array([0.33333334, 0.6666667 ], dtype=float32)}
     """
     _check_like_rows(state, grads, name="grads")
@@ -212,11 +210,10 @@ def window_ihvp(state: MFacWindow, tree: PyTree, *, damping: Any = None) -> PyTr
       ValueError: a tree of another structure or shape, `damping <= 0`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsparse.curvature import _mfac_window as mfac
-      >>> state = mfac.window_init({"w": jnp.zeros(2)}, window=1, damping=3.0)
-      >>> state = mfac.window_update(state, {"w": jnp.array([0.0, 1.0])})
-      >>> mfac.window_ihvp(state, {"w": jnp.array([3.0, 4.0])})
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> state = js.curvature.window_init({"w": jnp.zeros(2)}, window=1, damping=3.0)
+      >>> state = js.curvature.window_update(state, {"w": jnp.array([0.0, 1.0])})
+      >>> js.curvature.window_ihvp(state, {"w": jnp.array([3.0, 4.0])})
       {'w': Array([1., 1.], dtype=float32)}
     """
     _check_like_rows(state, tree, name="tree")

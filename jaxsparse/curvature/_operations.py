@@ -1,41 +1,14 @@
 """What every approximation of the Fisher matrix can be asked."""
 
-import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
 from jaxsparse._typing import PyTree
-from jaxsparse.curvature._block_inverse import (
-    block_eliminate,
-    block_ihvp,
-    restrict_blocks,
-)
-from jaxsparse.curvature._blocks import BlockFisher
-from jaxsparse.curvature._diagonal import DiagonalFisher
-from jaxsparse.curvature._fisher import Fisher, arrays_of, check_fisher, masks_of
-from jaxsparse.curvature._kronecker import (
-    KroneckerFisher,
-    kronecker_diagonal,
-    kronecker_ihvp,
-)
-from jaxsparse.curvature._mfac import (
-    MFac,
-    mfac_diagonal,
-    mfac_eliminate,
-    mfac_ihvp,
-    restrict_mfac,
-)
-from jaxsparse.curvature._mfac_blocks import (
-    BlockMFac,
-    restrict_rows,
-    rows_diagonal,
-    rows_eliminate,
-    rows_ihvp,
-)
-from jaxsparse.curvature.layout import from_blocks
+from jaxsparse.curvature import dispatch
+from jaxsparse.curvature._fisher import arrays_of, check_fisher, masks_of
+from jaxsparse.curvature.dispatch import Fisher
 
 
 def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
@@ -60,27 +33,7 @@ def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
       Array([1., 2.], dtype=float32)
     """
     xs = arrays_of(fisher, tree, name="tree")
-    match fisher:
-        case BlockFisher():
-            parts = zip(fisher.roots, xs, fisher.layouts, strict=True)
-            products = [block_ihvp(r, x, layout=layout) for r, x, layout in parts]
-        case DiagonalFisher():
-            parts = zip(fisher.diagonals, xs, strict=True)
-            products = [x.astype(d.dtype) / d for d, x in parts]
-        case KroneckerFisher():
-            parts = zip(fisher.factors, xs, fisher.layouts, strict=True)
-            products = [
-                kronecker_ihvp(f, x, fisher.damping, layout=layout)
-                for f, x, layout in parts
-            ]
-        case MFac():
-            products = mfac_ihvp(fisher, xs)
-        case BlockMFac(damping=damping):
-            parts = zip(fisher.rows, fisher.roots, xs, fisher.layouts, strict=True)
-            products = [
-                rows_ihvp(g, r, damping, x, layout=lay) for g, r, x, lay in parts
-            ]
-    return fisher.treedef.unflatten(products)
+    return fisher.treedef.unflatten(dispatch.ihvp(fisher, xs))
 
 
 def inverse_diagonal(fisher: Fisher) -> PyTree:
@@ -100,27 +53,7 @@ def inverse_diagonal(fisher: Fisher) -> PyTree:
       {'w': Array([0.1, 1. ], dtype=float32)}
     """
     check_fisher(fisher)
-    match fisher:
-        case BlockFisher():
-            parts = zip(fisher.diagonals, fisher.layouts, strict=True)
-            diagonals = [_from_blocks(d, layout=layout) for d, layout in parts]
-        case DiagonalFisher():
-            diagonals = [1 / d for d in fisher.diagonals]
-        case KroneckerFisher():
-            parts = zip(fisher.factors, fisher.layouts, strict=True)
-            diagonals = [
-                kronecker_diagonal(f, fisher.damping, layout=layout)
-                for f, layout in parts
-            ]
-        case MFac():
-            diagonals = mfac_diagonal(fisher)
-        case BlockMFac(damping=damping, accurate=accurate):
-            parts = zip(fisher.rows, fisher.roots, fisher.layouts, strict=True)
-            diagonals = [
-                rows_diagonal(g, r, damping, layout=layout, accurate=accurate)
-                for g, r, layout in parts
-            ]
-    return fisher.treedef.unflatten(diagonals)
+    return fisher.treedef.unflatten(dispatch.inverse_diagonal(fisher))
 
 
 def restrict(fisher: Any, masks: PyTree, *, donate: bool = False) -> Any:
@@ -152,23 +85,7 @@ def restrict(fisher: Any, masks: PyTree, *, donate: bool = False) -> Any:
       {'w': Array([0.1, 1. ], dtype=float32)}
     """
     _checks.check_bool(donate=donate)
-    full = masks_of(fisher, masks)
-    match fisher:
-        case BlockFisher():
-            return restrict_blocks(fisher, full, donate=donate)
-        case MFac():
-            return restrict_mfac(fisher, full)
-        case BlockMFac():
-            return restrict_rows(fisher, full)
-        case DiagonalFisher():
-            parts = zip(fisher.diagonals, full, strict=True)
-            apart = lambda d, kept: jnp.where(kept, d, fisher.damping.astype(d.dtype))
-            diagonals = tuple(apart(d, kept) for d, kept in parts)
-            return dataclasses.replace(fisher, diagonals=diagonals)
-    raise TypeError(
-        "A Kronecker product without some of its rows is none any more. Take the "
-        "gradients of the masked network: per_example_grads(..., masks=masks)."
-    )
+    return dispatch.restrict(fisher, masks_of(fisher, masks), donate=donate)
 
 
 def eliminate(
@@ -207,33 +124,121 @@ def eliminate(
     ws = arrays_of(fisher, params, name="params")
     qs = masks_of(fisher, removed, name="removed")
     ks = [~q for q in qs] if kept is None else masks_of(fisher, kept, name="kept")
-    match fisher:
-        case BlockFisher():
-            parts = zip(fisher.roots, ws, qs, ks, fisher.layouts, strict=True)
-            changes = [
-                block_eliminate(r, w, q, k, layout=layout)
-                for r, w, q, k, layout in parts
-            ]
-        case MFac():
-            changes = mfac_eliminate(fisher, ws, qs, ks)
-        case BlockMFac(damping=damping, accurate=accurate):
-            parts = zip(fisher.rows, ws, qs, ks, fisher.layouts, strict=True)
-            changes = [
-                rows_eliminate(g, damping, w, q, k, layout=layout, accurate=accurate)
-                for g, w, q, k, layout in parts
-            ]
-        case DiagonalFisher():
-            changes = [
-                jnp.where(q, -w.astype(d.dtype), jnp.zeros((), d.dtype))
-                for w, q, d in zip(ws, qs, fisher.diagonals, strict=True)
-            ]
-        case _:
-            raise TypeError(
-                "The joint update needs a block or a full Fisher matrix (block_fisher, "
-                f"mfac); got {type(fisher).__name__}. Use update='independent'."
-            )
-    return fisher.treedef.unflatten(changes)
+    return fisher.treedef.unflatten(dispatch.eliminate(fisher, ws, qs, ks))
 
 
-# Without jit each of its steps would make a copy.
-_from_blocks = jax.jit(from_blocks, static_argnames="layout")
+# Units, and weights in turn: what only a Fisher matrix in blocks can be asked.
+
+
+def inverse_blocks(fisher: Fisher, *, size: int | None = None) -> PyTree:
+    """The inverse itself, `[F^-1]_QQ` for all groups Q of neighbouring weights.
+
+    Args:
+      fisher: what `block_fisher` returned.
+      size: the weights of a group, a divisor of the block size: 4 for oBERT's groups.
+        None for the whole blocks.
+
+    Returns:
+      A tree with the structure of the gradients, leaves `[*lead, block_size // size,
+      size, size]` in the order of `fisher.layouts` (a kernel row by row as `[d_out,
+      d_in]`); for `size=None` without the axis of length 1. A last block that is
+      not full has `1 / damping` on the rest of its diagonal.
+
+    Raises:
+      ValueError: `size` does not divide the block size.
+      TypeError: another approximation.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> grads = {"w": jnp.array([[1.0, 1.0], [1.0, -1.0]])}    # F = I
+      >>> fisher = js.curvature.block_fisher(grads, block_size=2, damping=1.0)
+      >>> js.curvature.inverse_blocks(fisher)["w"].tolist()
+      [[[0.5, 0.0], [0.0, 0.5]]]
+    """
+    if size is not None:
+        _checks.check_positive_int(size, name="size")
+    return fisher.treedef.unflatten(dispatch.inverse_blocks(fisher, size=size))
+
+
+def group_scores(fisher: Fisher, params: PyTree) -> tuple[PyTree, PyTree]:
+    """The loss of removing each unit of the pattern on its own.
+
+    `rho_Q = 1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q` for the units Q for which `fisher` was made
+    (`block_fisher(..., pattern=pattern)`), all small systems at once, in float64.
+    Kurtic et al. (2022, oBERT, arXiv:2203.07259).
+
+    Args:
+      fisher: what `block_fisher` returned.
+      params: has an array for each parameter that takes part.
+
+    Returns:
+      Two trees with the structure of the gradients and the parameters' shapes: `rho`,
+      shared by the weights of a unit; and `([F^-1]_QQ)^-1 w_Q`, whose product with
+      `-F^-1` is the change that removes the unit alone.
+
+    Raises:
+      TypeError: another approximation.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> pattern = js.Block((2, 1))
+      >>> grads = {"w": jnp.array([[[1.0], [1.0]], [[1.0], [-1.0]]])}    # F = I
+      >>> fisher = js.curvature.block_fisher(
+      ...     grads, block_size=2, damping=1.0, pattern=pattern)
+      >>> params = {"w": jnp.array([[1.0], [3.0]])}
+      >>> rho, _ = js.curvature.group_scores(fisher, params)   # 1/2 * 2 * (1 + 9)
+      >>> rho["w"].round(4)
+      Array([[10.],
+             [10.]], dtype=float32)
+    """
+    _checks.check_arrays(params=params)
+    ws = arrays_of(fisher, params, name="params")
+    rho, y = zip(*dispatch.group_scores(fisher, ws), strict=True)
+    return fisher.treedef.unflatten(rho), fisher.treedef.unflatten(y)
+
+
+def greedy_scores(
+    fisher: Fisher,
+    params: PyTree,
+    *,
+    masks: PyTree = None,
+    most: int | None = None,
+) -> PyTree:
+    """The loss at which greedy OBS removes each weight, block by block.
+
+    In each block the weight with the least `w_q^2 / (2 [F^-1]_qq)` goes, the others are
+    changed, `F^-1` is reduced by it, and so on until none is left: `ExactOBS` of
+    Frantar & Alistarh (2022, OBC, arXiv:2208.11580) on blocks of the Fisher matrix.
+    Removing the lowest scores over all blocks, and then `eliminate`, is the result of
+    stopping each block in time.
+
+    Cost: `block_size^2` multiply-adds a weight in float64, one after another.
+
+    Args:
+      fisher: what `block_fisher` returned, restricted to the kept weights.
+      params: has an array for each parameter that takes part.
+      masks: what is still there; all by default.
+      most: how many weights of each unit of the pattern may go (N:M: `of - keep`).
+
+    Returns:
+      A tree with the structure of the gradients: the increase of the loss when the
+      weight goes, or the largest so far if that was larger; Inf for what stays.
+
+    Raises:
+      TypeError: another approximation.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> grads = {"w": jnp.array([[1.0, 1.0], [1.0, -1.0]])}    # F = I
+      >>> fisher = js.curvature.block_fisher(grads, block_size=2, damping=1.0)
+      >>> js.curvature.greedy_scores(fisher, {"w": jnp.array([3.0, 1.0])})["w"].round(4)
+      Array([9., 1.], dtype=float32)
+    """
+    _checks.check_arrays(params=params)
+    ws = arrays_of(fisher, params, name="params")
+    if masks is None:
+        kept = [jnp.ones_like(w, dtype=bool) for w in ws]
+    else:
+        kept = masks_of(fisher, masks)
+    scores = dispatch.greedy_scores(fisher, ws, kept, most=most)
+    return fisher.treedef.unflatten(scores)

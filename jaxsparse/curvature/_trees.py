@@ -13,6 +13,9 @@ from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.tree import leaves_with_paths
 
+STATIC = {"static": True}
+"""Marks the fields of a pytree that are no arrays."""
+
 
 def gradient_leaves(grads: PyTree) -> tuple[list[str], list[Any], int]:
     """The leaves of a tree of gradients, and how many gradients it holds."""
@@ -37,6 +40,19 @@ def gradient_leaves(grads: PyTree) -> tuple[list[str], list[Any], int]:
                 f"holds {g.shape[0]}. The leading axis m must be the same everywhere."
             )
     return [path for path, _ in named], [g for _, g in named], named[0][1].shape[0]
+
+
+def without_m(grads: PyTree) -> PyTree:
+    """Shapes and types of what the gradients are of."""
+    return jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
+
+
+def for_each(
+    f: Callable[..., Any], layouts: Iterable[Any], *columns: Any, **options: Any
+) -> list[Any]:
+    """`f(*arrays, layout=layout, **options)` for one parameter after another."""
+    rows = zip(layouts, *columns, strict=True)
+    return [f(*arrays, layout=layout, **options) for layout, *arrays in rows]
 
 
 def check_real(path: str, x: Any) -> None:

@@ -28,17 +28,12 @@ from jaxsparse.linalg.triangle import Triangle
 
 @functools.partial(jax.jit, static_argnames=("layout", "accurate"))
 def sum_up(
-    sums: Triangle, g: Array, *, layout: BlockLayout, accurate: bool
+    sums: Triangle | None, g: Array, *, layout: BlockLayout, accurate: bool
 ) -> Triangle:
-    """Adds `g_i g_i^T` of all gradients."""
+    """Adds `g_i g_i^T` of all gradients, to zero for None."""
+    if sums is None:
+        sums = _triangle.zeros(layout.lead, layout.block_size, widest([g]))
     return _sum_up(sums, g, layout, accurate)
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "accurate"))
-def sum_up_anew(g: Array, *, layout: BlockLayout, accurate: bool) -> Triangle:
-    """`sum_up` from zero."""
-    zeros = _triangle.zeros(layout.lead, layout.block_size, widest([g]))
-    return _sum_up(zeros, g, layout, accurate)
 
 
 @jax.jit

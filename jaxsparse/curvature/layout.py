@@ -10,8 +10,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks, patterns
-from jaxsparse._typing import Array
-from jaxsparse.tree import Axes, default_axes
+from jaxsparse._typing import Array, PyTree
+from jaxsparse.tree import (
+    Axes,
+    AxesRule,
+    default_axes,
+    leaves_with_paths,
+    resolve_axes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,19 @@ class BlockLayout:
     def blocks(self) -> int:
         """The blocks of one layer."""
         return -(-self.per_layer // self.block_size)
+
+
+def block_layouts(
+    params: PyTree, block_size: int, axes: AxesRule, **options: Any
+) -> tuple[BlockLayout, ...]:
+    """The blocks of each parameter of a tree."""
+    check_block_size(block_size)
+    options["block_size"] = block_size
+    stated = resolve_axes(params, axes)
+    return tuple(
+        block_layout(path, tuple(w.shape), axes=stated.get(path), **options)
+        for path, w in leaves_with_paths(params)
+    )
 
 
 def block_layout(

@@ -81,6 +81,10 @@ def inverse_root(matrix: Array) -> Array:
 
 def solve(matrix: Array, x: Array) -> Array:
     """`A^-1 x` for symmetric positive definite `A`."""
-    root = inverse_root(matrix)
+    return by_root(inverse_root(matrix), x)
+
+
+def by_root(root: Array, x: Array) -> Array:
+    """`R^T (R x)`: what `A^-1 x` is where `R^T R = A^-1`."""
     y = jnp.einsum("...ab,...b->...a", root, x, precision=HIGHEST)
     return jnp.einsum("...ab,...a->...b", root, y, precision=HIGHEST)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _checks, curvature, patterns, scores
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
+from jaxsparse.curvature import dispatch
 from jaxsparse.curvature.layout import block_layout
 from jaxsparse.patterns.before import gone_before, targets
 from jaxsparse.patterns.selection import check_further, choose
@@ -157,7 +158,7 @@ def _choose(
 def _without(
     fisher: curvature.Fisher, masks: PyTree, *, donate: bool = False
 ) -> curvature.Fisher:
-    if isinstance(fisher, curvature.KroneckerFisher):
+    if not dispatch.can(dispatch.restrict, fisher):
         return fisher
     return curvature.restrict(fisher, masks, donate=donate)
 
@@ -180,7 +181,7 @@ def _cut(
     losses, alone = {}, {}
     for part in parts:
         rho, y = _each_alone(pick(part, ws), part, rules)
-        if rules.greedy and isinstance(part, curvature.BlockFisher):
+        if rules.greedy:
             most = _most(sparsity, rules.pattern)
             some = {"masks": pick(part, old), "most": most}
             rho = curvature.greedy_scores(part, pick(part, ws), **some)
@@ -214,7 +215,7 @@ def _each_alone(
     params: dict[str, Array], fisher: curvature.Fisher, rules: _Rules
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """The loss when each unit is removed alone, and `y` so that `-F^-1 y` does that."""
-    if isinstance(fisher, curvature.BlockFisher) and _is_tiled(rules):
+    if _is_tiled(rules) and dispatch.can(dispatch.group_scores, fisher):
         return curvature.group_scores(fisher, params)
     diagonal = dict(leaves_with_paths(curvature.inverse_diagonal(fisher)))
     for path, w in params.items():
@@ -274,14 +275,14 @@ def _check(params: PyTree, fisher: curvature.Fisher, rules: _Rules) -> None:
             f"kronecker_fisher returned, got {type(fisher).__name__}."
         )
     kind, pattern = type(fisher).__name__, rules.pattern
-    if rules.update == "joint" and isinstance(fisher, curvature.KroneckerFisher):
+    if rules.update == "joint" and not dispatch.can(dispatch.eliminate, fisher):
         raise TypeError(
             f"A {kind} has no joint update. Pass update='independent' or 'none', or "
             "make a block_fisher or mfac."
         )
     chosen_one_by_one = isinstance(pattern, patterns.Unstructured | patterns.NM)
-    blocks = isinstance(fisher, curvature.BlockFisher)
-    if rules.greedy and not (blocks and chosen_one_by_one):
+    in_turn = chosen_one_by_one and dispatch.can(dispatch.greedy_scores, fisher)
+    if rules.greedy and not in_turn:
         raise TypeError(
             "greedy=True works inside the blocks of js.curvature.block_fisher, for "
             f"js.Unstructured and js.NM; got a {kind} and {pattern}."
@@ -292,13 +293,13 @@ def _check(params: PyTree, fisher: curvature.Fisher, rules: _Rules) -> None:
     for path, _ in selected:
         curvature.check_covers(fisher, path)
     together = _is_tiled(rules) or (rules.greedy and isinstance(pattern, patterns.NM))
-    if blocks and together:
+    if together and dispatch.can(dispatch.group_scores, fisher):
         _check_units(selected, fisher, rules, resolve_axes(params, rules.axes))
 
 
 def _check_units(
     selected: list[tuple[str, Any]],
-    fisher: curvature.BlockFisher,
+    fisher: Any,
     rules: _Rules,
     stated: dict[str, Axes],
 ) -> None:

@@ -272,7 +272,7 @@ def test_no_second_copy_of_the_gradients_is_made(spec):
 
     def compiled(m):
         g = jax.ShapeDtypeStruct((m, 256, 192), jnp.float32, sharding=sharding)
-        lowered = _kronecker_sums.sum_up_anew.lower(g, layout=layout, accurate=True)
+        lowered = _kronecker_sums.sum_up.lower(None, g, layout=layout, accurate=True)
         return lowered.compile()
 
     scratch = lambda c: c.memory_analysis().temp_size_in_bytes

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsparse.curvature import _mfac_window as mfac
-from jaxsparse.curvature import _sliding_factor as sliding
+from jaxsparse.linalg import sliding
 
 init = jax.jit(mfac.window_init, static_argnames=("window", "dtype"))
 update_ihvp = jax.jit(mfac.window_update_ihvp)
