@@ -90,11 +90,23 @@ def _counts(paths: Sequence[str], leaves: Sequence[Any]) -> dict[str, tuple[int,
     ]
     if not known:
         return {}
-    counts = _count([x for _, x in known])
-    if not _checks.is_concrete(counts):
+    finite = _finite([x for _, x in known])
+    if not _checks.is_concrete(finite):
         return {}
-    pairs = zip(known, on_host(counts).tolist(), strict=True)
-    return {path: (nans, infs) for (path, _), (nans, infs) in pairs if nans + infs}
+    whole = on_host(finite).tolist()
+    wrong = [each for each, fine in zip(known, whole, strict=True) if not fine]
+    if not wrong:
+        return {}
+    counts = on_host(_count([x for _, x in wrong])).tolist()
+    pairs = zip(wrong, counts, strict=True)
+    return {path: (nans, infs) for (path, _), (nans, infs) in pairs}
+
+
+@jax.jit
+def _finite(leaves: list[Array]) -> Array:
+    """Whether each array is, without scratch: counts take that of two arrays."""
+    most = lambda x: jnp.max(jnp.abs(as_wide(jnp.asarray(x))), initial=0)
+    return jnp.stack([jnp.isfinite(most(x)) for x in leaves])
 
 
 @jax.jit

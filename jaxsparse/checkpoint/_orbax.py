@@ -20,6 +20,9 @@ from jaxsparse.checkpoint import _files, _leaves, _lock, _reading, _stamp, _step
 from jaxsparse.checkpoint._many import by_the_first
 from jaxsparse.transforms import masks_of
 
+_FILE_BYTES = 1 << 24
+"""Up to how much is held until it is written: orbax holds what a file takes."""
+
 
 class Restored(NamedTuple):
     """What `restore` returns.
@@ -155,7 +158,9 @@ def save(
                 args=ocp.args.Composite(
                     **{_files.STAMP: ocp.args.JsonSave(stamp)},
                     **{
-                        item: ocp.args.PyTreeSave(named)
+                        item: ocp.args.PyTreeSave(
+                            named, ocdbt_target_data_file_size=_FILE_BYTES
+                        )
                         for item, named in arrays.items()
                         if named
                     },

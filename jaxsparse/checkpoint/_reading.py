@@ -1,6 +1,8 @@
 """Reads the arrays of a checkpoint and checks them against the stamp."""
 
+import math
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +15,9 @@ from jaxsparse.checkpoint import _leaves, _packing, _types
 from jaxsparse.checkpoint._files import STAMP, Damaged
 
 Tree = dict[str, dict[str, Any]]
+
+_LEAST = 1 << 26  # bytes; what is smaller is not worth a reading of its own
+_PARTS = 8
 
 
 def checkpointer() -> ocp.Checkpointer:
@@ -36,6 +41,53 @@ def read(
     """The leaves of each item, in the order of its template and where that lies."""
     _check_axes(stamp)
     records = stamp["leaves"]
+    found: Tree = {item: {} for item in templates}
+    parts = list(_parts(templates, records))
+    for part in parts:
+        for item, leaves in _read_part(
+            path, stamp, part, alone=alone, partial=len(parts) > 1
+        ).items():
+            found[item] |= leaves
+    return found
+
+
+def _parts(templates: Tree, records: Tree) -> Iterator[Tree]:
+    """Some leaves at a time: what is read lies beside what is made of it."""
+    sizes = {
+        (item, name): _bytes_of(records[item][name])
+        for item, named in templates.items()
+        for name in named
+    }
+    most = max(_LEAST, sum(sizes.values()) // _PARTS)
+    part: Tree = {}
+    filled = 0
+    for (item, name), size in sizes.items():
+        if part and filled + size > most:
+            yield part
+            part, filled = {}, 0
+        part.setdefault(item, {})[name] = templates[item][name]
+        filled += size
+    if part:
+        yield part
+
+
+def _bytes_of(record: _leaves.Record) -> int:
+    """How many bytes an array takes on disk, about."""
+    if not _leaves.is_written(record):
+        return 0
+    shape, dtype = _written_as(record) or (record["shape"], np.dtype(np.uint64))
+    return math.prod(shape) * dtype.itemsize
+
+
+def _read_part(
+    path: pathlib.Path,
+    stamp: dict[str, Any],
+    templates: Tree,
+    *,
+    alone: bool,
+    partial: bool,
+) -> Tree:
+    records = stamp["leaves"]
     places = {
         item: {
             name: _leaves.place_of(shown(f"{item} {name}"), x)
@@ -52,7 +104,8 @@ def read(
         for item, named in places.items()
     }
     args = {item: named for item, named in args.items() if named}
-    written = _read_alone(path, args) if alone else _read_together(path, args)
+    read = _read_alone if alone else _read_some if partial else _read_together
+    written = read(path, args)
     _check(written, stamp)
     return {
         item: {
@@ -80,11 +133,28 @@ def check_arrays(path: pathlib.Path, stamp: dict[str, Any]) -> None:
 
 
 def _read_together(path: pathlib.Path, args: Tree) -> Tree:
-    if not args:  # orbax takes nothing for everything
-        return {}
+    """All that was written."""
     wanted = {
         item: ocp.args.PyTreeRestore(restore_args=named) for item, named in args.items()
     }
+    return _read(path, args, wanted)
+
+
+def _read_some(path: pathlib.Path, args: Tree) -> Tree:
+    """Some of what was written."""
+    wanted = {item: _some(named) for item, named in args.items()}
+    return _read(path, args, wanted)
+
+
+def _some(named: dict[str, ocp.RestoreArgs]) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(
+        item=dict.fromkeys(named, 0), restore_args=named, partial_restore=True
+    )
+
+
+def _read(path: pathlib.Path, args: Tree, wanted: dict[str, Any]) -> Tree:
+    if not args:  # orbax takes nothing for everything
+        return {}
     try:
         with checkpointer() as reader:
             return reader.restore(path, args=ocp.args.Composite(**wanted))
@@ -99,9 +169,7 @@ def _read_alone(path: pathlib.Path, args: Tree) -> Tree:
     found: Tree = {item: {} for item in args}
     for item, named in args.items():
         for name, how in named.items():
-            one = ocp.args.PyTreeRestore(
-                item={name: 0}, restore_args={name: how}, partial_restore=True
-            )
+            one = _some({name: how})
             try:
                 with checkpointer() as reader:
                     read = reader.restore(path, args=ocp.args.Composite(**{item: one}))

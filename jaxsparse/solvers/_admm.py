@@ -1,6 +1,7 @@
 """Alternating directions: weights and their sparse copies pull at each other."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -70,15 +71,14 @@ def admm(
       >>> js.solvers.admm(w, gram, 0.34, rel_damping=0.01).mask.tolist()
       [[False, True, True]]
     """
-    sparsity = _check(w, gram, sparsity, pattern, rel_damping, rho, solver="admm")
-    _arguments.check_gone(mask, w, sparsity, pattern)
+    given = (w, gram, sparsity, pattern, mask)
+    sparsity = _check(given, rel_damping, rho, solver="admm")
     _checks.check_positive_int(iterations, name="iterations")
     _checks.check_positive_int(mask_iterations, name="mask_iterations")
     plain = _solved.plain_gram(w, gram)
     steps = (iterations, min(iterations, mask_iterations))
-    return _solved.done(
-        _admm_jitted(w, plain, sparsity, mask, rho, rel_damping, pattern, steps)
-    )
+    given = (w, plain, sparsity, mask, rho, rel_damping)
+    return _solved.done(_jitted(*given, _admm, pattern, steps))
 
 
 def alps(
@@ -132,60 +132,57 @@ def alps(
       >>> js.solvers.alps(w, gram, 0.34).mask.tolist()
       [[False, True, True]]
     """
-    sparsity = _check(w, gram, sparsity, pattern, rel_damping, rho, solver="alps")
-    _arguments.check_gone(mask, w, sparsity, pattern)
+    given = (w, gram, sparsity, pattern, mask)
+    sparsity = _check(given, rel_damping, rho, solver="alps")
     _checks.check_positive_int(iterations, name="iterations")
     _checks.check_positive_int(refit_iterations, name="refit_iterations")
     plain = _solved.plain_gram(w, gram)
     steps = (iterations, refit_iterations)
-    return _solved.done(
-        _alps_jitted(w, plain, sparsity, mask, rho, rel_damping, pattern, steps)
-    )
+    given = (w, plain, sparsity, mask, rho, rel_damping)
+    return _solved.done(_jitted(*given, _alps, pattern, steps))
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "steps"))
-def _admm_jitted(w, gram, sparsity, before, rho, rel_damping, pattern, steps):
-    solve = functools.partial(_admm, pattern=pattern, steps=steps)
+@functools.partial(jax.jit, static_argnames=("method", "pattern", "steps"))
+def _jitted(w, gram, sparsity, before, rho, rel_damping, method, pattern, steps):
+    solve = functools.partial(method, pattern=pattern, steps=steps)
     return _solved.on_mesh(solve, w, gram, sparsity, before, rho, rel_damping)
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "steps"))
-def _alps_jitted(w, gram, sparsity, before, rho, rel_damping, pattern, steps):
-    solve = functools.partial(_alps, pattern=pattern, steps=steps)
-    return _solved.on_mesh(solve, w, gram, sparsity, before, rho, rel_damping)
-
-
-def _check(w, gram, sparsity, pattern, rel_damping, rho, *, solver: str) -> Any:
+def _check(given: tuple[Any, ...], rel_damping: Any, rho: Any, *, solver: str) -> Any:
+    w, gram, sparsity, pattern, mask = given
     _arguments.check_layer(w, gram)
     sparsity = _arguments.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
     _arguments.check_dampings(None, rel_damping)
     _checks.check_number(above=0, rho=rho)
+    _arguments.check_gone(mask, w, sparsity, pattern)
     return sparsity
 
 
 class _Scaled(NamedTuple):
-    """A layer in inputs whose second moments are 1."""
+    """A layer in inputs whose second moments are 1, and how its masks are chosen."""
 
     target: Array  # W sqrt(diag G), 0 for dead inputs
     gram: Array  # a diagonal of ones and the damping
     scale: Array  # [1, d_in]
+    choose: Callable[[Array], Array]
 
 
-def _rescale(w: Array, gram: Array, added: Array) -> _Scaled:
+def _rescale(w: Array, gram: Array, added: Array, **options: Any) -> _Scaled:
     diagonal = jnp.diagonal(gram)
     scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, jnp.ones_like(diagonal)))
     scaled = gram / scale[:, None] / scale[None, :]
     dead = jnp.where(diagonal > 0, jnp.zeros_like(diagonal), jnp.ones_like(diagonal))
-    target = w.astype(gram.dtype) * (scale * (1 - dead))[None, :]
-    return _Scaled(target, scaled + jnp.diag(dead + added), scale[None, :])
+    wide = w.astype(gram.dtype)
+    target = wide * (scale * (1 - dead))[None, :]
+    unused = (diagonal == 0, _solved.below_zero(wide))
+    choose = functools.partial(_choose, unused=unused, **options)
+    return _Scaled(target, scaled + jnp.diag(dead + added), scale[None, :], choose)
 
 
 def _admm(w, gram, sparsity, before, rho, rel_damping, *, pattern, steps) -> Solved:
     rho, added = (jnp.asarray(x).astype(gram.dtype) for x in (rho, rel_damping))
-    target, scaled, scale = _rescale(w, gram, added)
-    unused = (jnp.diagonal(gram) == 0, _solved.below_zero(w.astype(gram.dtype)))
     options = {"sparsity": sparsity, "before": before, "pattern": pattern}
-    choose = functools.partial(_choose, unused=unused, **options)
+    target, scaled, scale, choose = _rescale(w, gram, added, **options)
     factor = factor_gram(scaled, damping=rho)
     inverse = damped_inverse(factor)
     wanted = matmul(target, scaled)
@@ -220,10 +217,8 @@ class _Alternating(NamedTuple):
 
 def _alps(w, gram, sparsity, before, rho, rel_damping, *, pattern, steps) -> Solved:
     rho, added = (jnp.asarray(x).astype(gram.dtype) for x in (rho, rel_damping))
-    target, scaled, scale = _rescale(w, gram, added)
-    unused = (jnp.diagonal(gram) == 0, _solved.below_zero(w.astype(gram.dtype)))
     options = {"sparsity": sparsity, "before": before, "pattern": pattern}
-    choose = functools.partial(_choose, unused=unused, **options)
+    target, scaled, scale, choose = _rescale(w, gram, added, **options)
     values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
     iterations, refits = steps
 

@@ -6,11 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks, patterns
-from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array
 from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.gram import GramFactor, factor_gram, inverse_upper
@@ -253,11 +250,7 @@ def refit_channels(
     _arguments.check_dampings(damping, rel_damping)
     plain = _solved.plain_gram(w, gram)
     if isinstance(gram, GramFactor):
-        if damping is not None:
-            raise ValueError(
-                "gram is a factor, whose damping was chosen in js.curvature."
-                f"factor_gram; got damping={damping} too. Leave it out."
-            )
+        _solved.check_no_damping(damping)
         damping = gram.damping
     added = _solved.given_damping(jnp.diagonal(plain), damping, rel_damping)
     return _solved.done(_jitted_refit(w, plain, added, jnp.asarray(keep)))
@@ -308,7 +301,8 @@ def _jitted_errors(w, factor, order, number, size) -> Array:
         found = layer_errors(*_ordered(w, factor, order), number, size)
         return found + unseen_errors(w, factor, order, number, size)
 
-    return _on_mesh(errors, lambda lies, whole: whole, w, factor, order)
+    whole = lambda _, whole: whole
+    return _solved.on_mesh(errors, w, factor, order, shardings=whole)
 
 
 @functools.partial(jax.jit, static_argnames=("number", "size", "at_once"))
@@ -318,24 +312,15 @@ def _jitted_removal(
     remove = functools.partial(_remove, number=number, size=size, at_once=at_once)
 
     def shardings(lies: Any, whole: Any) -> Any:
-        info: Any = SolveInfo(*[whole] * len(SolveInfo._fields))
-        return RemovedChannels(lies, lies, info, whole, whole)
+        solved = _solved.solved_shardings(lies, whole)
+        return RemovedChannels(*solved, errors=whole, step=whole)
 
-    return _on_mesh(remove, shardings, w, factor, removed, order)
+    return _solved.on_mesh(remove, w, factor, removed, order, shardings=shardings)
 
 
 @jax.jit
 def _jitted_refit(w, gram, added, keep) -> Solved:
     return _solved.on_mesh(_refit, w, gram, added, keep)
-
-
-def _on_mesh(f: Any, shardings: Any, w: Array, *rest: Any) -> Any:
-    """`f(w, *rest)`, its shardings stated where the mesh of `w` has explicit axes."""
-    mesh = explicit_mesh([w])
-    if mesh is None:
-        return f(w, *rest)
-    stated = shardings(jax.typeof(w).sharding, NamedSharding(mesh, P()))
-    return jax.sharding.auto_axes(f, out_sharding=stated)(w, *rest)
 
 
 def _ordered(w: Array, factor: GramFactor, order: Any) -> tuple[Array, Array]:

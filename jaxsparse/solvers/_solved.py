@@ -75,11 +75,7 @@ def factor_of(
 ) -> GramFactor:
     """The factor to use, in the type to compute in; `damping` goes first."""
     if isinstance(gram, GramFactor):
-        if damping is not None:
-            raise ValueError(
-                "gram is a factor, whose damping was chosen in js.curvature."
-                f"factor_gram; got damping={damping} too. Leave it out."
-            )
+        check_no_damping(damping)
         dtype = compute_type(w, gram.root)
         cast = lambda x: x.astype(dtype) if x.dtype != jnp.bool_ else x
         return jax.tree.map(cast, gram)
@@ -87,6 +83,15 @@ def factor_of(
     if damping is not None:
         return factor_gram(gram, damping=damping)
     return factor_gram(gram, rel_damping=rel_damping)
+
+
+def check_no_damping(damping: float | Array | None) -> None:
+    """Raises where a damping comes with a factor, which has its own."""
+    if damping is not None:
+        raise ValueError(
+            "gram is a factor, whose damping was chosen in js.curvature."
+            f"factor_gram; got damping={damping} too. Leave it out."
+        )
 
 
 def plain_gram(w: Array, gram: Array | GramFactor) -> Array:
@@ -198,16 +203,24 @@ def finish(
     return Solved(moved.astype(w.dtype), mask, info)
 
 
-def on_mesh(f: Callable[..., Solved], w: Array, *rest: Any) -> Solved:
-    """`f(w, *rest)`, with the sharding of `w` stated on a mesh with explicit axes."""
+def solved_shardings(lies: Any, whole: Any) -> Any:
+    """Where a result lies: as `w` does, its scalars everywhere."""
+    info: Any = SolveInfo(*[whole] * len(SolveInfo._fields))
+    return Solved(lies, lies, info)
+
+
+def on_mesh(
+    f: Callable[..., Any],
+    w: Array,
+    *rest: Any,
+    shardings: Callable[[Any, Any], Any] = solved_shardings,
+) -> Any:
+    """`f(w, *rest)`, its shardings stated where the mesh of `w` has explicit axes."""
     mesh = explicit_mesh([w])
     if mesh is None:
         return f(w, *rest)
-    lies = jax.typeof(w).sharding
-    whole = NamedSharding(mesh, P())
-    parts: Any = [whole] * len(SolveInfo._fields)
-    shardings = Solved(lies, lies, SolveInfo(*parts))
-    automatic: Any = jax.sharding.auto_axes(f, out_sharding=shardings)
+    stated = shardings(jax.typeof(w).sharding, NamedSharding(mesh, P()))
+    automatic: Any = jax.sharding.auto_axes(f, out_sharding=stated)
     return automatic(w, *rest)
 
 

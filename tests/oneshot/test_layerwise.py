@@ -319,8 +319,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch)
     whole = run()
     saved, stages = _layerwise.saved, []
 
-    def killed(directory, state, trace):
-        saved(directory, state, trace)
+    def killed(store, directory, state, trace):
+        saved(store, directory, state, trace)
         stages.append(state.stage)
         if state.stage == 3:
             raise KeyboardInterrupt

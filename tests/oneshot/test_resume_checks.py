@@ -192,8 +192,8 @@ def test_solvers_made_within_a_function(tmp_path):
 
 def test_a_directory_of_the_version_before(tmp_path, monkeypatch):
     saved = _layerwise.saved
-    without = lambda directory, state, trace: saved(
-        directory, state._replace(run=None), trace
+    without = lambda store, directory, state, trace: saved(
+        store, directory, state._replace(run=None), trace
     )
     monkeypatch.setattr(_layerwise, "saved", without)
     first = run(tmp_path)

@@ -1,0 +1,71 @@
+"""A large checkpoint is read by parts, and comes back as if it were read at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsparse as js
+from jaxsparse.checkpoint import _reading
+
+PARAMS = {
+    "a": jnp.arange(24.0).reshape(4, 6),
+    "b": {"kernel": jnp.ones((3, 5), jnp.bfloat16), "none": jnp.zeros((0, 2))},
+    "c": np.arange(7),
+    "key": jax.random.key(3),
+    "n": 3,
+}
+MASKS = jax.tree.map(lambda _: jnp.asarray(True), PARAMS) | {"a": PARAMS["a"] > 5}
+ADAM = optax.adam(1e-3).init({"a": PARAMS["a"]})
+
+
+def bits(x):
+    if jnp.issubdtype(getattr(x, "dtype", int), jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x).tobytes()
+
+
+@pytest.fixture
+def directory(tmp_path):
+    js.checkpoint.save(
+        tmp_path, step=1, params=PARAMS, opt_state=ADAM, masks=MASKS, extra={"a": 1}
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("least", [1, 50, 100])
+def test_parts_are_the_whole(directory, monkeypatch, least):
+    restore = lambda: js.checkpoint.restore(directory, params=PARAMS, opt_state=ADAM)
+    parts, read = [], _reading._read_part
+    counted = lambda *a, **k: parts.append(a) or read(*a, **k)
+    monkeypatch.setattr(_reading, "_read_part", counted)
+    whole = restore()
+    assert len(parts) == 1
+    monkeypatch.setattr(_reading, "_LEAST", least)
+    monkeypatch.setattr(_reading, "_PARTS", 10**6)
+    found = restore()
+    assert len(parts) > 2
+    assert jax.tree.structure(found) == jax.tree.structure(whole)
+    for x, y, z in zip(
+        *map(jax.tree.leaves, (found, whole, (1, PARAMS, ADAM, MASKS))), strict=False
+    ):
+        assert bits(x) == bits(y) == bits(z)
+        assert type(x) is type(y)
+
+
+def test_what_is_damaged_in_a_later_part_is_named(directory, monkeypatch):
+    monkeypatch.setattr(_reading, "_LEAST", 1)
+    monkeypatch.setattr(_reading, "_PARTS", 10**6)
+    checked = _reading.checksums_of
+
+    def flipped(arrays):
+        found = checked(arrays)
+        return {
+            item: {n: crc ^ (n == "b/kernel") for n, crc in named.items()}
+            for item, named in found.items()
+        }
+
+    monkeypatch.setattr(_reading, "checksums_of", flipped)
+    with pytest.raises(ValueError, match="params b/kernel is not what was saved"):
+        js.checkpoint.restore(directory, params=PARAMS)
