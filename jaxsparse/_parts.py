@@ -6,7 +6,7 @@ import jax
 
 from jaxsparse._typing import Array, PyTree
 
-_LEAST = 2**21  # weights; what is smaller is not worth a program more
+_LEAST = 2**22  # weights; what is smaller is not worth a program more
 _PARTS = 8
 
 

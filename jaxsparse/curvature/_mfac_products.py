@@ -10,7 +10,7 @@ from jax import lax
 from jaxsparse._typing import Array
 from jaxsparse.curvature._gradient_rows import contract
 from jaxsparse.linalg import triangle as _triangle
-from jaxsparse.linalg.chunks import SCRATCH_BYTES, cut, in_parts, is_spread
+from jaxsparse.linalg.chunks import cut, in_parts, is_spread, scratch_bytes
 from jaxsparse.linalg.factor import HIGHEST, inverse_root
 from jaxsparse.linalg.triangle import Triangle
 
@@ -134,10 +134,10 @@ def page_diagonal(g: Array, root: Triangle, damping: Array, *, accurate: bool) -
             new = diagonal(cut(flat, start, size, 1), r)
             return lax.dynamic_update_slice_in_dim(out, new, start, 0)
 
-        columns = max(512, SCRATCH_BYTES // (16 * m))
+        columns = max(512, scratch_bytes() // (16 * m))
         empty = jnp.zeros(flat.shape[1], stored)
         return in_parts(flat.shape[1], columns, fill, empty).reshape(shape)
 
 
 def _columns_in_cache(m: int) -> int:
-    return max(512, SCRATCH_BYTES // (8 * m))
+    return max(512, scratch_bytes() // (8 * m))

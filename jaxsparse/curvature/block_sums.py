@@ -15,12 +15,12 @@ from jaxsparse._typing import Array
 from jaxsparse.curvature.layout import BlockLayout, to_blocks
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.chunks import (
-    SCRATCH_BYTES,
     SLAB_BYTES,
     cut,
     in_parts,
     is_spread,
     over_blocks,
+    scratch_bytes,
 )
 from jaxsparse.linalg.factor import HIGHEST
 from jaxsparse.linalg.triangle import Triangle
@@ -100,7 +100,7 @@ def _sum_up(sums: Triangle, g: Array, layout: BlockLayout, accurate: bool) -> Tr
             write = lambda x, n: lax.dynamic_update_slice_in_dim(x, n, first, 1)
             return jax.tree.map(write, sums, new)
 
-        few = max(1, SCRATCH_BYTES // (8 * layers * b * (m + 4 * b)))
+        few = max(1, scratch_bytes() // (8 * layers * b * (m + 4 * b)))
         return in_parts(count, few, add_blocks, sums)
 
     with jax.enable_x64(True):

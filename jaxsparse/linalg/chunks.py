@@ -10,12 +10,19 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxsparse import _platform
 from jaxsparse._loops import after
 from jaxsparse._sharded import explicit_mesh
 from jaxsparse._typing import Array
 
-SCRATCH_BYTES = 1 << 22  # float64 numbers that should stay in the cache
+SCRATCH_BYTES = 1 << 22  # float64 numbers that should stay in the cache of a CPU
+_MOST_BYTES = 1 << 28  # of them on accelerators, where only the memory is limited
 SLAB_BYTES = 1 << 25  # what is brought into another order at once
+
+
+def scratch_bytes() -> int:
+    """How much a chunk of the work may take."""
+    return _platform.size(cpu=SCRATCH_BYTES, other=_MOST_BYTES)
 
 
 def is_spread(*arrays: Array) -> bool:
@@ -42,8 +49,9 @@ def in_parts(
 
 
 def _opaque(count: int) -> Array:
-    """A number that XLA does not know, or it would unroll a loop of one turn."""
-    return lax.optimization_barrier(jnp.int32(count))
+    """A number that XLA's CPU backend does not know: it unrolls loops of one turn."""
+    known = lambda count: count
+    return _platform.on_cpu(lax.optimization_barrier, known, jnp.int32(count))
 
 
 def cut(x: Array, start: Array, size: int, axis: int = 0) -> Array:
@@ -73,7 +81,7 @@ def over_blocks(
             f, out_sharding=NamedSharding(mesh, P(*spec))
         )
         return automatic(*arrays, *whole)
-    chunk = max(1, SCRATCH_BYTES // (8 * floats))
+    chunk = max(1, scratch_bytes() // (8 * floats))
     if chunk >= total or is_spread(*jax.tree.leaves(arrays)):
         return f(*arrays, *whole)
     flat = jax.tree.map(lambda x: x.reshape(total, *x.shape[len(lead) :]), arrays)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse import _checks
+from jaxsparse._platform import on_cpu
 from jaxsparse._typing import Array
 from jaxsparse.linalg.factor import matmul
 
@@ -158,7 +159,13 @@ def _reverse(x: Array) -> Array:
 
 
 def _cholesky(matrix: Array) -> Array:
-    """The lower Cholesky factor, a slab of columns at a time.
+    """The lower Cholesky factor."""
+    at_once = lambda matrix: jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    return on_cpu(_by_slabs, at_once, matrix)
+
+
+def _by_slabs(matrix: Array) -> Array:
+    """The same, a slab of columns at a time.
 
     LAPACK's factorisation as XLA's CPU backend calls it takes three times as long as
     the products it is made of, once it is larger than a cache. So it does the diagonal

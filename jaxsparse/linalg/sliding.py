@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._loops import when
+from jaxsparse._platform import on_cpu
 from jaxsparse._typing import Array
 
 _RENEW_EVERY = 64
@@ -56,7 +57,7 @@ def next_factor(factor: Factor, gram: Array, oldest: Array, shift: Array) -> Fac
     each step, `m^3 / 3` FLOP.
     """
     system = (gram, oldest, shift)
-    factor = lax.platform_dependent(*(factor, *system), cpu=_slide, default=_exchange)
+    factor = on_cpu(_slide, _exchange, factor, *system)
     return when(oldest % _RENEW_EVERY == 0, _renew, factor, gram, oldest)
 
 
@@ -169,7 +170,7 @@ def _forward(upper: Array, x: Array) -> Array:
         return lax.scan(step, x, jnp.arange(len(x)))[1]
 
     at_once = lambda u, x: _triangular_solve(u, x, transpose_a=True)
-    return lax.platform_dependent(upper, x, cpu=by_rows, default=at_once)
+    return on_cpu(by_rows, at_once, upper, x)
 
 
 def _back(upper: Array, x: Array) -> Array:
@@ -183,7 +184,7 @@ def _back(upper: Array, x: Array) -> Array:
 
         return lax.fori_loop(0, len(x), step, jnp.zeros_like(x))
 
-    return lax.platform_dependent(upper, x, cpu=by_rows, default=_triangular_solve)
+    return on_cpu(by_rows, _triangular_solve, upper, x)
 
 
 def _triangular_solve(upper: Array, x: Array, transpose_a: bool = False) -> Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._platform import on_cpu
 from jaxsparse._typing import Array
 
 Competing = tuple[int, ...] | None
@@ -59,7 +60,7 @@ def count_reaching(
             return reduced(digits, candidate)
     if not jax.typeof(digits).sharding.mesh.empty:
         return reduced(digits, candidate)
-    return lax.platform_dependent(digits, candidate, cpu=by_rows, default=reduced)
+    return on_cpu(by_rows, reduced, digits, candidate)
 
 
 def _count_down(digits: Array, candidate: Array, axes: int, dtype: Any) -> Array:

@@ -19,6 +19,7 @@ from jax import lax
 
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import after
+from jaxsparse._platform import on_cpu
 from jaxsparse._sharded import manual_axes
 from jaxsparse._typing import Array
 from jaxsparse.patterns._counting import Competing, count_reaching
@@ -194,4 +195,4 @@ def _near(
         return whole._replace(low=low, width=~low), shift
 
     everything = lambda whole, *_: (whole, _shift(whole.width))
-    return lax.platform_dependent(whole, *arrays, cpu=sampled, default=everything)
+    return on_cpu(sampled, everything, whole, *arrays)

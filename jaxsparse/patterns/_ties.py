@@ -131,15 +131,21 @@ def _place(
     position = positions(counts, axes)
     keep = axes is not None
 
-    def before(end: Array) -> Array:
-        inside = jnp.where(position < end, counts, jnp.zeros((), counts.dtype))
-        return jnp.sum(inside, axis=axes, dtype=counts.dtype, keepdims=keep)
+    def halve(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, before = state
+        middle = low + (high - low) // 2
+        inside = jnp.where(position <= middle, counts, jnp.zeros((), counts.dtype))
+        reached = jnp.sum(inside, axis=axes, dtype=counts.dtype, keepdims=keep)
+        yes = reached >= need
+        low = jnp.where(yes, low, middle + 1)
+        return low, jnp.where(yes, middle, high), jnp.where(yes, before, reached)
 
-    size = counts.size // max(1, need.size)
-    start = jnp.zeros_like(need, position.dtype)
-    end = _smallest(lambda end: before(end) >= need, size, start=start)
-    place = jnp.maximum(end - 1, jnp.zeros_like(end))
-    return place, need - before(place)
+    last = max(0, counts.size // max(1, need.size) - 1)
+    zero = jnp.zeros_like(need, position.dtype)
+    start = zero, jnp.full_like(zero, last), jnp.zeros_like(need, counts.dtype)
+    state = lax.while_loop(lambda s: jnp.any(s[0] < s[1]), halve, start)
+    place, _, before = state
+    return place, need - before
 
 
 def _smallest(enough: Callable[[Array], Array], most: int, *, start: Array) -> Array:

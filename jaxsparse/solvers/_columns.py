@@ -11,6 +11,7 @@ from jax import lax
 from jaxsparse import _checks, patterns
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import after
+from jaxsparse._platform import on_cpu
 from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import in_parts
 from jaxsparse.linalg.factor import matmul
@@ -393,7 +394,7 @@ def _once(f: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
     def stored(*arrays: Any) -> tuple[Any, ...]:
         return in_parts(1, 1, lambda at, _, arrays: f(*after(at, arrays)), arrays)
 
-    return lax.platform_dependent(*arrays, cpu=stored, default=f)
+    return on_cpu(stored, f, *arrays)
 
 
 def _sweep(block: _Columns, kept: Array, part: int, choose: Any, group: int) -> _Fixed:

@@ -10,7 +10,7 @@ from jax import lax
 from jaxsparse import _checks, patterns
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array
-from jaxsparse.linalg.chunks import SCRATCH_BYTES, over_blocks
+from jaxsparse.linalg.chunks import over_blocks, scratch_bytes
 from jaxsparse.linalg.gram import GramFactor, damped_inverse
 from jaxsparse.patterns.threshold import top_k_masks
 from jaxsparse.solvers import _arguments, _solved
@@ -136,7 +136,7 @@ def _masks(
     chunk: int | None,
 ) -> Array:
     d_out, d_in = w.shape
-    size = d_in**2 if chunk is None else max(1, SCRATCH_BYTES // (8 * chunk))
+    size = d_in**2 if chunk is None else max(1, scratch_bytes() // (8 * chunk))
     by_layer = pattern == patterns.Unstructured("layer")
     group = pattern.of if isinstance(pattern, patterns.NM) else d_in
     most = pattern.of - pattern.keep if isinstance(pattern, patterns.NM) else d_in

@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array
-from jaxsparse.linalg.chunks import SCRATCH_BYTES, over_blocks
+from jaxsparse.linalg.chunks import over_blocks, scratch_bytes
 from jaxsparse.linalg.factor import matmul, solve
 from jaxsparse.linalg.gram import GramFactor
 from jaxsparse.solvers import _arguments, _solved
@@ -124,7 +124,7 @@ def least_squares(target: Array, mask: Array, gram: Array) -> Array:
 
     # jaxlib 0.10 can stop for ever where large batches are factored at the same time.
     chunk = max(1, int(_FLOPS / (d_in**3 / 3)))
-    floats = max(3 * d_in**2, SCRATCH_BYTES // (8 * chunk))
+    floats = max(3 * d_in**2, scratch_bytes() // (8 * chunk))
     return over_blocks(rows, (d_out,), floats, outputs, mask, whole=(gram, empty))
 
 

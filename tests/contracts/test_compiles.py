@@ -22,6 +22,7 @@ import jaxsparse as js
 
 MOST = {
     "prune 40 shapes": 6,
+    "prune 5 larger shapes": 4,
     "prune": 4,
     "prune globally": 1,
     "prune 2:4": 3,
@@ -44,6 +45,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     n = lambda *s: jax.device_put(rng.standard_normal(s).astype(np.float32))
     kernel = lambda *s: {"kernel": n(*s)}
     many = {f"l{i}": kernel(8 + i, 8 + 2 * i) for i in range(40)}
+    larger = {f"l{i}": kernel(256, 260 + 8 * i) for i in range(5)}
     params = {"a": kernel(8, 16), "b": kernel(16, 16), "c": kernel(16, 8)}
     copies = jax.device_put(jax.device_get(params))
     prune = functools.partial(js.prune, params, axes=js.Axes(input=(0,), output=(1,)))
@@ -60,6 +62,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     groups = js.coupling.groups(trace).prunable
     return {
         "prune 40 shapes": lambda: js.prune(many, 0.9),
+        "prune 5 larger shapes": lambda: js.prune(larger, 0.9),
         "prune": lambda: prune(0.5),
         "prune globally": lambda: prune(0.5, pattern=js.Unstructured("global")),
         "prune 2:4": lambda: prune(pattern=js.NM(2, 4)),

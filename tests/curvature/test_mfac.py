@@ -11,7 +11,6 @@ from curvature.problems import DENSE, SIZE, assert_each_near, assert_near, by_bl
 from reference import second_order as ref
 
 import jaxsparse as js
-from jaxsparse.curvature import _mfac_products
 from jaxsparse.linalg import chunks as _chunks
 
 DAMPING = 1e-2
@@ -157,7 +156,7 @@ def test_relative_damping_follows_the_mean_diagonal():
 
 def test_a_few_columns_of_16_bit_gradients_at_a_time(monkeypatch):
     """Nothing else is rounded: products are right to float32."""
-    monkeypatch.setattr(_mfac_products, "SCRATCH_BYTES", 1)  # 512 columns, of 600
+    monkeypatch.setattr(_chunks, "SCRATCH_BYTES", 1)  # 512 columns, of 600
     w = problems.values(30, 20, seed=1)
     g = problems.values(problems.M, 30, 20).astype(jnp.bfloat16)
     run = jax.jit(lambda g, w, kept: everything({"w": g}, {"w": w}, {"w": kept}))
