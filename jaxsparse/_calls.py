@@ -9,38 +9,13 @@ _KNOWN = frozenset(("masks", "step", "sparsity"))
 
 
 def ask(function: Callable[..., Any], *args: Any, **known: Any) -> Any:
-    """Calls a function with those of the things known that it asks for by name.
-
-    Args:
-      function: a score, or a function of a `Score`.
-      *args: its positional arguments.
-      **known: what it may ask for: `masks`, `step`, `sparsity`.
-
-    Returns:
-      What it returns.
-
-    Example:
-      >>> ask(lambda params, *, step: (params, step), 1, masks=2, step=3)
-      (1, 3)
-    """
+    """Calls a function with those of the things known that it asks for by name."""
     wanted = asked_for(function, len(args))
     return function(*args, **{k: x for k, x in known.items() if k in wanted})
 
 
 def asked_for(function: Callable[..., Any], positional: int) -> frozenset[str]:
-    """Which of `masks`, `step` and `sparsity` a function asks for by name.
-
-    Args:
-      function: a score, or a function of a `Score`.
-      positional: how many arguments it is given by position.
-
-    Returns:
-      Names; none that `functools.partial` has bound.
-
-    Example:
-      >>> asked_for(lambda params, *, step: params, 1)
-      frozenset({'step'})
-    """
+    """Which of `masks`, `step` and `sparsity` a function asks for by name."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # some built-in functions have none

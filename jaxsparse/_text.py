@@ -17,17 +17,6 @@ def shown(text: str) -> str:
     r"""Text in which what cannot be printed is escaped: `%1B` for an escape character.
 
     A terminal obeys control characters, and others turn the direction of what follows.
-
-    Args:
-      text: any text.
-
-    Returns:
-      The same with each such character as `%` and the hexadecimal bytes of its UTF-8.
-
-    Example:
-      >>> from jaxsparse._text import shown
-      >>> shown("a\x1b[2J kernel")
-      'a%1B[2J kernel'
     """
     if text.isprintable():
         return text

@@ -28,23 +28,7 @@ Add = Callable[[Array], Array]
 def ordered_mean(
     x: Array, axes: tuple[int, ...], over: tuple[str, ...] = (), shards: int = 1
 ) -> Array:
-    """The mean along axes, bit for bit the same however the sum is split.
-
-    Args:
-      x: floating point.
-      axes: the axes to average over, which stay with size 1.
-      over: the mesh axes that these are split over, under `shard_map`.
-      shards: into how many parts.
-
-    Returns:
-      The means, at least in float32.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsparse.linalg.ordered import ordered_mean
-      >>> ordered_mean(jnp.array([[1.0, 2.0, 6.0], [1.0, 1.0, 1.0]]), (1,)).tolist()
-      [[3.0], [1.0]]
-    """
+    """The mean along axes, bit for bit the same however the sum is split."""
     if jnp.finfo(x.dtype).bits < 32:
         x = x.astype(jnp.float32)
     n = math.prod(x.shape[a] for a in axes) * shards

@@ -15,20 +15,6 @@ def ordered_keys(x: Array) -> Array:
 
     The bits of a non-negative float are in order as they stand; those of a negative
     one are in reverse. -0.0 and 0.0 get the same key, NaN the key 0 below all others.
-
-    Args:
-      x: floating point, 16, 32 or 64 bits.
-
-    Returns:
-      Unsigned integers of the same width and shape.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsparse.patterns._keys import ordered_keys
-      >>> x = jnp.array([jnp.nan, -jnp.inf, -1.0, -0.0, 0.0, 1e-30, 2.0, jnp.inf])
-      >>> keys = ordered_keys(x)
-      >>> (keys[1:] >= keys[:-1]).tolist(), bool(keys[3] == keys[4])
-      ([True, True, True, True, True, True, True], True)
     """
     bits = jnp.finfo(x.dtype).bits
     unsigned = jnp.dtype(f"uint{bits}")

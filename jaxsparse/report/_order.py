@@ -10,16 +10,6 @@ def natural_order(paths: Iterable[str]) -> list[str]:
 
     A tree sorts its keys as text, `block_10` before `block_2`. Names without numbers
     keep the order of the model.
-
-    Args:
-      paths: in the order of a tree.
-
-    Returns:
-      All of them.
-
-    Example:
-      >>> natural_order(["up", "block_1/b", "block_1/a", "block_10/b", "block_2/b"])
-      ['up', 'block_1/b', 'block_1/a', 'block_2/b', 'block_10/b']
     """
     paths = list(paths)
     seen: dict[Any, int] = {}

@@ -244,18 +244,7 @@ def _cells(row: Row, columns: Iterable[str]) -> list[str]:
 
 
 def percent(x: float | None) -> str:
-    """A fraction as text, with enough digits that 99.999 % does not read 100 %.
-
-    Args:
-      x: a fraction in [0, 1], or None.
-
-    Returns:
-      The text; a dash for None.
-
-    Example:
-      >>> [percent(x) for x in (0.9, 0.99999, 1.0, None)]
-      ['90.00 %', '99.999 %', '100.00 %', '-']
-    """
+    """A fraction as text, with enough digits that 99.999 % does not read 100 %."""
     if x is None:
         return "-"
     text = f"{100 * x:.2f}"

@@ -22,22 +22,6 @@ def lifted(scores: Array, root: Array) -> Array:
     Those of at least `t = 2 ** -80` (`2 ** -320` in float64) stay as they are, bit for
     bit. Below, a score becomes `t * (score / t) ** (1/4)`: below `t` as well, in the
     same order, and not 0 down to `2 ** -264`, which three factors of 1e-25 are above.
-
-    Args:
-      scores: floating point, at least float32, not negative; what was formed of
-        factors and may have become 0 on the way.
-      root: their fourth root, formed of the factors' fourth roots.
-
-    Returns:
-      An array like `scores`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsparse.scores._range import fourth_root, lifted
-      >>> w = jnp.array([1e-25, 3e-25, 0.0, 0.5])
-      >>> found = lifted(w * w, fourth_root(w) ** 2)
-      >>> (found[1:] > found[:-1]).tolist(), found[2:].tolist()
-      ([True, False, True], [0.0, 0.25])
     """
     quarter = -80 if jnp.finfo(scores.dtype).bits > 32 else -20  # of t's exponent
     least = jnp.asarray(2.0 ** (4 * quarter), scores.dtype)
