@@ -208,7 +208,8 @@ def _(fisher: BlockMFac, masks: list[Array], *, donate: bool) -> BlockMFac:
         return jnp.where(kept, g, jnp.zeros((), g.dtype))
 
     rows = tuple(for_each(without, fisher.layouts, fisher.rows, masks))
-    roots = tuple(_row_roots(g, **_options(fisher)) for g in rows)
+    root = lambda g: _row_roots(g, fisher.damping, accurate=fisher.accurate)
+    roots = tuple(map(root, rows))
     return dataclasses.replace(fisher, rows=rows, roots=roots)
 
 
