@@ -1,7 +1,6 @@
 """SparseGPT: one column after another, each error passed on to those that follow."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +9,6 @@ from jax import lax
 
 from jaxsparse import _checks, patterns
 from jaxsparse._dtypes import count_dtype
-from jaxsparse._loops import after
-from jaxsparse._platform import on_cpu
 from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import in_parts
 from jaxsparse.linalg.factor import matmul
@@ -19,8 +16,15 @@ from jaxsparse.linalg.gram import GramFactor
 from jaxsparse.patterns.threshold import ordered_keys, top_k_masks
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
-
-_TILE = 4  # columns in one pass over the memory; earlier ones act by a product
+from jaxsparse.solvers._sweep import (
+    TILE,
+    Columns,
+    best,
+    larger,
+    longer,
+    scores_of,
+    sweep,
+)
 
 
 def sparsegpt(
@@ -159,10 +163,10 @@ def _solve(
         removed = _counts(removed, before, dead, x, block_size, by_row)
     more = -d_in % block_size
     problem = _Problem(
-        _longer(x, more),
-        lax.optimization_barrier(_larger(factor.root, more).T),
-        _longer(dead, more),
-        None if before is None else _longer(before, more),
+        longer(x, more),
+        lax.optimization_barrier(larger(factor.root, more).T),
+        longer(dead, more),
+        None if before is None else longer(before, more),
         removed,
     )
     body = functools.partial(_block, problem, d_in, pattern=pattern)
@@ -186,24 +190,6 @@ def _solve(
         failed=factor.failed,
     )
     return Solved(moved.T.astype(w.dtype), kept.T, info)
-
-
-def _longer(x: Array, more: int) -> Array:
-    """With zeros behind it."""
-    return jnp.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)]) if more else x
-
-
-def _larger(matrix: Array, more: int) -> Array:
-    """With ones behind it on the diagonal."""
-    if not more:
-        return matrix
-    n = matrix.shape[0]
-    wide = jnp.pad(matrix, (0, more))
-    ones = jnp.diag(jnp.arange(n + more) >= n)
-    return jnp.where(ones, jnp.ones((), matrix.dtype), wide)
-
-
-# How many weights each block loses.
 
 
 def _counts(
@@ -289,26 +275,6 @@ def _share(total: Array, room: Array) -> Array:
         return shares.astype(room.dtype)
 
 
-# The sweep.
-
-
-class _Columns(NamedTuple):
-    """Some columns of a layer and what is known of them."""
-
-    now: Array  # their weights when the block begins, [k, d_out]
-    lower: Array  # their block of U^T, [k, k]
-    dead: Array  # [k]
-    before: Array | None  # [k, d_out]
-
-
-class _Fixed(NamedTuple):
-    """Columns that are done."""
-
-    error: Array  # (w - q) / U_jj, [k, d_out]
-    new: Array  # q
-    kept: Array
-
-
 def _block(
     problem: _Problem,
     d_in: int,
@@ -329,11 +295,11 @@ def _block(
     own = cut(problem.x)
     now = own + matmul(lower, passed)
     before = None if problem.before is None else cut(problem.before)
-    block = _Columns(now, lower, cut(problem.dead), before)
+    block = Columns(now, lower, cut(problem.dead), before)
     if isinstance(pattern, patterns.Unstructured):
         gone = lax.dynamic_index_in_dim(problem.removed, number, 0)  # [1, 1 or d_out]
         there = jnp.minimum(d_in - start, size).astype(gone.dtype)
-        scores = _scores(block)
+        scores = scores_of(block)
         if d_in < problem.x.shape[0]:  # what was added is the first to go
             added = jnp.arange(size, dtype=there.dtype)[:, None] >= there
             scores = jnp.where(added, jnp.full((), -jnp.inf, scores.dtype), scores)
@@ -341,135 +307,17 @@ def _block(
             (kept,) = top_k_masks([scores], there - gone, axes=(0,))
         else:
             (kept,) = top_k_masks([scores], there * now.shape[1] - gone[0, 0])
-        fixed = _sweep(block, kept, _TILE, lambda _, kept: kept, _TILE)
+        fixed = sweep(block, kept, TILE, lambda _, kept: kept, TILE)
     else:
         assert isinstance(pattern, patterns.NM)
         of = pattern.of
         keep = of - jnp.minimum(problem.removed, of - pattern.keep)
-        choose = lambda group, mask: _best(_scores(group), mask, keep)
+        choose = lambda group, mask: best(scores_of(group), mask, keep)
         none = jnp.zeros(now.shape, bool)
-        fixed = _sweep(block, none, max(1, _TILE // of) * of, choose, of)
+        fixed = sweep(block, none, max(1, TILE // of) * of, choose, of)
     put = lambda a, part: lax.dynamic_update_slice_in_dim(a, part, start, 0)
     live = lambda a: jnp.where(block.dead[:, None], jnp.zeros_like(a), a)
     lost = live(fixed.error)
     error = swept.error + jnp.sum(lost * lost, axis=0)
     change = put(swept.change, live(own - fixed.new))
     return _Swept(change, put(swept.kept, fixed.kept), error)
-
-
-def _scores(columns: _Columns) -> Array:
-    """`(w_ij / U_jj)^2`; less for dead inputs, and least for what is gone."""
-    ratio = columns.now / jnp.diagonal(columns.lower)[:, None]
-    unused = _solved.below_zero(columns.now)
-    score = jnp.where(columns.dead[:, None], unused, ratio * ratio)
-    if columns.before is None:
-        return score
-    return jnp.where(columns.before, score, jnp.full((), -jnp.inf, score.dtype))
-
-
-def _best(scores: Array, mask: Array, keep: Array) -> Array:
-    """Of each group, a column of `scores`, the mask as `patterns.NM` has it."""
-
-    def ranked(keys: Array) -> Array:
-        rows = []
-        for i, key in enumerate(keys):
-            ahead = [
-                (other >= key if j < i else other > key).astype(jnp.int32)
-                for j, other in enumerate(keys)
-                if j != i
-            ]
-            rows.append(sum(ahead, start=jnp.zeros(key.shape, jnp.int32)) < keep)
-        return jnp.stack(rows)
-
-    return _once(lambda keys, _: (keys, ranked(keys)), ordered_keys(scores), mask)[1]
-
-
-def _once(f: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
-    """`f(*arrays)`, of the same shapes and types, on CPU as a loop of one turn.
-
-    What goes in and what comes out is stored then. Else XLA makes what goes in anew for
-    each row of what comes out, and computes one number at a time.
-    """
-
-    def stored(*arrays: Any) -> tuple[Any, ...]:
-        return in_parts(1, 1, lambda at, _, arrays: f(*after(at, arrays)), arrays)
-
-    return on_cpu(stored, f, *arrays)
-
-
-def _sweep(block: _Columns, kept: Array, part: int, choose: Any, group: int) -> _Fixed:
-    """Fixes the columns of a block, `part` of them at a time.
-
-    What earlier parts pass on is one product, what is passed on within a part is
-    written out. `choose(columns, kept)` gives the mask of the `group` columns that come
-    next, from their weights at that time.
-    """
-    size = block.now.shape[0]
-    more = -size % part
-    now, lower, dead, before = block
-    if before is not None:
-        before = _longer(before, more)
-    now, kept = _longer(now, more), _longer(kept, more)
-    block = _Columns(now, _larger(lower, more), _longer(dead, more), before)
-
-    def turn(at: Any, count: int, carry: tuple[_Fixed, _Fixed]) -> Any:
-        at = jnp.asarray(at, jnp.int32)
-        cut = lambda a: lax.dynamic_slice_in_dim(a, at, count, 0)
-        fixed = put(*carry, at - count)
-        rows = cut(block.lower)
-        now = cut(block.now) - matmul(rows, fixed.error)
-        before = None if block.before is None else cut(block.before)
-        corner = lax.dynamic_slice_in_dim(rows, at, count, 1)
-        own = _Columns(now, corner, cut(block.dead), before)
-        return fixed, _few(own, cut(kept), choose, group)
-
-    def put(fixed: _Fixed, new: _Fixed, at: Any) -> _Fixed:
-        write = lambda a, part: lax.dynamic_update_slice_in_dim(a, part, at, 0)
-        return jax.tree.map(write, fixed, new)
-
-    # A turn writes what the one before has made: XLA computes one number at a time
-    # where it does both at once. The first writes what the second writes over.
-    start = _Fixed(jnp.zeros_like(now), jnp.zeros_like(now), jnp.zeros_like(kept))
-    first = jax.tree.map(lambda a: a[:part], start)
-    fixed, new = in_parts(size + more, part, turn, (start, first))
-    fixed = put(fixed, new, size + more - part)
-    return jax.tree.map(lambda a: a[:size], fixed)
-
-
-def _few(columns: _Columns, kept: Array, choose: Any, group: int) -> _Fixed:
-    """Fixes a few columns, a tile after another."""
-    now, lower, dead, before = columns
-    rest, tiles = now, []
-    for i in range(0, now.shape[0], group):
-        own = slice(i, i + group)
-        left = None if before is None else before[own]
-        mask = choose(
-            _Columns(rest[:group], lower[own, own], dead[own], left), kept[own]
-        )
-        mask = mask if left is None else mask & left
-        for j in range(0, group, _TILE):
-            width, at = min(_TILE, group - j), i + j
-            corner = lower[at : at + width, at : at + width]
-            tile = _tile(rest[:width], corner, mask[j : j + width])
-            tiles.append(tile)
-            rest = rest[width:]
-            for k, row in enumerate(tile.error):
-                rest = rest - lower[at + width :, at + k][:, None] * row[None, :]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *tiles)
-
-
-def _tile(now: Array, lower: Array, kept: Array) -> _Fixed:
-    """Fixes columns in one pass for their errors and one for their new weights."""
-    zero = jnp.zeros((), now.dtype)
-
-    def fix(_: Array, now: Array, kept: Array) -> _Fixed:
-        errors: list[Array] = []
-        last: list[Array] = []
-        for i, row in enumerate(now):
-            for k, error in enumerate(errors):
-                row = row - lower[i, k] * error
-            last.append(row)
-            errors.append(jnp.where(kept[i], zero, row / lower[i, i]))
-        return _Fixed(jnp.stack(errors), jnp.where(kept, jnp.stack(last), zero), kept)
-
-    return _Fixed(*_once(lambda *a: tuple(fix(*a)), now, now, kept))
