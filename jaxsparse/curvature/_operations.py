@@ -157,7 +157,8 @@ def inverse_blocks(fisher: Fisher, *, size: int | None = None) -> PyTree:
     """
     if size is not None:
         _checks.check_positive_int(size, name="size")
-    return fisher.treedef.unflatten(dispatch.inverse_blocks(fisher, size=size))
+    found = dispatch.inverse_blocks(fisher, size=size)
+    return fisher.treedef.unflatten(found)
 
 
 def group_scores(fisher: Fisher, params: PyTree) -> tuple[PyTree, PyTree]:
