@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tracing.models import DenseNet, Residual, llama, llama_params
+from zoo.networks import DenseNet, Residual, llama, llama_params
 
 import jaxsparse as js
 from jaxsparse.tree import leaves_with_paths

@@ -9,7 +9,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-from tracing.models import DenseNet, llama, llama_params
+from zoo.networks import DenseNet, llama, llama_params
 
 import jaxsparse as js
 

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tracing.models import DenseNet, llama, llama_params
+from zoo.networks import DenseNet, llama, llama_params
 
 import jaxsparse as js
 from jaxsparse.oneshot import _layerwise, _pass

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tracing.models import DenseNet, MobileNet, ResNet, ViT
+from zoo.networks import DenseNet, MobileNet, ResNet, ViT
 
 import jaxsparse as js
 from jaxsparse.primitives import axes as algebra

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from structured.test_score import built, by_member, compiled, entries, hand_made, same
-from structured.zoo import ZOO
+from channels.test_score import built, by_member, compiled, entries, hand_made, same
+from zoo.models import ZOO
 
 import jaxsparse as js
 

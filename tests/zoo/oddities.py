@@ -6,7 +6,7 @@ As in `zoo.py` each entry gives `(apply_fn, params, inputs)` in float64.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from structured.zoo import (
+from zoo.models import (
     F64,
     Conv,
     Dense,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from structured.zoo import ZOO, array
+from zoo.models import ZOO, array
 
 import jaxsparse as js
 

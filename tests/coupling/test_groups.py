@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from structured.zoo import ZOO, array, loosely
-from tracing.models import DenseNet, MobileNet, ResNet, ViT, llama, llama_params
+from zoo.models import ZOO, array, loosely
+from zoo.networks import DenseNet, MobileNet, ResNet, ViT, llama, llama_params
 
 import jaxsparse as js
 

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from structured.narrowing import (
+from zoo.checks import (
     assert_narrowed_equals_masked,
     close,
     each_one,
     half_of_all,
     masked,
 )
-from structured.oddities import ODDITIES
-from structured.zoo import ZOO, array, filled, linen, loosely
+from zoo.oddities import ODDITIES
+from zoo.models import ZOO, array, filled, linen, loosely
 
 import jaxsparse as js
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from structured.narrowing import (
+from zoo.checks import (
     assert_narrowed_equals_masked,
     choose,
     each_one,
     half_of_all,
 )
-from structured.zoo import array, loosely
+from zoo.models import array, loosely
 
 import jaxsparse as js
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.optimize
-from transforms import group_models as gm
+from penalties import group_models as gm
 
 import jaxsparse as js
 from jaxsparse import contrib

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from structured.test_score import built, hand_made
-from structured.zoo import ZOO
+from channels.test_score import built, hand_made
+from zoo.models import ZOO
 
 import jaxsparse as js
 

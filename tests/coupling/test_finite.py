@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.scipy.special import xlog1py, xlogy
-from structured.zoo import loosely
+from zoo.models import loosely
 
 import jaxsparse as js
 

@@ -1,14 +1,14 @@
 """Masked and narrowed agree for models that nobody wrote.
 
-`SEEDS=1000 pytest tests/structured/test_random_models.py -m ""` looks at more of them.
+`SEEDS=1000 pytest tests/narrowing/test_random_models.py -m ""` looks at more of them.
 """
 
 import os
 
 import numpy as np
 import pytest
-from structured.narrowing import assert_narrowed_equals_masked, each_one, half_of_all
-from structured.random_models import random_model
+from zoo.checks import assert_narrowed_equals_masked, each_one, half_of_all
+from zoo.random_models import random_model
 
 FIRST, COUNT = int(os.environ.get("FIRST", "0")), int(os.environ.get("SEEDS", "200"))
 FEW = {*range(6), 163}  # the last one: copies that lie in each other's axes

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from structured.zoo import ZOO, array
+from zoo.models import ZOO, array
 
 import jaxsparse as js
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training import train_state
-from structured.zoo import array, loosely
+from zoo.models import array, loosely
 
 import jaxsparse as js
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts.conftest import compilations as compilations
-from structured.zoo import ZOO
+from zoo.models import ZOO
 
 import jaxsparse as js
 

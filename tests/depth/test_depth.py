@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from structured.zoo import ZOO, array, loosely
+from zoo.models import ZOO, array, loosely
 
 import jaxsparse as js
 

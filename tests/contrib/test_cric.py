@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from transforms import group_models as gm
+from penalties import group_models as gm
 
 import jaxsparse as js
 from jaxsparse import contrib, penalties

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from structured.zoo import ZOO
-from tracing.models import ResNet
+from zoo.models import ZOO
+from zoo.networks import ResNet
 
 import jaxsparse as js
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from structured.zoo import ZOO
-from tracing.models import ResNet, llama, llama_params
+from zoo.models import ZOO
+from zoo.networks import ResNet, llama, llama_params
 
 import jaxsparse as js
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.ode import odeint
-from structured.zoo import loosely
+from zoo.models import loosely
 
 import jaxsparse as js
 
