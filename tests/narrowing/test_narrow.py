@@ -16,8 +16,8 @@ from zoo.checks import (
     half_of_all,
     masked,
 )
-from zoo.oddities import ODDITIES
 from zoo.models import ZOO, array, filled, linen, loosely
+from zoo.oddities import ODDITIES
 
 import jaxsparse as js
 
