@@ -102,7 +102,7 @@ def test_training_step(large, compare):
     compare("training step, 5M MLP", runs)
     for name, trained in runs.items():
         if trained.pruned:
-            js.check(trained.state, trained.params)
+            js.assert_sparse(trained.state, trained.params)
             kernels = [p["kernel"] for p in trained.params.values()]
             zeros = sum(int(np.sum(np.asarray(w) == 0)) for w in kernels)
             size = sum(w.size for w in kernels)

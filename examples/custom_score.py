@@ -154,7 +154,7 @@ for name, score in js.report.progress(scores.items(), description="train"):
     params, opt_state, found = train(prune_schedule.wrap(adam), *starts)
     for seed in reversed(range(SEEDS)):  # `train` gives those of all seeds
         one = jax.tree.map(lambda x, seed=seed: x[seed], (opt_state, params))
-        js.check(*one)
+        js.assert_sparse(*one)
         tables[name] = js.report.table(one[1], opt_state=one[0], title=name)
         assert abs(tables[name].pruned.reached - SPARSITY) < 1e-4
     results.add_row(name, f"{found.mean():.2%}", "  ".join(f"{a:.2%}" for a in found))

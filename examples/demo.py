@@ -155,7 +155,7 @@ for name, sparsity in asked.items():
         kept, size = table.pruned.kept, table.pruned.size
         assert size - kept == math.floor(sparsity * size + 0.5)
         if sparsity:
-            js.check(opt_state, params)  # raises if a pruned weight is not 0
+            js.assert_sparse(opt_state, params)  # raises if a pruned weight is not 0
             tables.setdefault(name, table)  # of seed 0, as the history
     found = [accuracy(params) for params, _ in runs[name]]
     seeds = "  ".join(f"{a:.2%}" for a in found)
@@ -190,7 +190,7 @@ restored = js.checkpoint.restore(
     opt_state=jax.eval_shape(sparse_adam(0.95).init, shapes),
     step=STEPS,
 )
-js.check(restored.opt_state, restored.params)
+js.assert_sparse(restored.opt_state, restored.params)
 assert np.array_equal(predict(restored.params), predict(params))
 print(f"Restored at step {restored.step}: accuracy {accuracy(restored.params):.2%},")
 print(f"saved with {restored.extra['accuracy']:.2%}; every logit is the same.")

@@ -117,7 +117,7 @@ model, optimizer, history = train(js.enforce(optax.chain(prune_schedule, adam)),
 # %%
 params = nnx.as_pure(nnx.state(model, nnx.Param))
 masks = js.masks_of(optimizer.opt_state)
-js.check(optimizer.opt_state, params)
+js.assert_sparse(optimizer.opt_state, params)
 assert (
     float(jnp.sum(jnp.where(masks["hidden"]["kernel"], 0, params["hidden"]["kernel"])))
     == 0

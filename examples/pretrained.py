@@ -162,7 +162,7 @@ def fine_tune(pruned: js.Pruned, name: str):
             params, moved, opt_state, images, y_train[rows].astype(np.int32)
         )
         bar.say(f"loss {loss:.3f}")
-    js.check(opt_state, params)
+    js.assert_sparse(opt_state, params)
     return params, moved
 
 

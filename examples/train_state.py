@@ -110,7 +110,7 @@ dense, dense_history = train(adam, "dense")
 state, history = train(js.enforce(optax.chain(prune_schedule, adam)), "2:4")
 
 masks = js.masks_of(state.opt_state)
-js.check(state.opt_state, state.params)
+js.assert_sparse(state.opt_state, state.params)
 js.patterns.verify(masks, state.params, pattern=pattern, where=where, axes=trace.axes)
 
 # %%

@@ -7,6 +7,7 @@ Select parameters, choose a pattern, score weights, allocate a budget, and prune
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxsparse import _renamed
 from jaxsparse import allocations as allocations
 from jaxsparse import calibration as calibration
 from jaxsparse import channels as channels
@@ -37,7 +38,7 @@ from jaxsparse.patterns import Unstructured as Unstructured
 from jaxsparse.tracing import Trace as Trace
 from jaxsparse.tracing import trace as trace
 from jaxsparse.transforms import apply_updates as apply_updates
-from jaxsparse.transforms import check as check
+from jaxsparse.transforms import assert_sparse as assert_sparse
 from jaxsparse.transforms import enforce as enforce
 from jaxsparse.transforms import init_sparse as init_sparse
 from jaxsparse.transforms import keep_sparse as keep_sparse
@@ -56,7 +57,7 @@ def __getattr__(name: str) -> Any:
     # a place of old names.
     if name in {"report", "checkpoint", "structured"}:
         return importlib.import_module(f"jaxsparse.{name}")
-    raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")
+    return _renamed.old_names(__name__)(name)
 
 
 def __dir__() -> list[str]:

@@ -52,8 +52,15 @@ RENAMED = {
         "select": "channels.drop_lowest",
         "select_to": "channels.drop_to_budget",
     },
-    "jaxsparse.transforms": _moved(_TRANSFORMS),
-    "jaxsparse.allocations": _moved({"contrib": "als"}),
+    "jaxsparse": {"check": "transforms.assert_sparse"},
+    "jaxsparse.transforms": {
+        **_moved(_TRANSFORMS),
+        "check": "transforms.assert_sparse",
+    },
+    "jaxsparse.allocations": {
+        **_moved({"contrib": "als"}),
+        "global_": "allocations.from_global_scores",
+    },
     "jaxsparse.oneshot": {
         "channel_errors": "channels.obs_errors",
         "greedy_channels": "channels.obs_greedy",

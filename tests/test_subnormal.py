@@ -72,14 +72,14 @@ def test_tables_count_them():
 def test_they_leak():
     state = js.keep_sparse(KEEP).init(PARAMS)
     with pytest.raises(ValueError, match=r"2 pruned weights are not zero \(w: 2\)"):
-        js.check(state, PARAMS)
+        js.assert_sparse(state, PARAMS)
     wide = {"w": np.array([[3, 1e-320, 2, 0.0]])}
     with pytest.raises(ValueError, match=r"1 pruned weights are not zero \(w: 1\)"):
-        js.check(state, wide)
+        js.assert_sparse(state, wide)
     prune = js.prune_schedule(0.5, every=1)
     with pytest.raises(ValueError, match=r"w: 2 weights are not zero under the adopt"):
         prune.adopt(optax.sgd(0.1).init(PARAMS), PARAMS, masks=KEEP)
-    js.check(state, js.patterns.apply(PARAMS, KEEP))
+    js.assert_sparse(state, js.patterns.apply(PARAMS, KEEP))
 
 
 def test_a_step_counts_and_removes_them():

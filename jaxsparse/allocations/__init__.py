@@ -2,7 +2,7 @@
 
 from jaxsparse import _renamed
 from jaxsparse.allocations._ecoflap import ecoflap as ecoflap
-from jaxsparse.allocations._global import global_ as global_
+from jaxsparse.allocations._global import from_global_scores as from_global_scores
 from jaxsparse.allocations._global import round_to_weights as round_to_weights
 from jaxsparse.allocations._layerwise import erk as erk
 from jaxsparse.allocations._layerwise import uniform as uniform

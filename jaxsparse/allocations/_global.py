@@ -9,7 +9,7 @@ from jaxsparse._typing import PyTree, Where
 from jaxsparse.tree import AxesRule, by_rules, leaves_with_paths, like, select
 
 
-def global_(
+def from_global_scores(
     scores: PyTree,
     sparsity: float,
     *,
@@ -43,7 +43,7 @@ def global_(
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> scores = {"a": jnp.array([[1.0, 2.0]]), "b": jnp.array([[3.0, 1.5]])}
-      >>> js.allocations.global_(scores, 0.5)
+      >>> js.allocations.from_global_scores(scores, 0.5)
       {'a': 0.5, 'b': 0.5}
     """
     _checks.check_pattern(patterns.Pattern, pattern)

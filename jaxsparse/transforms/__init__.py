@@ -11,7 +11,7 @@ from jaxsparse.transforms._project import init_sparse as init_sparse
 from jaxsparse.transforms._prune_schedule import PruneSchedule as PruneSchedule
 from jaxsparse.transforms._prune_schedule import prune_schedule as prune_schedule
 from jaxsparse.transforms._state import PruneScheduleState as PruneScheduleState
-from jaxsparse.transforms._state import check as check
+from jaxsparse.transforms._state import assert_sparse as assert_sparse
 from jaxsparse.transforms._state import find_states as find_states
 from jaxsparse.transforms._state import masks_of as masks_of
 from jaxsparse.transforms._straight_through import straight_through as straight_through

@@ -152,7 +152,7 @@ NO_STATE = (
 )
 
 
-def check(opt_state: PyTree, params: PyTree = None) -> None:
+def assert_sparse(opt_state: PyTree, params: PyTree = None) -> None:
     """Raises when pruned weights are not zero.
 
     The literal chain `optax.chain(prune_schedule, optimizer)` masks gradients but
@@ -178,11 +178,11 @@ def check(opt_state: PyTree, params: PyTree = None) -> None:
       >>> tx = optax.chain(prune, optax.sgd(0.1))   # literal
       >>> params = {"w": jnp.array([[3.0, 1.0]])}
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> js.check(state, optax.apply_updates(params, updates))
+      >>> js.assert_sparse(state, optax.apply_updates(params, updates))
       Traceback (most recent call last):
         ...
       ValueError: 1 pruned weights are not zero (w: 1). ...
-      >>> js.check(state, js.apply_updates(params, updates, state))
+      >>> js.assert_sparse(state, js.apply_updates(params, updates, state))
     """
     opt_state = unwrap_variables(opt_state)
     states = find_states(opt_state)

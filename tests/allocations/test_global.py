@@ -31,7 +31,7 @@ def scores():
 def test_layer_by_layer_it_gives_the_masks_of_the_global_scope(
     everywhere, in_each, sparsity
 ):
-    found = js.allocations.global_(scores(), sparsity, pattern=everywhere)
+    found = js.allocations.from_global_scores(scores(), sparsity, pattern=everywhere)
     together = js.patterns.masks(scores(), sparsity, pattern=everywhere)
     one_by_one = js.patterns.masks(scores(), found, pattern=in_each)
     for name in SHAPES:
@@ -41,20 +41,22 @@ def test_layer_by_layer_it_gives_the_masks_of_the_global_scope(
 def test_a_parameter_that_loses_everything_gets_a_number_below_one():
     ones = jnp.asarray(np.ones((8, 4), np.float32))
     nothing = jnp.asarray(np.zeros((8, 4), np.float32))
-    found = js.allocations.global_({"a": ones, "b": nothing}, 0.5, min_keep=0)
+    found = js.allocations.from_global_scores(
+        {"a": ones, "b": nothing}, 0.5, min_keep=0
+    )
     assert found == {"a": 0.0, "b": math.nextafter(1.0, 0.0)}
     assert js.patterns.removed_count(found["b"], 10**6) == 10**6
 
 
 def test_what_is_not_selected_keeps_everything():
-    found = js.allocations.global_(scores() | {"bias": np.zeros(4)}, 0.5)
+    found = js.allocations.from_global_scores(scores() | {"bias": np.zeros(4)}, 0.5)
     assert found["bias"] == 0.0
 
 
 @pytest.mark.parametrize("pattern", [js.Unstructured(), js.NM(2, 4), js.Channel()])
 def test_a_pattern_of_another_scope_is_refused(pattern):
     with pytest.raises(ValueError, match="does not compete globally"):
-        js.allocations.global_(scores(), 0.5, pattern=pattern)
+        js.allocations.from_global_scores(scores(), 0.5, pattern=pattern)
 
 
 @settings(max_examples=200)

@@ -88,7 +88,7 @@ def main(directory, total_steps):
             extra={"data": (step + 1) * 32},
             keep=2,
         )
-    js.check(opt_state, params)
+    js.assert_sparse(opt_state, params)
     print("began at", first)
     print("hash", hash_of(params, js.masks_of(opt_state), opt_state))
 

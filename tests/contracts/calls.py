@@ -234,7 +234,7 @@ CALLS = {
         "sparsity": 0.5,
         "key": key(),
     },
-    "allocations.global_": lambda: {"scores": scores(), "sparsity": 0.5},
+    "allocations.from_global_scores": lambda: {"scores": scores(), "sparsity": 0.5},
     "allocations.round_to_weights": lambda: {
         "params": params(),
         "sparsities": sparsities(),

@@ -71,7 +71,9 @@ def cases() -> dict[str, Callable[[], Any]]:
         "prune by outputs": lambda: prune(0.5, pattern=js.Unstructured("output")),
         "init of enforce": lambda: tx.init(params),
         "update of enforce": lambda: tx.update(copies, state(), params),
-        "check": lambda: js.check(state(), js.patterns.apply(params, prune(0.5).masks)),
+        "check": lambda: js.assert_sparse(
+            state(), js.patterns.apply(params, prune(0.5).masks)
+        ),
         "calibration": lambda: js.calibration.run(trace, params, batches),
         "wanda": lambda: js.scores.wanda(params, statistics()),
         "layerwise": lambda: js.oneshot.layerwise(model, params, batches, sparsity=0.5),

@@ -144,7 +144,9 @@ PATTERNS = {
 ALLOCATIONS = {
     "uniform": js.allocations.uniform,
     "erk": js.allocations.erk,
-    "global_": lambda params, s: js.allocations.global_(js.scores.magnitude(params), s),
+    "from_global_scores": lambda params, s: js.allocations.from_global_scores(
+        js.scores.magnitude(params), s
+    ),
     "round_to_weights": lambda params, s: js.allocations.round_to_weights(
         params, js.allocations.erk(params, s)
     ),

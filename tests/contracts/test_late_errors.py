@@ -147,7 +147,7 @@ def test_float8_competes_with_other_types(other):
     pattern = js.Unstructured("global")
     masks = js.prune(params, 0.5, pattern=pattern).masks
     assert (int(masks["a"].sum()), int(masks["b"].sum())) == (1, 15)
-    found = js.allocations.global_(js.scores.magnitude(params), 0.5)
+    found = js.allocations.from_global_scores(js.scores.magnitude(params), 0.5)
     assert found == {"a": 15 / 16, "b": 1 / 16}
 
 

@@ -347,7 +347,7 @@ def test_a_model_is_trained_through_the_whole_recipe(recipe):
     asked = np.where(latest < 0, 0, np.float64(values(recipe.sparsity, cuts))[latest])
     np.testing.assert_array_equal(pruned, np.floor(asked * N + 0.5))
     assert np.unique(pruned).size >= len(cuts) - 3  # late cuts take few of 512
-    js.check(state, params)
+    js.assert_sparse(state, params)
 
     # Only the six kernels, and zeros that are exactly 0.
     masks = js.masks_of(state)

@@ -60,7 +60,7 @@ def test_rigl_as_a_function():
         moved += (found & ~mask).sum()
         mask = found
     assert moved > 0
-    js.check(state, params)
+    js.assert_sparse(state, params)
 
 
 def movement():

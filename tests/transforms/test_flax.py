@@ -55,7 +55,7 @@ def test_train_state_trains_sparse():
         == 384
     )
     assert losses[-1] < losses[0]
-    js.check(state.opt_state, state.params)
+    js.assert_sparse(state.opt_state, state.params)
     dense = TrainState.create(apply_fn=model.apply, params=start, tx=optax.adam(1e-2))
     before = step._cache_size()
     for _ in range(3):
@@ -91,7 +91,7 @@ def test_nnx_optimizer_trains_sparse(where):
     assert np.sum(kernel == 0) == 384
     masks = js.masks_of(optimizer.opt_state)
     np.testing.assert_array_equal(np.asarray(masks["first"]["kernel"]), kernel != 0)
-    js.check(optimizer.opt_state, nnx.state(model, nnx.Param))
+    js.assert_sparse(optimizer.opt_state, nnx.state(model, nnx.Param))
 
 
 def test_prune_takes_an_nnx_state():

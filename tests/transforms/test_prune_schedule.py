@@ -208,7 +208,7 @@ def test_a_dense_optimizer_state_is_adopted():
     params, state = problems.train(tx, params, start=20, steps=40, opt_state=state)
     masks = js.masks_of(state)
     assert np.sum(~np.asarray(masks["dense_0"]["kernel"])) == 96
-    js.check(state, params)
+    js.assert_sparse(state, params)
     assert int(optax.tree_utils.tree_get(state, "count")) == 40
 
 
@@ -348,7 +348,7 @@ def test_enforce_without_a_pruning_transformation():
     dense = jax.jit(optax.adam(1e-3).init)(problems.params())
     for call in (
         lambda: js.masks_of(dense),
-        lambda: js.check(dense),
+        lambda: js.assert_sparse(dense),
         lambda: js.apply_updates(problems.params(), problems.params(), dense),
         lambda: js.init_sparse(optax.adam(1e-3), problems.params()),
     ):
@@ -405,4 +405,4 @@ def test_complex_kernels_are_pruned_by_magnitude(pattern):
         jax.tree.map(np.testing.assert_array_equal, js.masks_of(state), expected)
         assert new["w"].dtype == jnp.complex64
         assert not np.asarray(new["w"])[~np.asarray(expected["w"])].any()
-        js.check(state, new)
+        js.assert_sparse(state, new)

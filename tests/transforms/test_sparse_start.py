@@ -54,7 +54,7 @@ def test_zeros_are_held_until_masks_are_chosen():
     assert not jnp.array_equal(after["a"]["kernel"], params["a"]["kernel"])
     after, state = trained(tx, after, state, 1)
     assert nonzeros(after) == 77  # of 256, as the schedule asks
-    js.check(state, after)
+    js.assert_sparse(state, after)
 
 
 def test_zeros_are_held_under_jit_and_by_adopt():
@@ -120,7 +120,7 @@ def test_check_says_that_nothing_was_pruned():
     every = js.schedules.every(10, begin=100, end=200)
     tx = js.prune_schedule(0.5, every=every).wrap(optax.sgd(0.1))
     state = tx.init(params)
-    js.check(state, params)
+    js.assert_sparse(state, params)
     _, state = tx.update(params, state, params)
     with pytest.warns(UserWarning, match="Nothing is pruned after 1 steps"):
-        js.check(state, params)
+        js.assert_sparse(state, params)

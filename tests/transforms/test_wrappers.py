@@ -110,7 +110,7 @@ def test_zeros_hold(name):
     assert jax.tree.structure(masks) == jax.tree.structure(params)
     assert np.sum(masks["dense_0"]["kernel"]) == 48
     assert_exact_zeros(params, masks)
-    js.check(state, params)
+    js.assert_sparse(state, params)
 
 
 def test_a_nan_gradient_under_apply_if_finite_does_not_advance_the_schedule():
@@ -137,7 +137,7 @@ def test_averages_outside_of_enforce_break_the_zeros_and_check_says_so(name):
     tx = BREAKING[name](schedule().wrap(optax.sgd(1e-1)))
     params, state = problems.train(tx, problems.params(), steps=40)
     with pytest.raises(ValueError, match="something outside of it changes"):
-        js.check(state, params)
+        js.assert_sparse(state, params)
 
 
 def test_lookahead_outside_breaks_the_zeros_and_masking_the_slow_weights_mends_it():

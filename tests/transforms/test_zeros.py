@@ -63,7 +63,7 @@ def test_every_optimizer_keeps_exact_zeros_in_every_spelling(optimizer, spelling
     start = problems.params()
     params, state = problems.train(tx, start, apply=apply, seen=seen)
     assert len(looked) == problems.STEPS // 5
-    js.check(state, params)
+    js.assert_sparse(state, params)
     masks = js.masks_of(state)
     for layer in ("dense_0", "dense_1"):
         kept = int(np.sum(masks[layer]["kernel"]))
@@ -92,9 +92,9 @@ def test_the_literal_chain_with_plain_apply_updates_is_found_out(optimizer):
     (pruning,) = js.transforms.find_states(state)
     assert int(pruning.leaked) > 0
     with pytest.raises(ValueError, match=r"pruned weights are not zero.*js\.enforce"):
-        js.check(state)
+        js.assert_sparse(state)
     with pytest.raises(ValueError, match="dense_1/kernel: "):
-        js.check(state, params)
+        js.assert_sparse(state, params)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_bf16_parameters_with_float32_moments_keep_exact_zeros():
     masks = js.masks_of(state)
     assert params["dense_0"]["kernel"].dtype == jnp.bfloat16
     assert np.sum(masks["dense_0"]["kernel"]) == 38  # 192 - 154
-    js.check(state, params)
+    js.assert_sparse(state, params)
 
 
 def test_an_update_of_lower_precision_than_its_parameter_still_cancels_it():
@@ -156,4 +156,4 @@ def test_an_update_of_lower_precision_than_its_parameter_still_cancels_it():
     assert updates["w"].dtype == jnp.float32
     with jax.numpy_dtype_promotion("standard"):
         assert float(optax.apply_updates(params, updates)["w"][0, 1]) == 0.0
-    js.check(state)
+    js.assert_sparse(state)
