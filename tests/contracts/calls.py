@@ -404,6 +404,8 @@ CALLS = {
     "Channel": lambda: {"axis": -1, "reduce": "mean", "scope": "layer"},
     "Unstructured": lambda: {"scope": "layer"},
     "Axes": lambda: {"input": (0,), "output": (1,), "batch": ()},
+    "recipes.gmp": lambda: {"total_steps": 100},
+    "recipes.one_shot": lambda: {"total_steps": 100},
     "recipes.obert_downstream": lambda: {"steps_per_epoch": 100},
     "recipes.obert_upstream": lambda: {"steps_per_epoch": 100},
     "schedules.at": lambda: {"*": (1, 2)},

@@ -619,6 +619,7 @@ ALSO = {
     "batches": ("inputs: ", "batch: "),
     "every": ("interval",),
     "table_or_tables": ("js.report.table",),
+    "*": ("0/0: a mask",),
     "drop": ("nothing_like_it",),
     "names": ("nothing_like_it",),
     "followers": ("9: not a block",),
