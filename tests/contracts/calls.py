@@ -54,6 +54,18 @@ def example_grads():
 
 
 @functools.cache
+def sensitivity():
+    losses = {"up/kernel": np.array([1.0, 2.0])}
+    return js.allocations.Sensitivity(0.5, (0.25, 0.5), losses)
+
+
+@functools.cache
+def layer_info():
+    given = dict.fromkeys(js.oneshot.LayerInfo._fields, np.float64(0.5))
+    return {"up/kernel": js.oneshot.LayerInfo(**given)}
+
+
+@functools.cache
 def inverse_diagonal():
     return jax.tree.map(lambda g: abs(g[0]) + 1, example_grads())
 
@@ -233,6 +245,12 @@ CALLS = {
         "batches": [batch()],
         "sparsity": 0.5,
         "key": key(),
+    },
+    "allocations.sensitivity": lambda: {
+        "params": params(),
+        "scores": scores(),
+        "loss_fn": lambda params: 0.0,
+        "sparsities": [0.5],
     },
     "allocations.from_global_scores": lambda: {"scores": scores(), "sparsity": 0.5},
     "allocations.round_to_weights": lambda: {
@@ -720,5 +738,10 @@ CALLS = {
     "report.mean_of_known": lambda: {"errors": np.array([0.5, np.nan])},
     "report.table": lambda: {"params": params(), "masks": masks()},
     "report.plot": lambda: {"table_or_tables": table()},
+    "report.plot_errors": lambda: {"info": layer_info()},
+    "report.plot_sensitivity": lambda: {"sensitivity": sensitivity()},
+    "report.plot_sparsity": lambda: {"history": {0: {"up": 0.0}, 9: {"up": 0.5}}},
+    "report.plot_tradeoff": lambda: {"runs": {"a": ([0], [1])}, "xlabel": "sparsity"},
+    "report.plot_weights": lambda: {"before": params(), "after": params()},
     "report.progress": lambda: {"iterable": [1, 2]},
 }

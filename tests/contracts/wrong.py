@@ -452,7 +452,21 @@ KINDS = {
         "another width": (np.ones((4, 5), np.float32),),
         "a list": ([[1.0] * 8],),
     },
+    "sensitivity": OBJECT,
+    "runs": OBJECT,
+    "xlabel": {},  # any text
+    "before": TREE,
+    "after": LIKE,
+    "history": OBJECT,
     # Of one function.
+    "allocations.sensitivity.sparsities": {
+        "None": None,
+        "a string": "half",
+        "a number": 0.5,
+        "nothing": [],
+        "percent": [50.0],
+        "a tree": {"w": 0.5},
+    },
     # Gradients alone: there is nothing that they have to be like.
     "calibration.gradient_norms.grads": ALONE,
     "curvature.block_fisher.grads": ALONE,
