@@ -156,7 +156,7 @@ class Recipe(NamedTuple):
 
     def _score(self, axes: AxesRule) -> Any:
         """That of the Fisher matrix whose settings the recipe has, or magnitude."""
-        if self.block_size is None:
+        if self.block_size is None or self.gradients is None:
             return scores.magnitude
         return transforms.windowed_obs(
             window=self.gradients,

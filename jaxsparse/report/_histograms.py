@@ -89,7 +89,8 @@ def plot_weights(
     for axes in grid.flat[len(pairs) :]:
         axes.remove()
     for axes, name in zip(grid.flat, natural_order(pairs), strict=False):
-        _histogram(axes, name, *map(_numbers, pairs[name]), bins)
+        dense, pruned = map(_numbers, pairs[name])
+        _histogram(axes, name, dense, pruned, bins)
     first = grid.flat[0]
     first.legend(fontsize=8, frameon=False, loc="upper right")
     return saved(figure, path)
@@ -106,7 +107,7 @@ def _histogram(
     both = np.concatenate([before, after])
     both = both[np.isfinite(both)]
     low, high = (both.min(), both.max()) if both.size else (0.0, 1.0)
-    edges = np.linspace(low, high if high > low else low + 1.0, bins + 1)
+    edges = np.linspace(low, high if high > low else low + 1.0, bins + 1).tolist()
     kept = lambda w: w[np.isfinite(w) & (w != 0)]
     axes.hist(
         kept(before), edges, color="#aaaaaa", label="before", histtype="stepfilled"

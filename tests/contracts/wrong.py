@@ -576,7 +576,7 @@ MORE = {
 
 # What is taken in spite of it: the function, the argument, the value, and the reason.
 LATER = (
-    "(curvature.*_estimator|prune_schedule|transforms.windowed_obs)",
+    "(curvature.*_estimator|prune_schedule|recipes.*|transforms.windowed_obs)",
     "its parameters come at init",
 )
 TAKEN = [
