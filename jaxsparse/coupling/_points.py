@@ -31,6 +31,49 @@ def is_bad(x: Number) -> bool:
     return x is not None and not math.isfinite(x)
 
 
+class Numbers:
+    """What equations give at numbers, each looked up once in a walk."""
+
+    def __init__(self):
+        self._values: dict[Any, Number] = {}
+        self._steep: dict[Any, bool] = {}
+        self._inexact: dict[Any, bool] = {}
+
+    def value(self, eqn: Any, at: Sequence[Number]) -> Number:
+        """See `value_at`."""
+        if all(x is None for x in at):
+            return None
+        key = _key(eqn, at)
+        if key is None or key not in self._values:
+            self._values[key] = value_at(eqn, at)
+        return self._values[key]
+
+    def steep(self, eqn: Any, at: Sequence[Number], which: tuple[int, ...]) -> bool:
+        """See `steep_at`."""
+        key = _key(eqn, at)
+        if key is None or (key, which) not in self._steep:
+            self._steep[key, which] = steep_at(eqn, at, which)
+        return self._steep[key, which]
+
+    def inexact(self, dtype: Any) -> bool:
+        """Whether there are derivatives of a type."""
+        if dtype not in self._inexact:
+            self._inexact[dtype] = jnp.issubdtype(dtype, jnp.inexact)
+        return self._inexact[dtype]
+
+
+def _key(eqn: Any, at: Sequence[Number]) -> Any:
+    """Equal for equations that give the same at the same numbers; None if unknown."""
+    types = (*(v.aval.dtype for v in eqn.invars), eqn.outvars[0].aval.dtype)
+    # As a text, since 0.0 equals -0.0, and NaN does not equal itself.
+    key = eqn.primitive, *eqn.params.items(), *types, repr(at)
+    try:
+        hash(key)
+    except TypeError:  # parameters that cannot be compared
+        return None
+    return key
+
+
 def value_at(eqn: Any, at: Sequence[Number]) -> Number:
     """What an equation gives, entry by entry, at known and unknown numbers."""
     name = eqn.primitive.name

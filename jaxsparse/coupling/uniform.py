@@ -60,6 +60,8 @@ def uniform(operands: Iterable[Operand], axes: frozenset[int]) -> Uniform:
     """Along which axes the masked entries of a result are all the same."""
     kinds: list[Kind] = []
     for x in operands:
+        if not axes:  # whatever the others are
+            break
         choices: dict[Kind, frozenset[int]]
         choices = {"own": axes - x.own, "zero": axes & x.zero, "same": axes & x.same}
         kind = max(choices, key=lambda k: len(choices[k]))
