@@ -51,7 +51,8 @@ class Axis:
 def leaf(size: int, *flags: str) -> Axis:
     """A new axis of which nothing is known."""
     axis = Axis(size)
-    axis.notes.update(dict.fromkeys(flags))
+    for note in flags:
+        axis.notes[note] = None
     return axis
 
 
@@ -293,12 +294,12 @@ def coordinates(axis: Axis) -> list[tuple[Axis, np.ndarray]]:
     if node.is_sum:
         start = 0
         for segment in _segments(node):
-            for x, index in coordinates(segment):
-                whole = np.full(node.size, -1)
-                whole[start : start + segment.size] = index
-                found.append((x, whole))
+            found += [(start, x, index) for x, index in coordinates(segment)]
             start += segment.size
-        return found
+        whole = np.full((len(found), node.size), -1)
+        for row, (start, _, index) in zip(whole, found, strict=True):
+            row[start : start + len(index)] = index
+        return [(x, row) for row, (_, x, _) in zip(whole, found, strict=True)]
     inner = node.size
     for factor in _factors(node):
         inner //= factor.size
