@@ -89,14 +89,14 @@ class Cell(NamedTuple):
     @property
     def values(self) -> tuple[Number, ...]:
         """The numbers alone."""
-        return tuple([None if p is None else p.value for p in self.at])
+        return tuple(None if p is None else p.value for p in self.at)
 
 
 def cells(leaves: Leaves, operands: Iterable[Entries]) -> list[Cell]:
     """Leaves with the same masked entries go together, few kinds as there are."""
-    found = [((), leaves)] if leaves else []
+    found: list[tuple[tuple[Point | None, ...], Leaves]] = [((), leaves)]
     for known, rest in operands:
-        split = []
+        split: list[tuple[tuple[Point | None, ...], Leaves]] = []
         for at, left in found:
             for point, those in known:
                 both = left & those
@@ -188,7 +188,7 @@ def either(some: Sequence[Finite], entries: Iterable[Entries]) -> Finite:
     moving = [x for x in some if x.moves]
     named = frozenset().union(*(leaves for x in some for _, leaves in x.points))
     points = []
-    for cell in cells(named, entries):
+    for cell in cells(named, entries) if named else ():
         lost = next((p for p in cell.at if p is not None and p.visit is not None), None)
         first = lost or cell.at[0]
         if first is not None and (lost or len({*map(str, cell.at)}) == 1):

@@ -8,7 +8,7 @@ are computed here; derivatives are programs that JAX gives.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,17 +43,12 @@ class Numbers:
         """See `value_at`."""
         if all(x is None for x in at):
             return None
-        key = _key(eqn, at)
-        if key is None or key not in self._values:
-            self._values[key] = value_at(eqn, at)
-        return self._values[key]
+        return _once(self._values, _key(eqn, at), lambda: value_at(eqn, at))
 
     def steep(self, eqn: Any, at: Sequence[Number], which: tuple[int, ...]) -> bool:
         """See `steep_at`."""
-        key = _key(eqn, at)
-        if key is None or (key, which) not in self._steep:
-            self._steep[key, which] = steep_at(eqn, at, which)
-        return self._steep[key, which]
+        key = which, *_key(eqn, at)
+        return _once(self._steep, key, lambda: steep_at(eqn, at, which))
 
     def inexact(self, dtype: Any) -> bool:
         """Whether there are derivatives of a type."""
@@ -62,16 +57,22 @@ class Numbers:
         return self._inexact[dtype]
 
 
-def _key(eqn: Any, at: Sequence[Number]) -> Any:
-    """Equal for equations that give the same at the same numbers; None if unknown."""
-    types = (*(v.aval.dtype for v in eqn.invars), eqn.outvars[0].aval.dtype)
+def _key(eqn: Any, at: Sequence[Number]) -> tuple[Any, ...]:
+    """Equal for equations that give the same at the same numbers."""
+    types = [v.aval.dtype for v in (*eqn.invars, eqn.outvars[0])]
     # As a text, since 0.0 equals -0.0, and NaN does not equal itself.
-    key = eqn.primitive, *eqn.params.items(), *types, repr(at)
+    return eqn.primitive, *eqn.params.items(), *types, repr(at)
+
+
+def _once(known: dict[Any, Any], key: Any, find: Callable[[], Any]) -> Any:
+    """What was found, or is; parameters that have no hash cannot be looked up."""
     try:
-        hash(key)
-    except TypeError:  # parameters that cannot be compared
-        return None
-    return key
+        missing = key not in known
+    except TypeError:
+        return find()
+    if missing:
+        known[key] = find()
+    return known[key]
 
 
 def value_at(eqn: Any, at: Sequence[Number]) -> Number:

@@ -59,9 +59,9 @@ def masked_in(trace: Trace) -> Masked:
     """What masked indices of a trace do."""
     walk = _Zeros(trace)
     args = []
-    none = [frozenset()] * len(trace.input_dims)
-    zeros = [*map(walk.leaves.of_all, trace.dims.values()), *none]
-    for var, zero in zip(trace.program.jaxpr.invars, zeros, strict=True):
+    zeros = [walk.leaves.of_all(trace.dims[path]) for path in trace.paths]
+    for i, var in enumerate(trace.program.jaxpr.invars):
+        zero = zeros[i] if i < len(zeros) else frozenset()
         moves = walk.numbers.inexact(var.aval.dtype)
         args.append(Effect(zero, var, {}, finite=Finite((), moves, zero)))
     outs = walk.run(trace.program, args, ())
@@ -218,7 +218,8 @@ class _Zeros:
             return frozenset()
         node = self.trace.nodes[address]
         after = node.outs[0]
-        acts = (at for at, d in enumerate(after) if not self.leaves.of(d) <= zero)
+        of = self.leaves.of
+        acts = [at for at, d in enumerate(after) if d.size > 1 and not of(d) <= zero]
         found = uniform(self.operands(eqn, ins, node.ins, after), frozenset(acts))
         if found.axes:
             self.uniform[address] = found
@@ -232,12 +233,9 @@ class _Zeros:
         """Along which axes of a result the masked entries of operands are alike."""
         for at, (e, dims) in enumerate(zip(ins, before, strict=True)):
             to = places(eqn, at, dims, after)
-            none = (
-                j
-                for i, j in to.items()
-                if e.constant == 0 or self.leaves.of(dims[i]) <= e.zero
-            )
-            alike = (to[i] for i in e.uniform if i in to)
+            of, all_zero = self.leaves.of, e.constant == 0
+            none = [j for i, j in to.items() if all_zero or of(dims[i]) <= e.zero]
+            alike = [to[i] for i in e.uniform if i in to]
             yield Operand(frozenset(to.values()), frozenset(none), frozenset(alike))
 
     def unchanged(self, name: str, ins: list[Effect]) -> dict[Leaf, object]:
@@ -343,6 +341,7 @@ def _either(effects: Sequence[Effect]) -> Effect:
 
 def _special(ins: Sequence[Effect]) -> list[Cell]:
     """The leaves of which something is known in some operand."""
-    named = (leaves for e in ins for _, leaves in e.finite.points)
-    every = frozenset().union(*(e.zero for e in ins), *named)
-    return cells(every, [e.entries for e in ins])
+    some = [e.zero for e in ins]
+    some += [leaves for e in ins for _, leaves in e.finite.points]
+    every = frozenset().union(*some)
+    return cells(every, [e.entries for e in ins]) if every else []

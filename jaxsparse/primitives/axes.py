@@ -290,17 +290,16 @@ def coordinates(axis: Axis) -> list[tuple[Axis, np.ndarray]]:
     node = find(axis)
     if not node.parts:
         return [(node, np.arange(node.size))]
-    found = []
     if node.is_sum:
-        start = 0
+        pieces, start = [], 0
         for segment in _segments(node):
-            found += [(start, x, index) for x, index in coordinates(segment)]
+            pieces += [(start, x, index) for x, index in coordinates(segment)]
             start += segment.size
-        whole = np.full((len(found), node.size), -1)
-        for row, (start, _, index) in zip(whole, found, strict=True):
+        whole = np.full((len(pieces), node.size), -1)
+        for row, (start, _, index) in zip(whole, pieces, strict=True):
             row[start : start + len(index)] = index
-        return [(x, row) for row, (_, x, _) in zip(whole, found, strict=True)]
-    inner = node.size
+        return [(x, row) for row, (_, x, _) in zip(whole, pieces, strict=True)]
+    found, inner = [], node.size
     for factor in _factors(node):
         inner //= factor.size
         at = np.arange(node.size) // inner % factor.size
