@@ -93,7 +93,7 @@ class Cell(NamedTuple):
 
 
 def cells(leaves: Leaves, operands: Iterable[Entries]) -> list[Cell]:
-    """Leaves with the same masked entries go together, few kinds as there are."""
+    """Leaves go together whose masked entries are the same in every operand."""
     found: list[tuple[tuple[Point | None, ...], Leaves]] = [((), leaves)]
     for known, rest in operands:
         split: list[tuple[tuple[Point | None, ...], Leaves]] = []
@@ -115,25 +115,25 @@ class Around(NamedTuple):
     Attributes:
       eqn: the equation.
       row: of its primitive.
-      product: whether it multiplies two operands.
       visit: of it.
+      numbers: what equations give.
+      product: whether it multiplies two operands.
       here: the leaves of the result's axes and of the scans around it.
       of: the leaves of each operand's axes, of a product without those that it adds up,
         and of the scans.
       twice: those of `here` that several axes of the result have.
       ruled: whether a rule for derivatives is around it.
-      numbers: what equations give.
     """
 
     eqn: Any
     row: Primitive
-    product: bool
     visit: Any
-    here: Leaves
-    of: Sequence[Leaves]
-    twice: Leaves
-    ruled: bool
     numbers: Numbers
+    product: bool = False
+    here: Leaves = frozenset()
+    of: Sequence[Leaves] = ()
+    twice: Leaves = frozenset()
+    ruled: bool = False
 
 
 def finite(

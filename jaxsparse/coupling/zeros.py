@@ -142,19 +142,11 @@ class _Zeros:
         if product is not None:  # without what it adds up
             for at, dims in enumerate(node.ins[:2]):
                 of[at] = self.here([dims[a] for a in product.kept(at)])
+        known = eqn, row, node.visit, self.numbers, product is not None
         found = []
         for zero, dims in zip(zeros, node.outs, strict=True):
-            around = Around(
-                eqn,
-                row,
-                product is not None,
-                node.visit,
-                self.here(dims),
-                of,
-                self.leaves.twice(dims),
-                self.ruled > 0,
-                self.numbers,
-            )
+            here, twice = self.here(dims), self.leaves.twice(dims)
+            around = Around(*known, here, of, twice, self.ruled > 0)
             found.append(finite(every, special, zero, around))
         return found
 
@@ -196,17 +188,8 @@ class _Zeros:
     ) -> list[Effect]:
         """What a rule says of derivatives, in the place of the function's program."""
         before, after = ([e.finite for e in some] for some in (ins, outs))
-        around = Around(
-            eqn,
-            row_of(eqn),
-            False,
-            self.trace.nodes[address].visit,
-            frozenset(),
-            (),
-            frozenset(),
-            False,
-            self.numbers,
-        )
+        visit = self.trace.nodes[address].visit
+        around = Around(eqn, row_of(eqn), visit, self.numbers)
         found = after_rule(after, before, _special(ins), around)
         return [e._replace(finite=x) for e, x in zip(outs, found, strict=True)]
 
