@@ -17,7 +17,6 @@ from jaxsparse.calibration.finite import check_params
 from jaxsparse.calibration.selected import selected_kernels
 from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._before import check_takes_mask, masks_before
-from jaxsparse.oneshot._edges import reports, store
 from jaxsparse.oneshot._effective import (
     energies,
     matrices_at,
@@ -29,7 +28,7 @@ from jaxsparse.oneshot._fingerprint import fingerprint
 from jaxsparse.oneshot._pass import Pass, solvable_pass
 from jaxsparse.oneshot._progress import Found, Progress, put, result_of
 from jaxsparse.oneshot._results import LayerInfo, Layerwise
-from jaxsparse.oneshot._resume import resumed, saved
+from jaxsparse.oneshot._resume import load_state, save_state
 from jaxsparse.oneshot._stages import Bundle, Unit
 from jaxsparse.oneshot._unseen import (
     nan_at,
@@ -149,6 +148,8 @@ def layerwise(
       >>> list(pruned.info), int(pruned.masks["in"].sum())
       (['in', 'out'], 64)
     """
+    from jaxsparse import report  # brings rich, which not every program needs
+
     _checks.check_callable(None, apply_fn=apply_fn)
     _checks.check_arrays(params=params)
     _checks.check_batches(batches)
@@ -202,10 +203,9 @@ def layerwise(
             **({"masks": before} if before else {}),
         )
         state = state._replace(run=run)
-        state = resumed(store(), directory, state, traced, walk.stages)
+        state = load_state(directory, state, traced, walk.stages)
         walk.leaves.update(state.leaves)
     dense = None if sequential else walk.all_statistics()
-    report = reports()
     bar = report.progress(walk.stages, description="layerwise", show=show)
     for index, stage in enumerate(bar):
         if index >= state.stage:
@@ -218,7 +218,7 @@ def layerwise(
                     bar.say(f"{path}: relative error {error:.2e}")
             state = state._replace(stage=index + 1, leaves=dict(walk.leaves))
             if directory is not None:
-                saved(store(), directory, state, traced)
+                save_state(directory, state, traced)
         if dense is None:
             walk.go_on(index)
     result = result_of(state, params, masks, traced, kernels, left_dense)
