@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import _checks
+from jaxsparse import _bits, _checks
 from jaxsparse._text import path_text, shown
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.checkpoint import _packing
 from jaxsparse.tree import leaves_with_paths
 
 Record = dict[str, Any]
@@ -80,8 +79,8 @@ def encode(name: str, leaf: Any) -> tuple[Record, Any]:
     if isinstance(leaf, jax.Array) and _is_local(leaf.sharding):
         leaf = np.asarray(leaf)
     if leaf.dtype == np.bool_ and leaf.ndim:
-        record["packed_axis"] = axis = _packing.choose_axis(leaf)
-        return record, _packing.pack(leaf, axis)
+        record["packed_axis"] = axis = _bits.choose_axis(leaf)
+        return record, _bits.pack(leaf, axis)
     return record, leaf
 
 
@@ -125,7 +124,7 @@ def written_place(record: Record, place: Sharding | None) -> Sharding | None:
         return None
     if "packed_axis" not in record:
         return place
-    return _packing.whole_bytes(place, tuple(record["shape"]), record["packed_axis"])
+    return _bits.whole_bytes(place, tuple(record["shape"]), record["packed_axis"])
 
 
 def decode(
@@ -140,7 +139,7 @@ def decode(
     elif written is None:
         written = _without_elements(shape, record, template)
     elif "packed_axis" in record:
-        written = _packing.unpack(written, shape, record["packed_axis"])
+        written = _bits.unpack(written, shape, record["packed_axis"])
     if isinstance(template, np.generic):
         return written[()]
     if isinstance(template, np.ndarray):

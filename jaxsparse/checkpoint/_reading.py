@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxsparse import _bits
 from jaxsparse._checksums import checksums
 from jaxsparse._text import shown
-from jaxsparse.checkpoint import _leaves, _packing, _types
+from jaxsparse.checkpoint import _leaves, _types
 from jaxsparse.checkpoint._files import STAMP, Damaged
 
 Tree = dict[str, dict[str, Any]]
@@ -235,5 +236,5 @@ def _written_as(record: _leaves.Record) -> tuple[tuple[int, ...], np.dtype] | No
         return None
     shape = tuple(record["shape"])
     if "packed_axis" in record:
-        return _packing.packed_shape(shape, record["packed_axis"]), np.dtype(np.uint8)
+        return _bits.packed_shape(shape, record["packed_axis"]), np.dtype(np.uint8)
     return shape, _types.type_of(record["dtype"])
