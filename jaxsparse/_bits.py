@@ -5,6 +5,7 @@ that is written so is never gathered, and is read back onto any other sharding.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def whole_bytes(
     return jax.sharding.NamedSharding(everywhere, jax.sharding.PartitionSpec())
 
 
-def pack(x: Array | np.ndarray, axis: int) -> Array | np.ndarray:
+def pack(x: Any, axis: int) -> Any:
     """Packs bools into bits along an axis."""
     if isinstance(x, jax.core.Tracer):
         return jnp.packbits(x, axis=axis)
@@ -65,7 +66,7 @@ def pack(x: Array | np.ndarray, axis: int) -> Array | np.ndarray:
     )
 
 
-def unpack(bits: Array | np.ndarray, shape: Shape, axis: int) -> Array | np.ndarray:
+def unpack(bits: Any, shape: Shape, axis: int) -> Any:
     """Turns packed bits into bools again."""
     if isinstance(bits, jax.core.Tracer):
         return jnp.unpackbits(bits, axis=axis, count=shape[axis]).astype(bool)

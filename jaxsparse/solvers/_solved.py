@@ -1,5 +1,6 @@
 """What the solvers of one layer share: their result, its error, their damping."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -209,19 +210,26 @@ def solved_shardings(lies: Any, whole: Any) -> Any:
     return Solved(lies, lies, info)
 
 
-def on_mesh(
-    f: Callable[..., Any],
-    w: Array,
-    *rest: Any,
-    shardings: Callable[[Any, Any], Any] = solved_shardings,
-) -> Any:
-    """`f(w, *rest)`, its shardings stated where the mesh of `w` has explicit axes."""
-    mesh = explicit_mesh([w])
-    if mesh is None:
-        return f(w, *rest)
-    stated = shardings(jax.typeof(w).sharding, NamedSharding(mesh, P()))
-    automatic: Any = jax.sharding.auto_axes(f, out_sharding=stated)
-    return automatic(w, *rest)
+def jitted(
+    *static: str, shardings: Callable[[Any, Any], Any] = solved_shardings
+) -> Callable[[Callable[..., Any]], Any]:
+    """`jax.jit` of `f(w, ...)`; on explicit axes of a mesh the shardings are stated."""
+
+    def compiled(f: Callable[..., Any]) -> Any:
+        @functools.partial(jax.jit, static_argnames=static)
+        @functools.wraps(f)
+        def call(w: Array, *rest: Any, **options: Any) -> Any:
+            mesh = explicit_mesh([w])
+            if mesh is None:
+                return f(w, *rest, **options)
+            stated = shardings(jax.typeof(w).sharding, NamedSharding(mesh, P()))
+            given = functools.partial(f, **options)
+            automatic: Any = jax.sharding.auto_axes(given, out_sharding=stated)
+            return automatic(w, *rest)
+
+        return call
+
+    return compiled
 
 
 def done(solved: Solved) -> Solved:
