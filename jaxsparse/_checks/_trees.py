@@ -84,6 +84,12 @@ def check_shape(
         )
 
 
+def broadcasts(shape: Any, full: Any) -> bool:
+    """Whether a mask of a shape is one of a parameter of the shape `full`."""
+    pairs = zip(shape, full, strict=False)
+    return not shape or (len(shape) == len(full) and all(m in (1, n) for m, n in pairs))
+
+
 def check_bools(masks: PyTree, *, name: str = "masks") -> None:
     """Raises unless `masks` is a tree of arrays of bools."""
     if masks is None:

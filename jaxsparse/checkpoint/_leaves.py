@@ -11,6 +11,7 @@ A record in the stamp has `shape` and `dtype`, and where it needs them
 Arrays without elements are in the stamp alone: orbax does not write them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,24 @@ from jaxsparse.tree import leaves_with_paths
 
 Record = dict[str, Any]
 Sharding = jax.sharding.Sharding
+Items = dict[str, dict[str, Any]]
+"""By item of a checkpoint (params, opt_state, masks) and by name of a leaf."""
+
+
+def map_items(f: Callable[[str, str, Any], Any], items: Items) -> Items:
+    """`f(item, name, x)` for all."""
+    return {
+        item: {name: f(item, name, x) for name, x in named.items()}
+        for item, named in items.items()
+    }
+
+
+def where_written(items: Items, records: Items) -> Items:
+    """What of some items is on disk."""
+    return {
+        item: {n: x for n, x in named.items() if is_written(records[item][n])}
+        for item, named in items.items()
+    }
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:

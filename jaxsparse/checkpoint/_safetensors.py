@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
+from jaxsparse.checkpoint._schema import is_size
 from jaxsparse.checkpoint._types import type_of
 
 _NOTE, _CRC = "jaxsparse", "jaxsparse_crc32"
@@ -155,4 +156,4 @@ def _entry(name: str, entry: Any) -> _Entry:
 
 
 def _are_sizes(x: Any) -> TypeGuard[list[int]]:
-    return isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+    return isinstance(x, list) and all(map(is_size, x))

@@ -18,6 +18,7 @@ from jaxsparse.curvature._trees import (
     for_each,
     gradient_leaves,
     leaves_at,
+    paths_of_layouts,
     without_m,
 )
 from jaxsparse.tree import select
@@ -58,11 +59,7 @@ class Sums:
     count: Array
     treedef: Any = dataclasses.field(metadata=STATIC)
     layouts: tuple[Any, ...] = dataclasses.field(metadata=STATIC)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of the parameters that take part."""
-        return tuple(layout.path for layout in self.layouts)
+    paths = paths_of_layouts
 
 
 class Form(NamedTuple):

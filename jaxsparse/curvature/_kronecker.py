@@ -21,7 +21,7 @@ from jaxsparse.curvature._kronecker_sums import (
     sum_up,
     traces,
 )
-from jaxsparse.curvature._trees import STATIC, for_each
+from jaxsparse.curvature._trees import STATIC, for_each, paths_of_layouts
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.triangle import Triangle
@@ -64,11 +64,7 @@ class KroneckerFisher:
     damping: Array
     treedef: Any = dataclasses.field(metadata=STATIC)
     layouts: tuple[KernelLayout, ...] = dataclasses.field(metadata=STATIC)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of the parameters that take part."""
-        return tuple(layout.path for layout in self.layouts)
+    paths = paths_of_layouts
 
 
 def kronecker_fisher(

@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxsparse._dtypes import widest
-from jaxsparse._sharded import explicit_mesh
+from jaxsparse._sharded import everywhere, with_auto_axes
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.chunks import SLAB_BYTES, in_parts, is_spread
@@ -109,14 +107,11 @@ def traces(sums: Grams) -> Array:
 def _sum_up(sums: Grams, g: Array, view: MatrixView, accurate: bool) -> Grams:
     stored = sums.input.square.dtype
     wide = jnp.float64 if accurate else stored
-    products: Any = functools.partial(_products, view=view, wide=wide)
-    mesh = explicit_mesh([g])
-    if mesh is not None:
-        # Sums over what is sharded: where they lie has to be stated.
-        whole = (NamedSharding(mesh, P()),) * 2
-        products = jax.sharding.auto_axes(products, out_sharding=whole)
+    products = functools.partial(_products, view=view, wide=wide)
     with jax.enable_x64(True):
-        both = zip(sums, products(g), strict=True)
+        # Sums over what is sharded: where they lie has to be stated.
+        made = with_auto_axes(products, everywhere, g)
+        both = zip(sums, made, strict=True)
         both = [_triangle.join(s, wide) + new for s, new in both]
         return Grams(*(_triangle.split(s, stored) for s in both))
 

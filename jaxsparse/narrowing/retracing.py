@@ -64,8 +64,9 @@ def as_sharded(
         mesh = explicit_mesh([*leaves, *flat])
         if mesh is None:
             return program(leaves, flat, *rest)
+        lies = lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec)
         whole = [
-            jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=_on(mesh, x, t.shape))
+            jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=fitting(lies(x), t.shape))
             for x, t in zip((*leaves, *flat), traced, strict=True)
         ]
         n = len(leaves)
@@ -80,8 +81,3 @@ def as_sharded(
         return automatic(leaves, flat, *rest)
 
     return run
-
-
-def _on(mesh: Any, x: Any, shape: Shape) -> NamedSharding:
-    spec = jax.typeof(x).sharding.spec
-    return fitting(NamedSharding(mesh, spec), shape)

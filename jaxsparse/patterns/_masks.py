@@ -94,10 +94,7 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
         leaves_with_paths(masks), jax.tree.leaves(params), strict=True
     ):
         shape, full = jnp.shape(mask), jnp.shape(w)
-        fits = len(shape) == len(full) and all(
-            m in (1, n) for m, n in zip(shape, full, strict=True)
-        )
-        if shape and not fits:
+        if not _checks.broadcasts(shape, full):
             raise ValueError(
                 f"{path}: a mask of shape {shape} does not broadcast to its parameter "
                 f"of shape {full}. It must have that shape, size 1 on some axes, or be "
@@ -126,10 +123,7 @@ def kept_count(mask: Array, shape: tuple[int, ...]) -> Array:
         raise TypeError(f"shape must be a tuple of integers, got {shape!r}.")
     for n in shape:
         _checks.check_positive_int(n, name="shape", least=0)
-    if mask.shape and (
-        len(mask.shape) != len(shape)
-        or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True))
-    ):
+    if not _checks.broadcasts(mask.shape, shape):
         raise ValueError(
             f"mask: the shape {tuple(mask.shape)} does not broadcast to {tuple(shape)}."
         )

@@ -294,7 +294,7 @@ def _check_keep(keep: Any, d_in: int) -> None:
 # The work.
 
 
-@_solved.jitted("number", "size", shardings=lambda _, whole: whole)
+@_solved.jitted("number", "size")
 def _errors(w: Array, factor: GramFactor, order: Any, *, number: int, size: int):
     errors = layer_errors(*_ordered(w, factor, order), number, size)
     return errors + unseen_errors(w, factor, order, number, size)
@@ -308,12 +308,7 @@ def _ordered(w: Array, factor: GramFactor, order: Any) -> tuple[Array, Array]:
     return (w, upper) if order is None else (w[:, order], upper[:, order])
 
 
-def _removal_shardings(lies: Any, whole: Any) -> Any:
-    solved = _solved.solved_shardings(lies, whole)
-    return RemovedChannels(*solved, errors=whole, step=whole)
-
-
-@_solved.jitted("number", "size", "at_once", shardings=_removal_shardings)
+@_solved.jitted("number", "size", "at_once")
 def _remove(
     w: Array,
     factor: GramFactor,

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxsparse._sharded import explicit_mesh
+from jaxsparse._sharded import with_auto_axes
 from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import in_parts
 from jaxsparse.linalg.factor import matmul
@@ -204,28 +203,17 @@ def finish(
     return Solved(moved.astype(w.dtype), mask, info)
 
 
-def solved_shardings(lies: Any, whole: Any) -> Any:
-    """Where a result lies: as `w` does, its scalars everywhere."""
-    info: Any = SolveInfo(*[whole] * len(SolveInfo._fields))
-    return Solved(lies, lies, info)
-
-
-def jitted(
-    *static: str, shardings: Callable[[Any, Any], Any] = solved_shardings
-) -> Callable[[Callable[..., Any]], Any]:
-    """`jax.jit` of `f(w, ...)`; on explicit axes of a mesh the shardings are stated."""
+def jitted(*static: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jax.jit` of `f(w, ...)`: results of the shape of `w` lie as it does."""
 
     def compiled(f: Callable[..., Any]) -> Any:
         @functools.partial(jax.jit, static_argnames=static)
         @functools.wraps(f)
         def call(w: Array, *rest: Any, **options: Any) -> Any:
-            mesh = explicit_mesh([w])
-            if mesh is None:
-                return f(w, *rest, **options)
-            stated = shardings(jax.typeof(w).sharding, NamedSharding(mesh, P()))
-            given = functools.partial(f, **options)
-            automatic: Any = jax.sharding.auto_axes(given, out_sharding=stated)
-            return automatic(w, *rest)
+            spec = jax.typeof(w).sharding.spec
+            lie = lambda result: spec if result.shape == w.shape else P()
+            specs = lambda results: jax.tree.map(lie, results)
+            return with_auto_axes(functools.partial(f, **options), specs, w, *rest)
 
         return call
 
