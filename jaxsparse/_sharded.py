@@ -1,5 +1,6 @@
 """Functions with reshapes on arrays whose sharding is part of their type."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,23 +40,25 @@ def everywhere(results: Any) -> Any:
     return jax.tree.map(lambda _: P(), results)
 
 
-def sharded_like(
+def sharded_like(f: Callable[..., Array], x: Array, *rest: Array) -> Array:
+    """`f(x, *rest)`, sharded as `x` along the axes that are as long as its."""
+    return with_auto_axes(f, functools.partial(_spec_like, x), x, *rest)
+
+
+def each_sharded_like(
     f: Callable[..., list[Array]], arrays: Sequence[Array], *rest: Array
 ) -> list[Array]:
-    """Calls `f(arrays, *rest)`; each result is sharded as its array.
-
-    On explicit axes of a mesh: an axis is sharded where it is as long as in the array.
-    """
-
-    def spec(x: Array, result: Any) -> P:
-        if result.ndim != x.ndim:
-            return P(*[None] * result.ndim)
-        parts = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)
-        sizes = zip(parts, x.shape, result.shape, strict=False)
-        return P(*[part if n == m else None for part, n, m in sizes])
-
-    specs = lambda results: list(map(spec, arrays, results))
+    """`f(arrays, *rest)`, each result sharded as its array."""
+    specs = lambda results: list(map(_spec_like, arrays, results))
     return with_auto_axes(f, specs, list(arrays), *rest)
+
+
+def _spec_like(x: Array, result: Any) -> P:
+    if result.ndim != x.ndim:
+        return P(*[None] * result.ndim)
+    parts = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)
+    sizes = zip(parts, x.shape, result.shape, strict=False)
+    return P(*[part if n == m else None for part, n, m in sizes])
 
 
 @jax.jit

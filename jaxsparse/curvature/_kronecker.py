@@ -240,12 +240,12 @@ def kronecker_ihvp(
 ) -> Array:
     """`F^-1 X = V [(V^T X U) / (r l^T + damping)] U^T`."""
 
-    def product(xs: list[Array], u, l, v, r, damping) -> list[Array]:
-        x = to_matrices(xs[0].astype(u.dtype), layout.view)
+    def product(x: Array, u, l, v, r, damping) -> Array:
+        x = to_matrices(x.astype(u.dtype), layout.view)
         y = matmul(_transposed(v), matmul(x, u)) / _eigenvalues(l, r, damping)
-        return [from_matrices(matmul(matmul(v, y), _transposed(u)), layout.view)]
+        return from_matrices(matmul(matmul(v, y), _transposed(u)), layout.view)
 
-    return sharded_like(product, [x], *factors, damping)[0]
+    return sharded_like(product, x, *factors, damping)
 
 
 @functools.partial(jax.jit, static_argnames="layout")

@@ -170,13 +170,13 @@ def pack(masks: PyTree) -> Packed:
       ([160], ((1, 3),))
     """
     _checks.check_bools(masks)
-    bits = jax.tree.map(lambda m: sharded_like(_packed, [jnp.asarray(m)])[0], masks)
+    bits = jax.tree.map(lambda m: sharded_like(_packed, jnp.asarray(m)), masks)
     return Packed(bits, tuple(jnp.shape(m) for m in jax.tree.leaves(masks)))
 
 
 @jax.jit
-def _packed(masks: list[Array]) -> list[Array]:
-    return [_bits.pack(jnp.ravel(mask), 0) for mask in masks]
+def _packed(mask: Array) -> Array:
+    return _bits.pack(jnp.ravel(mask), 0)
 
 
 def unpack(packed: Packed) -> PyTree:

@@ -50,8 +50,8 @@ def gone_units(
 
     One that has lost some of its weights competes with the rest.
     """
-    any_left = lambda ms: [_any_left(path, ms[0], pattern, axes, split)]
-    return ~sharded_like(any_left, [jnp.broadcast_to(mask, shape)])[0]
+    any_left = lambda mask: _any_left(path, mask, pattern, axes, split)
+    return ~sharded_like(any_left, jnp.broadcast_to(mask, shape))
 
 
 def _any_left(

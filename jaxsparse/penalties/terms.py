@@ -9,11 +9,10 @@ import numpy as np
 
 from jaxsparse import _checks
 from jaxsparse._dtypes import as_wide
-from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.channels.scaling import spread
+from jaxsparse.channels.scaling import map_at, spread
 from jaxsparse.channels.slices import Slices, wide_leaves
-from jaxsparse.tree import leaves_with_paths, map_with_path
+from jaxsparse.tree import leaves_with_paths
 
 
 def check_strength(strength: Any, *, name: str = "strength") -> None:
@@ -42,17 +41,12 @@ def add_scaled(
     ndims = {path: np.ndim(x) for path, x in leaves.items()}
     factors = spread(slices, vectors, ndims, combine=jnp.add, fill=0.0)
 
-    def one(path: str, u: Array) -> Array:
-        if path not in factors:
-            return u
-        return sharded_like(add, [u], leaves[path], factors[path])[0]
+    def add(u: Array, factor: Array, w: Array) -> Array:
+        wide = as_wide(w)
+        step = u.astype(wide.dtype) + factor.astype(wide.dtype) * wide
+        return jnp.where(factor == 0, u, step.astype(u.dtype))
 
-    def add(us: list[Array], w: Array, factor: Array) -> list[Array]:
-        wide, kind = as_wide(w), us[0].dtype
-        step = us[0].astype(wide.dtype) + factor.astype(wide.dtype) * wide
-        return [jnp.where(factor == 0, us[0], step.astype(kind))]
-
-    return map_with_path(one, updates)
+    return map_at(add, updates, factors, leaves)
 
 
 def moved_leaves(
