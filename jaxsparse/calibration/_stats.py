@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks
@@ -14,8 +13,7 @@ from jaxsparse._host import on_host
 from jaxsparse._sharded import with_auto_axes
 from jaxsparse._typing import Array
 from jaxsparse.calibration.statistics import InputStats, Statistics, check_statistics
-
-HIGHEST = lax.Precision.HIGHEST
+from jaxsparse.linalg.factor import HIGHEST
 
 
 class RunningStats(NamedTuple):

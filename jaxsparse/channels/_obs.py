@@ -254,19 +254,13 @@ def _check(groups: Any, params: PyTree, stats: Any) -> None:
 
 
 class _Reader(NamedTuple):
-    """A kernel that reads a group.
-
-    Attributes:
-      path: its path.
-      view: how it is read as matrices.
-      leaf: the kernel.
-      labels: `[*batch, d_in]`, of each column the place in the group's flat `[*copies,
-        size]`, -1 for none.
-    """
+    """A kernel that reads a group."""
 
     path: str
-    view: MatrixView
+    view: MatrixView  # how it is read as matrices
     leaf: Any
+    # `[*batch, d_in]`, of each column the place in the group's flat `[*copies, size]`,
+    # -1 for none
     labels: np.ndarray
 
     def matrices(self) -> Iterator[tuple[tuple[int, ...], Array, np.ndarray]]:

@@ -77,12 +77,7 @@ def write_safetensors(
 
 
 class Safetensors:
-    """An open `.safetensors` file.
-
-    Attributes:
-      note: its text, or None.
-      crc: the CRC-32 that was written with it, or None.
-    """
+    """An open `.safetensors` file: `note` is its text, `crc` the CRC-32 beside it."""
 
     npz = False
 

@@ -16,12 +16,7 @@ from jaxsparse.tree import leaves_with_paths
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """A parameter that is not cut into anything.
-
-    Attributes:
-      path: its path.
-      shape: its shape.
-    """
+    """A parameter that is not cut into anything."""
 
     path: str
     shape: tuple[int, ...]

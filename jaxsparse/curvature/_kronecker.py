@@ -33,17 +33,12 @@ class Factors(NamedTuple):
 
     Its eigenvectors are the products of an eigenvector of each side, its eigenvalues
     `output_values[j] * input_values[i]`.
-
-    Attributes:
-      input_vectors: `U`, `[*lead, d_in, d_in]`, in columns.
-      input_values: `[*lead, d_in]`; their sum is the trace of the Fisher matrix.
-      output_vectors: `V`, `[*lead, d_out, d_out]`, in columns.
-      output_values: `[*lead, d_out]`; their sum is 1 (0 where all gradients are 0).
     """
 
-    input_vectors: Array
-    input_values: Array
-    output_vectors: Array
+    input_vectors: Array  # `U`, `[*lead, d_in, d_in]`, in columns
+    input_values: Array  # `[*lead, d_in]`; their sum is the trace of the Fisher matrix
+    output_vectors: Array  # `V`, `[*lead, d_out, d_out]`, in columns
+    # `[*lead, d_out]`; their sum is 1 (0 where all gradients are 0)
     output_values: Array
 
 
@@ -213,9 +208,8 @@ def _factor(sums: Grams, count: Array, accurate: bool) -> Factors:
 
 
 def _finalize(
-    sums: Sums, damping: Array, *, donate: bool, accurate: bool
+    sums: Sums, damping: Array, *, accurate: bool, **_: bool
 ) -> KroneckerFisher:
-    del donate
     factors = tuple(_factor(s, sums.count, accurate=accurate) for s in sums.sums)
     return KroneckerFisher(factors, damping, sums.treedef, sums.layouts)
 

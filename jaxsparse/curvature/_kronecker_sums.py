@@ -29,16 +29,12 @@ from jaxsparse.tree import (
 
 @dataclasses.dataclass(frozen=True)
 class KernelLayout:
-    """A parameter and how it is read as matrices, one for each layer.
+    """A parameter and how it is read as matrices, one for each layer."""
 
-    Attributes:
-      path: its path, for messages. Layouts are equal without it: so parameters of
-        equal shape share one compilation.
-      view: which of its axes are outputs, inputs, and layers.
-    """
-
+    # Its path, for messages. Layouts are equal without it: so parameters of equal shape
+    # share one compilation
     path: str = dataclasses.field(compare=False)
-    view: MatrixView
+    view: MatrixView  # which of its axes are outputs, inputs, and layers
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,15 +43,10 @@ class KernelLayout:
 
 
 class Grams(NamedTuple):
-    """Sums over gradients `G_i` `[d_out, d_in]` of a parameter.
+    """Sums over gradients `G_i` `[d_out, d_in]` of a parameter."""
 
-    Attributes:
-      input: `sum_i G_i^T G_i`, triangles `[*lead, d_in, d_in]`.
-      output: `sum_i G_i G_i^T`, triangles `[*lead, d_out, d_out]`.
-    """
-
-    input: Triangle
-    output: Triangle
+    input: Triangle  # `sum_i G_i^T G_i`, triangles `[*lead, d_in, d_in]`
+    output: Triangle  # `sum_i G_i G_i^T`, triangles `[*lead, d_out, d_out]`
 
 
 def kernel_layouts(params: PyTree, axes: AxesRule) -> tuple[KernelLayout, ...]:

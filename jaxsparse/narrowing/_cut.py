@@ -24,15 +24,10 @@ Leaf = algebra.Axis
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cut:
-    """What is kept of each leaf.
+    """What is kept of each leaf."""
 
-    Attributes:
-      kept: by leaf `[*copies, size]`, as many in each copy.
-      copies: by leaf the leaves that have copies of it.
-    """
-
-    kept: Mapping[Leaf, np.ndarray]
-    copies: Mapping[Leaf, tuple[Leaf, ...]]
+    kept: Mapping[Leaf, np.ndarray]  # by leaf `[*copies, size]`, as many in each copy
+    copies: Mapping[Leaf, tuple[Leaf, ...]]  # by leaf the leaves that have copies of it
 
     @functools.cached_property
     def _sizes(self) -> dict[algebra.Axis, int]:

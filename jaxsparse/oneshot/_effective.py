@@ -22,11 +22,7 @@ from jaxsparse.tree import MatrixView, to_matrices
 
 
 class NoScale(ValueError):
-    """What a kernel is multiplied by could not be found.
-
-    Attributes:
-      path: of the kernel.
-    """
+    """What the kernel at `path` is multiplied by could not be found."""
 
     def __init__(self, path: str, message: str):
         super().__init__(message)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxsparse._compiled import Keyed
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.calibration import InputStats, RunningStats, finalize, init, merge
+from jaxsparse.calibration import InputStats, RunningStats, finalize, merge
 from jaxsparse.calibration.capture import capture_at
 from jaxsparse.calibration.finite import (
     check_batch,
@@ -18,7 +18,7 @@ from jaxsparse.calibration.finite import (
     input_flags,
     not_finite,
 )
-from jaxsparse.calibration.rows import contribution, reading_key
+from jaxsparse.calibration.rows import contribution, flattened, placed, reading_key
 from jaxsparse.calibration.weights import batch_weight, weight_of_rows
 from jaxsparse.oneshot._effective import NoScale, scales_of
 from jaxsparse.oneshot._segments import Pieces
@@ -76,7 +76,6 @@ class Pass:
         pieces, self.stages, _ = next(iter(self._programs.values()))
         value = lambda x: self._value(pieces, x, {})
         self.scales = scales_of(pieces, kernels, trace.paths, self.leaves, value)
-        self._at = -1
         self._advance(0)
 
     def statistics(self, stage: Stage) -> list[InputStats]:
@@ -119,18 +118,22 @@ class Pass:
         for number, (key, live) in enumerate(self._batches):
             pieces, stages, needed = self._programs[key]
             wanted = pieces.live_at(stages[index].begin, needed)
-            missing = sorted(wanted - set(live))
-            new = dict(zip(missing, self._run(pieces, missing, live), strict=True))
-            live = {**{x: live[x] for x in wanted if x in live}, **new}
+            live = self._values(pieces, wanted, live)
             if self._host:
                 live = jax.tree.map(on_host, live)
             self._batches[number] = key, live
 
-    def _run(self, pieces: Pieces, wanted: Any, live: dict[int, Any]) -> list[Array]:
-        if not wanted:
-            return []
-        segment = pieces.segment(wanted, live)
-        return segment.call([self._value(pieces, x, live) for x in segment.ins])
+    def _values(
+        self, pieces: Pieces, wanted: set[int], live: dict[int, Any]
+    ) -> dict[int, Any]:
+        """Variables that are there, or are computed from those."""
+        values = {x: live[x] for x in wanted if x in live}
+        missing = sorted(wanted - set(live))
+        if missing:
+            segment = pieces.segment(missing, live)
+            new = segment.call([self._value(pieces, x, live) for x in segment.ins])
+            values.update(zip(missing, new, strict=True))
+        return values
 
     def _value(self, pieces: Pieces, x: int, live: dict[int, Any]) -> Any:
         if x in live:
@@ -148,20 +151,15 @@ class Pass:
         pieces = self._programs[key][0]
         looks = [(look, *_operands(pieces, look)) for look in bundle.looks]
         wanted = {x for _, ins, keep in looks for x in _kept(ins, keep)}
-        missing = sorted(wanted - set(live))
-        new = dict(zip(missing, self._run(pieces, missing, live), strict=True))
+        values = self._values(pieces, wanted, live)
         total = None
         places = np.unique(np.concatenate([look.places for look in bundle.looks]))
         if len(looks) == 1:
             places = bundle.looks[0].places
         for look, ins, keep in looks:
-            arrays = [{**live, **new}[x] for x in _kept(ins, keep)]
+            arrays = [values[x] for x in _kept(ins, keep)]
             part = self._see_step(pieces, look, keep, arrays, number)
-            if not np.array_equal(look.places, places):
-                size, d_in = len(places), part.mean.shape[-1]
-                empty = init((size,), d_in, gram=self._gram, dtype=part.mean.dtype)
-                at = np.searchsorted(places, look.places)
-                part = jax.tree.map(lambda e, x, at=at: e.at[at].set(x), empty, part)
+            part = placed(part, np.searchsorted(places, look.places), len(places))
             total = part if total is None else merge(total, part)
         assert total is not None, "a bundle has a look"
         return total
@@ -258,7 +256,6 @@ def _seeing(
             scans = {site: reading.scans}
             _, all_found = capture_at(step.eqn, operands, step.address, look, scans)
             found = all_found[site][""]
-        lead = found.count.ndim
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[lead:]), found)
+        return flattened(found)
 
     return see

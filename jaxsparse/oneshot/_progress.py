@@ -16,21 +16,13 @@ from jaxsparse.tree import MatrixView, from_matrices, to_matrices
 
 
 class Progress(NamedTuple):
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-      stage: how many stages are done.
-      leaves: the parameters by path.
-      masks: by path, of the kernels that were solved.
-      info: by path, flat over each kernel's matrices.
-      run: what decides the result, of `fingerprint`.
-    """
-
-    stage: int
-    leaves: dict[str, Any]
-    masks: dict[str, Any]
-    info: dict[str, Any]
-    run: dict[str, str] | None = None
+    stage: int  # how many stages are done
+    leaves: dict[str, Any]  # the parameters by path
+    masks: dict[str, Any]  # by path, of the kernels that were solved
+    info: dict[str, Any]  # by path, flat over each kernel's matrices
+    run: dict[str, str] | None = None  # what decides the result, of `fingerprint`
 
 
 class Found(NamedTuple):

@@ -15,42 +15,27 @@ Address = tuple[int, ...]
 
 
 class Look(NamedTuple):
-    """A step that reads a kernel.
+    """A step that reads a kernel."""
 
-    Attributes:
-      at: the step's index.
-      reading: how it reads the kernel.
-      places: which of the kernel's flat batch indices it reads, in its own order.
-    """
-
-    at: int
-    reading: Reading
+    at: int  # the step's index
+    reading: Reading  # how it reads the kernel
+    # Which of the kernel's flat batch indices it reads, in its own order
     places: np.ndarray
 
 
 class Unit(NamedTuple):
-    """Some matrices of one kernel, which are solved at once.
-
-    Attributes:
-      path: the kernel's path.
-      places: which of its flat batch indices.
-    """
+    """Some matrices of one kernel, which are solved at once."""
 
     path: str
-    places: np.ndarray
+    places: np.ndarray  # which of its flat batch indices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundle:
-    """Kernels with the same inputs: they share statistics and a factor.
+    """Kernels with the same inputs: they share statistics and a factor."""
 
-    Attributes:
-      looks: where to see the inputs.
-      units: what is to be solved; all have the same number of places.
-    """
-
-    looks: tuple[Look, ...]
-    units: tuple[Unit, ...]
+    looks: tuple[Look, ...]  # where to see the inputs
+    units: tuple[Unit, ...]  # what is to be solved; all have the same number of places
 
     @property
     def name(self) -> str:
@@ -61,15 +46,10 @@ class Bundle:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """What is solved before the program goes on.
+    """What is solved before the program goes on."""
 
-    Attributes:
-      begin: the first step that reads one of its kernels.
-      bundles: what is to be solved.
-    """
-
-    begin: int
-    bundles: tuple[Bundle, ...]
+    begin: int  # the first step that reads one of its kernels
+    bundles: tuple[Bundle, ...]  # what is to be solved
 
 
 def flat_program(trace: Any, kernels: Mapping[str, Kernel]) -> Steps:

@@ -1,17 +1,18 @@
 """What the penalties of groups share: their strengths, adding and thresholding."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxsparse import _checks
 from jaxsparse._dtypes import as_wide
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.channels.scaling import map_at, spread
-from jaxsparse.channels.slices import Slices, wide_leaves
+from jaxsparse.channels.slices import Slices, check_params, wide_leaves
 from jaxsparse.tree import leaves_with_paths
 
 
@@ -28,6 +29,37 @@ def check_strength(strength: Any, *, name: str = "strength") -> None:
             f"{name}: a number or a schedule step -> number; got "
             f"{_checks.shown(strength)}."
         ) from None
+
+
+class PenaltyState(NamedTuple):
+    """The state of `group_lasso`, `prox_group_lasso`, `group_norm_decay`, `wgsef_prox`.
+
+    Attributes:
+      step: how many updates were made, int32.
+    """
+
+    step: Array
+
+
+def in_each_step(
+    slices: Mapping[str, Slices],
+    change: Callable[[PyTree, Array, PyTree], PyTree],
+    check: Callable[[PyTree], Any] = lambda params: None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation `change(updates, step, params) -> updates`."""
+
+    def init_fn(params: PyTree) -> PenaltyState:
+        check_params(slices, params)
+        check(params)
+        return PenaltyState(jnp.zeros((), jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        _checks.check_has_params(params)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        return change(updates, state.step, params), PenaltyState(step)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def add_scaled(

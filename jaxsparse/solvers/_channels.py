@@ -8,7 +8,7 @@ import numpy as np
 from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array
 from jaxsparse.linalg.factor import matmul
-from jaxsparse.linalg.gram import GramFactor, factor_gram, inverse_upper
+from jaxsparse.linalg.gram import GramFactor, factor_gram, given_damping, inverse_upper
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._channel_steps import (
     Taken,
@@ -100,7 +100,6 @@ def channel_errors(
     """
     _arguments.check_layer(w, gram)
     order, number, size = check_blocks(size, blocks, w.shape[1])
-    _arguments.check_dampings(damping, rel_damping)
     factor = _solved.factor_of(w, gram, damping, rel_damping)
     return _errors(w, factor, order, number=number, size=size)
 
@@ -183,7 +182,6 @@ def remove_channels(
     removed = _count(sparsity, count, number)
     if at_once is not None:
         _checks.check_positive_int(at_once, name="at_once")
-    _arguments.check_dampings(damping, rel_damping)
     factor = _solved.factor_of(w, gram, damping, rel_damping)
     steps = None if at_once is None or at_once >= number else at_once
     removed = jnp.asarray(removed, jnp.int32)
@@ -251,7 +249,7 @@ def refit_channels(
     if isinstance(gram, GramFactor):
         _solved.check_no_damping(damping)
         damping = gram.damping
-    added = _solved.given_damping(jnp.diagonal(plain), damping, rel_damping)
+    added = given_damping(jnp.diagonal(plain), damping, rel_damping)
     return _solved.done(_jitted_refit(w, plain, added, jnp.asarray(keep)))
 
 

@@ -97,7 +97,6 @@ def sparsegpt(
     """
     _arguments.check_layer(w, gram)
     asked = _arguments.check_choice(w, sparsity, pattern, mask, solver="sparsegpt")
-    _arguments.check_dampings(damping, rel_damping)
     _checks.check_positive_int(block_size, name="block_size")
     factor = _solved.factor_of(w, gram, damping, rel_damping)
     removed = _arguments.removed_of_group(w, asked, pattern)

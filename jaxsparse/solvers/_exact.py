@@ -81,7 +81,6 @@ def exact_obs(
     """
     _arguments.check_layer(w, gram)
     asked = _arguments.check_choice(w, sparsity, pattern, mask, solver="exact_obs")
-    _arguments.check_dampings(damping, rel_damping)
     if chunk is not None:
         _checks.check_positive_int(chunk, name="chunk")
     factor = _solved.factor_of(w, gram, damping, rel_damping)

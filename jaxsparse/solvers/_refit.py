@@ -7,7 +7,7 @@ from jaxsparse import _checks
 from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import over_blocks, scratch_bytes
 from jaxsparse.linalg.factor import matmul, solve
-from jaxsparse.linalg.gram import GramFactor
+from jaxsparse.linalg.gram import GramFactor, given_damping
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 
@@ -86,7 +86,7 @@ def refit(
 
 @_solved.jitted("iterations")
 def _refit(w, mask, gram, start, damping, rel_damping, *, iterations) -> Solved:
-    added = _solved.given_damping(jnp.diagonal(gram), damping, rel_damping)
+    added = given_damping(jnp.diagonal(gram), damping, rel_damping)
     damped = gram + added * jnp.eye(gram.shape[0], dtype=gram.dtype)
     target = w.astype(gram.dtype)
     if iterations is None:

@@ -14,6 +14,7 @@ from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import in_parts
 from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.gram import GramFactor, check_factored, factor_gram
+from jaxsparse.solvers._arguments import check_dampings
 from jaxsparse.tree import Axes
 
 AXES = Axes(input=(1,), output=(0,))
@@ -74,6 +75,7 @@ def factor_of(
     rel_damping: float | Array | None,
 ) -> GramFactor:
     """The factor to use, in the type to compute in; `damping` goes first."""
+    check_dampings(damping, rel_damping)
     if isinstance(gram, GramFactor):
         check_no_damping(damping)
         dtype = compute_type(w, gram.root)
@@ -98,16 +100,6 @@ def plain_gram(w: Array, gram: Array | GramFactor) -> Array:
     """The gram matrix without damping, in the type to compute in."""
     plain = gram.gram if isinstance(gram, GramFactor) else gram
     return plain.astype(compute_type(w, plain))
-
-
-def given_damping(
-    diagonal: Array, damping: float | Array | None, rel_damping: float | Array
-) -> Array:
-    """What to add to the diagonal, as `factor_gram` says it."""
-    if damping is not None:
-        return jnp.asarray(damping).astype(diagonal.dtype)
-    live = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
-    return jnp.asarray(rel_damping).astype(diagonal.dtype) * jnp.mean(live)
 
 
 # Inputs that were never seen.
