@@ -195,9 +195,7 @@ def _bars(
             handles["asked"] = axes.vlines(
                 xs, ys - reach, ys + reach, colors=_INK, linewidths=1.8
             )
-    # The end of a path says most: `…/attention/query/kernel`.
-    ends = [p if len(p) <= 42 else "…" + p[-41:] for p in paths]
-    axes.set_yticks(range(len(paths)), ends, fontsize=9)
+    axes.set_yticks(range(len(paths)), [_short(p) for p in paths], fontsize=9)
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a path may have dollar signs
     axes.set_ylim(len(paths) - 0.4, -0.6)  # the first layer on top
@@ -266,3 +264,8 @@ def _plain(axes: "Axes") -> None:
     axes.spines["bottom"].set_color("#999999")
     axes.tick_params(colors=_INK, labelsize=9)
     axes.set_axisbelow(True)
+
+
+def _short(path: str, most: int = 42) -> str:
+    # The end of a path says most: `…/attention/query/kernel`.
+    return path if len(path) <= most else "…" + path[-(most - 1) :]
