@@ -26,7 +26,7 @@ from jaxsparse.oneshot._effective import (
 )
 from jaxsparse.oneshot._fingerprint import fingerprint
 from jaxsparse.oneshot._pass import Pass, solvable_pass
-from jaxsparse.oneshot._progress import Found, Progress, put, result_of
+from jaxsparse.oneshot._progress import RunState, Solution, put, result_of
 from jaxsparse.oneshot._results import LayerInfo, Layerwise
 from jaxsparse.oneshot._resume import load_state, save_state
 from jaxsparse.oneshot._stages import Bundle, Unit
@@ -185,7 +185,7 @@ def layerwise(
     left_out = left_dense if where is None else None  # an error where it is named
     options = {"gram": gram, "host": host, "weight": weight}
     walk = solvable_pass(traced, kernels, params, data, left_out, **options)
-    state = Progress(0, dict(walk.leaves), {}, {})
+    state = RunState(0, dict(walk.leaves), {}, {})
     if directory is not None:
         run = fingerprint(
             traced,
@@ -220,7 +220,7 @@ def layerwise(
             if directory is not None:
                 save_state(directory, state, traced)
         if dense is None:
-            walk.go_on(index)
+            walk.advance(index)
     result = result_of(state, params, masks, traced, kernels, left_dense)
     if bar.shown:
         print(report.layer_table(result.info, left_dense=result.left_dense))
@@ -289,7 +289,7 @@ def _solve_bundle(
     solver: Solver,
     pattern: patterns.Pattern,
     dense: bool,
-) -> list[tuple[str, Found]]:
+) -> list[tuple[str, Solution]]:
     """Solves the kernels of a bundle."""
     found = []
     blind = on_host(never_seen(stats.square))
@@ -327,7 +327,7 @@ def _solve_bundle(
             sparsity=1 - on_host(kept),
             seconds=seconds,
         )
-        entry = Found(solved.w, solved.mask, unit.places, info)
+        entry = Solution(solved.w, solved.mask, unit.places, info)
         found.append((unit.path, entry))
     return found
 

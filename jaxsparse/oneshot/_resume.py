@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxsparse._host import on_host
 from jaxsparse.oneshot._fingerprint import differences
-from jaxsparse.oneshot._progress import Progress
+from jaxsparse.oneshot._progress import RunState
 from jaxsparse.oneshot._results import LayerInfo
 from jaxsparse.tracing import Trace
 
@@ -16,7 +16,7 @@ _SHOWN = 4
 _TYPES = {x: np.dtype(x) for x in ("bool", "int32", "int64", "float32", "float64")}
 
 
-def save_state(directory: Any, state: Progress, trace: Trace) -> None:
+def save_state(directory: Any, state: RunState, trace: Trace) -> None:
     """Writes a checkpoint of what is done; the one before goes when it is whole."""
     from jaxsparse import checkpoint  # brings orbax
 
@@ -40,7 +40,7 @@ def save_state(directory: Any, state: Progress, trace: Trace) -> None:
     )
 
 
-def load_state(directory: Any, state: Progress, trace: Trace, stages: Any) -> Progress:
+def load_state(directory: Any, state: RunState, trace: Trace, stages: Any) -> RunState:
     """What a directory holds of an earlier run, or the state as it is."""
     from jaxsparse import checkpoint
 
@@ -76,7 +76,7 @@ def load_state(directory: Any, state: Progress, trace: Trace, stages: Any) -> Pr
             f"not what layerwise wrote ({type(error).__name__}: {error}). Give another "
             "directory, or delete this one to begin anew."
         ) from error
-    return Progress(restored.step, leaves, masks, layers, state.run)
+    return RunState(restored.step, leaves, masks, layers, state.run)
 
 
 def _layer(said: Any) -> LayerInfo:

@@ -17,7 +17,7 @@ class Segment(NamedTuple):
     outs: tuple[int, ...]  # the numbers of its results
 
 
-class Pieces:
+class Segments:
     """Cuts segments out of a program, and keeps what was compiled."""
 
     def __init__(self, flat: Steps, compiled: dict[Any, Any]):

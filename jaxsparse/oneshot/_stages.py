@@ -14,7 +14,7 @@ from jaxsparse.tracing.kernels import Reading
 Address = tuple[int, ...]
 
 
-class Look(NamedTuple):
+class ReadSite(NamedTuple):
     """A step that reads a kernel."""
 
     at: int  # the step's index
@@ -34,7 +34,7 @@ class Unit(NamedTuple):
 class Bundle:
     """Kernels with the same inputs: they share statistics and a factor."""
 
-    looks: tuple[Look, ...]  # where to see the inputs
+    looks: tuple[ReadSite, ...]  # where to see the inputs
     units: tuple[Unit, ...]  # what is to be solved; all have the same number of places
 
     @property
@@ -80,7 +80,7 @@ def stages_of(flat: Steps, kernels: Mapping[str, Kernel]) -> tuple[Stage, ...]:
     A kernel that is read at several steps (tied weights, the turns of a loop) is solved
     with the inputs of all of them, before the first.
     """
-    looks: dict[str, list[Look]] = {path: [] for path in kernels}
+    looks: dict[str, list[ReadSite]] = {path: [] for path in kernels}
     by_address: dict[Address, list[tuple[str, Reading]]] = {}
     for path, kernel in kernels.items():
         for reading in kernel.readings:
@@ -91,8 +91,9 @@ def stages_of(flat: Steps, kernels: Mapping[str, Kernel]) -> tuple[Stage, ...]:
         if step.eqn is None:
             continue
         for path, reading in by_address.get(step.address, ()):
-            looks[path].append(Look(at, reading, _places(step, reading, flat.unrolled)))
-    bundles: dict[Any, tuple[list[Look], list[Unit]]] = {}
+            places = _places(step, reading, flat.unrolled)
+            looks[path].append(ReadSite(at, reading, places))
+    bundles: dict[Any, tuple[list[ReadSite], list[Unit]]] = {}
     for path, seen in looks.items():
         for group in _apart(seen):
             places = np.unique(np.concatenate([look.places for look in group]))
@@ -127,9 +128,9 @@ def _places(step: Step, reading: Reading, unrolled: Collection[Address]) -> np.n
     return reading.batch[index].reshape(-1)
 
 
-def _apart(looks: list[Look]) -> list[list[Look]]:
+def _apart(looks: list[ReadSite]) -> list[list[ReadSite]]:
     """Looks that have a place in common belong together."""
-    groups: list[tuple[set[int], list[Look]]] = []
+    groups: list[tuple[set[int], list[ReadSite]]] = []
     for look in looks:
         mine = set(look.places.tolist())
         found = [g for g in groups if g[0] & mine]
