@@ -32,6 +32,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import pytest
+from _pytest.doctest import DoctestModule
 from jax._src.interpreters import mlir
 
 MOST_PROGRAMS = 700
@@ -60,6 +61,12 @@ def pytest_configure(config):
     elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = compilation_cache.Cache(shared)
         config.pluginmanager.register(SharedCache(cache))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+    """Here are no doctests. To look for them in each file is half of collection."""
+    return [x for x in (yield) if not isinstance(x, DoctestModule)]
 
 
 def pytest_collection_finish():
