@@ -5,6 +5,7 @@ XLA compiles as quickly as it can, because most tests compile much and compute l
 """
 
 import ctypes
+import functools
 import gc
 import os
 
@@ -14,7 +15,11 @@ import jaxlib.version
 # decomposition takes seconds.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # Each worker has a processor: to compile a program in parts is a third more work.
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 if jaxlib.version.__version_info__ < (0, 11, 1):
     QUICK += " --xla_cpu_use_fusion_emitters=false"  # later ones know no other way
 
@@ -27,8 +32,22 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import pytest
+from _pytest.doctest import DoctestModule
+from jax._src.interpreters import mlir
 
 MOST_PROGRAMS = 700
+
+
+@functools.cache
+def ir_context():
+    """MLIR's context for many programs: with its dialects it is half the time that a
+    small cached program takes, and JAX makes one for each."""
+    return make_ir_context()
+
+
+make_ir_context = getattr(mlir, "make_ir_context", None)
+if make_ir_context:  # JAX promises nothing here: without it all is only slower
+    mlir.make_ir_context = ir_context
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci")
@@ -42,6 +61,12 @@ def pytest_configure(config):
     elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = compilation_cache.Cache(shared)
         config.pluginmanager.register(SharedCache(cache))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+    """Here are no doctests. To look for them in each file is half of collection."""
+    return [x for x in (yield) if not isinstance(x, DoctestModule)]
 
 
 def pytest_collection_finish():
@@ -83,6 +108,7 @@ class SharedCache:
             self.cache.exchange()
             if self.programs > MOST_PROGRAMS:
                 jax.clear_caches()
+                ir_context.cache_clear()
                 self.programs = 0
                 # The C library keeps what is freed, unless it is told.
                 getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)

@@ -16,7 +16,14 @@ def distances(w, mask, others):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["residual", "grouped", "attention_separate", "moe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("grouped", "attention_separate"),
+        pytest.param("residual", marks=pytest.mark.exhaustive),
+        pytest.param("moe", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_fpgm_is_the_sum_of_the_distances_to_all_filters_of_the_copy(name):
     groups, params, _ = built(name)
     leaves = {p: np.asarray(x) for p, x in js.tree.leaves_with_paths(params)}
@@ -230,7 +237,14 @@ def test_flap_adds_up_the_inputs_that_have_the_index_in_each_copy(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["residual", "grouped", "attention_flax", "scan"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("grouped", "scan"),
+        pytest.param("residual", marks=pytest.mark.exhaustive),
+        pytest.param("attention_flax", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_compensation_adds_the_means_of_what_goes_to_the_biases(name):
     groups, params, _ = built(name)
     stats = statistics(name)

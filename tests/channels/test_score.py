@@ -90,10 +90,10 @@ def compiled(function, *args):
 @pytest.mark.parametrize(
     "name",
     [
-        *("grouped", "attention_flax", "moe"),
+        *("grouped", "attention_flax"),
         *(
             pytest.param(name, marks=pytest.mark.exhaustive)
-            for name in ("mlp", "residual", "attention_separate")
+            for name in ("mlp", "residual", "attention_separate", "moe")
         ),
     ],
 )
@@ -112,7 +112,9 @@ def test_scores_are_what_zeroing_the_slices_takes_away(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["residual", "scan"])
+@pytest.mark.parametrize(
+    "name", ["scan", pytest.param("residual", marks=pytest.mark.exhaustive)]
+)
 def test_by_default_kernels_count_and_where_chooses_others(name):
     groups, _, scores = built(name)
     default = by_member(groups, scores, lost, where=js.tree.default_where)

@@ -296,7 +296,15 @@ def test_eager_steps_are_jitted_steps_and_compile_once(name, compilations):
     assert again.names == []
 
 
-@representatives
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if few else pytest.mark.exhaustive)
+        for name in TRANSFORMS
+        # To compile that one, anew in each run, takes as long as all others together.
+        for few in [name in REPRESENTATIVES - {"windowed_obs"}]
+    ],
+)
 def test_shardings_are_kept_and_change_nothing(name):
     one, _ = trained(name, parameters())
     with compiled_anew() if name == "windowed_obs" else contextlib.nullcontext():

@@ -171,7 +171,9 @@ def test_degenerate_parameters_and_strengths():
 
 
 @pytest.mark.usefixtures("relaxed_promotion")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.exhaustive), "bfloat16"]
+)
 def test_training_ends_with_exact_zeros(dtype):
     params, x, groups = gm.make("mlp", dtype=dtype)
     tx = optax.chain(

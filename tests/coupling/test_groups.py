@@ -82,7 +82,8 @@ def weights(params):
 @pytest.mark.parametrize(
     "name",
     [
-        *("resnet18", "resnet50", "mobilenet"),
+        *("resnet18", "mobilenet"),
+        pytest.param("resnet50", marks=pytest.mark.exhaustive),
         pytest.param("densenet", marks=pytest.mark.exhaustive),
     ],
 )

@@ -11,7 +11,7 @@ from zoo.checks import assert_narrowed_equals_masked, each_one, half_of_all
 from zoo.random_models import random_model
 
 FIRST, COUNT = int(os.environ.get("FIRST", "0")), int(os.environ.get("SEEDS", "200"))
-FEW = {*range(6), 163}  # the last one: copies that lie in each other's axes
+FEW = {0, 3, 163}  # the last one: copies that lie in each other's axes
 
 
 @pytest.mark.usefixtures("relaxed_promotion", "x64")

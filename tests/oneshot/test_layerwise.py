@@ -162,14 +162,14 @@ MODELS = {
 }
 
 
-# A quarter of the time; the others have kernels of each kind.
-LARGE = ("densenet",)
+# The others have kernels of each kind: in a tree, in a scan, one for each expert.
+MORE = ("densenet", "nnx", "dataclass", "llama")
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.exhaustive] * (name in LARGE))
+        pytest.param(name, marks=[pytest.mark.exhaustive] * (name in MORE))
         for name in MODELS
     ],
 )

@@ -151,7 +151,9 @@ def test_every_step_is_that_of_a_slow_replay(model):
 
 
 @pytest.mark.usefixtures("relaxed_promotion")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.exhaustive), "bfloat16"]
+)
 def test_any_optimizer_inside_any_wrapper_outside_keeps_exact_zeros(dtype):
     params, x, groups = gm.make("mlp", dtype=dtype)
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))

@@ -169,7 +169,12 @@ def test_statistics_are_those_of_the_rows_it_meets(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["two counters", "a gated cell", "parts of both", "parts in layers"]
+    "name",
+    [
+        *("two counters", "parts in layers"),
+        pytest.param("a gated cell", marks=pytest.mark.exhaustive),
+        pytest.param("parts of both", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_layerwise_sees_the_same(name):
     shape, x, f, *_ = CASES[name]

@@ -109,7 +109,9 @@ def dense_run(gradient, w, masks, *, lr, window, damping, momentum, weight_decay
 
 
 @x64
-@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "decay", [pytest.param(0.0, marks=pytest.mark.exhaustive), 0.5]
+)
 def test_what_is_pruned_leaves_the_window_and_what_returns_starts_with_zeros(decay):
     gradient, w = quadratic(4), np.random.default_rng(5).standard_normal(D)
     options = {
@@ -222,7 +224,9 @@ def test_damping_may_follow_a_schedule_and_change_after_a_restore():
 
 
 @pytest.mark.usefixtures("relaxed_promotion")
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [None, pytest.param(jnp.bfloat16, marks=pytest.mark.exhaustive)]
+)
 def test_it_trains_further_in_as_many_steps_than_others(dtype):
     """SGD and Adam of `problems.OPTIMIZERS` come to 2.0 and 2.5."""
     rate = optax.cosine_decay_schedule(1.0, problems.STEPS)

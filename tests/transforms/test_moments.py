@@ -55,7 +55,9 @@ def test_moments_are_zero_in_the_very_step_that_prunes():
     assert np.all(mu[0, [1, 3]] > 0)
 
 
-@pytest.mark.parametrize("wait", [10, 3_000])
+@pytest.mark.parametrize(
+    "wait", [pytest.param(10, marks=pytest.mark.exhaustive), 3_000]
+)
 def test_a_weight_that_returns_moves_no_faster_than_the_learning_rate(wait):
     """With zeroed second moments it reaches 6.5 learning rates after long training."""
     dense_again = wait + 100

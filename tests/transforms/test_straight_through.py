@@ -28,7 +28,15 @@ def test_forward_is_pruned_and_backward_is_the_identity():
 
 
 @pytest.mark.parametrize(
-    "pattern", [js.NM(2, 4), js.Block((4, 4)), js.Channel()], ids=str
+    "pattern",
+    [
+        js.NM(2, 4),
+        *(
+            pytest.param(pattern, marks=pytest.mark.exhaustive)
+            for pattern in (js.Block((4, 4)), js.Channel())
+        ),
+    ],
+    ids=str,
 )
 def test_patterns_and_a_traced_sparsity(pattern):
     params = problems.params()

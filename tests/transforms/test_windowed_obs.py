@@ -76,7 +76,12 @@ def solved(params, grads, pattern=WEIGHTS):
 
 
 @pytest.mark.parametrize(
-    "pattern", [js.Unstructured(scope="global"), js.Block((2, 1))], ids=str
+    "pattern",
+    [
+        js.Block((2, 1)),  # which both the matrix and the choice must be told
+        pytest.param(js.Unstructured(scope="global"), marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
 )
 def test_a_pruning_step_is_the_solver_on_the_window(pattern):
     rng = np.random.default_rng(0)
@@ -101,7 +106,10 @@ def test_a_window_that_is_not_full_counts_what_it_has():
     jax.tree.map(close, found, expected)
 
 
-@pytest.mark.parametrize(("window", "counted"), [(50, 7), (3, 4), (7, 7)])
+@pytest.mark.parametrize(
+    ("window", "counted"),
+    [(3, 4), (7, 7), pytest.param(50, 7, marks=pytest.mark.exhaustive)],
+)
 def test_summed_blocks_are_those_of_the_last_gradients(window, counted):
     """Of all there were, and then of the last `window` to twice as many."""
     rng = np.random.default_rng(3)

@@ -101,10 +101,15 @@ def test_the_literal_chain_with_plain_apply_updates_is_found_out(optimizer):
     "pattern",
     [
         js.Unstructured(scope="global"),
-        js.NM(keep=1, of=4),
-        js.Channel(),
-        pytest.param(js.Unstructured(scope="output"), marks=pytest.mark.exhaustive),
-        pytest.param(js.Block((4, 4)), marks=pytest.mark.exhaustive),
+        *(
+            pytest.param(pattern, marks=pytest.mark.exhaustive)
+            for pattern in (
+                js.NM(keep=1, of=4),
+                js.Channel(),
+                js.Unstructured(scope="output"),
+                js.Block((4, 4)),
+            )
+        ),
     ],
     ids=str,
 )
