@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Remove channels and export the model
 #
-# A convolutional network learns scikit-learn's digits, loses half of its channels, and
-# runs at the new widths: fewer weights, fewer operations, less time. No module is
+# A convolutional network learns scikit-learn's digits, loses half of its channels,
+# and runs at the new widths: fewer weights, fewer operations, less time. No module is
 # rebuilt.
 
 # %%
@@ -81,8 +81,8 @@ groups
 # %% [markdown]
 # ## Choose, compensate, narrow
 #
-# Channels are scored by OBS: the least error of the layers that read them. `obs_refit`
-# finds the weights with which these layers compensate.
+# Channels are scored by OBS: the least error of the layers that read them.
+# `obs_refit` finds the weights with which these layers compensate.
 
 # %%
 stats = js.calibration.run(trace, params, [x_train[:64], x_train[64:128]])
@@ -106,8 +106,8 @@ print(f"tuned: {accuracy(small.apply_fn, tuned):.1%}")
 # %% [markdown]
 # ## Export
 #
-# One file of plain arrays, with a note of what was dropped. The original model's code and
-# this file are all that the small model needs.
+# One file of plain arrays, with a note of what was dropped. The original model's code
+# and this file are all that the small model needs.
 
 # %%
 path = f"{tempfile.mkdtemp()}/small.npz"

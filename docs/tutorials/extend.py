@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Write your own score, pattern or transformation
 #
-# The library's functions have no privileges: what they do, a function of yours can do in
-# the same place.
+# The library's functions have no privileges: what they do, a function of yours can do
+# in the same place.
 
 # %%
 from typing import NamedTuple
@@ -54,9 +54,9 @@ trained, state = train(prune_schedule.wrap(optax.adam(1e-2)), params)
 print(f"loss_change: {float(loss_fn(trained)):.3f}")
 
 # %% [markdown]
-# A score with memory is three functions: what it starts with, what it remembers in every
-# step, and how it judges in steps that change masks. This one is Optimal Brain Damage
-# with a running mean of squared gradients.
+# A score with memory is three functions: what it starts with, what it remembers in
+# every step, and how it judges in steps that change masks. This one is Optimal Brain
+# Damage with a running mean of squared gradients.
 
 # %%
 average = lambda f, g: 0.9 * f + 0.1 * g**2
@@ -73,9 +73,10 @@ print(f"brain_damage: {float(loss_fn(trained)):.3f}")
 # %% [markdown]
 # ## A pattern
 #
-# The library's patterns are values that every function reads. For a unit that it does not
-# have, score your units, let `js.patterns.masks` choose among them, and spread the choice
-# over the weights. Here a unit is a diagonal of a square kernel (a circulant pattern).
+# The library's patterns are values that every function reads. For a unit that it does
+# not have, score your units, let `js.patterns.masks` choose among them, and spread
+# the choice over the weights. Here a unit is a diagonal of a square kernel (a
+# circulant pattern).
 
 
 # %%
@@ -97,9 +98,9 @@ print(f"8 of 16 diagonals: {float(loss_fn(tuned)):.3f}")
 # %% [markdown]
 # ## A transformation
 #
-# A transformation is an optax pair of `init` and `update`; its state is a NamedTuple of
-# arrays. This one lets pruned weights fade in place of cutting them at once. It stands
-# last in the chain, where it sees the finished update.
+# A transformation is an optax pair of `init` and `update`; its state is a NamedTuple
+# of arrays. This one lets pruned weights fade in place of cutting them at once. It
+# stands last in the chain, where it sees the finished update.
 
 
 # %%

@@ -54,12 +54,12 @@ def norm(x):
 def logits(params, tokens):
     x = params["embedding"][tokens] + params["positions"]
     for block in params["blocks"]:
-        dense = lambda name, x, block=block: x @ block[name]["kernel"]
-        heads = lambda name, x: dense(name, x).reshape(*x.shape[:2], HEADS, -1)
-        q, k, v = (heads(name, norm(x)) for name in ("query", "key", "value"))
+        w = {name: block[name]["kernel"] for name in block}
+        heads = (norm(x) @ w[name] for name in ("query", "key", "value"))
+        q, k, v = (h.reshape(*x.shape[:2], HEADS, -1) for h in heads)
         attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + dense("proj", attended.reshape(x.shape))
-        x = x + dense("down", jax.nn.gelu(dense("up", norm(x))))
+        x = x + attended.reshape(x.shape) @ w["proj"]
+        x = x + jax.nn.gelu(norm(x) @ w["up"]) @ w["down"]
     return norm(x) @ params["embedding"].T
 
 

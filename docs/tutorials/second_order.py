@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Prune with second-order information
 #
-# A network learns scikit-learn's digits. Then it loses 80 to 95 % of its weights in one
-# shot: by magnitude, and by Optimal Brain Surgeon with the Fisher matrix of 512
+# A network learns scikit-learn's digits. Then it loses 80 to 95 % of its weights in
+# one shot: by magnitude, and by Optimal Brain Surgeon with the Fisher matrix of 512
 # gradients.
 
 # %%
@@ -86,7 +86,9 @@ methods = {
     "OBS, joint update": obs,
     "OBS, greedy": partial(obs, greedy=True),
 }
-curves = {name: [prune(s).params for s in SPARSITIES] for name, prune in methods.items()}
+curves = {
+    name: [prune(s).params for s in SPARSITIES] for name, prune in methods.items()
+}
 for name, pruned in curves.items():
     print(f"{name:18}", *(f"{float(accuracy(p)):.1%}" for p in pruned))
 

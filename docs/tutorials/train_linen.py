@@ -2,8 +2,8 @@
 # # Train sparse with Flax Linen
 #
 # The same with Linen, flax's `TrainState` and the 2:4 pattern: two of every four
-# neighboring weights stay. Hardware with sparse matrix units multiplies such kernels at
-# twice the rate.
+# neighboring weights stay. Hardware with sparse matrix units multiplies such kernels
+# at twice the rate.
 
 # %%
 import flax.linen as nn
@@ -29,8 +29,8 @@ print(list(jax.tree.leaves(js.tree.map_with_path(lambda path, w: path, params)))
 # %% [markdown]
 # ## Which layers
 #
-# `where` is a regular expression on these paths. The last layer stays dense. N:M groups
-# run along the inputs of a kernel, and the trace knows which axis that is.
+# `where` is a regular expression on these paths. The last layer stays dense. N:M
+# groups run along the inputs of a kernel, and the trace knows which axis that is.
 
 # %%
 trace = js.trace(lambda p, x: model.apply({"params": p}, x), params, x_train[:1])
@@ -48,7 +48,8 @@ state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 # %% [markdown]
 # ## The training loop
 #
-# `TrainState.apply_gradients` calls the optimizer and adds the update. Nothing changes.
+# `TrainState.apply_gradients` calls the optimizer and adds the update. Nothing
+# changes.
 
 
 # %%

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Train sparse with Flax NNX
 #
-# A small network learns scikit-learn's digits twice: dense, and pruned to 80 % while it
-# trains. One line differs: the optimizer.
+# A small network learns scikit-learn's digits twice: dense, and pruned to 80 % while
+# it trains. One line differs: the optimizer.
 
 # %%
 import numpy as np
@@ -61,9 +61,9 @@ def accuracy(model):
 # %% [markdown]
 # ## The schedule
 #
-# Masks change every 20 steps between the steps 40 and 200. The sparsity rises quickly at
-# first, when there are many weights to spare. The last third of the training is left to
-# recover.
+# Masks change every 20 steps between the steps 40 and 200. The sparsity rises quickly
+# at first, when there are many weights to spare. The last third of the training is
+# left to recover.
 
 # %%
 prune_schedule = js.prune_schedule(
@@ -79,8 +79,8 @@ print(f"dense {accuracy(dense):.1%}, 80 % sparse {accuracy(sparse):.1%}")
 # %% [markdown]
 # ## The result
 #
-# The masks are in the optimizer's state, under the paths of the model's parameters. The
-# global scope decided how sparse each layer is.
+# The masks are in the optimizer's state, under the paths of the model's parameters.
+# The global scope decided how sparse each layer is.
 
 # %%
 params = nnx.as_pure(nnx.state(sparse, nnx.Param))
@@ -89,7 +89,8 @@ table = js.report.table(params, js.masks_of(optimizer.opt_state), title="NNX, 80
 table
 
 # %% [markdown]
-# `js.report.plot` draws it. It returns a figure, and writes a file if you pass `path=`.
+# `js.report.plot` draws it. It returns a figure, and writes a file if you pass
+# `path=`.
 
 # %%
 js.report.plot(table)

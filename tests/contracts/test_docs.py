@@ -7,7 +7,7 @@ import pathlib
 import re
 
 import pytest
-from test_public import PACKAGES
+from contracts.test_public import PACKAGES
 
 ROOT = pathlib.Path(__file__).parents[2]
 API = ROOT / "docs" / "api"
