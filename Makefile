@@ -60,9 +60,10 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	@echo "== docs: the site, with the outputs of the tutorials"
-	PATH="$(CURDIR)/$(BIN):$$PATH" JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.compilation_cache/docs \
-		JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 NO_MKDOCS_2_WARNING=1 \
-		$(BIN)/mkdocs build --strict --quiet
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 \
+		XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" \
+		JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.compilation_cache/docs \
+		JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html is the first page."
 
 bench: $(VENV)/.dev

@@ -2,8 +2,8 @@
 
     python docs/_tools/accuracy.py
 
-Markers and dashes tell the curves apart in print; the color-blind can tell the colors of
-Okabe and Ito apart.
+Markers and dashes tell the curves apart in print. The color-blind can tell the colors
+of Okabe and Ito apart.
 """
 
 from pathlib import Path

@@ -36,7 +36,7 @@ def ecoflap(
     groups: Groups = None,
     where: Where = None,
 ) -> PyTree:
-    """ECoFLaP: density by how much the loss changes along one random direction.
+    """Allocate by ECoFLaP: blocks that change the loss when perturbed stay dense.
 
     A block's importance is `|L(w + eps z) - L(w - eps z)| / (2 eps)` with normal z on
     its weights alone, averaged over batches: two evaluations a block, no gradients.

@@ -18,7 +18,7 @@ def from_global_scores(
     axes: AxesRule = None,
     min_keep: int = 1,
 ) -> PyTree:
-    """What each parameter loses when all weights compete for one budget.
+    """Return what each parameter loses when all weights compete for one budget.
 
     Selecting each parameter on its own with the sparsity found here gives the masks
     of the global scope. Use it to hand a global budget to a method that works layer by
@@ -59,7 +59,7 @@ def from_global_scores(
 def round_to_weights(
     params: PyTree, sparsities: PyTree, *, where: Where = None
 ) -> PyTree:
-    """The nearest sparsities whose counts add up exactly.
+    """Round sparsities so that their counts add up exactly.
 
     Each parameter removes a whole number of weights, so the sum of
     `floor(s_l * n_l + 1/2)` may miss the total by half a weight a layer. Here each

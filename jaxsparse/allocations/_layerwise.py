@@ -26,7 +26,7 @@ def uniform(
     where: Where = None,
     exceptions: Exceptions = None,
 ) -> PyTree:
-    """The same sparsity for every selected parameter, but for exceptions.
+    """Give every selected parameter the same sparsity, apart from exceptions.
 
     The parameters named in `exceptions` get theirs; the others share what remains, so
     that `sum n_l s_l = s * sum n_l` holds over all selected parameters.
@@ -68,7 +68,7 @@ def erk(
     axes: AxesRule = None,
     power: float = 1.0,
 ) -> PyTree:
-    """Erdos-Renyi-Kernel: the wider a layer, the sparser.
+    """Allocate by Erdos-Renyi-Kernel: the wider a layer, the sparser.
 
     The density of a layer is `eps * (sum of dims / product of dims) ** power`; `eps`
     is such that the total is met. A layer whose density would exceed 1 stays dense,

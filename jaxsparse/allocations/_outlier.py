@@ -22,7 +22,7 @@ def owl(
     spread: float = 0.08,
     where: Where = None,
 ) -> PyTree:
-    """OWL: the more outliers a block has, the denser it stays.
+    """Allocate by OWL: the more outliers a block has, the denser it stays.
 
     `D_l` is the share of a block's scores above `outlier` times their mean. Densities
     are `2 * spread * (D_l - min D) / (max D - min D)` and a constant, such that the
@@ -77,7 +77,7 @@ def dsa(
     spread: float = 0.07,
     where: Where = None,
 ) -> PyTree:
-    """DSA's found function: blocks whose scores spread over more decades get sparser.
+    """Allocate by DSA's formula: scores that spread over more decades get sparser.
 
     `I_l = asin(atan(Var[log score]))`, the best of a search over such formulas; then
     sparsities are `2 * spread * (I_l - min I) / (max I - min I)` and a constant, such
@@ -127,7 +127,7 @@ def arithmetic_progression(
     groups: Groups = None,
     where: Where = None,
 ) -> PyTree:
-    """Sparsities that grow from block to block by one common difference.
+    """Let sparsities grow from block to block by a common difference.
 
     `s_i = s_0 + i * difference`, with `s_0` such that the total is met: errors of the
     first blocks grow on their way through the others, so these stay denser. Huang et

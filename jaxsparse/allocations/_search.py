@@ -35,7 +35,7 @@ def evolve(
     stages: Sequence[tuple[int, int]] = ((8, 1), (2, 8), (1, 32)),
     watch: Callable[[int, PyTree, float], None] | None = None,
 ) -> PyTree:
-    """EvoPress: better sparsities by mutation and selection.
+    """Improve sparsities by mutation and selection (EvoPress).
 
     A candidate is an integer level for each parameter: level l removes `l * step`
     weights more than uniform. A child is its parent after one to three switches, each
@@ -140,7 +140,7 @@ def evolve(
 def level_sparsities(
     sizes: PyTree, sparsity: float, *, levels: int, step: int
 ) -> PyTree:
-    """The sparsity of each level that `evolve` may ask for.
+    """Return the sparsity of each level that `evolve` may ask for.
 
     Args:
       sizes: a tree of the numbers of weights.

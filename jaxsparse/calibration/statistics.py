@@ -142,7 +142,7 @@ class Statistics:
           path: the kernel's path.
 
         Raises:
-          ValueError: it is scaled, standardised or changed otherwise, with the line.
+          ValueError: it is scaled, standardized or changed otherwise, with the line.
         """
         check_plain(path, dict(self.changes).get(path, ()))
 

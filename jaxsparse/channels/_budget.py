@@ -24,7 +24,7 @@ from jaxsparse.coupling.grouping import Group
 
 
 class Selected(NamedTuple):
-    """What `drop_to_budget` chose.
+    """The result of `drop_to_budget`.
 
     Attributes:
       drop: what goes.
@@ -48,7 +48,7 @@ def drop_to_budget(
     max_sparsity: float | None = None,
     where: GroupWhere = None,
 ) -> Selected:
-    """The fewest indices, from the lowest scores on, without which a budget is met.
+    """Remove as few of the lowest-scoring channels as needed to meet a budget.
 
     Indices go one unit after the other, each scope at the pace of its size: in the
     order in which a rising sparsity of `drop_lowest` would remove them. A bisection

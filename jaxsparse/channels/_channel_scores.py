@@ -29,7 +29,7 @@ def fpgm(
     reduce: Reduce = "sum",
     where: Where = None,
 ) -> dict[str, Array]:
-    """FPGM: how far an index's filter is from all others, `sum_j ||w_c - w_j||_2`.
+    """Score channels by their distance from all others, `sum_j ||w_c - w_j||_2` (FPGM).
 
     What is near the geometric median of the filters can be replaced by the others. He
     et al. (2019, arXiv:1811.00250). `w_c` is all of a kernel that makes index c: the
@@ -109,7 +109,7 @@ def bn_scale(
     reduce: Reduce = "sum",
     where: Where = r"scale$",
 ) -> dict[str, Array]:
-    """Network slimming: the magnitude of the scales of norms, `sum |gamma_c|`.
+    """Score channels by the scales of their norms, `sum |gamma_c|` (network slimming).
 
     It says something of networks that were trained with a penalty on the scales. Liu
     et al. (2017, arXiv:1708.06519).
@@ -151,7 +151,7 @@ def gate_scores(
     *,
     chunk: int | None = None,
 ) -> dict[str, Array]:
-    """`E_x |dL(x) / d gate|`: how much the loss listens to an index, for each example.
+    """Score channels by the loss's gradient at a gate, `E_x |dL(x) / d gate|`.
 
     A gate of 1 multiplies what a channel or head gives to those that read it: the
     members with the role "input". Groups that no kernel reads (the width of queries and

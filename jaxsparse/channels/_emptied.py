@@ -22,7 +22,7 @@ def zero_indices(
     *,
     roles: Collection[str] = PRODUCERS,
 ) -> Drop:
-    """The indices whose slices are all exactly zero: what a training has emptied.
+    """Find the channels whose weights are all exactly zero, as training leaves them.
 
     After `js.penalties.prox_group_lasso` or `js.contrib.wgsef_prox`, for
     `js.narrowing.narrow`. A group that is zero as a whole keeps its first index.

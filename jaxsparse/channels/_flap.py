@@ -34,7 +34,7 @@ def flap_scores(
     *,
     where: Where = None,
 ) -> dict[str, Array]:
-    """FLAP: `sum Var[x_j] * ||W_:j||^2` over the kernels that read an index.
+    """Score channels by FLAP, `sum Var[x_j] * ||W_:j||^2` over their readers.
 
     What their outputs lose, to second order and but for correlations, when the index's
     inputs j are replaced by their means, which biases can hold (`flap_compensation`).
@@ -95,7 +95,7 @@ def flap_compensation(
     bias: Mapping[str, str] | Callable[[str], str] | None = None,
     missing: Literal["error", "skip"] = "error",
 ) -> PyTree:
-    """Biases that hold the means of what goes: `b + sum_{j removed} W_:j E[x_j]`.
+    """Add the mean output of removed channels to biases, `b + sum_j W_:j E[x_j]`.
 
     With them the output of each kernel that reads removed inputs keeps its mean over
     the calibration data. An et al. (2023, arXiv:2312.11983). Use it before the

@@ -27,7 +27,7 @@ Scores = Mapping[str, Array]
 
 
 def normalize_mean(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """`s / mean |s|`: an index of average importance has 1.
+    """Divide scores by their mean magnitude: an average channel has 1.
 
     Torch-Pruning's default (Fang et al. 2023, arXiv:2301.12900). Differs from it by the
     magnitude in the mean, without which scores of either sign could change their order.
@@ -49,7 +49,7 @@ def normalize_mean(scores: Scores, *, per_copy: bool = False) -> dict[str, Array
 
 
 def normalize_max(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """`s / max |s|`: the most important index has 1.
+    """Divide scores by their largest magnitude: the most important channel has 1.
 
     Args:
       scores: `[*copies, size]` by name.
@@ -68,7 +68,7 @@ def normalize_max(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]
 
 
 def normalize_norm(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """`s / ||s||_2`, as Michel et al. (2019, arXiv:1905.10650) do with head gates.
+    """Divide scores by their norm `||s||_2` (Michel et al. 2019, arXiv:1905.10650).
 
     Args:
       scores: `[*copies, size]` by name.
@@ -92,7 +92,7 @@ def normalize_norm(scores: Scores, *, per_copy: bool = False) -> dict[str, Array
 
 
 def normalize_range(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """`(s - min) / (max - min)`: from 0 to 1.
+    """Scale scores to [0, 1], `(s - min) / (max - min)`.
 
     What Torch-Pruning calls "standarization", but for its 1e-8 in the divisor. In a
     global scope the least important index of every group is 0, and goes first.
@@ -120,7 +120,7 @@ def normalize_range(scores: Scores, *, per_copy: bool = False) -> dict[str, Arra
 def normalize_quantile(
     scores: Scores, *, q: float = 0.5, per_copy: bool = False
 ) -> dict[str, Array]:
-    """`s / |s|_(floor(q n))`: the index at this place of the ascending order has 1.
+    """Divide scores by `|s|_(floor(q n))`, the value at a quantile of their order.
 
     What Torch-Pruning calls "sentinel". Differs from it by the magnitude, without which
     scores of either sign could change their order, and where the score at that place is
@@ -157,7 +157,7 @@ def normalize_quantile(
 
 
 def standardize(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """`(s - mean) / std`, with the unbiased standard deviation (over n - 1).
+    """Standardize scores, `(s - mean) / std`, with the standard deviation over n - 1.
 
     What Torch-Pruning calls "gaussian" and FLAP (An et al. 2023, arXiv:2312.11983)
     does before its global threshold.
@@ -187,7 +187,7 @@ def standardize(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
 
 
 def lamp(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """LAMP: `s_i / sum_{j: s_j >= s_i} s_j`.
+    """Normalize scores by LAMP, `s_i / sum_{j: s_j >= s_i} s_j`.
 
     What an index adds to what would be left if all below it were gone. The most
     important one of every group has 1, so that no group is emptied. For squared
@@ -235,7 +235,7 @@ def _lamp(x: Array) -> Array:
 def per_parameter(
     groups: Mapping[str, Group], scores: Scores, params: PyTree, *, where: Where = None
 ) -> dict[str, Array]:
-    """Scores divided by how many weights an index has.
+    """Divide scores by the number of weights of a channel.
 
     What is lost by weight that is saved, for groups that compete for parameters: an
     index of a wide layer costs more than one of a narrow layer. It also makes a mean

@@ -37,11 +37,11 @@ def obs_errors(
     where: Where = None,
     rel_damping: float = 0.01,
 ) -> dict[str, Array]:
-    """What the kernels that read an index lose at least when it goes, for each index.
+    """Return the least error of the kernels that read a channel if it is removed.
 
     `sum_k min_W' tr((W' - W) (G_k + damping I) (W' - W)^T)` over the kernels k that
     read the index, where each may change all its other columns: `obs_errors` of
-    `js.solvers`, one triangular solve for an index and not a factorisation. OBSPA (Wang
+    `js.solvers`, one triangular solve for an index and not a factorization. OBSPA (Wang
     et al. 2024, arXiv:2403.18955), SlimGPT (Ling et al. 2024, arXiv:2412.18110).
 
     These scores presume `obs_refit`; without it other scores choose better.
@@ -108,7 +108,7 @@ def obs_greedy(
     where: Where = None,
     rel_damping: float = 0.01,
 ) -> Drop:
-    """Chooses channels one after the other, each given that those before are gone.
+    """Choose channels one after another, given those already removed.
 
     `js.solvers.remove_channels` for all kernels at once that read the same input: the
     inverse is brought up to date by a Schur complement after each step. Groups that are
@@ -192,7 +192,7 @@ def obs_refit(
     where: Where = None,
     rel_damping: float = 0.01,
 ) -> PyTree:
-    """The weights with which the kernels make up for the inputs that they lose.
+    """Refit the kernels that read dropped channels, by least squares.
 
     Each kernel that reads something of what is dropped gets the least-squares weights
     on the inputs that it keeps; the columns of those that go become 0. All other

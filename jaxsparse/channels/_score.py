@@ -21,7 +21,7 @@ def channel_scores(
     absolute: bool = False,
     where: Where = None,
 ) -> dict[str, Array]:
-    """Scores of groups from scores of weights.
+    """Turn scores of weights into scores of channels.
 
     For each member of a group (an axis of a parameter) the scores of all weights that
     have an index are added up; then come the members: `s[i] = reduce_m sum_{w in

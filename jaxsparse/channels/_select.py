@@ -36,7 +36,7 @@ def drop_lowest(
     max_sparsity: float | None = None,
     where: GroupWhere = None,
 ) -> Drop:
-    """Chooses the indices with the lowest scores.
+    """Choose the lowest-scoring channels.
 
     The count rule: of n indices that compete `floor(s * n + 1/2)` go; of equal scores
     the lower index (the earlier group) is kept. Within a group, or within each scope.
@@ -114,7 +114,7 @@ def drop_lowest(
 
 
 def dropped_fraction(drop: Drop) -> float:
-    """Which fraction of the indices of its groups a specification removes.
+    """Return the fraction of the channels of its groups that a `Drop` removes.
 
     Args:
       drop: a specification.

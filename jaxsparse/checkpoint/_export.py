@@ -25,7 +25,7 @@ from jaxsparse.coupling import Drop
 
 
 class Exported(NamedTuple):
-    """What is read back.
+    """The result of `load_export`.
 
     Attributes:
       params: NumPy arrays by path.
@@ -39,7 +39,7 @@ class Exported(NamedTuple):
 def export(
     path: str | os.PathLike[str], params: PyTree, *, drop: Drop | None = None
 ) -> None:
-    """Writes parameters to one `.npz` or `.safetensors` file, by path.
+    """Write parameters to one `.npz` or `.safetensors` file, by path.
 
     The file holds plain arrays under names such as `"block_0/conv/kernel"`, and as text
     what was dropped: that, the original model's code and this file are all that a
@@ -102,7 +102,7 @@ def export(
 def load_export(
     path: str | os.PathLike[str], *, max_bytes: int | None = None
 ) -> Exported:
-    """Reads what `export` wrote.
+    """Read what `export` wrote.
 
     A file may be from anyone: no code in it is run, and what its headers promise is
     compared with the file before it is read.

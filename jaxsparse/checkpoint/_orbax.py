@@ -25,7 +25,7 @@ _FILE_BYTES = 1 << 24
 
 
 class Restored(NamedTuple):
-    """What `restore` returns.
+    """The result of `restore`.
 
     Attributes:
       step: the step of the checkpoint.
@@ -53,7 +53,7 @@ def save(
     extra: dict[str, Any] | None = None,
     keep: int | None = None,
 ) -> pathlib.Path:
-    """Writes a checkpoint, whole or not at all.
+    """Write a checkpoint, whole or not at all.
 
     It is written beside its place and renamed when it is complete. A process killed at
     any moment leaves the checkpoints before it as they were; what it left half-written
@@ -191,7 +191,7 @@ def restore(
     opt_state: PyTree = None,
     step: Any = None,
 ) -> Restored:
-    """Reads a checkpoint into the containers, and onto the devices, of its templates.
+    """Read a checkpoint into the containers, and onto the devices, of its templates.
 
     An array goes where its template lies (`.sharding`), whatever devices it was saved
     from; one whose template has no sharding goes to the default device. Types and

@@ -25,7 +25,7 @@ class GatePenalty(NamedTuple):
 def gate_penalty(
     gates: Mapping[str, Any], costs: Mapping[str, float], *, budget: float
 ) -> GatePenalty:
-    """What to add to the loss while gates are trained, so that some of them close.
+    """Return a penalty that closes some of the gates of residual branches.
 
     With the shares `c_b = costs[b] / sum costs` of the blocks b,
 

@@ -31,7 +31,7 @@ def wgsef_prox(
     costs: Mapping[str, Any] | None = None,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """The proximal step of the weighted group sparse envelope function (WGSEF).
+    """Apply the proximal step of the weighted group sparse envelope function (WGSEF).
 
     The envelope is the largest convex function below `1/2 ||x||^2` on the points whose
     nonzero indices cost at most `k` together, and infinity elsewhere::

@@ -36,7 +36,7 @@ class ResidualBlock:
 
 
 def residual_blocks(trace: Trace, *, join: Join = None) -> dict[str, ResidualBlock]:
-    """The residual branches of a model: what can go without changing any shape.
+    """Find the residual branches of a model, which can go without changing any shape.
 
     A branch is what is added to a value x of its own shape and depends on x through at
     least one contraction of a parameter: attention and feed-forward sublayers, before

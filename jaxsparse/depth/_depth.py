@@ -22,9 +22,9 @@ def knapsack(
     at_least: int,
     unit: int | None = None,
 ) -> tuple[str, ...]:
-    """Which blocks to remove: the least sum of losses for so many parameters.
+    """Choose blocks to remove: the smallest sum of losses for a number of parameters.
 
-    Minimises the sum of the losses over the removed blocks S subject to
+    Minimizes the sum of the losses over the removed blocks S subject to
     `sum(sizes of S) >= at_least`, by dynamic programming over what is kept. Exact, as
     long as sizes are counted in their greatest common divisor. LAPTOP-Diff (Zhang et
     al., 2024, arXiv:2404.11098) adds up the losses of blocks removed one at a time, of
@@ -103,7 +103,7 @@ def _kept(values: np.ndarray, weights: list[int], room: int) -> np.ndarray:
 
 
 def nm_options(keep: int, of: int) -> np.ndarray:
-    """All ways to keep some of a group's layers.
+    """List all ways to keep `keep` of `of` layers.
 
     Args:
       keep: how many layers stay.
@@ -138,7 +138,7 @@ def nm_gates(
     scale: float = 100.0,
     hard: bool = True,
 ) -> Array:
-    """Gates that learn which `keep` of every `of` layers stay (TinyFusion).
+    """Sample gates that learn which `keep` of every `of` layers stay (TinyFusion).
 
     Each group of `of` layers draws one of its options by a Gumbel softmax,
     `p = softmax((scale * logits + gumbel) / temperature)`, and its layers' gates are

@@ -25,7 +25,7 @@ from jaxsparse.tracing.leaves import checked_leaves
 
 
 def gated(trace: Trace, *, join: Join = None) -> Callable[..., Any]:
-    """The model with a number before each residual branch: x + g f(x).
+    """Put a gate before each residual branch: x + g f(x).
 
     At 1 it is the model, at 0 the model without the branch (`remove_blocks`), and in
     between it can be differentiated: for gates that are trained (Liu et al., FoldGPT,

@@ -28,7 +28,7 @@ from jaxsparse.tracing.leaves import checked_leaves
 def block_similarity(
     trace: Trace, params: PyTree, batches: Iterable[Any], *, join: Join = None
 ) -> dict[str, float]:
-    """How little a block changes its input: E cos(x, x + f(x)) over tokens.
+    """Measure how little a block changes its input, E cos(x, x + f(x)) over tokens.
 
     Blocks of the greatest similarity are removed first: He et al. (LLM-Drop, 2024,
     arXiv:2406.15786) for attention and feed-forward sublayers; Men et al. (ShortGPT,
@@ -132,7 +132,7 @@ def _cosine(x: Any, y: Any) -> list[Any]:
 def output_losses(
     trace: Trace, params: PyTree, batches: Iterable[Any], *, join: Join = None
 ) -> dict[str, float]:
-    """What the removal of each block alone does to the output: its mean squared change.
+    """Measure the mean squared change of the output when each block alone is removed.
 
     The output losses of blocks add up nearly, so that `knapsack` finds which to remove
     together: Zhang et al. (LAPTOP-Diff, 2024, arXiv:2404.11098). With n blocks, n + 1

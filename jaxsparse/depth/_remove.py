@@ -26,7 +26,7 @@ from jaxsparse.tree import select
 def remove_blocks(
     trace: Trace, params: PyTree, names: Collection[str], *, join: Join = None
 ) -> Narrowed:
-    """Removes residual branches: the program with x in place of x + f(x).
+    """Remove residual branches: the program computes x in place of x + f(x).
 
     What only the branches need is computed no more. The result is that of the model
     whose branches give zeros (whose output kernels and biases are 0).
@@ -94,7 +94,7 @@ def share_blocks(
     own: Where = None,
     join: Join = None,
 ) -> Narrowed:
-    """Lets blocks read the parameters of others: groups that share weights.
+    """Let blocks read the parameters of other blocks.
 
     A follower's parameters are matched with its leader's in the order in which the
     program reads them. Those that `own` selects stay the follower's. Liu et al.

@@ -16,7 +16,7 @@ from jaxsparse.tree import leaves_with_paths, map_with_path
 
 
 def align_experts(experts: PyTree, to: Any, *, hidden: Mapping[str, int]) -> PyTree:
-    """Permutes the hidden units of each expert to match those of another one.
+    """Permute the hidden units of each expert to match those of another one.
 
     The order of an expert's hidden units is arbitrary, so that a mean of two experts
     unit by unit has no meaning before they are matched. The permutation
@@ -134,7 +134,7 @@ def _hidden_axes(
 def merge_experts(
     experts: PyTree, labels: Any, *, usage: Array | None = None
 ) -> PyTree:
-    """One expert for each group: the mean of its members, by usage.
+    """Merge each group of experts into one: their mean, weighted by usage.
 
     `W_g = sum_e f_e W_e / sum_e f_e` over the experts e of group g. Li et al. (2023,
     arXiv:2310.01334); without usage it is the mean. It is taken as the most used member
@@ -198,7 +198,7 @@ def group_means(experts: PyTree, usage: Array, labels: Array, member: Array) -> 
 
 
 def merge_gates(gates: Array, labels: Any) -> Array:
-    """The weight of each merged expert: the sum of its members' weights.
+    """Sum the gates of the members of each group.
 
     With a router that keeps its E outputs, a token that was sent to experts e with
     weights `p_e` now gets `sum_g (sum_{e in g} p_e) f_g(x)`: where the members of a

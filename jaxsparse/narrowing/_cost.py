@@ -12,7 +12,7 @@ from jaxsparse.tracing import Trace
 
 
 class Cost(NamedTuple):
-    """What a model costs.
+    """The cost of a model.
 
     Attributes:
       parameters: how many weights there are.
@@ -32,7 +32,7 @@ def cost(
     *,
     allow: Collection[str] = (),
 ) -> Cost:
-    """What is left of a model's parameters and operations when channels are dropped.
+    """Count the parameters and operations that remain when channels are dropped.
 
     Args:
       trace: of the model.

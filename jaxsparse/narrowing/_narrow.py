@@ -19,7 +19,7 @@ from jaxsparse.tracing.leaves import check_structure, checked_leaves
 
 
 class Narrowed(NamedTuple):
-    """A smaller model.
+    """A narrowed model: its parameters, the function that runs it, the new sizes.
 
     Attributes:
       params: the parameters without what was dropped.
@@ -43,7 +43,7 @@ def narrow(
     positions: Positions = "slice",
     allow: Collection[str] = (),
 ) -> Narrowed:
-    """Removes channels from all parameters that have them, and runs what is left.
+    """Remove channels from all parameters that have them, and run the smaller model.
 
     The program that was traced is evaluated at the new sizes; no module is built. It
     gives what the masked model gives, up to rounding, but with fewer weights and fewer
@@ -128,7 +128,7 @@ def widen(
     *,
     allow: Collection[str] = (),
 ) -> PyTree:
-    """The inverse of `narrow`: parameters of the old shapes, with zeros where it cut.
+    """Undo `narrow`: return parameters of the old shapes, with zeros where it cut.
 
     `narrow(trace, widen(trace, small, drop), drop)` gives `small` back bit for bit, and
     `widen` of narrowed parameters are the masked ones.
@@ -178,7 +178,7 @@ def drop_masks(
     *,
     allow: Collection[str] = (),
 ) -> PyTree:
-    """Masks of the same channels, for everything that trains or reports with masks.
+    """Make masks of dropped channels, for training and reports with masks.
 
     Args:
       trace: of the model.

@@ -46,7 +46,7 @@ def group_lasso(
     strength: Any,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the gradient of the group lasso: indices compete, whole ones become small.
+    """Add the gradient of the group lasso: channels compete, whole ones become small.
 
     The penalty is `strength * sum_c sqrt(n_c) * ||w_c||_2`, where w_c are the n_c
     entries of all slices of index c (for a batched group, of each copy's index), and
@@ -124,7 +124,7 @@ def group_norm_decay(
     ratio: float = 16.0,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds a decay that is stronger for weaker indices (DepGraph's sparse training).
+    """Add a decay that is stronger for weaker channels (DepGraph's sparse training).
 
     `g <- g + strength * gamma_c * w_c`, `gamma_c = ratio^((max - I_c) / (max - min))`
     with `I_c = ||w_c||_2` and the largest and least of it in the group (for a batched
@@ -183,7 +183,7 @@ def prox_group_lasso(
     strength: Any,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """The proximal step of the group lasso: whole indices become exactly zero.
+    """Apply the proximal step of the group lasso: whole channels become exactly zero.
 
     `params + u' = v * max(0, 1 - strength * sqrt(n_c) / ||v_c||)` with `v = params +
     u`, which minimises `1/2 ||x - v||^2 + strength * sum_c sqrt(n_c) * ||x_c||`; w_c

@@ -55,7 +55,7 @@ def hesso(
     scores: Mapping[str, Any] | None = None,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """Structured pruning within one training: choose, shrink, hold at zero (HESSO).
+    """Prune channels within one training: choose, shrink, hold at zero (HESSO).
 
     From `begin` on there are `periods` of `duration` steps each. In a period's first
     step the indices of lowest saliency, over all groups, are chosen, in equal numbers
@@ -183,7 +183,7 @@ def hesso(
 
 
 def dropped(opt_state: PyTree) -> Drop:
-    """What `hesso` has brought to zero so far.
+    """Return the channels that `hesso` has set to zero so far.
 
     Args:
       opt_state: the state of `hesso`, of any wrapper around it, or of

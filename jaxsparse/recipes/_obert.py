@@ -24,7 +24,7 @@ _BLOCK_KERNELS = (
 
 
 class Recipe(NamedTuple):
-    """A training as values: hand its fields to the functions that want them.
+    """A training recipe as values, to pass to the functions that use them.
 
     `recipe._replace(temperature=5.5)` changes one.
 
@@ -69,7 +69,7 @@ def obert_downstream(
     learning_rate: tuple[float, float] | None = None,
     pattern: Pattern = Unstructured(scope="global"),
 ) -> Recipe:
-    """Gradual pruning of BERT while it learns a task.
+    """Return oBERT's recipe for gradual pruning while BERT learns a task.
 
     The recipe of the Optimal BERT Surgeon (Kurtic et al., 2022, arXiv:2203.07259,
     section 4.1 and appendix A.5) for 30 epochs: 2 epochs dense; then a cut every 4
@@ -182,11 +182,11 @@ def obert_upstream(
     learning_rate: tuple[float, float] = (5e-4, 5e-6),
     pattern: Pattern = Unstructured(scope="global"),
 ) -> Recipe:
-    """Gradual pruning of BERT in pre-training, for any task later on.
+    """Return oBERT's recipe for gradual pruning while BERT is pre-trained.
 
     The upstream recipe of the Optimal BERT Surgeon (Kurtic et al., 2022,
     arXiv:2203.07259, section 4.2 and appendix A.6): 3 epochs of masked language
-    modelling with a dense teacher, from a dense, pre-trained student; a cut and a
+    modeling with a dense teacher, from a dense, pre-trained student; a cut and a
     rewound learning rate every quarter of an epoch, 12 from the first step to 2.75
     epochs. Other lengths are scaled. The batch was of 256.
 

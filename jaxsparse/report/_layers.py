@@ -13,7 +13,7 @@ _HEAD = ("kernel", "sparsity", "relative error", "masked only", "dead", "rows", 
 def layer_table(
     info: Mapping[str, Any], *, left_dense: Mapping[str, str] | None = None
 ) -> str:
-    """The result of `js.oneshot.layerwise` as a table.
+    """Format the result of `js.oneshot.layerwise` as a table.
 
     The relative error is that of a kernel's outputs on the calibration data, 1 for no
     kernel at all; "masked only" is what it would be with the same mask and without a
@@ -66,7 +66,7 @@ def layer_table(
 
 
 def mean_of_known(errors: np.ndarray) -> float:
-    """The mean of the errors that are not NaN.
+    """Return the mean of the errors that are not NaN.
 
     Args:
       errors: of a kernel's matrices.

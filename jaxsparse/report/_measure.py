@@ -31,7 +31,7 @@ def table(
     opt_state: PyTree = None,
     title: str = "Sparsity",
 ) -> Table:
-    """The sparsity of each parameter and of the whole model.
+    """Tabulate the sparsity of each parameter and of the whole model.
 
     It reads values, with one wait for the device: call it outside jit.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colors, which color-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777")
 _INK = "#222222"
 _KEYS = ("step", "sparsity", "loss")
@@ -31,7 +31,7 @@ def plot(
     history: Mapping[str, Any] | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> "Figure":
-    """Draws the sparsity of each pruned parameter, and what happened in training.
+    """Draw the sparsity of each pruned parameter, and what happened in training.
 
     On the left a bar for each pruned parameter, with a tick where its sparsity was
     asked for; on the right, when there is a history, sparsity and loss over steps. It
@@ -41,7 +41,7 @@ def plot(
       table_or_tables: a table, or a dictionary from a run's name to its table.
       history: for one run a mapping with the keys "step", "sparsity" (fractions) and
         "loss", each a sequence of the same length; for several a mapping from a run's
-        name to such a mapping. A run has the colour of the table of its name.
+        name to such a mapping. A run has the color of the table of its name.
       path: where to save it as PNG; a file of this name is replaced in one step.
 
     Returns:
@@ -216,7 +216,7 @@ def _curves(axes: "Axes", runs: _Runs, colours: dict[str, str]) -> None:
     handles: dict[str, Any] = {}
     for name, run in runs.items():
         label = f"{name}: " if name else ""
-        # One run needs no colour of its own, so its two curves have different ones.
+        # One run needs no color of its own, so its two curves have different ones.
         colour = colours[name]
         other = colour if name else _COLOURS[5]
         (handles[f"{label}sparsity"],) = right.plot(

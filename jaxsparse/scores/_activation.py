@@ -15,7 +15,7 @@ from jaxsparse.tree import MatrixView, leaves_with_paths, map_with_path, select
 
 
 def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
-    """Wanda: `|W_ij| * sqrt(E[x_j^2])`.
+    """Score by Wanda's `|W_ij| * sqrt(E[x_j^2])`.
 
     The change of the output of unit i when one weight is removed, by its root mean
     square over the calibration rows. Sun et al. (2023, arXiv:2306.11695).
@@ -69,7 +69,7 @@ def gblm(
     alpha: float = 100.0,
     where: Where = None,
 ) -> PyTree:
-    """GBLM: Wanda and the size of the gradients, `|W| * (sqrt(E[x^2]) + alpha * G)`.
+    """Score by GBLM's `|W| * (sqrt(E[x^2]) + alpha * G)`: Wanda and gradients.
 
     Das et al. (2023, arXiv:2311.04902). The two terms have different units, and `alpha`
     is what weighs them: the first has that of an output of the layer, the second that
@@ -125,7 +125,7 @@ def gblm(
 
 
 def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> PyTree:
-    """`|W| * G`: the gradients' half of GBLM.
+    """Score by `|W| * G`, the gradients' half of GBLM.
 
     Of single examples' gradients, so that it is not 0 at a minimum as `taylor` is. Das
     et al. (2023, arXiv:2311.04902). Weights of which all gradients are 0 come last, in
@@ -167,7 +167,7 @@ def flap(
     standardise: bool = False,
     where: Where = None,
 ) -> PyTree:
-    """FLAP's fluctuation of an input channel: `Var[x_j] * sum_i W_ij^2`.
+    """Score input channels by FLAP's fluctuation, `Var[x_j] * sum_i W_ij^2`.
 
     What is lost of the output when channel j is replaced by its mean, which a bias can
     hold (`bias_compensation`): the expected squared error, but for correlations. An et

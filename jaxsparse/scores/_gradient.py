@@ -15,7 +15,7 @@ from jaxsparse.tree import like, select
 
 
 def taylor(params: PyTree, grads: PyTree) -> PyTree:
-    """`|w * g|`: the change of the loss when a weight is removed, to first order.
+    """Score by `|w * g|`, the first-order change of the loss when a weight is removed.
 
     `L(w) - L(w with w_i = 0) = g_i w_i + O(w_i^2)`. Molchanov et al. (2016,
     arXiv:1611.06440) for filters; called saliency in JaxPruner. The gradient of one
@@ -52,11 +52,11 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
 
 
 def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
-    """Connection sensitivity at initialisation: `|w * g| / sum |w * g|`.
+    """Score by connection sensitivity at initialization, `|w * g| / sum |w * g|`.
 
     The derivative of the loss with respect to a gate on each weight, at gate 1,
-    normalised over the selected parameters. Lee, Ajanthan & Torr (2019,
-    arXiv:1810.02340). The order is that of `taylor`; the normalisation makes scores of
+    normalized over the selected parameters. Lee, Ajanthan & Torr (2019,
+    arXiv:1810.02340). The order is that of `taylor`; the normalization makes scores of
     different batches comparable, so that they may be averaged. The sum is the same bits
     however the parameters are sharded.
 
@@ -110,7 +110,7 @@ def _total(x: Array) -> Array:
 def grasp(
     loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batch: Any
 ) -> PyTree:
-    """`w * (H g)`: the part of a weight in the gradient flow at initialisation.
+    """Score by `w * (H g)`, a weight's part in the gradient flow at initialization.
 
     Removing weight i changes `|g|^2` by `-2 w_i (H g)_i` to first order; what is kept
     is what the gradient flow would lose most. `H g` costs two gradients

@@ -15,7 +15,7 @@ from jaxsparse.scores._range import product
 def synflow(
     apply_fn: Callable[[PyTree, Any], Array], params: PyTree, inputs: Any
 ) -> PyTree:
-    """`|w| * dR/d|w|` with `R = sum(apply_fn(|params|, ones))`.
+    """Score by `|w| * dR/d|w|` with `R = sum(apply_fn(|params|, ones))`.
 
     The flow of every path through a weight when all weights are positive and all
     inputs one. It needs no data. Its sum is the same for every layer, so a global
@@ -27,7 +27,7 @@ def synflow(
 
     Differs from the reference implementation, which computes in float64: `R` is a
     product over layers and leaves float32's range in nets of some dozens of layers
-    without normalisation. Infinite scores tie, and `jaxsparse.patterns.masks` raises
+    without normalization. Infinite scores tie, and `jaxsparse.patterns.masks` raises
     for NaN only: turn on `jax_enable_x64` for such nets. Batch norm has to run on its
     stored statistics.
 
