@@ -29,10 +29,10 @@ def owl(
     total is met. Yin et al. (2023, arXiv:2310.05175), with Wanda's scores of the dense
     model.
 
-    Differs from the reference implementation, which takes the mean over blocks and not
-    over weights, so that blocks of unequal size miss the total; which divides 0 by 0
-    where all `D_l` are equal (here that is uniform), and which may leave [0, 1] (here
-    such blocks stop there and the others make up for it).
+    Differs from the reference implementation, which takes the mean over blocks instead
+    of weights, so that blocks of unequal size miss the total. The reference divides 0
+    by 0 where all `D_l` are equal (here that is uniform), and may leave [0, 1] (here
+    such blocks stop at the limit and the others compensate).
 
     Args:
       scores: a tree of arrays, larger = keep, none negative.
@@ -85,10 +85,10 @@ def dsa(
     Layer-wise Pruning of Large Language Models", with Wanda's scores of the dense
     model.
 
-    Differs from the reference implementation: scores of 0 are left out and not taken
-    for 1; where `atan` exceeds 1 it counts as 1, where there the importance is NaN and
-    then 0; and `spread` is what it says, where there a random number from 0.07 to 0.1
-    replaces it.
+    Differs from the reference implementation in three points. Scores of 0 are left out
+    (there they count as 1). An `atan` above 1 counts as 1 (there the importance is NaN,
+    and then 0). `spread` is used as given (there a random number from 0.07 to 0.1
+    replaces it).
 
     Args:
       scores: a tree of arrays, larger = keep, none negative.
@@ -129,9 +129,9 @@ def arithmetic_progression(
 ) -> PyTree:
     """Let sparsities grow from block to block by a common difference.
 
-    `s_i = s_0 + i * difference`, with `s_0` such that the total is met: errors of the
-    first blocks grow on their way through the others, so these stay denser. Huang et
-    al. (2025, arXiv:2502.14770), who try a few differences.
+    `s_i = s_0 + i * difference`, where `s_0` meets the total. Errors of the first
+    blocks grow on their way through the others, so the first blocks stay denser. Huang
+    et al. (2025, arXiv:2502.14770) try a few differences.
 
     The blocks are taken in the natural order of their names: `block_2` comes before
     `block_10`, wherever it stands in the tree.

@@ -27,7 +27,7 @@ class Selected(NamedTuple):
     """The result of `drop_to_budget`.
 
     Attributes:
-      drop: what goes.
+      drop: the channels to remove.
       reached: its cost, at most the budget.
     """
 
@@ -57,7 +57,7 @@ def drop_to_budget(
     less never costs more.
 
     Args:
-      groups: of `js.coupling.groups`.
+      groups: from `js.coupling.groups`.
       scores: `[*copies, size]` by name, larger = keep. Groups without scores stay.
       cost: what is left when a `Drop` goes, for instance
         `lambda drop: js.narrowing.cost(trace, drop).parameters`.

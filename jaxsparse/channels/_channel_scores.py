@@ -44,7 +44,7 @@ def fpgm(
     equal there and far apart here), and adds the same of the kernels that read c.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
       reduce: of the members: their sum, their mean, or the largest.
       where: which parameters count, see `jaxsparse.tree.select`; kernels by default.
@@ -115,7 +115,7 @@ def bn_scale(
     et al. (2017, arXiv:1708.06519).
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
       reduce: of the norms of one group: their sum, their mean, or the largest.
       where: which parameters are scales; see `jaxsparse.tree.select`.
@@ -167,7 +167,7 @@ def gate_scores(
     and divides by the number of tokens, in the last layer by that of examples.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       loss_fn: `loss_fn(params, batch) -> scalar`, called with batches of one example.
       params: the parameters.
       batch: a tree of arrays whose leading axis numbers the examples.

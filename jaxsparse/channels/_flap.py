@@ -45,10 +45,10 @@ def flap_scores(
     is the sum over its inputs; there they are squared before.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
-      stats: of `js.calibration.run`, for all kernels that read these groups; it may be
-        without grams.
+      stats: from `js.calibration.run`, for all kernels that read these groups; it may
+        be without grams.
       where: which kernels count, see `jaxsparse.tree.select`.
 
     Returns:
@@ -102,10 +102,10 @@ def flap_compensation(
     parameters are masked or narrowed, with the same `drop`.
 
     Args:
-      groups: of `js.coupling.groups`.
+      groups: from `js.coupling.groups`.
       params: the parameters, not pruned yet.
-      stats: of `js.calibration.run`, for all kernels that read the dropped groups.
-      drop: what goes, of `drop_lowest`; or indices by the groups' names.
+      stats: from `js.calibration.run`, for all kernels that read the dropped groups.
+      drop: the channels to remove, from `drop_lowest`; or indices by the groups' names.
       bias: the path of the bias of each kernel: a mapping, or a function of the
         kernel's path. By default the last word of the path becomes "bias".
       missing: what to do for a kernel without one: "error", or "skip" it. (FLAP gives

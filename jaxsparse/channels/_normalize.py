@@ -242,7 +242,7 @@ def per_parameter(
     of the sum that `channel_scores` takes.
 
     Args:
-      groups: of `js.coupling.groups`.
+      groups: from `js.coupling.groups`.
       scores: `[*copies, size]` by name.
       params: the parameters, or their shapes.
       where: which parameters count, see `jaxsparse.tree.select`; kernels by default,

@@ -50,9 +50,9 @@ def obs_errors(
     columns (a head): here the columns of an index go together.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
-      stats: of `js.calibration.run` with `gram=True`, of all kernels that read them.
+      stats: from `js.calibration.run` with `gram=True`, of all kernels that read them.
       where: which kernels count; all with statistics by default.
       rel_damping: relative to the mean of each gram's diagonal.
 
@@ -117,9 +117,9 @@ def obs_greedy(
     lowest `obs_errors` go at once.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
-      stats: of `js.calibration.run` with `gram=True`.
+      stats: from `js.calibration.run` with `gram=True`.
       sparsity: which fraction of each group's indices goes.
       at_once: how many go in a step; None for all.
       where: which kernels count; all with statistics by default.
@@ -199,10 +199,10 @@ def obs_refit(
     parameters stay: `js.narrowing.narrow` then takes the channels out.
 
     Args:
-      groups: of `js.coupling.groups`.
+      groups: from `js.coupling.groups`.
       params: the dense parameters.
-      stats: of `js.calibration.run` with `gram=True`.
-      drop: what goes.
+      stats: from `js.calibration.run` with `gram=True`.
+      drop: the channels to remove.
       where: which kernels are changed; all with statistics by default.
       rel_damping: relative to the mean of each gram's diagonal.
 

@@ -45,7 +45,7 @@ def channel_scores(
     embeddings do not: here `where` says which do.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       scores: a tree like the parameters, larger = keep. In 16 bits or not, they are
         added up in float32 at least.
       reduce: of the members: their sum, mean or product, the largest, or "first": the

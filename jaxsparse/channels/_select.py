@@ -60,7 +60,7 @@ def drop_lowest(
     in each group or head (`per_copy=False`).
 
     Args:
-      groups: of `js.coupling.groups`.
+      groups: from `js.coupling.groups`.
       scores: `[*copies, size]` by name, larger = keep. Groups without scores stay.
       sparsity: the fraction of indices that goes, or one for each group; those that a
         mapping does not name stay. In a scope of several groups it is the sum of their

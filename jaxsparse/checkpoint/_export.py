@@ -42,8 +42,8 @@ def export(
     """Write parameters to one `.npz` or `.safetensors` file, by path.
 
     The file holds plain arrays under names such as `"block_0/conv/kernel"`, and as text
-    what was dropped: that, the original model's code and this file are all that a
-    narrowed model needs. The file is written aside and then put in place.
+    what was dropped. A narrowed model needs this file and the original model's code,
+    nothing else. The file is written aside and then put in place.
 
     Every value and type comes back as it was, whether JAX knows it or not: nothing
     passes through JAX, which would cut int64 and float64 to 32 bits. A type that the
@@ -51,7 +51,7 @@ def export(
     in `.safetensors`) is written as unsigned integers of its size, with its name in the
     file's text. A type that cannot be kept is an error.
 
-    With the arrays goes the CRC-32 of each, which `load_export` checks.
+    The CRC-32 of each array is stored too, and `load_export` checks it.
 
     Args:
       path: ends with `.npz` or `.safetensors`.
@@ -104,8 +104,8 @@ def load_export(
 ) -> Exported:
     """Read what `export` wrote.
 
-    A file may be from anyone: no code in it is run, and what its headers promise is
-    compared with the file before it is read.
+    A file may come from anyone: no code in it is run, and its headers are compared with
+    the file before anything is read.
 
     Args:
       path: of the file.

@@ -55,7 +55,7 @@ def residual_blocks(trace: Trace, *, join: Join = None) -> dict[str, ResidualBlo
     cast or transposed, stays whole and is counted to no block.
 
     Args:
-      trace: of `js.trace`.
+      trace: from `js.trace`.
       join: `join(block)` gives a key; consecutive blocks of equal keys become one, a
         whole layer from its attention and its feed-forward branch. None leaves a block
         alone. (Norms between the branches of a joined block stay.)

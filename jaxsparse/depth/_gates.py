@@ -33,7 +33,7 @@ def gated(trace: Trace, *, join: Join = None) -> Callable[..., Any]:
     has its gate before each of its branches. Scans and checkpoints stay what they are.
 
     Args:
-      trace: of `js.trace`.
+      trace: from `js.trace`.
       join: as given to `residual_blocks`.
 
     Returns:

@@ -45,7 +45,7 @@ def block_similarity(
     together and it is measured over exactly those.
 
     Args:
-      trace: of `js.trace`.
+      trace: from `js.trace`.
       params: the parameters.
       batches: for each step the model's inputs, a tuple where it takes several.
       join: as given to `residual_blocks`; a joined block is measured from the input of
@@ -140,7 +140,7 @@ def output_losses(
     that of one, and one result.
 
     Args:
-      trace: of `js.trace`.
+      trace: from `js.trace`.
       params: the parameters.
       batches: for each step the model's inputs, a tuple where it takes several.
       join: as given to `residual_blocks`.

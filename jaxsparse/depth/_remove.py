@@ -42,7 +42,7 @@ def remove_blocks(
     the traced program is run without a part, whatever the model.
 
     Args:
-      trace: of `js.trace`, of the whole model.
+      trace: from `js.trace`, of the whole model.
       params: its parameters: arrays or `jax.ShapeDtypeStruct`s.
       names: of `residual_blocks`.
       join: as given to `residual_blocks`.
@@ -102,7 +102,7 @@ def share_blocks(
     its own.
 
     Args:
-      trace: of `js.trace`.
+      trace: from `js.trace`.
       params: the parameters: arrays or `jax.ShapeDtypeStruct`s.
       followers: by the name of a block that of its leader, whose parameters it shall
         read.

@@ -35,7 +35,7 @@ def cost(
     """Count the parameters and operations that remain when channels are dropped.
 
     Args:
-      trace: of the model.
+      trace: the trace of the model.
       drop: what goes; nothing by default. See `narrow`.
       allow: see `groups`.
 

@@ -54,7 +54,7 @@ def narrow(
     and each head, expert or scanned layer may lose indices of its own.
 
     Args:
-      trace: of `js.trace`, of the model with all its channels.
+      trace: from `js.trace`, of the model with all its channels.
       params: its parameters: arrays or `jax.ShapeDtypeStruct`s.
       drop: what goes: of `js.channels.drop_lowest`, or by hand a mapping from the names
         of `groups` to indices, `[k]` or `[*copies, k]`.
@@ -181,8 +181,8 @@ def drop_masks(
     """Make masks of dropped channels, for training and reports with masks.
 
     Args:
-      trace: of the model.
-      drop: what goes; see `narrow`.
+      trace: the trace of the model.
+      drop: the channels to remove; see `narrow`.
       allow: see `groups`.
 
     Returns:

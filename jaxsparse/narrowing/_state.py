@@ -31,9 +31,9 @@ def narrow_like(
     other leaves (counters, numbers, keys) stay, and so do empty stand-ins.
 
     Args:
-      trace: of the model.
+      trace: the trace of the model.
       tree: an optimizer's state, masks, averaged parameters, or all in one tree.
-      drop: what goes; see `narrow`.
+      drop: the channels to remove; see `narrow`.
       allow: what `narrow` was given.
 
     Returns:

@@ -15,11 +15,10 @@ def layer_table(
 ) -> str:
     """Format the result of `js.oneshot.layerwise` as a table.
 
-    The relative error is that of a kernel's outputs on the calibration data, 1 for no
-    kernel at all; "masked only" is what it would be with the same mask and without a
-    change of the weights that are left. Of several matrices (experts, stacked layers)
-    the mean is shown; of errors that of those that are known, which they are not for an
-    expert that no row reached.
+    The relative error is that of a kernel's outputs on the calibration data: 1 for a
+    kernel of zeros. "Masked only" is the error with the same mask and unchanged
+    remaining weights. For several matrices (experts, stacked layers) the table shows
+    the mean of the known errors; the error of an expert that no row reached is unknown.
 
     Args:
       info: the infos by path.

@@ -33,7 +33,7 @@ def table(
 ) -> Table:
     """Tabulate the sparsity of each parameter and of the whole model.
 
-    It reads values, with one wait for the device: call it outside jit.
+    It reads values and waits for the device once: call it outside jit.
 
     Args:
       params: a tree of arrays, or of `jax.ShapeDtypeStruct` when masks are given.

@@ -21,10 +21,10 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
     arXiv:1611.06440) for filters; called saliency in JaxPruner. The gradient of one
     mini-batch is noisy: average over several, or see `moving_average`.
 
-    Scores below 1e-24 are raised, in their order, so that none ties with 0.
+    Scores below 1e-24 are raised in order, so none ties with 0.
 
-    Of sharded parameters and gradients nothing is exchanged. What the gradient itself
-    gathers (parameters that are sharded over more than the batch) is up to the model.
+    Sharded parameters and gradients exchange nothing. Computing the gradient may gather
+    parameters that are sharded over more than the batch; that depends on the model.
 
     Args:
       params: a tree of arrays.
