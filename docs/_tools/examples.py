@@ -11,6 +11,14 @@ DOCUMENTED = {
     for page in DOCS.glob("api/*.md")
     for name in re.findall(r"^::: (\S+)$", page.read_text(), flags=re.MULTILINE)
 }
+TOP = {
+    f"jaxsparse.{name}": f"jaxsparse.{package}.{name}"
+    for name, package in re.findall(
+        r"^\| `js\.(\w+)` \| \[`js\.(\w+)`\]",
+        (DOCS / "api" / "index.md").read_text(),
+        flags=re.MULTILINE,
+    )
+}
 
 
 class Examples(griffe.Extension):
@@ -28,6 +36,7 @@ def linked(text: str) -> str:
 
     def link(found: re.Match) -> str:
         name = re.sub(r"^js\.", "jaxsparse.", found[1])
+        name = TOP.get(name, name)
         return f"[`{found[1]}`][{name}]" if name in DOCUMENTED else found[0]
 
     return re.sub(r"(?<![\[`])`((?:js|jaxsparse)\.[\w.]+)`(?![\]`])", link, text)

@@ -10,9 +10,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
 import jaxsparse as js
@@ -93,10 +93,9 @@ for name, pruned in curves.items():
     print(f"{name:18}", *(f"{float(accuracy(p)):.1%}" for p in pruned))
 
 # %%
-figure = Figure(figsize=(6, 3.5), layout="constrained")
-axes = figure.subplots()
+figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
 for (name, pruned), marker in zip(curves.items(), "o^s", strict=True):
     axes.plot(SPARSITIES, [accuracy(p) for p in pruned], marker=marker, label=name)
 axes.set(xlabel="sparsity", ylabel="test accuracy")
 axes.legend()
-figure
+plt.show()

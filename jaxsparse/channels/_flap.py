@@ -36,10 +36,11 @@ def flap_scores(
 ) -> dict[str, Array]:
     """Score channels by FLAP, `sum Var[x_j] * ||W_:j||^2` over their readers.
 
-    What their outputs lose, to second order and but for correlations, when the index's
-    inputs j are replaced by their means, which biases can hold (`flap_compensation`).
-    An et al. (2023, arXiv:2312.11983). The paper's adaptive search is `standardize`,
-    then `drop_to_budget(..., scope="global")` to a budget of parameters.
+    The score is the error of their outputs, to second order and ignoring correlations,
+    when the channel's inputs j are replaced by their means, which biases can supply
+    (`flap_compensation`). An et al. (2023, arXiv:2312.11983). The paper's adaptive
+    search is `standardize`, then `drop_to_budget(..., scope="global")` to a budget of
+    parameters.
 
     Differs from the reference implementation as `js.scores.flap` does. A head's score
     is the sum over its inputs; there they are squared before.
@@ -97,8 +98,8 @@ def flap_compensation(
 ) -> PyTree:
     """Add the mean output of removed channels to biases, `b + sum_j W_:j E[x_j]`.
 
-    With them the output of each kernel that reads removed inputs keeps its mean over
-    the calibration data. An et al. (2023, arXiv:2312.11983). Use it before the
+    With these biases the output of each kernel that reads removed inputs keeps its mean
+    over the calibration data. An et al. (2023, arXiv:2312.11983). Use it before the
     parameters are masked or narrowed, with the same `drop`.
 
     Args:
@@ -108,8 +109,8 @@ def flap_compensation(
       drop: the channels to remove, from `drop_lowest`; or indices by the groups' names.
       bias: the path of the bias of each kernel: a mapping, or a function of the
         kernel's path. By default the last word of the path becomes "bias".
-      missing: what to do for a kernel without one: "error", or "skip" it. (FLAP gives
-        every layer a bias; a model has to have it before it is traced.)
+      missing: what to do for a kernel without a bias: "error", or "skip" it. (FLAP
+        gives every layer a bias; a model must have it before it is traced.)
 
     Returns:
       The parameters with other biases.

@@ -94,8 +94,8 @@ def normalize_norm(scores: Scores, *, per_copy: bool = False) -> dict[str, Array
 def normalize_range(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
     """Scale scores to [0, 1], `(s - min) / (max - min)`.
 
-    What Torch-Pruning calls "standarization", but for its 1e-8 in the divisor. In a
-    global scope the least important index of every group is 0, and goes first.
+    Torch-Pruning calls it "standarization", and adds 1e-8 to the divisor. In a global
+    scope the least important channel of every group has score 0, and is removed first.
 
     Args:
       scores: `[*copies, size]` by name.
@@ -122,9 +122,9 @@ def normalize_quantile(
 ) -> dict[str, Array]:
     """Divide scores by `|s|_(floor(q n))`, the value at a quantile of their order.
 
-    What Torch-Pruning calls "sentinel". Differs from it by the magnitude, without which
-    scores of either sign could change their order, and where the score at that place is
-    0: the least one above it takes its place.
+    Torch-Pruning calls it "sentinel". Differs from it by the magnitude, without which
+    scores of either sign could change their order. Where the score at that place is 0,
+    the smallest score above it takes its place.
 
     Args:
       scores: `[*copies, size]` by name.
@@ -159,8 +159,8 @@ def normalize_quantile(
 def standardize(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
     """Standardize scores, `(s - mean) / std`, with the standard deviation over n - 1.
 
-    What Torch-Pruning calls "gaussian" and FLAP (An et al. 2023, arXiv:2312.11983)
-    does before its global threshold.
+    Torch-Pruning calls it "gaussian"; FLAP (An et al. 2023, arXiv:2312.11983) does it
+    before its global threshold.
 
     Args:
       scores: `[*copies, size]` by name.
@@ -189,12 +189,12 @@ def standardize(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
 def lamp(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
     """Normalize scores by LAMP, `s_i / sum_{j: s_j >= s_i} s_j`.
 
-    What an index adds to what would be left if all below it were gone. The most
-    important one of every group has 1, so that no group is emptied. For squared
-    magnitudes in Lee et al. (2021, arXiv:2010.07611).
+    The score is a channel's share of what would be left if all channels below it were
+    removed. The most important channel of every group has 1, so no group is emptied.
+    Lee et al. (2021, arXiv:2010.07611) use squared magnitudes.
 
-    Differs from Torch-Pruning, where among equal scores the place in the order decides
-    over which the sum runs: here equal scores stay equal.
+    Differs from Torch-Pruning, where the order among equal scores decides over which
+    the sum runs: here equal scores stay equal.
 
     Args:
       scores: `[*copies, size]` by name, none of them negative.
@@ -237,9 +237,9 @@ def per_parameter(
 ) -> dict[str, Array]:
     """Divide scores by the number of weights of a channel.
 
-    What is lost by weight that is saved, for groups that compete for parameters: an
-    index of a wide layer costs more than one of a narrow layer. It also makes a mean
-    of the sum that `channel_scores` takes.
+    The score becomes the loss per saved weight, for groups that compete for parameters:
+    a channel of a wide layer costs more than one of a narrow layer. It also turns the
+    sum of `channel_scores` into a mean.
 
     Args:
       groups: from `js.coupling.groups`.

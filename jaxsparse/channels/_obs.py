@@ -110,23 +110,23 @@ def obs_greedy(
 ) -> Drop:
     """Choose channels one after another, given those already removed.
 
-    `js.solvers.remove_channels` for all kernels at once that read the same input: the
-    inverse is brought up to date by a Schur complement after each step. Groups that are
-    read through different inputs (a residual stream), or of which one matrix holds
-    several copies (the width of heads), have no inverse of their own: of those the
-    lowest `obs_errors` go at once.
+    It applies `js.solvers.remove_channels` to all kernels at once that read the same
+    input, and updates the inverse by a Schur complement after each step. Groups that
+    are read through different inputs (a residual stream), and groups of which one
+    matrix holds several copies (the width of heads), have no inverse of their own:
+    their lowest `obs_errors` are removed at once.
 
     Args:
       groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
       stats: from `js.calibration.run` with `gram=True`.
-      sparsity: which fraction of each group's indices goes.
-      at_once: how many go in a step; None for all.
+      sparsity: the fraction of each group's channels to remove.
+      at_once: how many channels to remove in a step; None for all.
       where: which kernels count; all with statistics by default.
       rel_damping: relative to the mean of each gram's diagonal.
 
     Returns:
-      A `Drop`. The weights that make up for it are those of `obs_refit`.
+      A `Drop`. `obs_refit` returns the weights that compensate for it.
 
     Raises:
       ValueError: as `obs_errors`.
@@ -194,9 +194,9 @@ def obs_refit(
 ) -> PyTree:
     """Refit the kernels that read dropped channels, by least squares.
 
-    Each kernel that reads something of what is dropped gets the least-squares weights
-    on the inputs that it keeps; the columns of those that go become 0. All other
-    parameters stay: `js.narrowing.narrow` then takes the channels out.
+    Each kernel that reads dropped channels gets the least-squares weights on the inputs
+    that it keeps; its columns of dropped channels become 0. All other parameters stay.
+    `js.narrowing.narrow` then removes the channels.
 
     Args:
       groups: from `js.coupling.groups`.

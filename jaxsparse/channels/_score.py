@@ -23,8 +23,8 @@ def channel_scores(
 ) -> dict[str, Array]:
     """Turn scores of weights into scores of channels.
 
-    For each member of a group (an axis of a parameter) the scores of all weights that
-    have an index are added up; then come the members: `s[i] = reduce_m sum_{w in
+    For each member of a group (an axis of a parameter) the scores of all weights of a
+    channel are added up; then the members are reduced: `s[i] = reduce_m sum_{w in
     member m with index i} score(w)`. Any score will do: `js.scores.magnitude` or its
     square, `taylor`, an empirical Fisher, OBS.
 
@@ -36,13 +36,13 @@ def channel_scores(
     A group with copies (heads, experts, layers of a scan, groups of a convolution) is
     scored in each copy.
 
-    Scores of sharded parameters are those of one device, bit for bit, so that the same
-    channels go. Complexity: each parameter is read some times for each of its axes that
-    is in a group.
+    Scores of sharded parameters equal those of one device, bit for bit, so the same
+    channels are chosen. Each parameter is read a few times for each of its axes that is
+    in a group.
 
     Fang et al. (2023, arXiv:2301.12900). Differs from Torch-Pruning, whose mean counts
-    a member as often as it is reached, whose norm scales take part and whose
-    embeddings do not: here `where` says which do.
+    a member as often as it is reached, which counts norm scales, and which leaves out
+    embeddings: here `where` says which parameters count.
 
     Args:
       groups: from `js.coupling.groups`; those that are not prunable are skipped.

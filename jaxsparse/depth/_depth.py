@@ -24,9 +24,9 @@ def knapsack(
 ) -> tuple[str, ...]:
     """Choose blocks to remove: the smallest sum of losses for a number of parameters.
 
-    Minimizes the sum of the losses over the removed blocks S subject to
-    `sum(sizes of S) >= at_least`, by dynamic programming over what is kept. Exact, as
-    long as sizes are counted in their greatest common divisor. LAPTOP-Diff (Zhang et
+    It minimizes the sum of the losses over the removed blocks S subject to `sum(sizes
+    of S) >= at_least`, by dynamic programming over the kept sizes. The solution is
+    exact if sizes are counted in their greatest common divisor. LAPTOP-Diff (Zhang et
     al., 2024, arXiv:2404.11098) adds up the losses of blocks removed one at a time, of
     `output_losses`.
 
@@ -34,7 +34,7 @@ def knapsack(
       losses: by block what its removal costs.
       sizes: by block its parameters (`ResidualBlock.parameters`), or any other whole
         number that adds up: bytes, FLOPs, microseconds.
-      at_least: how many of them have to go.
+      at_least: how much to remove at least, in the unit of `sizes`.
       unit: counts sizes in multiples of so many, those of kept blocks rounded up: at
         least `at_least` still goes, but it may be a little more than needed, and not at
         the least loss. By default the greatest common divisor; where that would need a

@@ -28,15 +28,15 @@ def remove_blocks(
 ) -> Narrowed:
     """Remove residual branches: the program computes x in place of x + f(x).
 
-    What only the branches need is computed no more. The result is that of the model
-    whose branches give zeros (whose output kernels and biases are 0).
+    Computations that only the branches need are skipped. The result is that of the
+    model whose branches are zero (whose output kernels and biases are 0).
 
-    So that any pytree keeps its structure, a parameter that nothing reads any more
-    becomes an array of shape (0,). A parameter that is stacked for a scan keeps the
-    layers that are still read. A scan that loses some is run turn by turn, others stay
-    scans. Where whole layers go, all branches of the same turns, `narrow` with the
-    group of the scan's layers (allow=["layer"]) gives a shorter scan, which compiles
-    faster.
+    Any pytree keeps its structure: a parameter that nothing reads any more becomes an
+    array of shape (0,). A parameter that is stacked for a scan keeps the layers that
+    are still read. A scan that loses some layers is run turn by turn; others stay
+    scans. Where whole layers are removed (all branches of the same turns), `narrow`
+    with the group of the scan's layers (allow=["layer"]) gives a shorter scan, which
+    compiles faster.
 
     Differs from LLM-Drop and ShortGPT, which replace modules of classes they know: here
     the traced program is run without a part, whatever the model.

@@ -71,10 +71,10 @@ def group_experts(
 ) -> Any:
     """Choose dominant experts, and assign each other expert to one of them.
 
-    The experts of all layers compete by their share of their layer's tokens; the
-    `groups` most used dominate, so that a layer where usage is even keeps more of them.
-    Every other expert joins the dominant one of its layer that is most similar. Li et
-    al. (2023, arXiv:2310.01334).
+    The experts of all layers compete by their share of their layer's tokens. The
+    `groups` most used experts dominate, so a layer with even usage keeps more of them.
+    Every other expert joins the most similar dominant expert of its layer. Li et al.
+    (2023, arXiv:2310.01334).
 
     Differs from the reference implementation, whose threshold is strict: with ties it
     finds fewer groups than were asked for. Here the number is exact, and among equals

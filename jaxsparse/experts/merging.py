@@ -18,13 +18,13 @@ from jaxsparse.tree import leaves_with_paths, map_with_path
 def align_experts(experts: PyTree, to: Any, *, hidden: Mapping[str, int]) -> PyTree:
     """Permute the hidden units of each expert to match those of another one.
 
-    The order of an expert's hidden units is arbitrary, so that a mean of two experts
-    unit by unit has no meaning before they are matched. The permutation
-    `argmax_P sum_k <u_k, v_P(k)>` over the weights `u_k` of the leader's unit k and
-    `v_P(k)` of the expert's (its gate and up columns, its down row, its biases, all in
-    one) makes the Euclidean distance of the two experts least; it is a linear sum
-    assignment. What an expert computes does not change. Li et al. (2023,
-    arXiv:2310.01334); Ainsworth et al. (2022, arXiv:2209.04836).
+    The order of an expert's hidden units is arbitrary, so units must be matched before
+    experts are averaged unit by unit. The permutation `argmax_P sum_k <u_k, v_P(k)>`
+    over the weights `u_k` of the leader's unit k and `v_P(k)` of the expert's (its gate
+    and up columns, its down row, its biases, all in one) minimizes the Euclidean
+    distance of the two experts; it is a linear sum assignment. The expert's outputs do
+    not change. Li et al. (2023, arXiv:2310.01334); Ainsworth et al. (2022,
+    arXiv:2209.04836).
 
     Differs from the reference implementation, which aligns each group to its first
     expert, not to its dominant one, and leaves biases out of the sum. Any expert may

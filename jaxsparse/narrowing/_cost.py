@@ -36,7 +36,7 @@ def cost(
 
     Args:
       trace: the trace of the model.
-      drop: what goes; nothing by default. See `narrow`.
+      drop: the channels to remove; nothing by default. See `narrow`.
       allow: see `groups`.
 
     Returns:

@@ -58,16 +58,16 @@ def group_lasso(
         tx = optax.chain(js.penalties.group_lasso(groups, strength=1e-4),
                          optax.sgd(0.1))
 
-    An optimizer that divides by second moments (Adam) evens the penalty out; between
-    `optax.scale_by_adam()` and `optax.scale_by_learning_rate(...)` it is decoupled, as
-    AdamW's decay. A subgradient comes near zero and never stays there; for exact zeros
-    use `prox_group_lasso`.
+    An optimizer that divides by second moments (Adam) evens out the penalty. Between
+    `optax.scale_by_adam()` and `optax.scale_by_learning_rate(...)` it is decoupled,
+    like AdamW's decay. A subgradient comes near zero but never stays there; for exact
+    zeros use `prox_group_lasso`.
 
-    By default w_c are the slices of the producers: outputs of kernels, the biases and
-    scales along them. If those are zero the index does nothing. Slices of consumers
-    (role "input") overlap with the producers' slices of another group: here both
-    penalties add up, in `prox_group_lasso` that is an error. Also the slices of whole
-    heads hold those of the entries of heads.
+    By default w_c are the slices of the producers: outputs of kernels, and the biases
+    and scales along them. If those are zero the channel has no effect. Slices of
+    consumers (role "input") overlap with the producers' slices of another group: here
+    both penalties add up; in `prox_group_lasso` that is an error. Slices of whole heads
+    contain those of the entries of heads.
 
     Args:
       groups: groups by name, all prunable: `js.coupling.groups(trace).prunable`, or a
@@ -186,7 +186,7 @@ def prox_group_lasso(
     """Apply the proximal step of the group lasso: whole channels become exactly zero.
 
     `params + u' = v * max(0, 1 - strength * sqrt(n_c) / ||v_c||)` with `v = params +
-    u`, which minimises `1/2 ||x - v||^2 + strength * sum_c sqrt(n_c) * ||x_c||`; w_c
+    u`, which minimizes `1/2 ||x - v||^2 + strength * sum_c sqrt(n_c) * ||x_c||`; w_c
     and n_c as for `group_lasso`. After `optax.apply_updates` an index below the
     threshold is exactly 0.0 in all its slices; it comes back if the gradient pulls it
     beyond.

@@ -57,13 +57,13 @@ def hesso(
 ) -> optax.GradientTransformationExtraArgs:
     """Prune channels within one training: choose, shrink, hold at zero (HESSO).
 
-    From `begin` on there are `periods` of `duration` steps each. In a period's first
-    step the indices of lowest saliency, over all groups, are chosen, in equal numbers
-    each period; then after each of the optimizer's steps t = 0 ... duration - 1 their
-    slices are multiplied by `(duration - t - 1) / (duration - t)`: on a straight line
-    to exactly 0.0 in the period's last step. From there they are held at 0.0, and
-    their gradients are hidden from the optimizer. Chen et al. (2024, OTO's hybrid
-    efficient structured sparse optimizer, arXiv:2409.09085).
+    From `begin` on there are `periods` of `duration` steps each. The first step of a
+    period chooses the channels of lowest saliency over all groups, equally many each
+    period. After each of the optimizer's steps t = 0 ... duration - 1 their slices are
+    multiplied by `(duration - t - 1) / (duration - t)`, so they shrink linearly to
+    exactly 0.0 in the period's last step. Then they are held at 0.0, and their
+    gradients are hidden from the optimizer. Chen et al. (2024, OTO's hybrid efficient
+    structured sparse optimizer, arXiv:2409.09085).
 
     It stands around the whole optimizer, since it reads raw gradients and has the last
     word::
