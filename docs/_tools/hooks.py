@@ -10,7 +10,8 @@ _spec = importlib.util.spec_from_file_location(
 _examples = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_examples)
 FENCES = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
-STYLE = re.compile(r"<style[^>]*>(.{100000,}?)</style>", re.DOTALL)
+STYLE = re.compile(r"<style[^>]*>(.*?)</style>", re.DOTALL)
+LARGE = 100_000  # characters
 
 
 def on_page_markdown(markdown: str, **kwargs) -> str:
@@ -22,8 +23,8 @@ def on_page_markdown(markdown: str, **kwargs) -> str:
 
 def on_post_page(output: str, page, config) -> str:
     """Moves the half megabyte of style that each notebook brings into one file."""
-    found = STYLE.search(output)
-    if not found:
+    found = next((m for m in STYLE.finditer(output) if len(m[1]) > LARGE), None)
+    if found is None:
         return output
     (Path(config.site_dir) / "notebook.css").write_text(found[1])
     up = "../" * page.url.rstrip("/").count("/") + "../"

@@ -76,7 +76,7 @@ print(f"dense: {accuracy(apply_fn, params):.1%}")
 # %%
 trace = js.trace(apply_fn, params, x_train[:64])
 groups = js.coupling.groups(trace)
-groups
+print(groups)
 
 # %% [markdown]
 # ## Choose, compensate, narrow

@@ -108,3 +108,11 @@ for solver in solvers:
 
 # %%
 print(js.report.layer_table(pruned.info))
+
+# %% [markdown]
+# ## A real model
+#
+# `python examples/layerwise.py` does the same with stories260K, a Llama that was
+# trained on TinyStories. It looks for the weights and texts in the folder
+# `$JAXSPARSE_DATA` and says what is missing. [Results](../results.md#layer-by-layer)
+# has its table: ALPS is the best there, too.

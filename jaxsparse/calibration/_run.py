@@ -39,7 +39,7 @@ def run(
     weight: Callable[..., Array] | None = None,
     host: bool = False,
 ) -> Statistics:
-    """Statistics of what meets the kernels of a model, from calibration data.
+    """Collect statistics of the inputs of each kernel from calibration data.
 
     Means, second moments and (with `gram`) the matrices `X^T X / n` of the inputs of
     every kernel, in the order of its own columns: a convolution's patches, an attention

@@ -15,7 +15,7 @@ from jaxsparse.tree import Axes, MatrixView
 
 
 class InputStats(NamedTuple):
-    """What is known of the inputs `x` that meet a kernel, `n` rows of `d_in` numbers.
+    """The statistics of the inputs `x` of a kernel: `n` rows of `d_in` numbers.
 
     Batch axes are those of the kernel's view: experts, stacked layers, the groups of a
     convolution. Rows may be weighted; then `count` is the sum of the weights.

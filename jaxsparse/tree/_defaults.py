@@ -31,7 +31,7 @@ _PLURAL = re.compile(
 
 
 def default_where(path: str, leaf: Any) -> bool:
-    """The default selection: kernels and other floating arrays of two or more axes.
+    """Select kernels: floating arrays of two or more axes, but no embeddings.
 
     Biases, norms, embeddings, positions, class tokens and LoRA factors stay dense, as
     in the recipes of the papers (Kurtic et al., 2022), also where they have two axes
@@ -57,7 +57,7 @@ def default_where(path: str, leaf: Any) -> bool:
 
 
 def why_dense(path: str, leaf: Any) -> str | None:
-    """Why the default selection leaves a parameter dense.
+    """Return why the default selection leaves a parameter dense.
 
     Args:
       path: the parameter's path as text.
@@ -89,7 +89,7 @@ def why_dense(path: str, leaf: Any) -> str | None:
 
 
 def has_plain_name(path: str) -> bool:
-    """Whether a parameter is called `weight`, `kernel` or the like.
+    """Return whether a parameter is called `weight`, `kernel` or the like.
 
     Args:
       path: its path.

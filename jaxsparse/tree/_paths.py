@@ -16,7 +16,7 @@ from jaxsparse._typing import PyTree
 
 
 def path_str(key_path: tuple[Any, ...]) -> str:
-    """The text of a JAX key path.
+    """Return the text of a JAX key path.
 
     Args:
       key_path: what `jax.tree_util.tree_flatten_with_path` gives for a leaf.
@@ -40,7 +40,7 @@ def path_str(key_path: tuple[Any, ...]) -> str:
 
 
 def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
-    """The leaves of a tree with their paths as text.
+    """List the leaves of a tree with their paths as text.
 
     A path is what `path_str` makes of a leaf's keys. Keys may have a `/` of their own
     (Haiku's module names do), and where two leaves would so get one path, each `/`
@@ -68,7 +68,7 @@ def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def map_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """`jax.tree.map` whose function also receives the path as text.
+    """Map a function over a tree; it receives the path as text, too.
 
     Args:
       f: called as `f(path, leaf, *rest_leaves)`.

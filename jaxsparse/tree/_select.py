@@ -14,7 +14,7 @@ from jaxsparse.tree._paths import leaves_with_paths, map_with_path
 
 
 def select(params: PyTree, where: Where = None) -> PyTree:
-    """Turns `where` into a static tree of bools.
+    """Turn `where` into a static tree of bools.
 
     Args:
       params: the parameters, or anything of their structure and shapes.
@@ -102,7 +102,7 @@ def _nothing_selected(params: PyTree, where: Where) -> str:
 
 
 def nearest(wanted: str, paths: list[str], *, most: int = 5) -> list[str]:
-    """The paths most like a mistyped one, best first.
+    """List the paths most like a mistyped one, best first.
 
     Args:
       wanted: a path, or a regular expression on paths.
