@@ -70,7 +70,7 @@ def block_fisher(
     axes: AxesRule = None,
     accurate: bool = True,
 ) -> BlockFisher:
-    """The empirical Fisher matrix in blocks along each kernel, inverted.
+    """Estimate the empirical Fisher matrix in blocks along each kernel, and invert it.
 
     `F = (1/m) sum_i g_i g_i^T + damping * I`, of which only blocks of `block_size`
     neighbouring weights are kept. Singh & Alistarh (2020, WoodFisher, arXiv:2004.14340)
@@ -142,7 +142,7 @@ def block_estimator(
     where: Where = None,
     accurate: bool = True,
 ) -> Estimator:
-    """`block_fisher` over gradients that arrive a few at a time and are not kept.
+    """Build `block_fisher` from gradients that arrive a few at a time.
 
     The sums are `F` itself, in 48 bits and `block_size + 1` float32 a weight. Hand over
     some dozens of gradients at once: each update reads and writes all sums. Jit it with

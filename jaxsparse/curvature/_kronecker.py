@@ -159,7 +159,7 @@ def kronecker_fisher(
 def kronecker_estimator(
     *, axes: AxesRule = None, where: Where = None, accurate: bool = True
 ) -> Estimator:
-    """`kronecker_fisher` over gradients that arrive a few at a time and are not kept.
+    """Build `kronecker_fisher` from gradients that arrive a few at a time.
 
     The sums are both sides in 48 bits, `d_in^2 + d_out^2` float32 a layer and little
     more. Jit an update with the sums donated, then it works in place.

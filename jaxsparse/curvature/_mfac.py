@@ -70,7 +70,7 @@ def mfac(
     accurate: bool = True,
     page_bytes: int = 1 << 28,
 ) -> MFac | BlockMFac:
-    """The empirical Fisher matrix over all weights at once, matrix-free.
+    """Estimate the empirical Fisher matrix over all weights at once, matrix-free.
 
     `F = (1/m) G^T G + damping * I` with the gradients as rows of `G`, `[m, d]`. By
     Woodbury `F^-1 x = (x - G^T S^-1 G x) / damping`, `S = m * damping * I + G G^T`:
@@ -156,7 +156,7 @@ def _mean_square(leaves) -> Array:
 
 
 def span_ihvp(fisher: MFac, coefficients: Array) -> PyTree:
-    """`F^-1 G^T c`: the inverse times a combination of the gradients themselves.
+    """Return `F^-1 G^T c`, the inverse times a combination of the gradients themselves.
 
     As `m G^T S^-1 c`, without the difference in which `ihvp` of the same vector loses
     its digits: exact to rounding at any damping, as long as the gradients are linearly

@@ -68,7 +68,7 @@ def layerwise(
     directory: Any = None,
     show: bool | None = None,
 ) -> Layerwise:
-    """Prunes a trained model layer by layer, from calibration data alone.
+    """Prune a trained model layer by layer, from calibration data alone.
 
     The model's jaxpr is evaluated once over all batches. At each kernel it stops: the
     second moments of the inputs that arrive there, which pruned layers made, are summed

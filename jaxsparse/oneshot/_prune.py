@@ -29,7 +29,7 @@ def prune(
     min_keep: int = 1,
     masks: PyTree = None,
 ) -> patterns.Pruned:
-    """Removes the weights with the lowest scores.
+    """Remove the weights with the lowest scores.
 
     With `steps > 1` it scores anew after each cut; after cut k of n the fraction
     `(1 - s) ** (k / n)` is left, as SynFlow prescribes. What is removed stays removed.

@@ -55,7 +55,7 @@ def masks(
     masks: PyTree = None,
     axis_name: AxisName | None = None,
 ) -> PyTree:
-    """Masks that keep the highest scores.
+    """Make masks that keep the highest scores.
 
     In every competing group of `n` units exactly `floor(s * n + 1/2)` are removed, the
     lowest scores first; among equal scores the one with the lower flat index is kept.

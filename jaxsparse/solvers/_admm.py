@@ -31,7 +31,7 @@ def admm(
     mask_iterations: int = 15,
     rel_damping: float | Array = 0.1,
 ) -> Solved:
-    """Prunes a layer by ADMM: no loop over columns, only products of matrices.
+    """Prune a layer by ADMM: no loop over columns, only products of matrices.
 
     In inputs scaled so that the gram matrix has a diagonal of ones, `H = G + damping
     I`: `Z <- (W + U) * mask`, `U <- U + W - Z`, `W <- (H W_0 + rho (Z - U)) (H + rho
@@ -93,7 +93,7 @@ def alps(
     refit_iterations: int = 10,
     rel_damping: float | Array = 0.01,
 ) -> Solved:
-    """Prunes a layer by ADMM with a growing penalty, then refits what is kept.
+    """Prune a layer by ADMM with a growing penalty, then refit the kept weights.
 
     As `admm`, but `rho` starts small and grows, by 1.3 while more than a tenth of the
     kept weights changed in three iterations, by 1.2 while more than one in 200 did,

@@ -54,7 +54,7 @@ def channel_errors(
     rel_damping: float | Array = 0.01,
     damping: float | Array | None = None,
 ) -> Array:
-    """What the outputs lose at least when a block of inputs goes, for each block.
+    """Return the least error of the outputs if a block of inputs is removed, per block.
 
     With `C = (G + damping I)^-1`, for the columns `b` of a block
 
@@ -119,7 +119,7 @@ def remove_channels(
     rel_damping: float | Array = 0.01,
     damping: float | Array | None = None,
 ) -> RemovedChannels:
-    """Removes whole inputs of a layer; those that remain make up for them.
+    """Remove whole inputs of a layer; the remaining ones compensate.
 
     Again and again it removes the blocks with the lowest `channel_errors`, given what
     is gone, changes the other columns by `-W_S C_SS^-1 C_S:` and takes `S` out of
@@ -202,7 +202,7 @@ def refit_channels(
     rel_damping: float | Array = 0.0,
     damping: float | Array | None = None,
 ) -> Solved:
-    """The kept columns that come closest to the dense layer's outputs.
+    """Find the kept columns that come closest to the dense layer's outputs.
 
     With `A = G + damping I`, `K` what is kept and `S` what is not, `W'_S = 0` and
 

@@ -38,7 +38,7 @@ def sparsegpt(
     rel_damping: float | Array = 0.01,
     damping: float | Array | None = None,
 ) -> Solved:
-    """Prunes a layer column by column, later columns making up for earlier ones.
+    """Prune a layer column by column; later columns compensate for earlier ones.
 
     With `(G + damping I)^-1 = U^T U`, `U` upper triangular: at the start of a block of
     columns the weights with the smallest `w_ij^2 / U_jj^2` are chosen (for N:M at the

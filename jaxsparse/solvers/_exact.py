@@ -29,7 +29,7 @@ def exact_obs(
     damping: float | Array | None = None,
     chunk: int | None = None,
 ) -> Solved:
-    """Prunes each row one weight at a time, as Optimal Brain Surgeon would.
+    """Prune each row one weight at a time, as Optimal Brain Surgeon would.
 
     With `C = (G + damping I)^-1` for each row: remove the weight with the smallest
     `w_j^2 / C_jj`, change the others by `-C_:j w_j / C_jj`, and take the input out of

@@ -20,7 +20,7 @@ def wanda(
     pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured("output"),
     mask: Array | None = None,
 ) -> Solved:
-    """Keeps the weights with the largest `|w_ij| sqrt(E[x_j^2])`, as they are.
+    """Keep the weights with the largest `|w_ij| sqrt(E[x_j^2])` unchanged.
 
     Sun et al. (2023, Wanda, arXiv:2306.11695). The solver for a layer whose score is
     `js.scores.wanda`; within each output by default, as in the paper. Weights of dead
@@ -60,7 +60,7 @@ def magnitude(
     pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
     mask: Array | None = None,
 ) -> Solved:
-    """Keeps the largest weights, as they are; the inputs only tell the error.
+    """Keep the largest weights unchanged; the inputs only determine the error.
 
     Args:
       w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.

@@ -40,7 +40,7 @@ def obs(
     steps: int = 1,
     refresh: Callable[[PyTree, PyTree], curvature.Fisher] | None = None,
 ) -> patterns.Pruned:
-    """Prunes by second-order scores, and updates the weights that remain.
+    """Prune by second-order scores, and update the weights that remain.
 
     To second order, at a minimum, removing the weights Q costs `1/2 dw^T F dw`.
 

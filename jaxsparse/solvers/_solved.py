@@ -23,7 +23,7 @@ _PART = 256  # columns of the gram matrix at once
 
 
 class SolveInfo(NamedTuple):
-    """How well a layer was solved; scalars.
+    """The quality of a solved layer; scalars.
 
     Attributes:
       error: `tr((W' - W) G (W' - W)^T)`, the mean square error of the layer's outputs,

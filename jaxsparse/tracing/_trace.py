@@ -162,7 +162,7 @@ def trace(
     *example_inputs: Any,
     rules: Mapping[str, str] | None = None,
 ) -> Trace:
-    """Finds, for any model, where and how each parameter is contracted.
+    """Find where and how each parameter of any model is contracted.
 
     The model is traced once, with abstract values: nothing is computed. From the jaxpr
     follow, for each kernel, which of its axes are contracted with data (input axes),

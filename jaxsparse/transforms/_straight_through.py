@@ -22,7 +22,7 @@ def straight_through(
     min_keep: int = 1,
     axis_name: patterns.AxisName | None = None,
 ) -> Tree:
-    """The pruned parameters, with the derivative of the identity.
+    """Return the pruned parameters, with the derivative of the identity.
 
     Forward `w * mask(w)`, with masks chosen anew at each call; backward the gradient
     of the sparse network with respect to all weights, so that a pruned weight goes on
