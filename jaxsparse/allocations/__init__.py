@@ -13,5 +13,7 @@ from jaxsparse.allocations._outlier import dsa as dsa
 from jaxsparse.allocations._outlier import owl as owl
 from jaxsparse.allocations._search import evolve as evolve
 from jaxsparse.allocations._search import level_sparsities as level_sparsities
+from jaxsparse.allocations._sensitivity import Sensitivity as Sensitivity
+from jaxsparse.allocations._sensitivity import sensitivity as sensitivity
 
 __getattr__ = _renamed.old_names(__name__)

@@ -1,5 +1,12 @@
 """Which weights live or die together, who competes, and the masks that follow."""
 
+from jaxsparse.patterns._algebra import Overlap as Overlap
+from jaxsparse.patterns._algebra import count as count
+from jaxsparse.patterns._algebra import indices as indices
+from jaxsparse.patterns._algebra import intersection as intersection
+from jaxsparse.patterns._algebra import overlap as overlap
+from jaxsparse.patterns._algebra import transfer as transfer
+from jaxsparse.patterns._algebra import union as union
 from jaxsparse.patterns._counts import removed_count as removed_count
 from jaxsparse.patterns._masks import Packed as Packed
 from jaxsparse.patterns._masks import Pruned as Pruned

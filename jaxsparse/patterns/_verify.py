@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
-from jaxsparse._dtypes import count_dtype
 from jaxsparse._sharded import sharded_like
-from jaxsparse._together import each
 from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.patterns._algebra import count
 from jaxsparse.patterns._masks import check_masks
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern
 from jaxsparse.patterns._units import block_scores, channel_scores
@@ -43,21 +42,8 @@ def sparsity_of(masks: PyTree, params: PyTree) -> PyTree:
       >>> js.patterns.sparsity_of(js.prune(params, 0.25).masks, params)
       {'b': 0.0, 'w': 0.25}
     """
-    masks = like(masks, params, name="masks")
-    check_masks(masks, params)
-
-    leaves, treedef = jax.tree.flatten(masks)
-    counts = jax.device_get(each(_count, leaves))
-
-    def one(count, mask, w):
-        size = np.size(w)
-        return 1.0 - int(count) * (size // max(1, np.size(mask))) / max(1, size)
-
-    return jax.tree.map(one, treedef.unflatten(counts), masks, params)
-
-
-def _count(mask: Array) -> Array:
-    return jnp.sum(mask, dtype=count_dtype(np.size(mask)))
+    share = lambda w, kept: 1.0 - kept / max(1, np.size(w))
+    return jax.tree.map(share, params, count(masks, params))
 
 
 def verify(

@@ -1,5 +1,7 @@
-"""Published trainings as bundles of schedules and settings."""
+"""Published trainings, each one value: schedules, optimizer and loss."""
 
-from jaxsparse.recipes._obert import Recipe as Recipe
+from jaxsparse.recipes._magnitude import gmp as gmp
+from jaxsparse.recipes._magnitude import one_shot as one_shot
 from jaxsparse.recipes._obert import obert_downstream as obert_downstream
 from jaxsparse.recipes._obert import obert_upstream as obert_upstream
+from jaxsparse.recipes._recipe import Recipe as Recipe

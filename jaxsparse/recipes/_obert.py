@@ -4,13 +4,15 @@ import itertools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import jax.numpy as jnp
 
 from jaxsparse import _checks, schedules
-from jaxsparse._typing import Schedule
 from jaxsparse.patterns import Block, Pattern, Unstructured
+from jaxsparse.recipes._recipe import (
+    Recipe,
+    check_rates,
+    check_sparsities,
+    dense_before,
+)
 
 # The kernels of a transformer's numbered (or scanned) blocks: q, k, v, the attention's
 # output and the two of the feed-forward part, whatever a library calls them.
@@ -21,43 +23,6 @@ _BLOCK_KERNELS = (
     r"|(^|/)(layers?|blocks?)/(?!\d)"  # layers/, stacked by a scan
     r").*/(in_proj_)?(kernel|weight|w)$"
 )
-
-
-class Recipe(NamedTuple):
-    """A training recipe as values, to pass to the functions that use them.
-
-    `recipe._replace(temperature=5.5)` changes one.
-
-    Attributes:
-      sparsity: step -> sparsity; 0 before the first cut.
-      every: the steps in which masks change.
-      learning_rate: step -> learning rate; its peak in each step in which masks change
-        (in the training of 10 epochs only in the last of them).
-      total_steps: the length of the training.
-      where: which parameters are pruned, a regular expression on their paths.
-      pattern: which weights live or die together.
-      weight_decay: of AdamW.
-      temperature: of the distillation, see `jaxsparse.losses.distill`.
-      hardness: the teacher's share of the loss.
-      block_size: weights in a block of the Fisher matrix.
-      damping: added to the Fisher's diagonal, with `F = (1/m) sum_i g_i g_i^T`.
-      gradients: how many gradients `m` each cut takes.
-      examples_per_gradient: the size of the mini-batch that each of them averages.
-    """
-
-    sparsity: Schedule
-    every: schedules.At
-    learning_rate: Schedule
-    total_steps: int
-    where: str
-    pattern: Pattern
-    weight_decay: float
-    temperature: float
-    hardness: float
-    block_size: int
-    damping: float
-    gradients: int
-    examples_per_gradient: int
 
 
 def obert_downstream(
@@ -84,15 +49,14 @@ def obert_downstream(
     epochs of recovery. The learning rate is rewound once, at epoch 8, and falls less
     far. Any other length scales the training of 30 epochs.
 
-    The paper's score is that of the Optimal Brain Surgeon, on the Fisher whose settings
-    are here too: hand `js.transforms.windowed_obs` to `prune_schedule`, as below. Its
-    1,024 gradients of the 85 million weights in the blocks of BERT-base would be 348 GB
-    (of 10.6 million weights 43 GB), half in bfloat16; with `summed=True` none is kept,
-    and the blocks of 50 are 35 GB (4.3 GB). Here each gradient is that of a training
-    step's batch, where the paper averages `examples_per_gradient`. Without a score, and
-    so with `jaxsparse.scores.magnitude`, it is gradual magnitude pruning on the same
-    schedules; GMP* (Kurtic & Alistarh, 2022, arXiv:2210.06384) is that, with rates and
-    a temperature of its own.
+    The paper's score is that of the Optimal Brain Surgeon, and so is that of
+    `recipe.optimizer()`: `js.transforms.windowed_obs` with the recipe's settings and
+    `summed=True`, whose blocks of 50 are 4.3 GB for 10.6 million weights and 35 GB for
+    the 85 million in the blocks of BERT-base (the 1,024 gradients themselves would be
+    43 and 348 GB). Each gradient is that of a training step's batch, where the paper
+    averages `examples_per_gradient`. `recipe.optimizer(score=js.scores.magnitude)` is
+    gradual magnitude pruning on the same schedules; GMP* (Kurtic & Alistarh, 2022,
+    arXiv:2210.06384) is that, with rates and a temperature of its own.
 
     Other settings of the paper: for GLUE `learning_rate=(5e-5, 5e-6)`, in 10 epochs
     `(8e-5, 2e-5)`, and 16 examples per gradient; for students of 3 and 6 layers
@@ -131,31 +95,13 @@ def obert_downstream(
       (200, 600, 1000, 1400, 1800, 2200, 2600)
       >>> [round(float(recipe.sparsity(t)), 3) for t in (0, *recipe.every.steps)]
       [0.0, 0.7, 0.784, 0.841, 0.875, 0.893, 0.899, 0.9]
-      >>> score = js.transforms.windowed_obs(
-      ...     window=recipe.gradients,
-      ...     block_size=recipe.block_size,
-      ...     damping=recipe.damping,
-      ...     pattern=recipe.pattern,
-      ...     where=recipe.where,
-      ...     summed=True)
-      >>> prune_schedule = js.prune_schedule(
-      ...     recipe.sparsity,
-      ...     every=recipe.every,
-      ...     score=score,
-      ...     pattern=recipe.pattern,
-      ...     where=recipe.where,
-      ...     total_steps=recipe.total_steps)
-      >>> adamw = optax.adamw(recipe.learning_rate, weight_decay=recipe.weight_decay)
-      >>> tx = js.enforce(optax.chain(prune_schedule, adamw))
+      >>> tx = recipe.optimizer()  # prunes by second order, AdamW
       >>> def loss_fn(student_logits, teacher_logits):
-      ...     return js.losses.distill(
-      ...         student_logits,
-      ...         teacher_logits,
-      ...         temperature=recipe.temperature,
-      ...         hardness=recipe.hardness).mean()
+      ...     return recipe.loss(student_logits, teacher_logits).mean()
     """
     _checks.check_pattern(Pattern, pattern)
-    _check(steps_per_epoch, epochs, init, final)
+    _check(steps_per_epoch, epochs)
+    check_sparsities(init, final)
     if epochs == 10:
         cuts = [2 + k / 2 for k in range(13)]
         rewinds, rates = [8.0], (8e-5, 3e-5)
@@ -225,7 +171,8 @@ def obert_upstream(
       (5.5, 1.0, 16)
     """
     _checks.check_pattern(Pattern, pattern)
-    _check(steps_per_epoch, epochs, init, final)
+    _check(steps_per_epoch, epochs)
+    check_sparsities(init, final)
     cuts = [epochs * k / 12 for k in range(12)]
     return _gradual(
         *(steps_per_epoch, epochs, cuts, cuts),
@@ -261,10 +208,11 @@ def _gradual(
             f"{apart:g} epochs apart, would fall on the steps {steps}. It takes "
             f"{math.ceil(round(1 / apart, 6))} steps an epoch, or more epochs."
         )
-    if not isinstance(learning_rate, Sequence) or len(learning_rate) != 2:
-        raise TypeError(f"learning_rate is a pair (peak, end); got {learning_rate!r}.")
+    check_rates(learning_rate)
     return Recipe(
-        sparsity=_cubic(*sparsities, begin=steps[0], end=steps[-1]),
+        sparsity=dense_before(
+            steps[0], init=sparsities[0], final=sparsities[1], end=steps[-1]
+        ),
         every=schedules.at(*steps),
         learning_rate=schedules.rewinding(
             peak=learning_rate[0],
@@ -290,22 +238,9 @@ def _nearest(step: float) -> int:
     return math.floor(round(step, 6) + 0.5)
 
 
-def _cubic(init: float, final: float, *, begin: int, end: int) -> Schedule:
-    """Dense before `begin`, where the polynomial alone has `init` already."""
-    curve = schedules.polynomial(init=init, final=final, begin=begin, end=end)
-    return lambda step: jnp.where(jnp.asarray(step) < begin, 0.0, curve(step))
-
-
-def _check(steps_per_epoch: int, epochs: float, init: float, final: float) -> None:
+def _check(steps_per_epoch: int, epochs: float) -> None:
     _checks.check_positive_int(steps_per_epoch, name="steps_per_epoch")
     if isinstance(epochs, bool) or not isinstance(epochs, numbers.Real):
         raise TypeError(f"epochs must be a number, got {epochs!r}.")
     if not 0 < epochs < math.inf:
         raise ValueError(f"epochs must be positive, got {epochs!r}.")
-    _checks.check_sparsity(init, name="init")
-    _checks.check_sparsity(final, name="final")
-    if final < init:
-        raise ValueError(
-            f"{final=} is below {init=}, the sparsity after the first cut: weights "
-            "would grow back. Lower `init`."
-        )

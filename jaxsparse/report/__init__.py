@@ -1,5 +1,10 @@
 """Tables, plots and files for people: how sparse each parameter is, and how it went."""
 
+from jaxsparse.report._by_layer import plot_errors as plot_errors
+from jaxsparse.report._by_layer import plot_sparsity as plot_sparsity
+from jaxsparse.report._curves import plot_sensitivity as plot_sensitivity
+from jaxsparse.report._curves import plot_tradeoff as plot_tradeoff
+from jaxsparse.report._histograms import plot_weights as plot_weights
 from jaxsparse.report._html import write_html as write_html
 from jaxsparse.report._layers import layer_table as layer_table
 from jaxsparse.report._layers import mean_of_known as mean_of_known

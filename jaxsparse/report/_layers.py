@@ -36,13 +36,7 @@ def layer_table(
       >>> js.report.layer_table(pruned.info).splitlines()[1].split()[:3]
       ['w', '0.500', '2.00e-01']
     """
-    _checks.check_mapping(made_by="js.oneshot.layerwise(...).info", info=info)
-    for path, layer in info.items():
-        if not hasattr(layer, "relative_error"):
-            raise TypeError(
-                f"{path}: info must hold what js.oneshot.layerwise gives, got "
-                f"{_checks.shown(layer)}."
-            )
+    check_info(info)
     rows: list[tuple[str, ...]] = [_HEAD]
     for path, layer in info.items():
         mean = lambda x: float(np.mean(x))
@@ -62,6 +56,17 @@ def layer_table(
     )
     rest = [f"Left dense: {reason}" for reason in (left_dense or {}).values()]
     return "\n".join([*map(line, rows), *rest])
+
+
+def check_info(info: Mapping[str, Any]) -> None:
+    """Raises unless these are infos by path."""
+    _checks.check_mapping(made_by="js.oneshot.layerwise(...).info", info=info)
+    for path, layer in info.items():
+        if not hasattr(layer, "relative_error"):
+            raise TypeError(
+                f"{path}: info must hold what js.oneshot.layerwise gives, got "
+                f"{_checks.shown(layer)}."
+            )
 
 
 def mean_of_known(errors: np.ndarray) -> float:

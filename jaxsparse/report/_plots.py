@@ -1,26 +1,30 @@
 """Pictures: the sparsity of each layer, and sparsity and loss over time."""
 
-import functools
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from jaxsparse.report._files import replace_file
-from jaxsparse.report._html import png
 from jaxsparse.report._order import natural_order
+from jaxsparse.report._style import (
+    COLOURS,
+    INK,
+    check_path,
+    legend,
+    new_figure,
+    percents,
+    plain,
+    saved,
+    short,
+)
 from jaxsparse.report._tables import Row, Table, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colors, which color-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777")
-_INK = "#222222"
 _KEYS = ("step", "sparsity", "loss")
 _Runs = dict[str, dict[str, np.ndarray]]
 
@@ -64,15 +68,8 @@ def plot(
     """
     tables = _tables(table_or_tables)
     runs = {} if history is None else _runs(history)
-    if path is not None and pathlib.Path(path).suffix.lower() != ".png":
-        raise ValueError(
-            f"path must end in '.png', got {os.fspath(path)!r}. For another format "
-            "save the figure that is returned: figure.savefig(path)."
-        )
-    figure = _draw(tables, runs)
-    if path is not None:
-        replace_file(path, png(figure))
-    return figure
+    check_path(path)
+    return saved(_draw(tables, runs), path)
 
 
 def _tables(given: Any) -> dict[str, Table]:
@@ -124,24 +121,14 @@ def _run(name: str, run: Any) -> dict[str, np.ndarray]:
 
 
 def _draw(tables: dict[str, Table], runs: _Runs) -> "Figure":
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'js.report.plot needs matplotlib: pip install "jaxsparse[plots]"'
-        ) from error
     names = list(dict.fromkeys((*tables, *runs)))
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     layers = len(_paths(tables))
     height = 1.3 + layers * max(0.27, 0.15 * len(tables) + 0.07)
     height = max(4.2 if runs else 2.0, height)
     # Of the space that a layer has, bars take at most this; few layers, slim bars.
     thick = min(0.78, 0.34 * len(tables) * layers / (height - 1.2)) / len(tables)
-    figure = Figure(
-        figsize=(12 if runs else 7.5, height), dpi=150, layout="constrained"
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(12 if runs else 7.5, height)
     if not runs:
         _bars(figure.add_subplot(), tables, colours, thick)
     else:
@@ -151,8 +138,6 @@ def _draw(tables: dict[str, Table], runs: _Runs) -> "Figure":
         )
         _bars(figure.add_subplot(grid[:, 0]), tables, colours, thick)
         _curves(figure.add_subplot(grid[0, 1]), runs, colours)
-    # A notebook shows it, also when pyplot was never imported.
-    setattr(figure, "_repr_png_", functools.partial(png, figure))  # noqa: B010
     return figure
 
 
@@ -186,7 +171,7 @@ def _bars(
                 percent(row.reached),
                 va="center",
                 fontsize=8 if len(tables) < 3 else 7,
-                color=_INK,
+                color=INK,
             )
         wanted = [(y, 100 * row.asked) for y, row in rows if row.asked is not None]
         if wanted:
@@ -194,22 +179,22 @@ def _bars(
             # A little longer than the bar, so that it is seen where they meet.
             reach = 0.58 * thick if len(tables) == 1 else 0.5 * thick
             handles["asked"] = axes.vlines(
-                xs, ys - reach, ys + reach, colors=_INK, linewidths=1.8
+                xs, ys - reach, ys + reach, colors=INK, linewidths=1.8
             )
-    axes.set_yticks(range(len(paths)), [_short(p) for p in paths], fontsize=9)
+    axes.set_yticks(range(len(paths)), [short(p) for p in paths], fontsize=9)
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a path may have dollar signs
     axes.set_ylim(len(paths) - 0.4, -0.6)  # the first layer on top
     axes.set_xlim(0, 113)
-    axes.set_xticks(range(0, 101, 20), [f"{x} %" for x in range(0, 101, 20)])
+    percents(axes, "x")
     axes.set_title("Sparsity of each pruned parameter", fontsize=11, loc="left")
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
     axes.tick_params(axis="y", length=0)
-    _plain(axes)
+    plain(axes)
     if "asked" in handles:
         handles["asked"] = handles.pop("asked")  # named after the runs
     if len(handles) > 1:
-        _legend(axes, handles, below=26)
+        legend(axes, handles, below=26)
 
 
 def _curves(axes: "Axes", runs: _Runs, colours: dict[str, str]) -> None:
@@ -219,7 +204,7 @@ def _curves(axes: "Axes", runs: _Runs, colours: dict[str, str]) -> None:
         label = f"{name}: " if name else ""
         # One run needs no color of its own, so its two curves have different ones.
         colour = colours[name]
-        other = colour if name else _COLOURS[5]
+        other = colour if name else COLOURS[5]
         (handles[f"{label}sparsity"],) = right.plot(
             run["step"], 100 * run["sparsity"], color=colour, linewidth=1.8, ls="--"
         )
@@ -227,46 +212,12 @@ def _curves(axes: "Axes", runs: _Runs, colours: dict[str, str]) -> None:
             run["step"], run["loss"], color=other, linewidth=1.8
         )
     right.set_ylim(0, 105)
-    right.set_yticks(range(0, 101, 20), [f"{x} %" for x in range(0, 101, 20)])
+    percents(right, "y")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     right.set_ylabel("sparsity")
     axes.set_title("Loss and sparsity over steps", fontsize=11, loc="left")
     axes.grid(color="#dddddd", linewidth=0.8)
-    _plain(axes)
-    _plain(right)
-    _legend(axes, handles, below=42)
-
-
-def _legend(axes: "Axes", handles: dict[str, Any], *, below: float) -> None:
-    """So many points below the axes, where it covers nothing."""
-    from matplotlib.transforms import ScaledTranslation
-
-    figure: Any = axes.figure
-    down = ScaledTranslation(0, -below / 72, figure.dpi_scale_trans)
-    legend = axes.legend(
-        list(handles.values()),
-        list(handles),
-        loc="upper left",
-        bbox_to_anchor=(0, 0),
-        bbox_transform=axes.transAxes + down,
-        ncols=3 if len(handles) == 3 else 2,
-        fontsize=9,
-        frameon=False,
-        borderaxespad=0,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def _plain(axes: "Axes") -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#999999")
-    axes.tick_params(colors=_INK, labelsize=9)
-    axes.set_axisbelow(True)
-
-
-def _short(path: str, most: int = 42) -> str:
-    # The end of a path says most: `…/attention/query/kernel`.
-    return path if len(path) <= most else "…" + path[-(most - 1) :]
+    plain(axes)
+    plain(right)
+    legend(axes, handles, below=42)

@@ -54,6 +54,18 @@ def example_grads():
 
 
 @functools.cache
+def sensitivity():
+    losses = {"up/kernel": np.array([1.0, 2.0])}
+    return js.allocations.Sensitivity(0.5, (0.25, 0.5), losses)
+
+
+@functools.cache
+def layer_info():
+    given = dict.fromkeys(js.oneshot.LayerInfo._fields, np.float64(0.5))
+    return {"up/kernel": js.oneshot.LayerInfo(**given)}
+
+
+@functools.cache
 def inverse_diagonal():
     return jax.tree.map(lambda g: abs(g[0]) + 1, example_grads())
 
@@ -234,6 +246,12 @@ CALLS = {
         "sparsity": 0.5,
         "key": key(),
     },
+    "allocations.sensitivity": lambda: {
+        "params": params(),
+        "scores": scores(),
+        "loss_fn": lambda params: 0.0,
+        "sparsities": [0.5],
+    },
     "allocations.from_global_scores": lambda: {"scores": scores(), "sparsity": 0.5},
     "allocations.round_to_weights": lambda: {
         "params": params(),
@@ -382,6 +400,16 @@ CALLS = {
     "patterns.pack": lambda: {"masks": masks()},
     "patterns.unpack": lambda: {"packed": js.patterns.pack(masks())},
     "patterns.masks": lambda: {"scores": scores(), "sparsity": 0.5},
+    "patterns.union": lambda: {"*": (masks(), masks())},
+    "patterns.intersection": lambda: {"*": (masks(), masks())},
+    "patterns.overlap": lambda: {
+        "first": masks(),
+        "second": masks(),
+        "params": params(),
+    },
+    "patterns.count": lambda: {"masks": masks(), "params": params()},
+    "patterns.indices": lambda: {"masks": masks(), "params": params()},
+    "patterns.transfer": lambda: {"masks": masks(), "params": params()},
     "patterns.sparsity_of": lambda: {"masks": masks(), "params": params()},
     "patterns.verify": lambda: {
         "masks": masks(),
@@ -394,6 +422,8 @@ CALLS = {
     "Channel": lambda: {"axis": -1, "reduce": "mean", "scope": "layer"},
     "Unstructured": lambda: {"scope": "layer"},
     "Axes": lambda: {"input": (0,), "output": (1,), "batch": ()},
+    "recipes.gmp": lambda: {"total_steps": 100},
+    "recipes.one_shot": lambda: {"total_steps": 100},
     "recipes.obert_downstream": lambda: {"steps_per_epoch": 100},
     "recipes.obert_upstream": lambda: {"steps_per_epoch": 100},
     "schedules.at": lambda: {"*": (1, 2)},
@@ -659,7 +689,7 @@ CALLS = {
         "sparsity": js.schedules.polynomial(final=0.5, begin=0, end=8),
         "every": 2,
     },
-    "check": lambda: {"opt_state": opt_state(), "params": params()},
+    "assert_sparse": lambda: {"opt_state": opt_state(), "params": params()},
     "transforms.find_states": lambda: {"opt_state": opt_state()},
     "masks_of": lambda: {"opt_state": opt_state()},
     "straight_through": lambda: {"params": params(), "sparsity": 0.5},
@@ -708,5 +738,10 @@ CALLS = {
     "report.mean_of_known": lambda: {"errors": np.array([0.5, np.nan])},
     "report.table": lambda: {"params": params(), "masks": masks()},
     "report.plot": lambda: {"table_or_tables": table()},
+    "report.plot_errors": lambda: {"info": layer_info()},
+    "report.plot_sensitivity": lambda: {"sensitivity": sensitivity()},
+    "report.plot_sparsity": lambda: {"history": {0: {"up": 0.0}, 9: {"up": 0.5}}},
+    "report.plot_tradeoff": lambda: {"runs": {"a": ([0], [1])}, "xlabel": "sparsity"},
+    "report.plot_weights": lambda: {"before": params(), "after": params()},
     "report.progress": lambda: {"iterable": [1, 2]},
 }

@@ -31,7 +31,7 @@ MOST = {
     "prune by outputs": 3,
     "init of enforce": 18,
     "update of enforce": 70,
-    "check": 2,
+    "assert_sparse": 2,
     "calibration": 7,
     "wanda": 49,
     "layerwise": 24,
@@ -71,7 +71,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "prune by outputs": lambda: prune(0.5, pattern=js.Unstructured("output")),
         "init of enforce": lambda: tx.init(params),
         "update of enforce": lambda: tx.update(copies, state(), params),
-        "check": lambda: js.assert_sparse(
+        "assert_sparse": lambda: js.assert_sparse(
             state(), js.patterns.apply(params, prune(0.5).masks)
         ),
         "calibration": lambda: js.calibration.run(trace, params, batches),

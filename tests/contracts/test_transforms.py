@@ -343,7 +343,7 @@ def _shardings_are_kept(name, one):
 def test_every_public_transformation_has_a_row():
     # Those that are none: they read states, or are called in place of one.
     others = {
-        *("apply_updates", "check", "dropped", "find_states", "init_sparse"),
+        *("apply_updates", "assert_sparse", "dropped", "find_states", "init_sparse"),
         *("masks_of", "straight_through"),
         "mfac",  # a chain of scale_by_mfac and optax's members
     }

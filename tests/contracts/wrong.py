@@ -235,6 +235,10 @@ KINDS = {
     "grads": GRADS,
     "gradients": LIKE,
     "masks": MASKS,
+    "first": MASKS,
+    "second": MASKS,
+    "rename": {k: v for k, v in FUNCTION.items() if k not in ("None", "a tree")},
+    "strict": SWITCH,
     "updates": LIKE,
     "removed": MASKS,
     "kept": MASKS,
@@ -448,7 +452,21 @@ KINDS = {
         "another width": (np.ones((4, 5), np.float32),),
         "a list": ([[1.0] * 8],),
     },
+    "sensitivity": OBJECT,
+    "runs": OBJECT,
+    "xlabel": {},  # any text
+    "before": TREE,
+    "after": LIKE,
+    "history": OBJECT,
     # Of one function.
+    "allocations.sensitivity.sparsities": {
+        "None": None,
+        "a string": "half",
+        "a number": 0.5,
+        "nothing": [],
+        "percent": [50.0],
+        "a tree": {"w": 0.5},
+    },
     # Gradients alone: there is nothing that they have to be like.
     "calibration.gradient_norms.grads": ALONE,
     "curvature.block_fisher.grads": ALONE,
@@ -545,6 +563,8 @@ MORE = {
     "block_size",
     "total_steps",
     "masks",
+    "rename",
+    "strict",
     "iterations",
     "rho",
     "rel_damping",
@@ -556,7 +576,7 @@ MORE = {
 
 # What is taken in spite of it: the function, the argument, the value, and the reason.
 LATER = (
-    "(curvature.*_estimator|prune_schedule|transforms.windowed_obs)",
+    "(curvature.*_estimator|prune_schedule|recipes.*|transforms.windowed_obs)",
     "its parameters come at init",
 )
 TAKEN = [
@@ -580,6 +600,7 @@ OF_SHAPES = {
     *("allocations.round_to_weights", "allocations.erk", "allocations.uniform"),
     *("contrib.als", "allocations.arithmetic_progression"),
     *("patterns.check_masks", "patterns.sparsity_of", "patterns.verify"),
+    *("patterns.count", "patterns.indices", "patterns.overlap", "patterns.transfer"),
     *(
         "curvature.window_init",
         "scores.random",
@@ -612,6 +633,7 @@ ALSO = {
     "batches": ("inputs: ", "batch: "),
     "every": ("interval",),
     "table_or_tables": ("js.report.table",),
+    "*": ("0/0: a mask",),
     "drop": ("nothing_like_it",),
     "names": ("nothing_like_it",),
     "followers": ("9: not a block",),
