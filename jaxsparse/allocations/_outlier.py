@@ -46,9 +46,9 @@ def owl(
 
     Returns:
       A tree of Python floats in [0, 1) with the structure of `scores`, 0.0 where not
-      selected. Each is a whole number of weights, and they add up to
-      `floor(sparsity * n + 1/2)`; so those of a block agree to one weight. (It reads
-      values, so it cannot run under jit.)
+      selected. Each is a whole number of weights, and they add up to `floor(sparsity *
+      n + 1/2)`; so the sparsities of a block agree to one weight. (It reads values, so
+      it cannot run under jit.)
 
     Raises:
       ValueError: a sparsity outside [0, 1), an `outlier` or a `spread` that is not

@@ -56,7 +56,7 @@ def evolve(
     Args:
       fitness: `fitness(levels, batch)`, with a tree of Python ints like `sizes`. A NaN
         is the worst.
-      sizes: a tree of the numbers of weights; what takes no part is left out.
+      sizes: a tree of the numbers of weights, without parameters that take no part.
       sparsity: the fraction to remove over all of them, in [0, 1).
       batches: the data; each stage of a generation draws some of them anew.
       key: a typed key, `jax.random.key(seed)`.
@@ -144,7 +144,7 @@ def level_sparsities(
 
     Args:
       sizes: a tree of the numbers of weights.
-      sparsity: the total, in [0, 1): that of level 0, but for rounding.
+      sparsity: the total, in [0, 1): the sparsity of level 0, up to rounding.
       levels: how many levels there are above and below it.
       step: how many weights lie between two levels.
 

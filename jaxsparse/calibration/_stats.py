@@ -80,9 +80,9 @@ def update(state: RunningStats, x: Array, weight: Array | None = None) -> Runnin
     """Add rows to statistics.
 
     Rows are counted by weight: the share of a timestep of a diffusion model, 0 for
-    padding and for the tokens that a router does not send to an expert. What is in a
-    row of weight 0, NaN included, does not matter. In other rows nobody looks for NaN,
-    which would wait for the device: it stays in the statistics.
+    padding and for the tokens that a router does not send to an expert. Rows of weight
+    0 have no effect, even if they hold NaN. In other rows nobody looks for NaN, which
+    would wait for the device: it stays in the statistics.
 
     Args:
       state: the statistics so far.

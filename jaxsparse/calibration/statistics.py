@@ -82,7 +82,7 @@ class Statistics:
 
     @property
     def left_dense(self) -> dict[str, str]:
-        """What the default selection left out, by path, and why.
+        """The parameters that the default selection left out, by path, with the reason.
 
         Parameters that look like kernels, but that the trace could not follow, or whose
         rows are no real numbers.

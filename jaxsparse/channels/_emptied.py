@@ -30,11 +30,10 @@ def zero_indices(
     Args:
       params: the parameters, with values.
       groups: groups by name, all of them prunable.
-      roles: which members have to be zero; those of the training.
+      roles: which members must be zero; the same as in training.
 
     Returns:
-      A `Drop`. All copies of a group lose equally many, those of the copy with the
-      fewest zeros.
+      A `Drop`. All copies of a group lose as many as the copy with the fewest zeros.
 
     Raises:
       ValueError: groups that are not prunable or not of these parameters.

@@ -57,8 +57,8 @@ def flap_scores(
       are left out.
 
     Raises:
-      ValueError: a kernel that counts has no statistics, or those of another shape;
-        parameters that do not fit the groups.
+      ValueError: a kernel that counts has no statistics, or statistics of another
+        shape; parameters that do not fit the groups.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -252,8 +252,8 @@ def per_parameter(
       Scores of the same shapes. An index without weights that count keeps its score.
 
     Raises:
-      ValueError: scores of what is no prunable group, or that has no weights at all;
-        parameters that do not fit.
+      ValueError: scores of a group that is not prunable or has no weights; parameters
+        that do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -48,15 +48,15 @@ def channel_scores(
       groups: from `js.coupling.groups`; those that are not prunable are skipped.
       scores: a tree like the parameters, larger = keep. In 16 bits or not, they are
         added up in float32 at least.
-      reduce: of the members: their sum, mean or product, the largest, or "first": the
-        first one alone that has the index, which is what makes it.
-      absolute: takes the magnitude of what each member has added up to.
+      reduce: how to combine the members: their sum, mean, product or maximum, or
+        "first", which takes only the first member (the one that produces the channel).
+      absolute: takes the magnitude of each member's sum.
       where: which parameters count, see `jaxsparse.tree.select`; kernels by default.
         `lambda path, leaf: True` is all.
 
     Returns:
       `[*copies, size]` by the groups' names, float32 (float64 for float64 scores).
-      Groups of which no member counts are left out: nothing is known of them.
+      Groups without a member that counts are left out.
 
     Raises:
       ValueError: an unknown `reduce`, a tree that does not fit the groups, no group

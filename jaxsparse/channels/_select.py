@@ -67,24 +67,26 @@ def drop_lowest(
         mapping does not name keep all channels. In a scope of several groups the sum of
         their shares is removed. A layer's density d of single weights becomes channels
         by `1 - sqrt(d)` (PreCropping, arXiv:2203.02549).
-      scope: who competes: the indices of a "group", all of them ("global"; scores need
-        a common scale, see `normalize_mean`), those of "isomorphic" groups (equal
-        `Group.key`; Fang et al. 2024, arXiv:2407.04616), or those of groups for which a
-        function has the same value.
+      scope: who competes: the channels of a "group", all of them ("global"; scores need
+        a common scale, see `normalize_mean`), the channels of "isomorphic" groups
+        (equal `Group.key`; Fang et al. 2024, arXiv:2407.04616), or of groups for which
+        a function has the same value.
       per_copy: whether each copy loses indices of its own. If not, the copies' scores
         are averaged and all lose the same.
       round_to: rounds the number of kept channels up to a multiple of this. A group
         with fewer channels is left alone.
-      min_keep: how many indices each group (in each copy) keeps at least.
-      max_sparsity: which fraction of each group may go at most.
+      min_keep: how many channels each group (in each copy) keeps at least.
+      max_sparsity: the largest fraction of each group that may be removed.
       where: which groups take part.
 
     Returns:
-      A `Drop` with an entry for every group that took part, of k = 0 where none goes.
+      A `Drop` with an entry for every group that took part, empty where it loses no
+      channel.
 
     Raises:
-      ValueError: scores of what is no group, of one that is not prunable, of another
-        shape, or NaN; a sparsity outside [0, 1); options out of range; no group left.
+      ValueError: scores of an unknown group, of a group that is not prunable, of
+        another shape, or NaN; a sparsity outside [0, 1); options out of range; no group
+        left.
       TypeError: scores that are not known yet (under jit), or options of another type.
 
     Example:

@@ -86,7 +86,7 @@ def save(
       params: the parameters, any pytree: arrays, typed keys, Python numbers, text.
       opt_state: the optimizer state, of any optax transformation or `nnx.Optimizer`.
         Masks of a pruning transformation are in it.
-      masks: masks that are in no optimizer state, such as those of `js.prune`.
+      masks: masks that are in no optimizer state, such as the masks of `js.prune`.
       extra: a small dictionary of what JSON holds: the position in the data, a seed.
       keep: how many checkpoints to leave: older ones are deleted once this one is
         complete. None leaves all. Newer ones (after going back to an older step) are

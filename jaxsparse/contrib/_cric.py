@@ -89,7 +89,7 @@ def cric(
       params: the parameters, trained.
       groups: groups by name, all prunable.
       batches: what `loss_fn` takes; they are all held, and used in turn.
-      sparsity: the fraction of all indices that goes; counted as by `hesso`.
+      sparsity: the fraction of all channels to remove; counted as by `hesso`.
       optimizer: of the trial removals, from a fresh state in each cycle.
       steps: the length of a trial removal.
       max_cycles: the most cycles.

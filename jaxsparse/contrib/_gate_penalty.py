@@ -15,7 +15,7 @@ class GatePenalty(NamedTuple):
 
     Attributes:
       polarization: how far gates are from 0 and 1, at most 1/4.
-      excess: the squared distance of what is open from the budget.
+      excess: the squared distance of the open gates' cost from the budget.
     """
 
     polarization: Array

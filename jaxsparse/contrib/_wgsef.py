@@ -58,7 +58,7 @@ def wgsef_prox(
 
     A small strength empties few indices in one step; their u, and with it what is kept
     of them in each step, goes down over many. `js.channels.zero_indices(params,
-    groups)` finds what has become zero.
+    groups)` finds the channels that are zero.
 
     Complexity: the parameters are read twice; t by 50 halvings over the indices.
 

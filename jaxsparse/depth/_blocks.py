@@ -24,7 +24,8 @@ class ResidualBlock:
       paths: the parameters that nothing but this block uses; slices of stacked ones
         with the turn, "layers/attn/out/kernel[2]".
       source: the line of the model where the branch is added.
-      parameters: how many numbers `paths` hold: what goes with the block.
+      parameters: how many numbers `paths` hold: the parameters that are removed with
+        the block.
       additions: where it is added: one place, more for blocks that were joined.
     """
 

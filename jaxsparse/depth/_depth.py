@@ -35,11 +35,11 @@ def knapsack(
       sizes: by block its parameters (`ResidualBlock.parameters`), or any other whole
         number that adds up: bytes, FLOPs, microseconds.
       at_least: how much to remove at least, in the unit of `sizes`.
-      unit: counts sizes in multiples of so many, those of kept blocks rounded up: at
-        least `at_least` still goes, but it may be a little more than needed, and not at
-        the least loss. By default the greatest common divisor; where that would need a
-        table of more than 50 million cells (blocks times units), the least number that
-        does not.
+      unit: counts sizes in multiples of this number, rounded up for kept blocks. At
+        least `at_least` is still removed, but perhaps a little more than needed, and
+        not at the smallest loss. By default the greatest common divisor; where that
+        would need a table of more than 50 million cells (blocks times units), the least
+        number that does not.
 
     Returns:
       The names of the blocks to remove, in the order of `losses`.
@@ -110,7 +110,7 @@ def nm_options(keep: int, of: int) -> np.ndarray:
       of: how many there are.
 
     Returns:
-      `[options, of]` bool, True = kept, in lexicographic order of what is kept.
+      `[options, of]` bool, True = kept, in lexicographic order of the kept layers.
 
     Raises:
       ValueError: not 0 < keep <= of.

@@ -97,7 +97,7 @@ def share_blocks(
     """Let blocks read the parameters of other blocks.
 
     A follower's parameters are matched with its leader's in the order in which the
-    program reads them. Those that `own` selects stay the follower's. Liu et al.
+    program reads them. The follower keeps the parameters that `own` selects. Liu et al.
     (FoldGPT, 2024, arXiv:2407.00928) share among adjacent blocks, each with norms of
     its own.
 

@@ -35,7 +35,8 @@ def align_experts(experts: PyTree, to: Any, *, hidden: Mapping[str, int]) -> PyT
       to: `[E]` integers: the expert that each is aligned to; those that name
         themselves stay as they are. `grouping.dominant[grouping.labels]`.
       hidden: by path in `experts`, the axis of the stacked array that the hidden units
-        are on (1 or more, or negative). What is not named (an output bias) stays.
+        are on (1 or more, or negative). Arrays that are not named (an output bias)
+        stay.
 
     Returns:
       The tree with permuted arrays. (The assignment is solved on the host, so it

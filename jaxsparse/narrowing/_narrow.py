@@ -22,7 +22,7 @@ class Narrowed(NamedTuple):
     """A narrowed model: its parameters, the function that runs it, the new sizes.
 
     Attributes:
-      params: the parameters without what was dropped.
+      params: the parameters without the dropped channels.
       apply_fn: `apply_fn(params, *inputs)` runs them: a pure function, to be jitted,
         differentiated, mapped and sharded like the model's own.
       sizes: for each axis that changed, by `(path, axis)`, its new size: for those who

@@ -67,7 +67,7 @@ def group_lasso(
     and scales along them. If those are zero the channel has no effect. Slices of
     consumers (role "input") overlap with the producers' slices of another group: here
     both penalties add up; in `prox_group_lasso` that is an error. Slices of whole heads
-    contain those of the entries of heads.
+    contain the slices of their entries.
 
     Args:
       groups: groups by name, all prunable: `js.coupling.groups(trace).prunable`, or a
@@ -206,7 +206,7 @@ def prox_group_lasso(
     sum of both penalties (Jenatton et al. 2011, arXiv:1009.2139). Slices of consumers
     (role "input") cross those of the next layer's producers: an error.
 
-    `js.channels.zero_indices(params, groups)` finds what has become zero.
+    `js.channels.zero_indices(params, groups)` finds the channels that are zero.
 
     Args:
       groups: groups by name, all prunable.

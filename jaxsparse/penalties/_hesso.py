@@ -33,7 +33,7 @@ class HessoState(NamedTuple):
     Attributes:
       step: how many updates were made, int32.
       shrinking: bools `[*copies, size]` by the groups' names: chosen in this period.
-      zero: the same: what is held at zero.
+      zero: the same for channels that are held at zero.
       inner: the optimizer's state.
     """
 
@@ -98,13 +98,13 @@ def hesso(
       groups: groups by name, all prunable: `js.coupling.groups(trace).prunable`, or a
         dictionary with some of them. If heads and their entries are both there, an
         index of the one may lie in one of the other.
-      sparsity: the fraction of all indices that goes.
+      sparsity: the fraction of all channels to remove.
       begin: the first step of the first period.
       periods: how many.
       duration: the steps of each.
       criteria: weights of the saliency's parts.
       scores: fixed scores, `[*copies, size]` by the groups' names, larger = keep, in
-        place of the saliency: those of `js.contrib.cric`, or any others.
+        place of the saliency: from `js.contrib.cric`, or any others.
       roles: as for `js.penalties.group_lasso`.
 
     Returns:

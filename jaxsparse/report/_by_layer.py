@@ -33,10 +33,10 @@ def plot_errors(
 ) -> "Figure":
     """Draw how well `js.oneshot.layerwise` solved each kernel.
 
-    A filled dot is the relative error of the kernel's outputs, a hollow one what it
-    would be with the same mask and without a change of the weights that are left: the
-    line between them is what the solver gained. Of several matrices (experts, stacked
-    layers) both are means of those that are known.
+    A filled dot is the relative error of the kernel's outputs, a hollow one the error
+    with the same mask and unchanged remaining weights: the line between them is what
+    the solver gained. For several matrices (experts, stacked layers) both are means of
+    the known errors.
 
     Args:
       info: the result's infos by path.

@@ -55,7 +55,7 @@ def plot(
     Raises:
       ValueError: no pruned parameter; a history with missing keys or unequal lengths; a
         `path` that does not end in `.png`.
-      TypeError: what is not a table of `js.report.table`.
+      TypeError: a value that is not a table of `js.report.table`.
       ImportError: matplotlib is not installed.
 
     Example:

@@ -34,7 +34,7 @@ def rewinding(
 
     Args:
       peak: the learning rate at the start and after each rewind.
-      end: what it falls to, in [0, peak].
+      end: the rate at the end, in [0, peak].
       at: the steps whose learning rate is `peak` again, in increasing order; for
         instance the `steps` of a `jaxsparse.schedules.at`.
       total_steps: the length of the training, at which the last cycle ends.

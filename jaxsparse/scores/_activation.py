@@ -40,8 +40,8 @@ def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
       where there are no statistics.
 
     Raises:
-      ValueError: a selected parameter has no statistics, or those of another shape; or
-        the model scales or changes it before it is contracted.
+      ValueError: a selected parameter has no statistics, or statistics of another
+        shape; or the model scales or changes it before it is contracted.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -88,11 +88,11 @@ def gblm(
       where: which parameters have to have both; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
-      what has no statistics or no gradients.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros
+      where statistics or gradients are missing.
 
     Raises:
-      ValueError: a selected parameter has no statistics or no gradients, or those of
+      ValueError: a selected parameter has no statistics or gradients, or they have
         another shape; an `alpha` that is negative; or the model scales or changes it
         before it is contracted.
 
@@ -127,7 +127,7 @@ def gblm(
 def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> PyTree:
     """Score by `|W| * G`, the gradients' half of GBLM.
 
-    The gradients are those of single examples, so the score is not 0 at a minimum as
+    The gradients belong to single examples, so the score is not 0 at a minimum as
     `taylor` is. Das et al. (2023, arXiv:2311.04902). Weights whose gradients are all 0
     come last, in the order of their magnitudes.
 
@@ -137,8 +137,8 @@ def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> 
       where: which parameters have to have gradients; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
-      what has no gradients.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros
+      where there are no gradients.
 
     Raises:
       ValueError: a selected parameter has no gradients, or of another shape.
@@ -194,8 +194,8 @@ def flap(
       where there are no statistics.
 
     Raises:
-      ValueError: a selected parameter has no statistics, or those of another shape; or
-        the model scales or changes it before it is contracted.
+      ValueError: a selected parameter has no statistics, or statistics of another
+        shape; or the model scales or changes it before it is contracted.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -66,8 +66,8 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
       where: the parameters that the sum runs over; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes, in float32 at least, larger = keep; those of
-      the selected parameters add up to 1.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep. The
+      scores of the selected parameters add up to 1.
 
     Raises:
       ValueError: what `taylor` raises.
@@ -122,7 +122,7 @@ def grasp(
     divides the logits by a temperature of 200 and sums over batches: put a temperature
     into `loss_fn`, and average over batches.
 
-    Of sharded parameters the two gradients exchange what they do without this score,
+    For sharded parameters the two gradients communicate as they do without this score,
     and round as the model's sums do: scores of one device differ in the last place.
 
     Args:

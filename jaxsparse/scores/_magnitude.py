@@ -24,8 +24,8 @@ def magnitude(params: PyTree) -> PyTree:
       params: a tree of arrays.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes (float32 for those of 8 bits, which
-      know no infinity), larger = keep; random keys stay as they are.
+      A tree of arrays of the same shapes and dtypes (float32 for 8-bit dtypes, which
+      have no infinity), larger = keep; random keys stay as they are.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -27,7 +27,7 @@ def obd(params: PyTree, diagonal: PyTree, *, where: Where = None) -> PyTree:
 
     Returns:
       A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
-      what takes no part.
+      parameters that take no part.
 
     Raises:
       ValueError: a selected parameter has no curvature, or of another shape.
@@ -67,7 +67,7 @@ def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyT
 
     Returns:
       A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
-      what takes no part.
+      parameters that take no part.
 
     Raises:
       ValueError: a selected parameter has no curvature, or of another shape.

@@ -36,7 +36,7 @@ def default_where(path: str, leaf: Any) -> bool:
     Biases, norms, embeddings, positions, class tokens and LoRA factors stay dense, as
     in the recipes of the papers (Kurtic et al., 2022), also where they have two axes
     (an attention bias is `(heads, head_dim)`, an embedding `(vocabulary, features)`).
-    It goes by names, see `why_dense`. With a trace of the model, as
+    It decides by names; see `why_dense`. With a trace of the model, as
     `jaxsparse.oneshot.layerwise` has it, use decides.
 
     Args:
@@ -61,8 +61,8 @@ def why_dense(path: str, leaf: Any) -> str | None:
 
     Args:
       path: the parameter's path as text.
-      leaf: the parameter; only its shape and dtype are looked at. What has none counts
-        as having fewer than two axes.
+      leaf: the parameter; only its shape and dtype are looked at. A leaf without a
+        shape counts as having fewer than two axes.
 
     Returns:
       A few words, such as "an embedding"; None for a parameter that takes part.

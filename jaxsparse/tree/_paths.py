@@ -25,8 +25,8 @@ def path_str(key_path: tuple[Any, ...]) -> str:
       The keys joined by `/`. The `.value` that an NNX variable adds is left out, so
       that a Linen and an NNX model answer to the same regular expressions. Two leaves
       of one tree may share it, where a key has a `/` of its own; the paths of
-      `leaves_with_paths` and `map_with_path` tell them apart. What cannot be printed,
-      as control characters of a terminal, is escaped as `%1B`.
+      `leaves_with_paths` and `map_with_path` tell them apart. Characters that cannot be
+      printed, such as control characters, are escaped as `%1B`.
 
     Example:
       >>> import jax, jaxsparse as js
@@ -73,7 +73,7 @@ def map_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     Args:
       f: called as `f(path, leaf, *rest_leaves)`.
       tree: any pytree.
-      *rest: trees of which `tree` is a prefix.
+      *rest: trees that have `tree` as a prefix.
 
     Returns:
       A tree with the structure of `tree`.

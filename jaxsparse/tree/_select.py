@@ -19,9 +19,8 @@ def select(params: PyTree, where: Where = None) -> PyTree:
     Args:
       params: the parameters, or anything of their structure and shapes.
       where: None for `default_where`; a regular expression that is searched in the
-        path; a predicate `(path, leaf) -> bool` (what it returns counts as true or
-        false, as in an `if`); or a tree of Python bools, which may
-        be a prefix of `params`.
+        path; a predicate `(path, leaf) -> bool` (its result counts as true or false, as
+        in an `if`); or a tree of Python bools, which may be a prefix of `params`.
 
     Returns:
       A tree of Python bools with the structure of `params`.

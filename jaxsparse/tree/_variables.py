@@ -13,7 +13,7 @@ def unwrap_variables(tree: PyTree) -> PyTree:
     """Replace every NNX variable by the array that it holds.
 
     `nnx.Optimizer` wraps each array of an optimizer state, and `nnx.state` each
-    parameter; what is left after this has the structure of `nnx.as_pure(...)`.
+    parameter; the result has the structure of `nnx.as_pure(...)`.
 
     Args:
       tree: any pytree.
