@@ -71,12 +71,14 @@ print(f"dense: {accuracy(apply_fn, params):.1%}")
 # ## Which channels belong together
 #
 # The residual connection couples the outputs of two convolutions and the input of the
-# last layer. The trace finds it out.
+# last layer. The trace finds them. `print(groups)` also shows the axes that may not be
+# pruned, with the line of the model that says so.
 
 # %%
 trace = js.trace(apply_fn, params, x_train[:64])
 groups = js.coupling.groups(trace)
-print(groups)
+for name, group in groups.prunable.items():
+    print(name, group.size, [member.path for member in group.members])
 
 # %% [markdown]
 # ## Choose, compensate, narrow
