@@ -166,7 +166,7 @@ def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
 
     Differs from Torch-Pruning (Fang et al. 2023, arXiv:2301.12900), which follows index
     lists through the autograd graph of modules that it knows, and takes other ones for
-    elementwise: here what is not understood is frozen, and `Group.reasons` say where.
+    elementwise: here unknown operations freeze an axis, and `Group.reasons` say where.
 
     Args:
       trace: of `js.trace`.

@@ -41,7 +41,7 @@ class BlockFisher:
     Attributes:
       roots: for each parameter `R`, a triangle of shape `[*lead, b, b]`.
       diagonals: for each parameter the diagonal of `F^-1`, `[*lead, b]`.
-      damping: what was added to the diagonal, a scalar.
+      damping: the number added to the diagonal, a scalar.
       treedef: the structure of the gradients.
       layouts: for each parameter how it is cut into blocks.
       accurate: whether `R` was found in float64.
@@ -78,8 +78,8 @@ def block_fisher(
 
     A kernel is read as a matrix `[d_out, d_in]`, row by row (torch's order, that of the
     papers): neighbours are inputs of one output. Blocks do not cross layers stacked
-    along batch axes; the last one of a layer may be smaller. What is zero in every
-    gradient, a masked weight, is apart from the rest: `F^-1` there is `1 / damping`.
+    along batch axes; the last one of a layer may be smaller. Weights whose gradients
+    are all zero (masked weights) are decoupled; their entry of `F^-1` is `1 / damping`.
 
     Differs from the reference implementations: they update `F^-1` by one gradient after
     another, for one damping, m times through `d * block_size` numbers in float32; with
@@ -100,8 +100,8 @@ def block_fisher(
     Blocks much larger than m are cheaper without their matrix: see `mfac`.
 
     Args:
-      grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for what
-        takes no part.
+      grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for
+        parameters that take no part.
       block_size: the weights of a block.
       damping: added to the diagonal. oBERT takes 1e-7, WoodFisher 1e-5. A larger one
         tends to magnitude pruning, a smaller one trusts few gradients too much.

@@ -44,7 +44,7 @@ class MFac:
     Attributes:
       grads: for each parameter `[m, *shape]`, as they were given: not copied.
       root: the triangle `R` with `R^T R = (m * damping * I + G G^T)^-1`, `[m, m]`.
-      damping: what was added to the diagonal, a scalar.
+      damping: the number added to the diagonal, a scalar.
       treedef: the structure of the gradients.
       paths: of the parameters that take part.
       accurate: whether `R` was found in float64.
@@ -94,8 +94,8 @@ def mfac(
     and m = 256: 3.6 TB in bf16, 45 devices of 80 GB; block Fisher takes less.
 
     Args:
-      grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for what
-        takes no part. They are kept, not copied.
+      grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for
+        parameters that take no part. They are kept, not copied.
       damping: added to the diagonal; the paper takes 1e-5 for pruning.
       rel_damping: instead of it a factor for the mean diagonal of F, of all weights.
       block_size: None for one matrix over all weights; else each block of so many

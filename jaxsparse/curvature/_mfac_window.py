@@ -68,7 +68,7 @@ def window_init(
       window: how many gradients it holds, m. All m rows count from the start, also
         those which are still zeros: `F = damping I + (1/m) sum g g^T` as in the
         reference implementation.
-      damping: what is added to the diagonal of F.
+      damping: the number added to the diagonal of F.
       dtype: that in which gradients are kept; that of their parameters if None.
         Sums are made in float32 at least. (In 16 bits a step takes 1.5 times as long
         on CPU.)

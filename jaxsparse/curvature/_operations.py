@@ -20,7 +20,7 @@ def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
         part; others may be there too and are not looked at.
 
     Returns:
-      A tree with the structure of the gradients: None for what takes no part.
+      A tree with the structure of the gradients: None for parameters that take no part.
 
     Raises:
       ValueError: a parameter is missing, or of another shape.
@@ -43,8 +43,8 @@ def inverse_diagonal(fisher: Fisher) -> PyTree:
       fisher: an approximation of the Fisher matrix.
 
     Returns:
-      A tree with the structure of the gradients, leaves of the parameters' shapes;
-      None for what takes no part.
+      A tree with the structure of the gradients, leaves of the parameters' shapes; None
+      for parameters that take no part.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

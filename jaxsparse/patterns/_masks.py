@@ -20,7 +20,7 @@ class Pruned(NamedTuple):
     """A pruned model.
 
     Attributes:
-      params: the parameters; what was removed is exactly 0.
+      params: the parameters; removed weights are exactly 0.
       masks: a tree of bools, True = kept.
     """
 

@@ -121,12 +121,12 @@ def remove_channels(
 ) -> RemovedChannels:
     """Remove whole inputs of a layer; the remaining ones compensate.
 
-    Again and again it removes the blocks with the lowest `channel_errors`, given what
-    is gone, changes the other columns by `-W_S C_SS^-1 C_S:` and takes `S` out of
-    `C = (G + damping I)^-1` by the Schur complement `C -= C_:S C_SS^-1 C_S:`. One block
-    at a time (the default) is SlimGPT for heads (Ling et al. 2024, arXiv:2412.18110),
-    all at once OBSPA (Wang et al. 2024, arXiv:2403.18955). The result's weights are
-    those of `refit_channels` for what is kept, which is where the steps lead to.
+    It repeatedly removes the blocks with the lowest `channel_errors`, given the earlier
+    removals, changes the other columns by `-W_S C_SS^-1 C_S:` and takes `S` out of `C =
+    (G + damping I)^-1` by the Schur complement `C -= C_:S C_SS^-1 C_S:`. One block at a
+    time (the default) is SlimGPT for heads (Ling et al. 2024, arXiv:2412.18110), all at
+    once OBSPA (Wang et al. 2024, arXiv:2403.18955). The resulting weights equal
+    `refit_channels` on the kept inputs, to which the steps lead.
 
     The count rule holds for blocks. Between equal errors the block of the lower number
     is kept. Dead inputs (all-zero rows of the gram) cost nothing and are the first to

@@ -73,7 +73,7 @@ def sparsegpt(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: what was pruned before; True = kept.
+      mask: the mask of earlier pruning; True = kept.
       block_size: columns of which the weights compete, 128 in the paper.
       rel_damping: relative to the mean of the gram's diagonal. Not used for a factor.
       damping: an absolute one in its place.

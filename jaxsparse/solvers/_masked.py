@@ -34,7 +34,8 @@ def wanda(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("output" or "layer")`, or `NM`.
-      mask: what was pruned before; True = kept. It stays removed, and counts.
+      mask: the mask of earlier pruning; True = kept. Removed weights stay removed, and
+        count.
 
     Returns:
       The weights, mask and info.
@@ -68,7 +69,8 @@ def magnitude(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: what was pruned before; True = kept. It stays removed, and counts.
+      mask: the mask of earlier pruning; True = kept. Removed weights stay removed, and
+        count.
 
     Returns:
       The weights, mask and info.

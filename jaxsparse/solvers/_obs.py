@@ -88,14 +88,14 @@ def obs(
         needs it: no weights can be taken out of one.
 
     Returns:
-      The pruned parameters and their masks. What is removed is exactly 0; what takes no
-      part stays bit for bit.
+      The pruned parameters and their masks. Removed weights are exactly 0; parameters
+      that take no part stay bit for bit.
 
     Raises:
       ValueError: a parameter that is selected but not in `fisher`, or has other units
         there; masks that already remove more than asked for (in eager use; under jit
         that stays removed); what `jaxsparse.patterns.masks` raises.
-      TypeError: an approximation that cannot do what is asked for.
+      TypeError: an approximation that does not support the request.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

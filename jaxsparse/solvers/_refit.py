@@ -52,7 +52,7 @@ def refit(
       damping: an absolute one in its place.
 
     Returns:
-      The weights, mask and info. Kept weights of dead inputs stay those of `w`.
+      The weights, mask and info. Kept weights of dead inputs keep their values in `w`.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, and, for the exact method, a

@@ -48,7 +48,7 @@ class Solved(NamedTuple):
     """A pruned layer.
 
     Attributes:
-      w: `[d_out, d_in]`, of the dtype that was given; what was removed is exactly 0.
+      w: `[d_out, d_in]`, of the dtype that was given; removed weights are exactly 0.
       mask: bool, `[d_out, d_in]`, True = kept.
       info: `SolveInfo`.
     """

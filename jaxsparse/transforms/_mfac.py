@@ -114,7 +114,7 @@ def mfac(
       learning_rate: a number or a schedule; 1e-3 in the reference implementation,
         1e-4 for its BERT models.
       window: how many gradients.
-      damping: what is added to the diagonal of F.
+      damping: the number added to the diagonal of F.
       momentum: of the average of the products, in [0, 1); none by default, as in the
         reference implementation.
       weight_decay: L2 regularisation.

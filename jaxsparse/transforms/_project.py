@@ -108,8 +108,8 @@ def init_sparse(
 
     Raises:
       ValueError: `tx` holds no pruning transformation.
-      TypeError: `tx` is no transformation, or `params` holds what is no array; as when
-        the two are swapped.
+      TypeError: `tx` is no transformation, or `params` holds a leaf that is no array;
+        as when the two are swapped.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js

@@ -103,8 +103,8 @@ def masks_of(opt_state: PyTree) -> PyTree:
         (`optimizer.opt_state`), or inside any wrapper.
 
     Returns:
-      A tree of bools with the structure of the parameters, True = kept. What is hidden
-      from the pruning transformation by `optax.masked` or `optax.partition` has a
+      A tree of bools with the structure of the parameters, True = kept. Parameters that
+      `optax.masked` or `optax.partition` hides from the pruning transformation have a
       scalar True. For NNX it has the structure of `nnx.as_pure(nnx.state(model, ...))`.
 
     Raises:
