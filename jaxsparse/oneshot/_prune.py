@@ -41,9 +41,10 @@ def prune(
         ...                                                       # fine-tune
         more = js.prune(params, 0.8, score=score, masks=half.masks)
 
-    The parameters stay dense arrays with zeros in them: a masked dense layer is neither
-    faster nor smaller than before. To make a model faster and smaller, remove whole
-    channels, heads, experts or blocks: `js.narrowing.narrow`.
+    The pruned model is not faster: the parameters stay dense arrays with zeros in them,
+    and a masked dense layer is neither faster nor smaller than before. To make a model
+    faster and smaller, remove whole channels, heads, experts or blocks:
+    `js.narrowing.narrow`.
 
     Args:
       params: a tree of arrays.
