@@ -1,6 +1,7 @@
 """Scores of some arrays at a time: those of all are a second copy of a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -22,7 +23,8 @@ def in_parts(
     Under jit it is one part: XLA makes scores when they are needed.
     """
     leaves, treedef = jax.tree.flatten(params)
-    parts = _parts(leaves, jax.tree.leaves(selected))
+    taken = zip(leaves, jax.tree.leaves(selected), strict=True)
+    parts = parts_of({i: x.size for i, (x, take) in enumerate(taken) if take}, _LEAST)
     traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
     if traced or len(parts) < 2:
         return choose(treedef.unflatten(score(leaves)), selected)
@@ -44,15 +46,14 @@ def in_parts(
     return treedef.unflatten(masks)
 
 
-def _parts(leaves: Sequence[Array], selected: Sequence[bool]) -> list[list[int]]:
-    """Indices of what is selected, in lists of similar size."""
-    sizes = {i: x.size for i, x in enumerate(leaves) if selected[i]}
-    most = max(_LEAST, sum(sizes.values()) // _PARTS)
-    parts, filled = [], most
-    for i, size in sizes.items():
-        if filled + size > most:
+def parts_of(sizes: Mapping[Any, int], least: int) -> list[list[Any]]:
+    """The keys of some sizes, in lists of similar size that are not too small."""
+    most = max(least, sum(sizes.values()) // _PARTS)
+    parts, filled = [], 0
+    for key, size in sizes.items():
+        if not parts or filled + size > most:
             parts.append([])
             filled = 0
-        parts[-1].append(i)
+        parts[-1].append(key)
         filled += size
     return parts

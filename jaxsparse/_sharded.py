@@ -1,5 +1,6 @@
 """Functions with reshapes on arrays whose sharding is part of their type."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,31 +15,50 @@ from jax.sharding import PartitionSpec as P
 from jaxsparse._typing import Array
 
 
-def sharded_like(
+def with_auto_axes(
+    f: Callable[..., Any], specs: Callable[[Any], Any], *args: Any
+) -> Any:
+    """`f(*args)`, within which the compiler decides how arrays are sharded.
+
+    On a mesh with explicit axes JAX asks it of every sum and reshape, and for a tile
+    that lies on two devices it cannot be said. The results alone are stated:
+    `specs(results)` makes their specs of their shapes.
+    """
+    mesh = explicit_mesh(jax.tree.leaves(args))
+    if mesh is None:
+        return f(*args)
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    lie = lambda spec: NamedSharding(mesh, spec)
+    stated = specs(jax.eval_shape(f, *plain))
+    shardings = jax.tree.map(lie, stated, is_leaf=lambda x: isinstance(x, P))
+    automatic: Any = jax.sharding.auto_axes(f, out_sharding=shardings)
+    return automatic(*args)
+
+
+def everywhere(results: Any) -> Any:
+    """Specs for `with_auto_axes`: all results on all devices."""
+    return jax.tree.map(lambda _: P(), results)
+
+
+def sharded_like(f: Callable[..., Array], x: Array, *rest: Array) -> Array:
+    """`f(x, *rest)`, sharded as `x` along the axes that are as long as its."""
+    return with_auto_axes(f, functools.partial(_spec_like, x), x, *rest)
+
+
+def each_sharded_like(
     f: Callable[..., list[Array]], arrays: Sequence[Array], *rest: Array
 ) -> list[Array]:
-    """Calls `f(arrays, *rest)`; each result is sharded as its array.
+    """`f(arrays, *rest)`, each result sharded as its array."""
+    specs = lambda results: list(map(_spec_like, arrays, results))
+    return with_auto_axes(f, specs, list(arrays), *rest)
 
-    On a mesh with explicit axes JAX asks of every reshape how its result is sharded,
-    which for a tile that lies on two devices cannot be said. There the compiler decides
-    within `f`, as it does on a mesh with automatic axes, and the results alone are
-    stated: an axis is sharded where it is as long as in the array.
-    """
-    mesh = explicit_mesh(arrays)
-    if mesh is None:
-        return f(list(arrays), *rest)
-    plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    results = jax.eval_shape(f, [plain(x) for x in arrays], *map(plain, rest))
-    shardings = []
-    for x, result in zip(arrays, results, strict=True):
-        spec = [None] * result.ndim
-        if result.ndim == x.ndim:
-            parts = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)
-            sizes = zip(parts, x.shape, result.shape, strict=False)
-            spec = [part if n == m else None for part, n, m in sizes]
-        shardings.append(NamedSharding(mesh, P(*spec)))
-    automatic: Any = jax.sharding.auto_axes(f, out_sharding=shardings)
-    return automatic(list(arrays), *rest)
+
+def _spec_like(x: Array, result: Any) -> P:
+    if result.ndim != x.ndim:
+        return P(*[None] * result.ndim)
+    parts = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)
+    sizes = zip(parts, x.shape, result.shape, strict=False)
+    return P(*[part if n == m else None for part, n, m in sizes])
 
 
 @jax.jit

@@ -18,6 +18,7 @@ from jaxsparse._checks._kinds import check_where as check_where
 from jaxsparse._checks._kinds import explained as explained
 from jaxsparse._checks._memory import check_fits as check_fits
 from jaxsparse._checks._memory import check_window_fits as check_window_fits
+from jaxsparse._checks._trees import broadcasts as broadcasts
 from jaxsparse._checks._trees import check_arrays as check_arrays
 from jaxsparse._checks._trees import check_bools as check_bools
 from jaxsparse._checks._trees import check_like as check_like

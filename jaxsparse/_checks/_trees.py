@@ -84,6 +84,12 @@ def check_shape(
         )
 
 
+def broadcasts(shape: Any, full: Any) -> bool:
+    """Whether a mask of a shape is one of a parameter of the shape `full`."""
+    pairs = zip(shape, full, strict=False)
+    return not shape or (len(shape) == len(full) and all(m in (1, n) for m, n in pairs))
+
+
 def check_bools(masks: PyTree, *, name: str = "masks") -> None:
     """Raises unless `masks` is a tree of arrays of bools."""
     if masks is None:
@@ -111,10 +117,8 @@ def same_structure(
     """Raises unless two trees have the same structure, naming what differs."""
     if jax.tree.structure(got) == jax.tree.structure(expected):
         return
-
-    def paths(tree):
-        return {_path(p): None for p, _ in jax.tree_util.tree_leaves_with_path(tree)}
-
+    leaves = jax.tree_util.tree_leaves_with_path
+    paths = lambda tree: {_path(p): None for p, _ in leaves(tree)}
     got_paths, expected_paths = paths(got), paths(expected)
     missing = [p for p in expected_paths if p not in got_paths]
     extra = [p for p in got_paths if p not in expected_paths]

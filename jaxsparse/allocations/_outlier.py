@@ -158,8 +158,6 @@ def arithmetic_progression(
     """
     _checks.check_arrays(abstract=True, params=params)
     _checks.check_number(above=-1, below=1, difference=difference)
-    if not -1 < difference < 1:
-        raise ValueError(f"difference must lie in (-1, 1), got {difference!r}.")
     blocks = grouped(params, sparsity, where, groups)
     wanted = {k: i * difference for i, k in enumerate(sorted(blocks, key=_natural))}
     return by_shift(params, sparsity, where, blocks, wanted)

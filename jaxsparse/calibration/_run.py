@@ -12,7 +12,7 @@ from jaxsparse import _checks
 from jaxsparse._compiled import Keyed
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.calibration._stats import RunningStats, finalize, init, merge, unseen
+from jaxsparse.calibration._stats import RunningStats, finalize, merge, unseen
 from jaxsparse.calibration.capture import capture
 from jaxsparse.calibration.finite import (
     check_batch,
@@ -21,7 +21,7 @@ from jaxsparse.calibration.finite import (
     input_flags,
     not_finite,
 )
-from jaxsparse.calibration.rows import contribution, reading_key
+from jaxsparse.calibration.rows import contribution, flattened, placed, reading_key
 from jaxsparse.calibration.selected import selected_kernels
 from jaxsparse.calibration.statistics import Statistics
 from jaxsparse.calibration.weights import batch_weight, weight_of_rows
@@ -247,13 +247,7 @@ def _placed(
     scans = len(reading.scans)
     lead = part.count.ndim
     assert lead == scans + 1, "a leading axis for each scan, and one of the equation"
-    flat = lambda x: x.reshape(-1, *x.shape[lead:])
-    part = jax.tree.map(flat, part)
     total = int(np.prod(view.batch)) if view.batch else 1
-    if not np.array_equal(at, np.arange(total)):
-        empty = init(
-            (total,), view.d_in, gram=part.products is not None, dtype=part.mean.dtype
-        )
-        part = jax.tree.map(lambda e, x: e.at[jnp.asarray(at)].set(x), empty, part)
+    part = placed(flattened(part), at, total)
     shaped = jax.tree.map(lambda x: x.reshape(*view.batch, *x.shape[1:]), part)
     return shaped if state is None else merge(state, shaped)

@@ -6,17 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _checks
 from jaxsparse._host import on_host
-from jaxsparse._sharded import explicit_mesh
+from jaxsparse._sharded import with_auto_axes
 from jaxsparse._typing import Array
 from jaxsparse.calibration.statistics import InputStats, Statistics, check_statistics
-
-HIGHEST = lax.Precision.HIGHEST
+from jaxsparse.linalg.factor import HIGHEST
 
 
 class RunningStats(NamedTuple):
@@ -297,18 +294,10 @@ def _spec(x: Array) -> tuple[Any, ...]:
 def _with_spec(f: Callable[..., Any], spec: tuple[Any, ...], *args: Any) -> Any:
     """`f(*args)` with results sharded as `spec`, which is for `[*batch, d_in]`.
 
-    On a mesh with explicit axes JAX asks where a sum over sharded rows is to lie, and
-    refuses a product of a sharded vector with itself. There the compiler decides
-    within `f`.
+    On explicit axes JAX refuses a product of a sharded vector with itself.
     """
-    mesh = explicit_mesh(jax.tree.leaves(args))
-    if mesh is None:
-        return f(*args)
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-    lie = lambda r: NamedSharding(mesh, P(*(*spec, None)[: r.ndim]))
-    shardings = jax.tree.map(lie, jax.eval_shape(f, *plain))
-    automatic: Any = jax.sharding.auto_axes(f, out_sharding=shardings)
-    return automatic(*args)
+    lie = lambda result: P(*(*spec, None)[: result.ndim])
+    return with_auto_axes(f, lambda results: jax.tree.map(lie, results), *args)
 
 
 def _check_rows(state: RunningStats, x: Array) -> None:

@@ -120,6 +120,20 @@ def contribution(
     return update(state, rows, by_row)
 
 
+def flattened(part: RunningStats) -> RunningStats:
+    """With one leading axis in the place of several."""
+    lead = part.count.ndim
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[lead:]), part)
+
+
+def placed(part: RunningStats, at: np.ndarray, total: int) -> RunningStats:
+    """Statistics at their places among those of `total` kernels, which saw nothing."""
+    if np.array_equal(at, np.arange(total)):
+        return part
+    empty = lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype)
+    return jax.tree.map(lambda x: empty(x).at[jnp.asarray(at)].set(x), part)
+
+
 def zeros_like(shapes: Any) -> Any:
     """Statistics of nothing, of these shapes."""
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -20,17 +20,11 @@ GroupWhere = str | Callable[[str, Group], bool] | None
 
 
 class Limits(NamedTuple):
-    """What each group keeps, whatever its scores.
+    """What each group keeps, whatever its scores."""
 
-    Attributes:
-      round_to: how many are kept is a multiple of this.
-      min_keep: how many are kept at least.
-      most: the fraction that may go.
-    """
-
-    round_to: int
-    min_keep: int
-    most: float
+    round_to: int  # how many are kept is a multiple of this
+    min_keep: int  # how many are kept at least
+    most: float  # the fraction that may go
 
 
 def limits_of(round_to: int, min_keep: int, max_sparsity: float | None) -> Limits:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxsparse import _checks
 from jaxsparse._dtypes import wide_dtype
@@ -17,9 +16,8 @@ from jaxsparse.channels.slices import Part, Slices, is_plain, paths_of
 from jaxsparse.channels.sums import Reduce, combined, ordered_part_sum
 from jaxsparse.coupling.grouping import Group, check_groups
 from jaxsparse.curvature import per_example_grads
+from jaxsparse.linalg.factor import HIGHEST
 from jaxsparse.tree import leaves_with_paths, map_with_path
-
-HIGHEST = lax.Precision.HIGHEST
 
 
 def fpgm(

@@ -11,6 +11,8 @@ from jaxsparse import _checks
 from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import Statistics
+from jaxsparse.calibration.statistics import check_statistics
+from jaxsparse.channels._chains import check_names
 from jaxsparse.channels._score import slices_that_count
 from jaxsparse.channels.slices import Part, others_of, paths_of
 from jaxsparse.channels.sums import combined, ordered_part_sum
@@ -72,9 +74,7 @@ def flap_scores(
       >>> js.channels.flap_scores(groups, params, stats)["up[1]"].round(3)
       Array([4., 0.], dtype=float32)
     """
-    _checks.check_is(
-        Statistics, "js.calibration.run(trace, params, batches)", stats=stats
-    )
+    check_statistics(stats)
     _checks.check_arrays(params=params)
     slices = slices_that_count(groups, params, where, roles=("input",))
     readers = set(paths_of(slices))
@@ -134,9 +134,7 @@ def flap_compensation(
       >>> js.channels.flap_compensation(groups, params, stats, drop)["down"]["bias"]
       Array([10.], dtype=float32)
     """
-    _checks.check_is(
-        Statistics, "js.calibration.run(trace, params, batches)", stats=stats
-    )
+    check_statistics(stats)
     _checks.check_arrays(params=params)
     _checks.check_choice(("error", "skip"), missing=missing)
     if not isinstance(drop, Drop):
@@ -192,13 +190,10 @@ def _removed(
                 f"{name}: drop must hold integer indices, as js.channels.drop_lowest "
                 f"gives; got {_checks.shown(gone)}."
             )
-        if name not in groups:
-            raise ValueError(
-                f"{name}: drop names it, and there is no such group; the nearest: "
-                f"{nearest(name, list(groups))}."
-            )
+    check_names("drop", indices, groups)
     dropped = {n: groups[n] for n, gone in indices.items() if np.size(gone)}
-    readers = {n: g for n, g in dropped.items() if _is_read(g)}
+    is_read = lambda group: any(m.role == "input" for m in group.members)
+    readers = {n: g for n, g in dropped.items() if is_read(g)}
     if not readers:
         return {}
     every = lambda path, leaf: True
@@ -221,10 +216,6 @@ def _removed(
             here = np.expand_dims(flat[part.labels], others)
             found[part.path] = found.get(part.path, np.zeros((), bool)) | here
     return found
-
-
-def _is_read(group: Group) -> bool:
-    return any(m.role == "input" for m in group.members)
 
 
 def _groups_of(

@@ -6,6 +6,7 @@ copies: what tells heads or experts of one layer apart is kept. With `per_copy=T
 each copy has its own, which is what the layers of a scanned model want.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -219,11 +220,8 @@ def lamp(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
                 "normalize_range and standardize take scores of either sign."
             )
 
-    def rows(arrays: list[Array]) -> list[Array]:
-        (x,) = arrays
-        return [jax.vmap(_lamp)(x.reshape(-1, x.shape[-1])).reshape(x.shape)]
-
-    return _each(lambda x: sharded_like(rows, [x])[0], scores, per_copy)
+    rows = lambda x: jax.vmap(_lamp)(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+    return _each(functools.partial(sharded_like, rows), scores, per_copy)
 
 
 def _lamp(x: Array) -> Array:

@@ -15,7 +15,9 @@ from jaxsparse import _checks, solvers
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import Statistics
 from jaxsparse.calibration.finite import check_params
+from jaxsparse.calibration.statistics import check_statistics
 from jaxsparse.channels._score import slices_that_count
+from jaxsparse.channels._select import drop_lowest
 from jaxsparse.channels.slices import Part
 from jaxsparse.coupling import Drop, Group
 from jaxsparse.coupling.grouping import check_groups
@@ -77,11 +79,7 @@ def obs_errors(
       >>> (scores["up[1]"] > 0.01).tolist()    # the first and the last are the same
       [False, True, False]
     """
-    _checks.check_is(
-        Statistics, "js.calibration.run(trace, params, batches)", stats=stats
-    )
-    check_groups(groups)
-    _checks.check_arrays(params=params)
+    _check(groups, params, stats)
     factors = _Factors(stats, rel_damping)
     found = {}
     for name, readers in _readers(groups, params, stats, where).items():
@@ -142,13 +140,7 @@ def obs_greedy(
       >>> js.channels.obs_greedy(groups, params, stats, 0.3).indices["up[1]"]
       array([2])
     """
-    _checks.check_is(
-        Statistics, "js.calibration.run(trace, params, batches)", stats=stats
-    )
-    check_groups(groups)
-    _checks.check_arrays(params=params)
-    from jaxsparse.channels._select import drop_lowest
-
+    _check(groups, params, stats)
     factors = _Factors(stats, rel_damping)
     readers = _readers(groups, params, stats, where)
     drop = Drop({}, {})
@@ -225,12 +217,8 @@ def obs_refit(
       >>> new["down"].round(2).ravel().tolist()
       [1.5, 2.0, 0.0]
     """
-    _checks.check_is(
-        Statistics, "js.calibration.run(trace, params, batches)", stats=stats
-    )
+    _check(groups, params, stats)
     _checks.check_is(Drop, "js.channels.drop_lowest(...)", drop=drop)
-    check_groups(groups)
-    _checks.check_arrays(params=params)
     dropped = {n: groups[n] for n, gone in drop.indices.items() if np.size(gone)}
     if not dropped:
         return params
@@ -259,20 +247,20 @@ def obs_refit(
     return map_with_path(new.get, params)
 
 
-class _Reader(NamedTuple):
-    """A kernel that reads a group.
+def _check(groups: Any, params: PyTree, stats: Any) -> None:
+    check_statistics(stats)
+    check_groups(groups)
+    _checks.check_arrays(params=params)
 
-    Attributes:
-      path: its path.
-      view: how it is read as matrices.
-      leaf: the kernel.
-      labels: `[*batch, d_in]`, of each column the place in the group's flat `[*copies,
-        size]`, -1 for none.
-    """
+
+class _Reader(NamedTuple):
+    """A kernel that reads a group."""
 
     path: str
-    view: MatrixView
+    view: MatrixView  # how it is read as matrices
     leaf: Any
+    # `[*batch, d_in]`, of each column the place in the group's flat `[*copies, size]`,
+    # -1 for none
     labels: np.ndarray
 
     def matrices(self) -> Iterator[tuple[tuple[int, ...], Array, np.ndarray]]:

@@ -60,17 +60,27 @@ def scaled_updates(
     Exactly 0.0 where the factor is 0, and `u` itself where it is 1. They take the
     parameter's dtype, without which neither would hold.
     """
-    leaves = dict(leaves_with_paths(params))
 
-    def one(path: str, u: Array) -> Array:
-        if path not in factors:
-            return u
-        return sharded_like(move, [u], leaves[path], factors[path])[0]
-
-    def move(us: list[Array], w: Array, factor: Array) -> list[Array]:
+    def move(u: Array, factor: Array, w: Array) -> Array:
         wide = as_wide(w)
-        moved = (wide + us[0].astype(wide.dtype)) * factor.astype(wide.dtype)
+        moved = (wide + u.astype(wide.dtype)) * factor.astype(wide.dtype)
         changed = jnp.where(factor == 0, -w, (moved - wide).astype(w.dtype))
-        return [jnp.where(factor == 1, us[0].astype(w.dtype), changed)]
+        return jnp.where(factor == 1, u.astype(w.dtype), changed)
 
-    return map_with_path(one, updates)
+    return map_at(move, updates, factors, dict(leaves_with_paths(params)))
+
+
+def map_at(
+    f: Callable[..., Array],
+    tree: PyTree,
+    found: Mapping[str, Array],
+    *others: Mapping[str, Array],
+) -> PyTree:
+    """`f(leaf, found, *others)` for the leaves whose path is in `found`."""
+
+    def one(path: str, x: Array) -> Array:
+        if path not in found:
+            return x
+        return sharded_like(f, x, found[path], *(other[path] for other in others))
+
+    return map_with_path(one, tree)

@@ -23,30 +23,20 @@ PRODUCERS = ("output", "batch", "other")
 
 
 class Part(NamedTuple):
-    """Where the indices of a group lie in one parameter.
-
-    Attributes:
-      path: the parameter's path.
-      axes: those of its axes that tell which index, and which copy.
-      labels: over those axes the place in the group's flat `[*copies, size]`, int32; -1
-        where there is none.
-    """
+    """Where the indices of a group lie in one parameter."""
 
     path: str
-    axes: tuple[int, ...]
+    axes: tuple[int, ...]  # those of its axes that tell which index, and which copy
+    # Over those axes the place in the group's flat `[*copies, size]`, int32; -1 where
+    # there is none
     labels: np.ndarray
 
 
 class Slices(NamedTuple):
-    """The slices of a group.
+    """The slices of a group."""
 
-    Attributes:
-      shape: `(*copies, size)`.
-      parts: one for each member that takes part.
-    """
-
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    shape: tuple[int, ...]  # `(*copies, size)`
+    parts: tuple[Part, ...]  # one for each member that takes part
 
 
 def slices_of(

@@ -3,16 +3,14 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxsparse._dtypes import as_wide, wide_dtype
-from jaxsparse._sharded import explicit_mesh
+from jaxsparse._sharded import everywhere, with_auto_axes
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.channels.slices import (
     Part,
@@ -57,15 +55,8 @@ def combined(
         found = list(map(jnp.abs, found)) if absolute else found
         return _reduced(found, parts, reduce).reshape(s.shape)
 
-    mesh = explicit_mesh(list(leaves.values()))
-    if mesh is None:
-        return all_groups(leaves)
     # Sums over differently sharded axes cannot be added where shardings are types.
-    plain = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in leaves.items()}
-    everywhere = lambda _: NamedSharding(mesh, P())
-    shardings: Any = jax.tree.map(everywhere, jax.eval_shape(all_groups, plain))
-    automatic: Any = jax.sharding.auto_axes(all_groups, out_sharding=shardings)
-    return automatic(leaves)
+    return with_auto_axes(all_groups, everywhere, leaves)
 
 
 def _reduced(found: list[Array], parts: list[Part], reduce: Reduce) -> Array:
@@ -73,7 +64,9 @@ def _reduced(found: list[Array], parts: list[Part], reduce: Reduce) -> Array:
     arrays = [x.astype(dtype) for x in found]
     if reduce == "sum":
         return sum(arrays[1:], start=arrays[0])
-    present = np.stack([_present(part, arrays[0].size) for part in parts])
+    # Which indices a member has at all.
+    count = lambda x: np.bincount(x[x >= 0], minlength=arrays[0].size)
+    present = np.stack([count(part.labels) > 0 for part in parts])
     if reduce == "mean":
         total = sum(arrays[1:], start=arrays[0])
         return total / jnp.asarray(np.maximum(present.sum(0), 1), dtype)
@@ -93,11 +86,6 @@ def _reduced(found: list[Array], parts: list[Part], reduce: Reduce) -> Array:
 
 
 _JOINS = {"max": (-jnp.inf, jnp.maximum), "prod": (1.0, jnp.multiply)}
-
-
-def _present(part: Part, size: int) -> np.ndarray:
-    """Which indices a member has at all."""
-    return np.bincount(part.labels[part.labels >= 0], minlength=size) > 0
 
 
 def part_sum(part: Part, x: Array, shape: tuple[int, ...]) -> Array:

@@ -11,20 +11,38 @@ A record in the stamp has `shape` and `dtype`, and where it needs them
 Arrays without elements are in the stamp alone: orbax does not write them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import _checks
+from jaxsparse import _bits, _checks
 from jaxsparse._text import path_text, shown
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.checkpoint import _packing
 from jaxsparse.tree import leaves_with_paths
 
 Record = dict[str, Any]
 Sharding = jax.sharding.Sharding
+Items = dict[str, dict[str, Any]]
+"""By item of a checkpoint (params, opt_state, masks) and by name of a leaf."""
+
+
+def map_items(f: Callable[[str, str, Any], Any], items: Items) -> Items:
+    """`f(item, name, x)` for all."""
+    return {
+        item: {name: f(item, name, x) for name, x in named.items()}
+        for item, named in items.items()
+    }
+
+
+def where_written(items: Items, records: Items) -> Items:
+    """What of some items is on disk."""
+    return {
+        item: {n: x for n, x in named.items() if is_written(records[item][n])}
+        for item, named in items.items()
+    }
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -80,8 +98,8 @@ def encode(name: str, leaf: Any) -> tuple[Record, Any]:
     if isinstance(leaf, jax.Array) and _is_local(leaf.sharding):
         leaf = np.asarray(leaf)
     if leaf.dtype == np.bool_ and leaf.ndim:
-        record["packed_axis"] = axis = _packing.choose_axis(leaf)
-        return record, _packing.pack(leaf, axis)
+        record["packed_axis"] = axis = _bits.choose_axis(leaf)
+        return record, _bits.pack(leaf, axis)
     return record, leaf
 
 
@@ -125,7 +143,7 @@ def written_place(record: Record, place: Sharding | None) -> Sharding | None:
         return None
     if "packed_axis" not in record:
         return place
-    return _packing.whole_bytes(place, tuple(record["shape"]), record["packed_axis"])
+    return _bits.whole_bytes(place, tuple(record["shape"]), record["packed_axis"])
 
 
 def decode(
@@ -140,7 +158,7 @@ def decode(
     elif written is None:
         written = _without_elements(shape, record, template)
     elif "packed_axis" in record:
-        written = _packing.unpack(written, shape, record["packed_axis"])
+        written = _bits.unpack(written, shape, record["packed_axis"])
     if isinstance(template, np.generic):
         return written[()]
     if isinstance(template, np.ndarray):

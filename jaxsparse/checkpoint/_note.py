@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxsparse import _checks
+from jaxsparse.checkpoint._schema import is_size
 from jaxsparse.checkpoint._types import type_of
 from jaxsparse.coupling import Drop
 
@@ -49,7 +51,7 @@ def parsed(text: str, crc: int | None) -> dict[str, Any]:
         shapes, crcs = _of(note, "shapes", list), _of(note, "crc32", int)
         for name in types:
             shape = shapes.get(name)
-            if name not in crcs or shape is None or not all(map(_is_size, shape)):
+            if name not in crcs or shape is None or not all(map(is_size, shape)):
                 raise ValueError(f"of {name} it says no shape or no CRC-32")
     if note.get("drop") is not None:
         drop = note["drop"]
@@ -76,10 +78,7 @@ def check_masks(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
         if owner is None:
             raise ValueError(f"{name} is a mask without a parameter params/{rest}")
         full = owner[0]
-        fits = len(shape) == len(full) and all(
-            m in (1, n) for m, n in zip(shape, full, strict=True)
-        )
-        if shape and not fits:
+        if not _checks.broadcasts(shape, full):
             raise ValueError(
                 f"{name} is a mask of shape {list(shape)}, and its parameter has the "
                 f"shape {list(full)}"
@@ -94,10 +93,6 @@ def _of(note: dict[str, Any], key: str, kind: type) -> dict[str, Any]:
         if type(x) is not kind:
             raise ValueError(f"{key} of {name} is {x!r}, no {kind.__name__}")
     return found
-
-
-def _is_size(x: Any) -> bool:
-    return type(x) is int and x >= 0
 
 
 def _check_drop(drop: dict[str, Any]) -> None:

@@ -22,12 +22,7 @@ def write_npz(path: str, arrays: Mapping[str, np.ndarray], note: str, crc: int) 
 
 
 class Npz:
-    """An open `.npz` file.
-
-    Attributes:
-      note: its text, or None.
-      crc: the CRC-32 that was written with it, or None.
-    """
+    """An open `.npz` file: `note` is its text, `crc` the CRC-32 beside it."""
 
     npz = True
 

@@ -119,32 +119,22 @@ def save(
     if keep is not None:
         _checks.check_positive_int(keep, name="keep")
     trees = {"params": params, "opt_state": opt_state, "masks": masks}
-    leaves = {
-        item: _leaves.named_leaves(tree)
-        for item, tree in trees.items()
-        if tree is not None
-    }
+    trees = {item: tree for item, tree in trees.items() if tree is not None}
+    leaves = {item: _leaves.named_leaves(tree) for item, tree in trees.items()}
     if masks is not None:
-        patterns.check_masks(leaves["masks"], jax.tree.map(_shape_of, leaves["params"]))
-    encoded = {
-        item: {
-            name: _leaves.encode(shown(f"{item} {name}"), x)
-            for name, x in named.items()
-        }
-        for item, named in leaves.items()
-    }
+        # Of arrays, and of the Python numbers that a stamp keeps.
+        shape_of = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.bool_)
+        patterns.check_masks(leaves["masks"], jax.tree.map(shape_of, leaves["params"]))
+    encode = lambda item, name, x: _leaves.encode(shown(f"{item} {name}"), x)
+    encoded = _leaves.map_items(encode, leaves)
     _stamp.check_extra(extra)
-    arrays = {
-        item: {name: x for name, (_, x) in named.items() if x is not None}
-        for item, named in encoded.items()
-    }
+    records = _leaves.map_items(lambda _, __, both: both[0], encoded)
+    arrays = _leaves.map_items(lambda _, __, both: both[1], encoded)
+    arrays = _leaves.where_written(arrays, records)
     stamp = _stamp.make(
         step=step,
         checksums=_reading.checksums_of(arrays),
-        records={
-            item: {name: record for name, (record, _) in named.items()}
-            for item, named in encoded.items()
-        },
+        records=records,
         opt_state=opt_state,
         extra=extra,
     )
@@ -177,11 +167,6 @@ def save(
 
         by_the_first(finish, "save")
     return directory / str(step)
-
-
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    """Of arrays, and of the Python numbers that a stamp keeps."""
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.bool_)
 
 
 def restore(

@@ -2,22 +2,21 @@
 
 import math
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxsparse import _bits
 from jaxsparse._checksums import checksums
+from jaxsparse._parts import parts_of
 from jaxsparse._text import shown
-from jaxsparse.checkpoint import _leaves, _packing, _types
+from jaxsparse.checkpoint import _leaves, _types
 from jaxsparse.checkpoint._files import STAMP, Damaged
-
-Tree = dict[str, dict[str, Any]]
+from jaxsparse.checkpoint._leaves import Items
 
 _LEAST = 1 << 26  # bytes; what is smaller is not worth a reading of its own
-_PARTS = 8
 
 
 def checkpointer() -> ocp.Checkpointer:
@@ -25,50 +24,35 @@ def checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
-def checksums_of(arrays: Tree) -> dict[str, dict[str, int]]:
+def checksums_of(arrays: Items) -> dict[str, dict[str, int]]:
     """The CRC-32 of each array."""
     flat = {(item, n): x for item, named in arrays.items() for n, x in named.items()}
-    found = checksums(flat)
-    return {
-        item: {name: found[item, name] for name in named}
-        for item, named in arrays.items()
-    }
+    crcs = checksums(flat)
+    return _leaves.map_items(lambda item, name, _: crcs[item, name], arrays)
 
 
 def read(
-    path: pathlib.Path, stamp: dict[str, Any], templates: Tree, *, alone: bool
-) -> Tree:
+    path: pathlib.Path, stamp: dict[str, Any], templates: Items, *, alone: bool
+) -> Items:
     """The leaves of each item, in the order of its template and where that lies."""
     _check_axes(stamp)
     records = stamp["leaves"]
-    found: Tree = {item: {} for item in templates}
-    parts = list(_parts(templates, records))
-    for part in parts:
-        for item, leaves in _read_part(
-            path, stamp, part, alone=alone, partial=len(parts) > 1
-        ).items():
-            found[item] |= leaves
-    return found
-
-
-def _parts(templates: Tree, records: Tree) -> Iterator[Tree]:
-    """Some leaves at a time: what is read lies beside what is made of it."""
+    leaves: Items = {item: {} for item in templates}
     sizes = {
         (item, name): _bytes_of(records[item][name])
         for item, named in templates.items()
         for name in named
     }
-    most = max(_LEAST, sum(sizes.values()) // _PARTS)
-    part: Tree = {}
-    filled = 0
-    for (item, name), size in sizes.items():
-        if part and filled + size > most:
-            yield part
-            part, filled = {}, 0
-        part.setdefault(item, {})[name] = templates[item][name]
-        filled += size
-    if part:
-        yield part
+    # Some at a time: what is read lies beside what is made of it.
+    parts = parts_of(sizes, _LEAST)
+    for keys in parts:
+        part: Items = {}
+        for item, name in keys:
+            part.setdefault(item, {})[name] = templates[item][name]
+        read_now = _read_part(path, stamp, part, alone=alone, partial=len(parts) > 1)
+        for item, named in read_now.items():
+            leaves[item] |= named
+    return leaves
 
 
 def _bytes_of(record: _leaves.Record) -> int:
@@ -82,44 +66,31 @@ def _bytes_of(record: _leaves.Record) -> int:
 def _read_part(
     path: pathlib.Path,
     stamp: dict[str, Any],
-    templates: Tree,
+    templates: Items,
     *,
     alone: bool,
     partial: bool,
-) -> Tree:
+) -> Items:
     records = stamp["leaves"]
-    places = {
-        item: {
-            name: _leaves.place_of(shown(f"{item} {name}"), x)
-            for name, x in named.items()
-        }
-        for item, named in templates.items()
-    }
-    args = {
-        item: {
-            name: _restore_args(_leaves.written_place(records[item][name], place))
-            for name, place in named.items()
-            if _leaves.is_written(records[item][name])
-        }
-        for item, named in places.items()
-    }
+    said = lambda item, name: shown(f"{item} {name}")
+    place_of = lambda item, name, x: _leaves.place_of(said(item, name), x)
+    places = _leaves.map_items(place_of, templates)
+
+    def args_of(item: str, name: str, place: Any) -> ocp.RestoreArgs:
+        return _restore_args(_leaves.written_place(records[item][name], place))
+
+    args = _leaves.map_items(args_of, _leaves.where_written(places, records))
     args = {item: named for item, named in args.items() if named}
-    read = _read_alone if alone else _read_some if partial else _read_together
-    written = read(path, args)
+    together = lambda: _read_together(path, args, partial)
+    written = _read_alone(path, args) if alone else together()
     _check(written, stamp)
-    return {
-        item: {
-            name: _leaves.decode(
-                shown(f"{item} {name}"),
-                written[item].get(name) if item in written else None,
-                records[item][name],
-                template,
-                places[item][name],
-            )
-            for name, template in named.items()
-        }
-        for item, named in templates.items()
-    }
+
+    def decode(item: str, name: str, template: Any) -> Any:
+        x = written.get(item, {}).get(name)
+        given = records[item][name], template, places[item][name]
+        return _leaves.decode(said(item, name), x, *given)
+
+    return _leaves.map_items(decode, templates)
 
 
 def check_arrays(path: pathlib.Path, stamp: dict[str, Any]) -> None:
@@ -132,18 +103,8 @@ def check_arrays(path: pathlib.Path, stamp: dict[str, Any]) -> None:
                 _check(_read_alone(path, one), stamp)
 
 
-def _read_together(path: pathlib.Path, args: Tree) -> Tree:
-    """All that was written."""
-    wanted = {
-        item: ocp.args.PyTreeRestore(restore_args=named) for item, named in args.items()
-    }
-    return _read(path, args, wanted)
-
-
-def _read_some(path: pathlib.Path, args: Tree) -> Tree:
-    """Some of what was written."""
-    wanted = {item: _some(named) for item, named in args.items()}
-    return _read(path, args, wanted)
+def _all(named: dict[str, ocp.RestoreArgs]) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(restore_args=named)
 
 
 def _some(named: dict[str, ocp.RestoreArgs]) -> ocp.args.PyTreeRestore:
@@ -152,9 +113,10 @@ def _some(named: dict[str, ocp.RestoreArgs]) -> ocp.args.PyTreeRestore:
     )
 
 
-def _read(path: pathlib.Path, args: Tree, wanted: dict[str, Any]) -> Tree:
+def _read_together(path: pathlib.Path, args: Items, partial: bool) -> Items:
     if not args:  # orbax takes nothing for everything
         return {}
+    wanted = {item: (_some if partial else _all)(named) for item, named in args.items()}
     try:
         with checkpointer() as reader:
             return reader.restore(path, args=ocp.args.Composite(**wanted))
@@ -165,8 +127,8 @@ def _read(path: pathlib.Path, args: Tree, wanted: dict[str, Any]) -> Tree:
         raise
 
 
-def _read_alone(path: pathlib.Path, args: Tree) -> Tree:
-    found: Tree = {item: {} for item in args}
+def _read_alone(path: pathlib.Path, args: Items) -> Items:
+    found: Items = {item: {} for item in args}
     for item, named in args.items():
         for name, how in named.items():
             one = _some({name: how})
@@ -190,8 +152,8 @@ def _restore_args(place: jax.sharding.Sharding | None) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=place)
 
 
-def _check(written: Tree, stamp: dict[str, Any]) -> None:
-    same: Tree = {item: {} for item in written}
+def _check(written: Items, stamp: dict[str, Any]) -> None:
+    same: Items = {item: {} for item in written}
     for item, named in written.items():
         for name, x in named.items():
             record = stamp["leaves"][item][name]
@@ -235,5 +197,5 @@ def _written_as(record: _leaves.Record) -> tuple[tuple[int, ...], np.dtype] | No
         return None
     shape = tuple(record["shape"])
     if "packed_axis" in record:
-        return _packing.packed_shape(shape, record["packed_axis"]), np.dtype(np.uint8)
+        return _bits.packed_shape(shape, record["packed_axis"]), np.dtype(np.uint8)
     return shape, _types.type_of(record["dtype"])

@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
+from jaxsparse.checkpoint._schema import is_size
 from jaxsparse.checkpoint._types import type_of
 
 _NOTE, _CRC = "jaxsparse", "jaxsparse_crc32"
@@ -76,12 +77,7 @@ def write_safetensors(
 
 
 class Safetensors:
-    """An open `.safetensors` file.
-
-    Attributes:
-      note: its text, or None.
-      crc: the CRC-32 that was written with it, or None.
-    """
+    """An open `.safetensors` file: `note` is its text, `crc` the CRC-32 beside it."""
 
     npz = False
 
@@ -155,4 +151,4 @@ def _entry(name: str, entry: Any) -> _Entry:
 
 
 def _are_sizes(x: Any) -> TypeGuard[list[int]]:
-    return isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+    return isinstance(x, list) and all(map(is_size, x))

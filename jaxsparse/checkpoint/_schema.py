@@ -34,8 +34,8 @@ def check_content(stamp: dict[str, Any]) -> None:
 def check_list(content: dict[str, Any]) -> None:
     """Raises unless a list of files says of each its size and its CRC-32."""
     for name, entry in _dictionary(content, "files").items():
-        known = isinstance(entry, list) and len(entry) == 2 and _is_size(entry[0])
-        if not known or not (entry[1] is None or _is_size(entry[1])):
+        known = isinstance(entry, list) and len(entry) == 2 and is_size(entry[0])
+        if not known or not (entry[1] is None or is_size(entry[1])):
             raise ValueError(f"of the file {name} it says {entry!r}")
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"the file {name} is not one of the checkpoint")
@@ -45,7 +45,7 @@ def _check_record(name: str, record: Any) -> None:
     if not isinstance(record, dict):
         raise ValueError(f"of {name} it says {record!r}")
     shape, dtype = record.get("shape"), record.get("dtype")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+    if not isinstance(shape, list) or not all(map(is_size, shape)):
         raise ValueError(f"the shape of {name} is {shape!r}")
     if not isinstance(dtype, str):
         raise ValueError(f"the type of {name} is {dtype!r}")
@@ -61,7 +61,7 @@ def _check_record(name: str, record: Any) -> None:
         type_of(dtype)
     except ValueError as error:
         raise ValueError(f"of {name}, {error}") from None
-    if not _is_size(record.get("packed_axis", 0)):
+    if not is_size(record.get("packed_axis", 0)):
         axis = record["packed_axis"]
         raise ValueError(f"the axis along which {name} is packed is {axis!r}")
 
@@ -73,5 +73,6 @@ def _dictionary(content: dict[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
-def _is_size(x: Any) -> bool:
+def is_size(x: Any) -> bool:
+    """Whether JSON gave an integer of at least 0."""
     return type(x) is int and x >= 0

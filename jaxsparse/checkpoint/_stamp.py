@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _checks
 from jaxsparse._text import shown
 from jaxsparse._typing import PyTree
 from jaxsparse._version import __version__
@@ -136,10 +137,7 @@ def check_masks(stamp: dict[str, Any], *, path: Any) -> None:
         if name not in masks:
             continue
         shape, full = masks[name]["shape"], params[name]["shape"]
-        fits = len(shape) == len(full) and all(
-            m in (1, n) for m, n in zip(shape, full, strict=True)
-        )
-        if masks[name]["dtype"] != "bool" or (shape and not fits):
+        if masks[name]["dtype"] != "bool" or not _checks.broadcasts(shape, full):
             said.append(
                 f"{name}: got a mask {_text(masks[name])}, expected a bool mask that "
                 f"broadcasts to {_text(params[name])}"

@@ -9,8 +9,7 @@ from jax import lax
 
 from jaxsparse import _checks
 from jaxsparse._typing import Array
-
-HIGHEST = lax.Precision.HIGHEST
+from jaxsparse.linalg.factor import HIGHEST
 
 
 class AtomicSums(NamedTuple):

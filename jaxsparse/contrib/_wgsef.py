@@ -13,11 +13,10 @@ from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.channels.nesting import nesting
 from jaxsparse.channels.scaling import factors_of, scaled_updates
-from jaxsparse.channels.slices import PRODUCERS, Slices, check_params, slices_of
+from jaxsparse.channels.slices import PRODUCERS, Slices, slices_of
 from jaxsparse.channels.sums import entry_counts, sums
 from jaxsparse.coupling import Group
-from jaxsparse.penalties import PenaltyState
-from jaxsparse.penalties.terms import check_strength, moved_leaves
+from jaxsparse.penalties.terms import check_strength, in_each_step, moved_leaves
 from jaxsparse.schedules.horizon import evaluate
 
 _HALVINGS = 50
@@ -97,14 +96,7 @@ def wgsef_prox(
     check_strength(strength)
     stated = None if costs is None else _checked_costs(costs, slices)
 
-    def init_fn(params: PyTree) -> PenaltyState:
-        check_params(slices, params)
-        nesting(slices, params, disjoint=True)
-        return PenaltyState(jnp.zeros((), jnp.int32))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        _checks.check_has_params(params)
+    def shrink(updates: PyTree, step: Array, params: PyTree) -> PyTree:
         moved = moved_leaves(slices, updates, params)
         squared = sums(slices, {p: v * v for p, v in moved.items()})
         d = stated if stated is not None else entry_counts(slices, params)
@@ -112,8 +104,8 @@ def wgsef_prox(
         norms = jnp.sqrt(jnp.concatenate([squared[name].ravel() for name in slices]))
         cost = np.concatenate(flat(d)).astype(np.float64)
         shares = jnp.asarray(cost / cost.sum(), norms.dtype)
-        lam = jnp.asarray(evaluate(strength, state.step), norms.dtype)
-        keep = 1 - jnp.asarray(evaluate(sparsity, state.step), norms.dtype)
+        lam = jnp.asarray(evaluate(strength, step), norms.dtype)
+        keep = 1 - jnp.asarray(evaluate(sparsity, step), norms.dtype)
         factor = _shrinkage(norms, shares, keep, lam)
         vectors, start = {}, 0
         for name, s in slices.items():
@@ -121,10 +113,10 @@ def wgsef_prox(
             vectors[name] = factor[start : start + n].reshape(s.shape)
             start += n
         factors = factors_of(slices, vectors, params)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        return scaled_updates(updates, params, factors), PenaltyState(step)
+        return scaled_updates(updates, params, factors)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    apart = lambda params: nesting(slices, params, disjoint=True)
+    return in_each_step(slices, shrink, apart)
 
 
 def _checked_costs(

@@ -8,7 +8,7 @@ are computed here; derivatives are programs that JAX gives.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,50 @@ _UNORDERED = frozenset({"lt", "le", "gt", "ge", "lt_to", "le_to", "max", "min"})
 def is_bad(x: Number) -> bool:
     """Whether it is known not to be finite."""
     return x is not None and not math.isfinite(x)
+
+
+class Numbers:
+    """What equations give at numbers, each looked up once in a walk."""
+
+    def __init__(self):
+        self._values: dict[Any, Number] = {}
+        self._steep: dict[Any, bool] = {}
+        self._inexact: dict[Any, bool] = {}
+
+    def value(self, eqn: Any, at: Sequence[Number]) -> Number:
+        """See `value_at`."""
+        if all(x is None for x in at):
+            return None
+        return _once(self._values, _key(eqn, at), lambda: value_at(eqn, at))
+
+    def steep(self, eqn: Any, at: Sequence[Number], which: tuple[int, ...]) -> bool:
+        """See `steep_at`."""
+        key = which, *_key(eqn, at)
+        return _once(self._steep, key, lambda: steep_at(eqn, at, which))
+
+    def inexact(self, dtype: Any) -> bool:
+        """Whether there are derivatives of a type."""
+        if dtype not in self._inexact:
+            self._inexact[dtype] = jnp.issubdtype(dtype, jnp.inexact)
+        return self._inexact[dtype]
+
+
+def _key(eqn: Any, at: Sequence[Number]) -> tuple[Any, ...]:
+    """Equal for equations that give the same at the same numbers."""
+    types = [v.aval.dtype for v in (*eqn.invars, eqn.outvars[0])]
+    # As a text, since 0.0 equals -0.0, and NaN does not equal itself.
+    return eqn.primitive, *eqn.params.items(), *types, repr(at)
+
+
+def _once(known: dict[Any, Any], key: Any, find: Callable[[], Any]) -> Any:
+    """What was found, or is; parameters that have no hash cannot be looked up."""
+    try:
+        missing = key not in known
+    except TypeError:
+        return find()
+    if missing:
+        known[key] = find()
+    return known[key]
 
 
 def value_at(eqn: Any, at: Sequence[Number]) -> Number:

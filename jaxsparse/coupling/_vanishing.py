@@ -1,10 +1,10 @@
 """Where a result is zero if its operands' masked entries are: by primitive."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxsparse.coupling._finite import Finite
-from jaxsparse.primitives import Masking, row_of
+from jaxsparse.coupling._finite import Entries, Finite, Point
+from jaxsparse.primitives import Masking, Primitive
 from jaxsparse.primitives import axes as algebra
 from jaxsparse.primitives.dims import Dims
 
@@ -34,12 +34,29 @@ class Effect(NamedTuple):
         """Whether its entries are zero where the leaf's index is masked."""
         return self.constant == 0 or leaf in self.zero
 
+    @property
+    def entries(self) -> Entries:
+        """What its masked entries are, if they are numbers."""
+        number = self.constant
+        if number == 0:
+            return Entries(self.finite.points, _ZERO)
+        rest = None if number is None else Point(number)
+        return Entries((*self.finite.points, (_ZERO, self.zero)), rest)
+
+
+_ZERO = Point(0.0)
+
 
 class Leaves:
-    """The leaves of axes, by identity; those of size 1 lose nothing."""
+    """The leaves of axes, by identity; those of size 1 lose nothing.
+
+    Most values have the axes of another one: each tuple of them is looked at once.
+    """
 
     def __init__(self):
         self._of: dict[Leaf, frozenset[Leaf]] = {}
+        self._all: dict[Dims, frozenset[Leaf]] = {}
+        self._twice: dict[Dims, frozenset[Leaf]] = {}
 
     def of(self, axis: algebra.Axis) -> frozenset[Leaf]:
         node = algebra.find(axis)
@@ -48,8 +65,11 @@ class Leaves:
             self._of[node] = frozenset(x for x in leaves if x.size > 1)
         return self._of[node]
 
-    def of_all(self, dims: Iterable[algebra.Axis]) -> frozenset[Leaf]:
-        return frozenset().union(*map(self.of, dims))
+    def of_all(self, dims: Sequence[algebra.Axis]) -> frozenset[Leaf]:
+        dims = tuple(dims)
+        if dims not in self._all:
+            self._all[dims] = frozenset().union(*map(self.of, dims))
+        return self._all[dims]
 
     def count(self, leaf: Leaf, dims: Dims) -> int:
         """In how many axes a leaf occurs."""
@@ -57,15 +77,18 @@ class Leaves:
 
     def twice(self, dims: Dims) -> frozenset[Leaf]:
         """The leaves that occur in several axes; mostly there are none."""
-        once, again = frozenset(), frozenset()
-        for found in map(self.of, dims):
-            again |= once & found
-            once |= found
-        return again
+        if dims not in self._twice:
+            once, again = frozenset(), frozenset()
+            for found in map(self.of, dims):
+                again |= once & found
+                once |= found
+            self._twice[dims] = again
+        return self._twice[dims]
 
 
 def vanishing(
     eqn: Any,
+    row: Primitive,
     ins: Sequence[Effect],
     before: Sequence[Dims],
     after: Dims,
@@ -73,9 +96,9 @@ def vanishing(
     layers: frozenset[Leaf],
 ) -> frozenset[Leaf]:
     """The leaves along which masked entries of a result are zero."""
-    row, here = row_of(eqn), layers | leaves.of_all(after)
     if row.zeros is None:
         return frozenset()
+    here = layers | leaves.of_all(after) if layers else leaves.of_all(after)
     zeros = [here if e.constant == 0 else here & e.zero for e in ins]
     for x in leaves.twice(after):
         # What is zero along one of both is not enough.

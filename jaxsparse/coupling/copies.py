@@ -36,10 +36,13 @@ def covered(trace: Trace) -> dict[Leaf, set[Leaf] | frozenset[Leaf]]:
     found: dict[Leaf, set[Leaf] | frozenset[Leaf]] = {}
     places = _Places()
     places.of(tuple(trace.layers.values()))
-    for dims, layers in _values(trace):
+    # Values of the same axes say the same; most have the axes of another one.
+    for dims, layers in dict.fromkeys(_values(trace)):
         occurrences = places.of(dims)
         for x, at in occurrences.items():
             before = found.get(x)  # only fewer than those
+            if before is not None and not before:
+                continue
             tried = occurrences if before is None else before & occurrences.keys()
             covering = {
                 b
@@ -51,10 +54,11 @@ def covered(trace: Trace) -> dict[Leaf, set[Leaf] | frozenset[Leaf]]:
         for x in layers:
             covering = (layers | occurrences.keys()) - {x}
             found[x] = found.get(x, covering) & covering
-    for gone, left in _summed(trace):
+    for gone, left in dict.fromkeys(_summed(trace)):
         summed = places.of(gone).keys()
         for x in places.of(left):
-            found[x] = found[x] - summed
+            if found[x]:
+                found[x] = found[x] - summed
     usable = {x for x in places.leaves if not _reordered(x)}
     return {x: covering & usable for x, covering in found.items()}
 

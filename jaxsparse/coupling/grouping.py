@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from jaxsparse.coupling.copies import batches
 from jaxsparse.coupling.zeros import Masked, masked_in
 from jaxsparse.primitives import axes as algebra
 from jaxsparse.program import inner
-from jaxsparse.tracing import Trace
+from jaxsparse.tracing import Kernel, Trace
 
 Role = Literal["input", "output", "batch", "other"]
 
@@ -201,7 +201,7 @@ def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
             f"allow={sorted(allowed)}: expected some of {sorted(FLAGS - NEVER)}."
         )
     return Groups({
-        name: dataclasses.replace(group, allowed=allowed)
+        name: dataclasses.replace(group, allowed=allowed) if allowed else group
         for name, (group, _) in trace.once(found_in).items()
     })
 
@@ -216,42 +216,18 @@ Found = dict[str, tuple[Group, algebra.Axis]]
 
 def found_in(trace: Trace) -> Found:
     """All groups of a trace, each with its leaf."""
-    places: dict[algebra.Axis, list[tuple[str, int, int, np.ndarray]]] = {}
-    cache: dict[algebra.Axis, list[tuple[algebra.Axis, np.ndarray]]] = {}
-    for path, dims in trace.dims.items():
-        for axis, expression in enumerate(dims):
-            node = algebra.find(expression)
-            if node not in cache:
-                cache[node] = [
-                    (x, index.astype(np.int32))
-                    for x, index in algebra.coordinates(node)
-                ]
-            for k, (x, index) in enumerate(cache[node]):
-                if x.size == 1:
-                    continue
-                places.setdefault(x, []).append((path, axis, k, index))
+    places = _places(trace)
     covering, masked, read = batches(trace), trace.once(masked_in), _read(trace)
-    roles = _Roles(trace)
-    several = {
-        (path, axis): len(algebra.coordinates(expression)) > 1
-        for path, dims in trace.dims.items()
-        for axis, expression in enumerate(dims)
-    }
-    named: dict[algebra.Axis, list[Role]] = {
-        x: [roles.of(path, axis, index) for path, axis, _, index in found]
+    names = {
+        x: next((p for p in found if p.role == "output"), found[0]).name
         for x, found in places.items()
     }
-    names: dict[algebra.Axis, str] = {}
-    for x, found in places.items():
-        first = named[x].index("output") if "output" in named[x] else 0
-        path, axis, k, _ = found[first]
-        names[x] = f"{path}[{axis}.{k}]" if several[path, axis] else f"{path}[{axis}]"
     result: Found = {}
-    for x in places:
+    for x, found in places.items():
         batched = tuple(b for b in covering.get(x, ()) if b in places)
         members = tuple(
-            Member(path, axis, index, _copies(path, axis, batched, places), role)
-            for (path, axis, _, index), role in zip(places[x], named[x], strict=True)
+            Member(p.path, p.axis, p.index, _copies(p, batched, places), p.role)
+            for p in found
         )
         reasons = _reasons(x, masked, x in read)
         kinds = collections.Counter(
@@ -276,32 +252,65 @@ def found_in(trace: Trace) -> Found:
 
 def _read(trace: Trace) -> set[algebra.Axis]:
     """The leaves that some equation meets that does something itself, or a scan."""
-    axes = set(map(algebra.find, trace.layers.values()))
-    axes |= {
-        node
-        for found in trace.nodes.values()
-        if not inner(found.visit.eqn)
-        for dims in found.ins
-        for node in map(algebra.find, dims)
-    }
+    met = {tuple(trace.layers.values())}
+    for found in trace.nodes.values():
+        if not inner(found.visit):
+            met.update(found.ins)
+    axes = {algebra.find(axis) for dims in met for axis in dims}
     read = {x for node in axes for x in algebra.leaves(node)}
     # What comes out as it came in is flagged as a result.
     outs = (x for dims in trace.dims.values() for d in dims for x in algebra.leaves(d))
     return read | {x for x in outs if "output" in x.flags}
 
 
+class _Place(NamedTuple):
+    """One axis of one parameter that a leaf lies along; the part if there are more."""
+
+    path: str
+    axis: int
+    part: int | None
+    index: np.ndarray
+    role: Role
+
+    @property
+    def name(self) -> str:
+        part = "" if self.part is None else f".{self.part}"
+        return f"{self.path}[{self.axis}{part}]"
+
+
+_Places = dict[algebra.Axis, list[_Place]]
+
+
+def _places(trace: Trace) -> _Places:
+    """Where each leaf lies, in the order of the parameters."""
+    places: _Places = {}
+    cache: dict[algebra.Axis, list[tuple[algebra.Axis, np.ndarray]]] = {}
+    for path, dims in trace.dims.items():
+        roles = _roles(trace.kernels.get(path), len(dims))
+        for axis, node in enumerate(map(algebra.find, dims)):
+            if node not in cache:
+                cache[node] = [
+                    (x, index.astype(np.int32))
+                    for x, index in algebra.coordinates(node)
+                ]
+            several = len(cache[node]) > 1
+            for k, (x, index) in enumerate(cache[node]):
+                if x.size > 1:
+                    role = _part(*roles[axis], index)
+                    place = _Place(path, axis, k if several else None, index, role)
+                    places.setdefault(x, []).append(place)
+    return places
+
+
 def _copies(
-    path: str,
-    axis: int,
-    batched: tuple[algebra.Axis, ...],
-    places: Mapping[algebra.Axis, list[tuple[str, int, int, np.ndarray]]],
+    place: _Place, batched: tuple[algebra.Axis, ...], places: _Places
 ) -> tuple[tuple[int, np.ndarray], ...]:
     """Where in a parameter the indices lie of the groups that batch one of its axes."""
     found = []
     for b in batched:
-        own = [(a, index) for p, a, _, index in places[b] if p == path]
+        own = [(p.axis, p.index) for p in places[b] if p.path == place.path]
         # Within the same axis if it is there (heads times their width), or elsewhere.
-        own.sort(key=lambda place: place[0] != axis)
+        own.sort(key=lambda other: other[0] != place.axis)
         found.append(own[0])
     return tuple(found)
 
@@ -350,24 +359,21 @@ def _primitive(visit: Any) -> str:
     return info.func_src_info.split(" ")[0] if own else visit.primitive.name
 
 
-class _Roles:
-    """What each axis of each kernel is."""
-
-    def __init__(self, trace: Trace):
-        self.trace = trace
-
-    def of(self, path: str, axis: int, index: np.ndarray) -> Role:
-        kernel = self.trace.kernels.get(path)
-        if kernel is None:
-            return "other"
-        view = kernel.view
-        names: list[Role] = ["other"] * len(view.split)
-        for role in ("input", "output", "batch"):
-            for i in getattr(view.axes, role):
-                names[i] = role
-        parts = view.parts[axis]
-        sizes = tuple(view.split[a] for a in parts)
-        return _part([names[a] for a in parts], sizes, index)
+def _roles(
+    kernel: Kernel | None, ndim: int
+) -> Sequence[tuple[list[Role], tuple[int, ...]]]:
+    """What the parts of each axis of a parameter are, and their sizes."""
+    if kernel is None:
+        return [([], ())] * ndim
+    view = kernel.view
+    names: list[Role] = ["other"] * len(view.split)
+    for role in ("input", "output", "batch"):
+        for i in getattr(view.axes, role):
+            names[i] = role
+    return [
+        ([names[a] for a in parts], tuple(view.split[a] for a in parts))
+        for parts in view.parts
+    ]
 
 
 def _part(names: list[Role], sizes: tuple[int, ...], index: np.ndarray) -> Role:

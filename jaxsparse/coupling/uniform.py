@@ -60,10 +60,15 @@ def uniform(operands: Iterable[Operand], axes: frozenset[int]) -> Uniform:
     """Along which axes the masked entries of a result are all the same."""
     kinds: list[Kind] = []
     for x in operands:
-        choices: dict[Kind, frozenset[int]]
-        choices = {"own": axes - x.own, "zero": axes & x.zero, "same": axes & x.same}
-        kind = max(choices, key=lambda k: len(choices[k]))
-        axes = choices[kind]
+        if not axes:  # whatever the others are
+            break
+        kind, most = "own", axes - x.own
+        others: tuple[tuple[Kind, frozenset[int]], ...]
+        others = ("zero", axes & x.zero), ("same", axes & x.same)
+        for other, found in others:
+            if len(found) > len(most):
+                kind, most = other, found
+        axes = most
         kinds.append(kind)
     return Uniform(axes, tuple(kinds))
 

@@ -7,21 +7,20 @@ which they are at least all the same, so that a sum can be told what it lacks. S
 and maxima are where it fails.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import jax.numpy as jnp
 
 from jaxsparse.coupling._finite import (
     Around,
+    Cell,
     Finite,
-    Point,
     after_rule,
+    cells,
     either,
     finite,
     same,
 )
-from jaxsparse.coupling._points import number, value_at
+from jaxsparse.coupling._points import Numbers, number
 from jaxsparse.coupling._vanishing import Effect, Leaf, Leaves, vanishing
 from jaxsparse.coupling.uniform import (
     INLINED,
@@ -31,7 +30,8 @@ from jaxsparse.coupling.uniform import (
     supported,
     uniform,
 )
-from jaxsparse.primitives import row_of
+from jaxsparse.primitives import Contraction, Primitive, row_of
+from jaxsparse.primitives.axes import Axis
 from jaxsparse.primitives.dims import Dims
 from jaxsparse.program import Address, called, closed, inner, interpret, scan_counts
 from jaxsparse.tracing import Trace
@@ -59,11 +59,11 @@ def masked_in(trace: Trace) -> Masked:
     """What masked indices of a trace do."""
     walk = _Zeros(trace)
     args = []
-    for var, path in zip(trace.program.jaxpr.invars, trace.paths, strict=False):
-        zero = walk.leaves.of_all(trace.dims[path])
-        args.append(Effect(zero, var, {}, finite=Finite({}, _is_inexact(var), zero)))
-    for var in trace.program.jaxpr.invars[len(trace.paths) :]:
-        args.append(Effect(frozenset(), var, {}, finite=Finite({}, _is_inexact(var))))
+    zeros = [walk.leaves.of_all(trace.dims[path]) for path in trace.paths]
+    for i, var in enumerate(trace.program.jaxpr.invars):
+        zero = zeros[i] if i < len(zeros) else frozenset()
+        moves = walk.numbers.inexact(var.aval.dtype)
+        args.append(Effect(zero, var, {}, finite=Finite((), moves, zero)))
     outs = walk.run(trace.program, args, ())
     lost = {x: visit for e in outs for x, visit in e.finite.lost().items()}
     steep = {x: visit for e in outs for x, visit in e.finite.steep.items()}
@@ -74,7 +74,7 @@ class _Zeros:
     """One walk."""
 
     def __init__(self, trace: Trace):
-        self.trace, self.leaves = trace, Leaves()
+        self.trace, self.leaves, self.numbers = trace, Leaves(), Numbers()
         self.found: dict[Leaf, Any] = {}
         self.uniform: dict[Address, Uniform] = {}
         self.silent = 0
@@ -100,50 +100,63 @@ class _Zeros:
         )
 
     def eqn(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
-        name = eqn.primitive.name
         if inner(eqn):
             return self.entered(eqn, ins, address)
-        if row_of(eqn).same:
+        row = row_of(eqn)
+        if row.same:
             return [_lone(e) for e in ins[: len(eqn.outvars)]]
-        node = self.trace.nodes[address]
-        self.reductions(eqn, ins, node.ins, address)
+        node, product = self.trace.nodes[address], row.contraction(eqn)
+        self.reductions(eqn, row, product, ins, node.ins, address)
         zeros = [
-            vanishing(eqn, ins, node.ins, dims, self.leaves, self.layers)
+            vanishing(eqn, row, ins, node.ins, dims, self.leaves, self.layers)
             for dims in node.outs
         ]
         same = self.same(eqn, ins, address, zeros[0]) if zeros else frozenset()
-        known = [
-            self.finite(eqn, ins, node, dims, zero)
-            for dims, zero in zip(node.outs, zeros, strict=True)
-        ]
+        known = self.finite(eqn, row, product, ins, node, zeros)
+        constant = self.constant(eqn, row, ins)
+        unchanged = self.unchanged(eqn.primitive.name, ins) if self.layers else {}
         return [
-            Effect(
-                zero,
-                object(),
-                self.unchanged(name, ins),
-                _constant(eqn, ins),
-                same,
-                finite_,
-            )
+            Effect(zero, object(), unchanged, constant, same, finite_)
             for zero, finite_ in zip(zeros, known, strict=True)
         ]
 
+    def here(self, dims: Sequence[Axis]) -> frozenset[Leaf]:
+        """The leaves of axes and of the scans around."""
+        found = self.leaves.of_all(dims)
+        return found | self.layers if self.layers else found
+
     def finite(
-        self, eqn: Any, ins: list[Effect], node: Any, after: Dims, zero: frozenset[Leaf]
-    ) -> Finite:
-        """What a result's masked entries are, if not zero, and their derivatives."""
-        special = frozenset().union(*(e.zero | e.finite.points.keys() for e in ins))
-        every = [e.finite for e in ins]
+        self,
+        eqn: Any,
+        row: Primitive,
+        product: Contraction | None,
+        ins: list[Effect],
+        node: Any,
+        zeros: Sequence[frozenset[Leaf]],
+    ) -> list[Finite]:
+        """What results' masked entries are, if not zero, and their derivatives."""
+        special, every = _special(ins), [e.finite for e in ins]
         if not special and not any(x.moves for x in every):
-            return Finite()
-        of = [
-            self.layers | self.leaves.of_all(_left(eqn, at, dims))
-            for at, dims in enumerate(node.ins)
-        ]
-        here = self.layers | self.leaves.of_all(after)
-        twice, ruled = self.leaves.twice(after), self.ruled > 0
-        around = Around(node.visit, here, of, twice, ruled)
-        return finite(eqn, every, _reader(ins), special, zero, around)
+            return [Finite() for _ in zeros]
+        of = list(map(self.here, node.ins))
+        if product is not None:  # without what it adds up
+            for at, dims in enumerate(node.ins[:2]):
+                of[at] = self.here([dims[a] for a in product.kept(at)])
+        known = eqn, row, node.visit, self.numbers, product is not None
+        found = []
+        for zero, dims in zip(zeros, node.outs, strict=True):
+            here, twice = self.here(dims), self.leaves.twice(dims)
+            around = Around(*known, here, of, twice, self.ruled > 0)
+            found.append(finite(every, special, zero, around))
+        return found
+
+    def constant(self, eqn: Any, row: Primitive, ins: Sequence[Effect]) -> float | None:
+        """The one number of which all entries of a result are."""
+        if eqn.primitive.name in {"broadcast_in_dim", "reshape"}:
+            return ins[0].constant
+        if not ins or not row.entrywise or any(e.constant is None for e in ins):
+            return None
+        return self.numbers.value(eqn, [e.constant for e in ins])
 
     def entered(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
         """An equation with programs of its own."""
@@ -174,10 +187,10 @@ class _Zeros:
         self, eqn: Any, outs: list[Effect], ins: list[Effect], address: Address
     ) -> list[Effect]:
         """What a rule says of derivatives, in the place of the function's program."""
-        special = frozenset().union(*(e.zero | e.finite.points.keys() for e in ins))
         before, after = ([e.finite for e in some] for some in (ins, outs))
         visit = self.trace.nodes[address].visit
-        found = after_rule(eqn, after, before, _reader(ins), special, visit)
+        around = Around(eqn, row_of(eqn), visit, self.numbers)
+        found = after_rule(after, before, _special(ins), around)
         return [e._replace(finite=x) for e, x in zip(outs, found, strict=True)]
 
     def same(
@@ -188,24 +201,28 @@ class _Zeros:
             return frozenset()
         node = self.trace.nodes[address]
         after = node.outs[0]
-        operands = []
-        for at, (e, dims) in enumerate(zip(ins, node.ins, strict=True)):
-            to = places(eqn, at, dims, after)
-            none = [
-                i for i in to if e.constant == 0 or self.leaves.of(dims[i]) <= e.zero
-            ]
-            of = lambda which, to=to: frozenset(to[i] for i in which if i in to)
-            operands.append(Operand(of(to), of(none), of(e.uniform)))
-        acts = (at for at, d in enumerate(after) if not self.leaves.of(d) <= zero)
-        found = uniform(operands, frozenset(acts))
+        of = self.leaves.of
+        acts = [at for at, d in enumerate(after) if d.size > 1 and not of(d) <= zero]
+        found = uniform(self.operands(eqn, ins, node.ins, after), frozenset(acts))
         if found.axes:
             self.uniform[address] = found
         else:
             self.uniform.pop(address, None)
         return found.axes
 
+    def operands(
+        self, eqn: Any, ins: list[Effect], before: Sequence[Dims], after: Dims
+    ) -> Iterator[Operand]:
+        """Along which axes of a result the masked entries of operands are alike."""
+        for at, (e, dims) in enumerate(zip(ins, before, strict=True)):
+            to = places(eqn, at, dims, after)
+            of, all_zero = self.leaves.of, e.constant == 0
+            none = [j for i, j in to.items() if all_zero or of(dims[i]) <= e.zero]
+            alike = [to[i] for i in e.uniform if i in to]
+            yield Operand(frozenset(to.values()), frozenset(none), frozenset(alike))
+
     def unchanged(self, name: str, ins: list[Effect]) -> dict[Leaf, object]:
-        if name not in {"add", "add_any", "sub"} or not self.layers:
+        if name not in {"add", "add_any", "sub"}:
             return {}
         a, b = ins
         found = {}
@@ -217,13 +234,16 @@ class _Zeros:
         return found
 
     def reductions(
-        self, eqn: Any, ins: list[Effect], before: Sequence[Dims], address: Address
+        self,
+        eqn: Any,
+        row: Primitive,
+        product: Contraction | None,
+        ins: list[Effect],
+        before: Sequence[Dims],
+        address: Address,
     ) -> None:
-        row, gone = (
-            row_of(eqn),
-            lambda at, axes: self.leaves.of_all([before[at][a] for a in axes]),
-        )
-        product = row.contraction(eqn)
+        """Says which masked indices still act in what is added up or compared."""
+        gone = lambda at, axes: self.leaves.of_all([before[at][a] for a in axes])
         if product is not None:
             leaves = gone(1, product.summed[1])
         elif row.ordered is not None:
@@ -234,8 +254,9 @@ class _Zeros:
             leaves = gone(0, {*row.reduced(eqn)} - ins[0].uniform)
         else:
             return self.blame(gone(0, row.reduced(eqn)), address)
-        acting = (x for x in leaves if not any(e.vanishes(x) for e in ins[:2]))
-        return self.blame(frozenset(acting), address)
+        if any(e.constant == 0 for e in ins[:2]):
+            return None
+        return self.blame(leaves.difference(*(e.zero for e in ins[:2])), address)
 
     def scan(self, eqn: Any, ins: list[Effect], address: Address) -> list[Effect]:
         first, carried = scan_counts(eqn)
@@ -288,7 +309,7 @@ class _Zeros:
 
 def _lone(effect: Effect) -> Effect:
     """What is known of a value where its masked entries are not computed any more."""
-    return effect._replace(uniform=frozenset())
+    return effect._replace(uniform=frozenset()) if effect.uniform else effect
 
 
 def _either(effects: Sequence[Effect]) -> Effect:
@@ -296,44 +317,14 @@ def _either(effects: Sequence[Effect]) -> Effect:
     constants = {str(e.constant): e.constant for e in effects}
     constant = effects[0].constant if len(constants) == 1 else None
     every = frozenset().union(*(e.zero for e in effects))
-    zero = frozenset(x for x in every if all(e.vanishes(x) for e in effects))
-    known = either([e.finite for e in effects], _reader(effects))
+    zero = every.intersection(*(e.zero for e in effects if e.constant != 0))
+    known = either([e.finite for e in effects], [e.entries for e in effects])
     return Effect(zero, object(), {}, constant, finite=known)
 
 
-def _reader(effects: Sequence[Effect]) -> Callable[[int, Leaf], Point | None]:
-    """What masked entries of some values are, if they are numbers."""
-
-    def read(at: int, leaf: Leaf) -> Point | None:
-        e = effects[at]
-        if leaf in e.finite.points:
-            return e.finite.points[leaf]
-        if e.vanishes(leaf):
-            return _ZERO
-        return None if e.constant is None else Point(e.constant)
-
-    return read
-
-
-_ZERO = Point(0.0)
-
-
-def _constant(eqn: Any, ins: Sequence[Effect]) -> float | None:
-    """The one number of which all entries of a result are."""
-    if eqn.primitive.name in {"broadcast_in_dim", "reshape"}:
-        return ins[0].constant
-    if not ins or not row_of(eqn).entrywise or any(e.constant is None for e in ins):
-        return None
-    return value_at(eqn, [e.constant for e in ins])
-
-
-def _left(eqn: Any, at: int, dims: Dims) -> list[Any]:
-    """The axes of an operand that are not added up in a product."""
-    product = row_of(eqn).contraction(eqn)
-    if product is None or at > 1:
-        return list(dims)
-    return [dims[a] for a in product.kept(at)]
-
-
-def _is_inexact(var: Any) -> bool:
-    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
+def _special(ins: Sequence[Effect]) -> list[Cell]:
+    """The leaves of which something is known in some operand."""
+    some = [e.zero for e in ins]
+    some += [leaves for e in ins for _, leaves in e.finite.points]
+    every = frozenset().union(*some)
+    return cells(every, [e.entries for e in ins]) if every else []

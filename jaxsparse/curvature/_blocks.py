@@ -15,6 +15,7 @@ from jaxsparse.curvature._trees import (
     STATIC,
     check_factor,
     mean_diagonal,
+    paths_of_layouts,
 )
 from jaxsparse.curvature.block_sums import add_sums, sum_up
 from jaxsparse.curvature.layout import (
@@ -53,11 +54,7 @@ class BlockFisher:
     treedef: Any = dataclasses.field(metadata=STATIC)
     layouts: tuple[BlockLayout, ...] = dataclasses.field(metadata=STATIC)
     accurate: bool = dataclasses.field(metadata=STATIC)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of the parameters that take part."""
-        return tuple(layout.path for layout in self.layouts)
+    paths = paths_of_layouts
 
 
 def block_fisher(

@@ -1,7 +1,6 @@
 """The diagonal of the empirical Fisher matrix: the cheapest curvature."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,18 +10,13 @@ from jaxsparse._dtypes import widest
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.curvature import dispatch
 from jaxsparse.curvature._estimator import Estimator, Form, Sums, at_once, streamed
-from jaxsparse.curvature._trees import STATIC, mean_diagonal
+from jaxsparse.curvature._trees import STATIC, mean_diagonal, paths_of_layouts
 from jaxsparse.tree import leaves_with_paths
 
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """A parameter that is not cut into anything.
-
-    Attributes:
-      path: its path.
-      shape: its shape.
-    """
+    """A parameter that is not cut into anything."""
 
     path: str
     shape: tuple[int, ...]
@@ -44,11 +38,7 @@ class DiagonalFisher:
     damping: Array
     treedef: Any = dataclasses.field(metadata=STATIC)
     layouts: tuple[Plain, ...] = dataclasses.field(metadata=STATIC)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of the parameters that take part."""
-        return tuple(layout.path for layout in self.layouts)
+    paths = paths_of_layouts
 
 
 def diagonal_fisher(
@@ -111,8 +101,7 @@ def _squares(g: Array) -> Array:
     return jnp.sum(jnp.square(g.astype(widest([g]))), axis=0)
 
 
-def _add(total: Array | None, g: Array, *, layout: Plain) -> Array:
-    del layout
+def _add(total: Array | None, g: Array, **_: Plain) -> Array:
     return _squares(g) if total is None else total + _squares(g).astype(total.dtype)
 
 
@@ -120,18 +109,12 @@ def _layouts(params: PyTree) -> tuple[Plain, ...]:
     return tuple(Plain(path, tuple(w.shape)) for path, w in leaves_with_paths(params))
 
 
-def _mean(sums: Sums, stored: Any) -> Array:
-    return mean_diagonal(map(functools.partial(_over, sums.count), sums.sums), stored)
+def _means(sums: Sums) -> list[Array]:
+    return [total / sums.count.astype(total.dtype) for total in sums.sums]
 
 
-def _over(count: Array, total: Array) -> Array:
-    return total / count.astype(total.dtype)
-
-
-def _finalize(sums: Sums, damping: Array, *, donate: bool) -> DiagonalFisher:
-    del donate
-    means = [_over(sums.count, s) for s in sums.sums]
-    diagonals = tuple(d + damping.astype(d.dtype) for d in means)
+def _finalize(sums: Sums, damping: Array, **_: bool) -> DiagonalFisher:
+    diagonals = tuple(d + damping.astype(d.dtype) for d in _means(sums))
     return DiagonalFisher(diagonals, damping, sums.treedef, sums.layouts)
 
 
@@ -141,7 +124,7 @@ _FORM = Form(
     add=_add,
     merge=jnp.add,
     largest=lambda s: s,
-    mean=_mean,
+    mean=lambda sums, stored: mean_diagonal(_means(sums), stored),
     finalize=_finalize,
 )
 

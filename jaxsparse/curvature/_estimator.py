@@ -18,6 +18,7 @@ from jaxsparse.curvature._trees import (
     for_each,
     gradient_leaves,
     leaves_at,
+    paths_of_layouts,
     without_m,
 )
 from jaxsparse.tree import select
@@ -58,34 +59,23 @@ class Sums:
     count: Array
     treedef: Any = dataclasses.field(metadata=STATIC)
     layouts: tuple[Any, ...] = dataclasses.field(metadata=STATIC)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of the parameters that take part."""
-        return tuple(layout.path for layout in self.layouts)
+    paths = paths_of_layouts
 
 
 class Form(NamedTuple):
-    """What sets one approximation apart from another, of one parameter or of all.
+    """What sets one approximation apart from another, of one parameter or of all."""
 
-    Attributes:
-      layouts: `layouts(params) -> layouts`.
-      zeros: `zeros(w, layout=...) -> statistics` of no gradients.
-      add: `add(statistics, g, layout=...) -> statistics`, of gradients `[m, *shape]`
-        too; None in the place of statistics for zeros.
-      merge: `merge(statistics, other) -> statistics`.
-      largest: `largest(statistics)`, not finite where anything in them is not.
-      mean: `mean(sums, dtype) -> mean diagonal` of F over all weights with gradients.
-      finalize: `finalize(sums, damping, donate=...) -> fisher`.
-    """
-
-    layouts: Callable[[PyTree], tuple[Any, ...]]
-    zeros: Callable[..., Any]
+    layouts: Callable[[PyTree], tuple[Any, ...]]  # `layouts(params) -> layouts`
+    zeros: Callable[..., Any]  # `zeros(w, layout=...) -> statistics` of no gradients
+    # `add(statistics, g, layout=...) -> statistics`, of gradients `[m, *shape]` too;
+    # None in the place of statistics for zeros
     add: Callable[..., Any]
-    merge: Callable[[Any, Any], Any]
+    merge: Callable[[Any, Any], Any]  # `merge(statistics, other) -> statistics`
+    # `largest(statistics)`, not finite where anything in them is not
     largest: Callable[[Any], Array]
+    # `mean(sums, dtype) -> mean diagonal` of F over all weights with gradients
     mean: Callable[[Sums, Any], Array]
-    finalize: Callable[..., Any]
+    finalize: Callable[..., Any]  # `finalize(sums, damping, donate=...) -> fisher`
 
 
 def at_once(form: Form, grads: PyTree, damping: Any, rel_damping: Any) -> Any:

@@ -21,7 +21,7 @@ from jaxsparse.curvature._kronecker_sums import (
     sum_up,
     traces,
 )
-from jaxsparse.curvature._trees import STATIC, for_each
+from jaxsparse.curvature._trees import STATIC, for_each, paths_of_layouts
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.triangle import Triangle
@@ -33,17 +33,12 @@ class Factors(NamedTuple):
 
     Its eigenvectors are the products of an eigenvector of each side, its eigenvalues
     `output_values[j] * input_values[i]`.
-
-    Attributes:
-      input_vectors: `U`, `[*lead, d_in, d_in]`, in columns.
-      input_values: `[*lead, d_in]`; their sum is the trace of the Fisher matrix.
-      output_vectors: `V`, `[*lead, d_out, d_out]`, in columns.
-      output_values: `[*lead, d_out]`; their sum is 1 (0 where all gradients are 0).
     """
 
-    input_vectors: Array
-    input_values: Array
-    output_vectors: Array
+    input_vectors: Array  # `U`, `[*lead, d_in, d_in]`, in columns
+    input_values: Array  # `[*lead, d_in]`; their sum is the trace of the Fisher matrix
+    output_vectors: Array  # `V`, `[*lead, d_out, d_out]`, in columns
+    # `[*lead, d_out]`; their sum is 1 (0 where all gradients are 0)
     output_values: Array
 
 
@@ -64,11 +59,7 @@ class KroneckerFisher:
     damping: Array
     treedef: Any = dataclasses.field(metadata=STATIC)
     layouts: tuple[KernelLayout, ...] = dataclasses.field(metadata=STATIC)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of the parameters that take part."""
-        return tuple(layout.path for layout in self.layouts)
+    paths = paths_of_layouts
 
 
 def kronecker_fisher(
@@ -217,9 +208,8 @@ def _factor(sums: Grams, count: Array, accurate: bool) -> Factors:
 
 
 def _finalize(
-    sums: Sums, damping: Array, *, donate: bool, accurate: bool
+    sums: Sums, damping: Array, *, accurate: bool, **_: bool
 ) -> KroneckerFisher:
-    del donate
     factors = tuple(_factor(s, sums.count, accurate=accurate) for s in sums.sums)
     return KroneckerFisher(factors, damping, sums.treedef, sums.layouts)
 
@@ -244,12 +234,12 @@ def kronecker_ihvp(
 ) -> Array:
     """`F^-1 X = V [(V^T X U) / (r l^T + damping)] U^T`."""
 
-    def product(xs: list[Array], u, l, v, r, damping) -> list[Array]:
-        x = to_matrices(xs[0].astype(u.dtype), layout.view)
+    def product(x: Array, u, l, v, r, damping) -> Array:
+        x = to_matrices(x.astype(u.dtype), layout.view)
         y = matmul(_transposed(v), matmul(x, u)) / _eigenvalues(l, r, damping)
-        return [from_matrices(matmul(matmul(v, y), _transposed(u)), layout.view)]
+        return from_matrices(matmul(matmul(v, y), _transposed(u)), layout.view)
 
-    return sharded_like(product, [x], *factors, damping)[0]
+    return sharded_like(product, x, *factors, damping)
 
 
 @functools.partial(jax.jit, static_argnames="layout")

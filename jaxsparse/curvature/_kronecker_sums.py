@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxsparse._dtypes import widest
-from jaxsparse._sharded import explicit_mesh
+from jaxsparse._sharded import everywhere, with_auto_axes
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.linalg import triangle as _triangle
 from jaxsparse.linalg.chunks import SLAB_BYTES, in_parts, is_spread
@@ -31,16 +29,12 @@ from jaxsparse.tree import (
 
 @dataclasses.dataclass(frozen=True)
 class KernelLayout:
-    """A parameter and how it is read as matrices, one for each layer.
+    """A parameter and how it is read as matrices, one for each layer."""
 
-    Attributes:
-      path: its path, for messages. Layouts are equal without it: so parameters of
-        equal shape share one compilation.
-      view: which of its axes are outputs, inputs, and layers.
-    """
-
+    # Its path, for messages. Layouts are equal without it: so parameters of equal shape
+    # share one compilation
     path: str = dataclasses.field(compare=False)
-    view: MatrixView
+    view: MatrixView  # which of its axes are outputs, inputs, and layers
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,15 +43,10 @@ class KernelLayout:
 
 
 class Grams(NamedTuple):
-    """Sums over gradients `G_i` `[d_out, d_in]` of a parameter.
+    """Sums over gradients `G_i` `[d_out, d_in]` of a parameter."""
 
-    Attributes:
-      input: `sum_i G_i^T G_i`, triangles `[*lead, d_in, d_in]`.
-      output: `sum_i G_i G_i^T`, triangles `[*lead, d_out, d_out]`.
-    """
-
-    input: Triangle
-    output: Triangle
+    input: Triangle  # `sum_i G_i^T G_i`, triangles `[*lead, d_in, d_in]`
+    output: Triangle  # `sum_i G_i G_i^T`, triangles `[*lead, d_out, d_out]`
 
 
 def kernel_layouts(params: PyTree, axes: AxesRule) -> tuple[KernelLayout, ...]:
@@ -109,14 +98,11 @@ def traces(sums: Grams) -> Array:
 def _sum_up(sums: Grams, g: Array, view: MatrixView, accurate: bool) -> Grams:
     stored = sums.input.square.dtype
     wide = jnp.float64 if accurate else stored
-    products: Any = functools.partial(_products, view=view, wide=wide)
-    mesh = explicit_mesh([g])
-    if mesh is not None:
-        # Sums over what is sharded: where they lie has to be stated.
-        whole = (NamedSharding(mesh, P()),) * 2
-        products = jax.sharding.auto_axes(products, out_sharding=whole)
+    products = functools.partial(_products, view=view, wide=wide)
     with jax.enable_x64(True):
-        both = zip(sums, products(g), strict=True)
+        # Sums over what is sharded: where they lie has to be stated.
+        made = with_auto_axes(products, everywhere, g)
+        both = zip(sums, made, strict=True)
         both = [_triangle.join(s, wide) + new for s, new in both]
         return Grams(*(_triangle.split(s, stored) for s in both))
 

@@ -17,6 +17,7 @@ from jaxsparse.curvature._trees import (
     for_each,
     gradient_leaves,
     largest_number,
+    paths_of_layouts,
     without_m,
 )
 from jaxsparse.curvature.layout import (
@@ -54,11 +55,7 @@ class BlockMFac:
     treedef: Any = dataclasses.field(metadata=STATIC)
     layouts: tuple[BlockLayout, ...] = dataclasses.field(metadata=STATIC)
     accurate: bool = dataclasses.field(metadata=STATIC)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of the parameters that take part."""
-        return tuple(layout.path for layout in self.layouts)
+    paths = paths_of_layouts
 
 
 def mfac_in_blocks(

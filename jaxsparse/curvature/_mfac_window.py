@@ -88,7 +88,10 @@ def window_init(
       (4, 2, 3)
     """
     _checks.check_arrays(abstract=True, params=params)
-    _check_window(window, damping, dtype)
+    _checks.check_positive_int(window, name="window")
+    check_damping(damping)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a real floating-point type, got {dtype!r}.")
     for path, w in leaves_with_paths(params):
         if not jnp.issubdtype(w.dtype, jnp.floating):
             raise TypeError(
@@ -254,13 +257,6 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
     masks = like(masks, state.grads, name="masks", of="the window's parameters")
     check_masks(masks, shapes)
     return _mask(state, masks)
-
-
-def _check_window(window: Any, damping: Any, dtype: Any) -> None:
-    _checks.check_positive_int(window, name="window")
-    check_damping(damping)
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be a real floating-point type, got {dtype!r}.")
 
 
 def _check_state(state: Any) -> None:

@@ -192,7 +192,6 @@ def group_scores(fisher: Fisher, params: PyTree) -> tuple[PyTree, PyTree]:
       Array([[10.],
              [10.]], dtype=float32)
     """
-    _checks.check_arrays(params=params)
     ws = arrays_of(fisher, params, name="params")
     rho, y = zip(*dispatch.group_scores(fisher, ws), strict=True)
     return fisher.treedef.unflatten(rho), fisher.treedef.unflatten(y)
@@ -235,7 +234,6 @@ def greedy_scores(
       >>> js.curvature.greedy_scores(fisher, {"w": jnp.array([3.0, 1.0])})["w"].round(4)
       Array([9., 1.], dtype=float32)
     """
-    _checks.check_arrays(params=params)
     ws = arrays_of(fisher, params, name="params")
     if masks is None:
         kept = [jnp.ones_like(w, dtype=bool) for w in ws]

@@ -158,7 +158,9 @@ def _grads(
 
 def _in_chunks(loss_fn, taken, rest, masks, groups, chunk: int, dtype) -> PyTree:
     def loss(taken: PyTree, group: Any) -> Array:
-        return loss_fn(_together(taken, rest), group)
+        pick = lambda a, b: b if a is None else a
+        params = jax.tree.map(pick, taken, rest, is_leaf=lambda x: x is None)
+        return loss_fn(params, group)
 
     def store(g: Array, mask: Array | None) -> Array:
         g = g if mask is None else jnp.where(mask, g, jnp.zeros((), g.dtype))
@@ -334,11 +336,6 @@ def collect_grads(stream: Iterable[PyTree], *, count: int) -> PyTree:
         if seen == count:
             return out
     raise ValueError(f"The stream gave {seen} gradients, asked for {count}.")
-
-
-def _together(taken: PyTree, rest: PyTree) -> PyTree:
-    pick = lambda a, b: b if a is None else a
-    return jax.tree.map(pick, taken, rest, is_leaf=lambda x: x is None)
 
 
 def _examples(batch: Any) -> int:

@@ -16,6 +16,11 @@ from jaxsparse.tree import leaves_with_paths
 STATIC = {"static": True}
 """Marks the fields of a pytree that are no arrays."""
 
+paths_of_layouts: Any = property(
+    lambda self: tuple(layout.path for layout in self.layouts),
+    doc="The paths of the parameters that take part.",
+)
+
 
 def gradient_leaves(grads: PyTree) -> tuple[list[str], list[Any], int]:
     """The leaves of a tree of gradients, and how many gradients it holds."""

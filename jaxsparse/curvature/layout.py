@@ -28,27 +28,20 @@ class BlockLayout:
     `order` puts layers first, then outputs, then inputs. So a block holds weights of
     one output (or of few), which compete for the same inputs, and a unit of the
     pattern lies in one block.
-
-    Attributes:
-      path: the parameter's path, for messages. Layouts are equal without it: so
-        parameters of equal shape share one compilation.
-      shape: its shape.
-      split: its shape with tiled axes cut in two.
-      order: the axes of `split`, slowest first.
-      lead: the shape in which the blocks are numbered. Axes stay apart where blocks end
-        with them, so that they keep their sharding.
-      layers: how many of the first axes of `order` number layers.
-      block_size: the weights of a block. The last one may hold fewer.
-      unit: how many neighbours form a unit of the pattern; 1 for single weights.
     """
 
+    # The parameter's path, for messages. Layouts are equal without it: so parameters of
+    # equal shape share one compilation
     path: str = dataclasses.field(compare=False)
     shape: tuple[int, ...]
-    split: tuple[int, ...]
-    order: tuple[int, ...]
+    split: tuple[int, ...]  # its shape with tiled axes cut in two
+    order: tuple[int, ...]  # the axes of `split`, slowest first
+    # The shape in which the blocks are numbered. Axes stay apart where blocks end with
+    # them, so that they keep their sharding
     lead: tuple[int, ...]
-    layers: int
-    block_size: int
+    layers: int  # how many of the first axes of `order` number layers
+    block_size: int  # the weights of a block. The last one may hold fewer
+    # How many neighbours form a unit of the pattern; 1 for single weights
     unit: int = 1
 
     @property

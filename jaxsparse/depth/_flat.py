@@ -14,28 +14,18 @@ from jaxsparse.tracing import Trace
 
 
 class Addition(NamedTuple):
-    """Where a branch is added to the stream.
+    """Where a branch is added to the stream."""
 
-    Attributes:
-      address: of the equation in the traced program.
-      turns: of the scans over layers around it.
-      stream: which of its two operands is the stream; the other is the branch.
-    """
-
-    address: Address
-    turns: tuple[int, ...]
-    stream: int
+    address: Address  # of the equation in the traced program
+    turns: tuple[int, ...]  # of the scans over layers around it
+    stream: int  # which of its two operands is the stream; the other is the branch
 
 
 class Unit(NamedTuple):
-    """A parameter, or the slice of it that some turns of scans are handed.
-
-    Attributes:
-      path: the parameter's path.
-      at: pairs of one of its axes and the index there; () for the whole parameter.
-    """
+    """A parameter, or the slice of it that some turns of scans are handed."""
 
     path: str
+    # Pairs of one of its axes and the index there; () for the whole parameter
     at: tuple[tuple[int, int], ...]
 
     def __str__(self) -> str:
@@ -44,38 +34,26 @@ class Unit(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A variable that is a parameter, or a slice, cast or transpose of one.
+    """A variable that is a parameter, or a slice, cast or transpose of one."""
 
-    Attributes:
-      unit: what it holds.
-      axes: which of the parameter's axes its own are.
-    """
-
-    unit: Unit
-    axes: tuple[int, ...]
+    unit: Unit  # what it holds
+    axes: tuple[int, ...]  # which of the parameter's axes its own are
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flat:
-    """A flat program and what was found in it.
+    """A flat program and what was found in it."""
 
-    Attributes:
-      steps: the program, scans over layers unrolled.
-      held: the variables that hold parameters.
-      unrolled: the scans that were unrolled.
-      calls: the calls that were inlined.
-      checkpoints: the calls whose values are computed again in the backward pass.
-      additions: of residual branches, each with the index of its step, in order.
-      before: for a value of a stream the one that it was before a branch was added, or
-        before it was scaled or cast.
-    """
-
-    steps: Steps
-    held: Mapping[int, Held]
-    unrolled: frozenset[Address]
-    calls: frozenset[Address]
+    steps: Steps  # the program, scans over layers unrolled
+    held: Mapping[int, Held]  # the variables that hold parameters
+    unrolled: frozenset[Address]  # the scans that were unrolled
+    calls: frozenset[Address]  # the calls that were inlined
+    # The calls whose values are computed again in the backward pass
     checkpoints: Mapping[Address, Any]
+    # Of residual branches, each with the index of its step, in order
     additions: Mapping[Addition, int]
+    # For a value of a stream the one that it was before a branch was added, or before
+    # it was scaled or cast
     before: Mapping[int, int]
 
 

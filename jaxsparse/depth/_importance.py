@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxsparse.depth._flat import Flat
 from jaxsparse.depth._gates import with_gates
 from jaxsparse.depth._rewrite import runnable
 from jaxsparse.narrowing.retracing import by_shape
-from jaxsparse.program import Step, Steps
+from jaxsparse.program import Step
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing.leaves import checked_leaves
 
@@ -87,7 +87,10 @@ def _cosines(
     found: Flat, known: list[ResidualBlock]
 ) -> tuple[Callable[..., Any], np.ndarray]:
     """A program that gives each block's sum of cosines, and how many are summed."""
-    number = _last_number(found.steps)
+    flat = found.steps
+    outs = itertools.chain(*(step.outs for step in flat.steps))
+    # The greatest number of a variable; those above it are free.
+    number = max(itertools.chain(outs, flat.arguments, flat.constants))
     new: dict[int, list[Step]] = {}
     results, counts = [], []
     for block in known:
@@ -101,21 +104,9 @@ def _cosines(
         results.append(number)
         shape = end.eqn.outvars[0].aval.shape
         counts.append(math.prod(shape[:-1]))
-    flat = _replaced(found.steps, new)
-    flat = dataclasses.replace(flat, results=tuple(results))
-    return runnable(found, flat, {}), np.array(counts, float)
-
-
-def _replaced(flat: Steps, new: Mapping[int, list[Step]]) -> Steps:
-    """A flat program with others in place of some steps."""
     steps = itertools.chain(*(new.get(i, [s]) for i, s in enumerate(flat.steps)))
-    return dataclasses.replace(flat, steps=tuple(steps))
-
-
-def _last_number(flat: Steps) -> int:
-    """The greatest number of a variable; those above it are free."""
-    made = itertools.chain(*(step.outs for step in flat.steps))
-    return max(itertools.chain(made, flat.arguments, flat.constants))
+    flat = dataclasses.replace(flat, steps=tuple(steps), results=tuple(results))
+    return runnable(found, flat, {}), np.array(counts, float)
 
 
 def _cosine(x: Any, y: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from jaxsparse.depth._branches import flat_for
 from jaxsparse.depth._flat import Flat, Unit, own_units, units_read, without
 from jaxsparse.depth._rewrite import runnable
 from jaxsparse.narrowing import Narrowed
-from jaxsparse.narrowing.retracing import as_sharded, by_shape
+from jaxsparse.narrowing.retracing import as_sharded, by_shape, model_of
 from jaxsparse.program import Steps
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing.leaves import checked_leaves
@@ -205,17 +205,11 @@ def _entries(found: Flat) -> dict[Unit, list[int]]:
 
 
 class _Plan(NamedTuple):
-    """What becomes of a program.
+    """What becomes of a program."""
 
-    Attributes:
-      found: the whole program.
-      flat: its steps, maybe in another order.
-      replace: variables with those that are read in their place.
-    """
-
-    found: Flat
-    flat: Steps
-    replace: Mapping[int, int]
+    found: Flat  # the whole program
+    flat: Steps  # its steps, maybe in another order
+    replace: Mapping[int, int]  # variables with those that are read in their place
 
 
 _Left = dict[str, dict[int, np.ndarray] | None]
@@ -241,24 +235,7 @@ def _smaller(trace: Trace, params: PyTree, plan: Callable[[Trace], _Plan]) -> Na
         found, left = wanted.found, _left(at, wanted)
         return as_sharded(at, runnable(found, wanted.flat, wanted.replace, left))
 
-    program_for = by_shape(trace, build)
-
-    def apply_fn(params: PyTree, *inputs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(params)
-        if treedef != trace.treedef:
-            raise ValueError(
-                "params have another structure than those that were traced: got "
-                f"{treedef}, expected {trace.treedef}."
-            )
-        for path, x, shape in zip(trace.paths, leaves, shapes, strict=True):
-            if tuple(np.shape(x)) != shape:
-                raise ValueError(
-                    f"{path}: the smaller model has the shape {shape} here, got "
-                    f"{tuple(np.shape(x))}."
-                )
-        program, structure = program_for(leaves, inputs)
-        return jax.tree.unflatten(structure, program(leaves, jax.tree.leaves(inputs)))
-
+    apply_fn = model_of(trace, by_shape(trace, build), shapes, "the smaller model")
     return Narrowed(jax.tree.unflatten(trace.treedef, small), apply_fn, sizes)
 
 

@@ -1,6 +1,7 @@
 """Running a flat program that was changed: for each shape, with its checkpoints."""
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -81,17 +82,14 @@ def _items(
         # Within a scan the compiler sees no equal turns; without one it has to be kept
         # from sharing what shall be computed twice.
         prevent_cse = eqn.params["prevent_cse"] or bool(turns)
-        again = _checkpoint(prevent_cse, eqn.params["policy"])
+        options = {"prevent_cse": prevent_cse, "policy": eqn.params["policy"]}
+        again = functools.partial(jax.checkpoint, **options)
         ins = tuple(x for x in mine if x not in set(made))
         outs = tuple(x for x in made if readers[x] > mine.get(x, 0))
         items.append(
             _Region(again, _items(found, inside, readers, depth + 1), ins, outs)
         )
     return tuple(items)
-
-
-def _checkpoint(prevent_cse: Any, policy: Any) -> Callable[..., Any]:
-    return lambda f: jax.checkpoint(f, prevent_cse=prevent_cse, policy=policy)
 
 
 def _around(found: Flat, step: Step, depth: int) -> Any:

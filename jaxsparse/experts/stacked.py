@@ -4,14 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxsparse import _checks
 from jaxsparse._host import on_host
 from jaxsparse._typing import PyTree
 from jaxsparse.tree import leaves_with_paths
-
-HIGHEST = lax.Precision.HIGHEST
 
 
 def count_experts(experts: PyTree) -> int:

@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsparse import _platform
 from jaxsparse._loops import after
-from jaxsparse._sharded import explicit_mesh
+from jaxsparse._sharded import explicit_mesh, with_auto_axes
 from jaxsparse._typing import Array
 
 SCRATCH_BYTES = 1 << 22  # float64 numbers that should stay in the cache of a CPU
@@ -73,14 +72,10 @@ def over_blocks(
 ) -> Any:
     """`f(*arrays)` for a function of independent blocks, a chunk of them at a time."""
     total = math.prod(lead)
-    mesh = explicit_mesh(jax.tree.leaves(arrays))
-    if mesh is not None:
-        # Within blocks JAX need not be told how every result is sharded.
+    if explicit_mesh(jax.tree.leaves(arrays)) is not None:
         spec = jax.typeof(jax.tree.leaves(arrays)[0]).sharding.spec[: len(lead)]
-        automatic: Any = jax.sharding.auto_axes(
-            f, out_sharding=NamedSharding(mesh, P(*spec))
-        )
-        return automatic(*arrays, *whole)
+        specs = lambda results: jax.tree.map(lambda _: P(*spec), results)
+        return with_auto_axes(f, specs, *arrays, *whole)
     chunk = max(1, scratch_bytes() // (8 * floats))
     if chunk >= total or is_spread(*jax.tree.leaves(arrays)):
         return f(*arrays, *whole)

@@ -136,17 +136,21 @@ def _factor(gram: Array, damping, rel_damping) -> GramFactor:
     wide = gram.astype(jnp.float32) if narrow else gram
     diagonal = jnp.diagonal(wide)
     dead = diagonal == 0
-    live = jnp.where(dead, jnp.ones_like(diagonal), diagonal)
-    if damping is None:
-        added = jnp.asarray(rel_damping).astype(wide.dtype) * jnp.mean(live)
-    else:
-        added = jnp.asarray(damping).astype(wide.dtype)
+    added = given_damping(diagonal, damping, rel_damping)
     extra = jnp.where(dead, jnp.ones_like(diagonal), jnp.zeros_like(diagonal)) + added
     root = _reverse(_cholesky(_reverse(wide + jnp.diag(extra))))
     pivots = jnp.diagonal(root)
     failed = ~jnp.all(jnp.isfinite(pivots) & (pivots > 0))
     root = jnp.where(failed, jnp.full((), jnp.nan, root.dtype), root)
     return GramFactor(root, gram, added, dead, failed)
+
+
+def given_damping(diagonal: Array, damping: Any, rel_damping: Any) -> Array:
+    """What to add to the diagonal, a number of its own; 1 counts for dead inputs."""
+    if damping is not None:
+        return jnp.asarray(damping).astype(diagonal.dtype)
+    live = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
+    return jnp.asarray(rel_damping).astype(diagonal.dtype) * jnp.mean(live)
 
 
 def _reverse(x: Array) -> Array:

@@ -26,15 +26,11 @@ _RENEW_EVERY = 64
 
 
 class Factor(NamedTuple):
-    """The factor of S.
+    """The factor of S."""
 
-    Attributes:
-      upper: U, `[m, m]`, rows and columns by age.
-      added: what S has on its diagonal besides `G G^T`, `[m]`, by age: the shift, or
-        more where rounding asks for it.
-    """
-
-    upper: Array
+    upper: Array  # U, `[m, m]`, rows and columns by age
+    # What S has on its diagonal besides `G G^T`, `[m]`, by age: the shift, or more
+    # where rounding asks for it
     added: Array
 
 

@@ -22,16 +22,12 @@ _DOWN = 2.0**-24  # of the low parts beside the diagonal; a power of 2 loses no 
 
 
 class Triangle(NamedTuple):
-    """Lower-triangular matrices.
+    """Lower-triangular matrices."""
 
-    Attributes:
-      square: `[..., b, b]`, the high parts below and on the diagonal, the low parts,
-        scaled down, above it. Where the type is float64, plainly the triangle.
-      diagonal: `[..., b]`, the low parts of the diagonal.
-    """
-
+    # `[..., b, b]`, the high parts below and on the diagonal, the low parts, scaled
+    # down, above it. Where the type is float64, plainly the triangle
     square: Array
-    diagonal: Array
+    diagonal: Array  # `[..., b]`, the low parts of the diagonal
 
 
 def zeros(shape: tuple[int, ...], size: int, dtype, *, device=None) -> Triangle:

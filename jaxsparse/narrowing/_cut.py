@@ -24,15 +24,10 @@ Leaf = algebra.Axis
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cut:
-    """What is kept of each leaf.
+    """What is kept of each leaf."""
 
-    Attributes:
-      kept: by leaf `[*copies, size]`, as many in each copy.
-      copies: by leaf the leaves that have copies of it.
-    """
-
-    kept: Mapping[Leaf, np.ndarray]
-    copies: Mapping[Leaf, tuple[Leaf, ...]]
+    kept: Mapping[Leaf, np.ndarray]  # by leaf `[*copies, size]`, as many in each copy
+    copies: Mapping[Leaf, tuple[Leaf, ...]]  # by leaf the leaves that have copies of it
 
     @functools.cached_property
     def _sizes(self) -> dict[algebra.Axis, int]:
@@ -80,7 +75,7 @@ class Cut:
         It is as long as the array along axes that lose something, and along those in
         which the copies lie of what loses.
         """
-        tables, rank = [_table(axis) for axis in dims], len(dims)
+        tables, rank = list(map(algebra.coordinates, dims)), len(dims)
         whole = np.ones((1,) * rank, bool)
         for at, table in enumerate(tables):
             for leaf, index in table:
@@ -134,10 +129,6 @@ class Cut:
             out[positions] = x
             return out
         return jnp.zeros(whole, x.dtype).at[positions].set(x)
-
-
-def _table(axis: algebra.Axis) -> list[tuple[Leaf, np.ndarray]]:
-    return algebra.coordinates(axis)
 
 
 def _copy(tables: Sequence[Any], at: int, leaf: Leaf) -> tuple[int, np.ndarray]:

@@ -64,7 +64,8 @@ def _with_jvp(eqn: Any, plain: Plain, rule: "_Rule", runner: Runner) -> Plain:
     def _(primals: Any, tangents: Any) -> Any:
         found = program()(*primals, *_some(tangents, ins))
         values, moved = found[: len(outs)], found[len(outs) :]
-        return values, _put([_no_tangent(x) for x in values], outs, moved)
+        none = [np.zeros(np.shape(x), jax.dtypes.float0) for x in values]
+        return values, _put(none, outs, moved)
 
     return function
 
@@ -274,7 +275,3 @@ def _put(whole: Sequence[Any], which: Sequence[bool], some: Sequence[Any]) -> li
     """A list with others in some places."""
     rest = iter(some)
     return [next(rest) if one else x for x, one in zip(whole, which, strict=True)]
-
-
-def _no_tangent(x: Any) -> Any:
-    return np.zeros(np.shape(x), jax.dtypes.float0)

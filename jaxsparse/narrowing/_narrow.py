@@ -13,7 +13,7 @@ from jaxsparse.narrowing._arrays import cut_array, put_array
 from jaxsparse.narrowing._cut import Cut
 from jaxsparse.narrowing._plan import Plan, like, plan
 from jaxsparse.narrowing._resize import Norms, Positions, resized
-from jaxsparse.narrowing.retracing import as_sharded, by_shape
+from jaxsparse.narrowing.retracing import as_sharded, by_shape, model_of
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing.leaves import check_structure, checked_leaves
 
@@ -245,18 +245,5 @@ def _runner(
         return tuple(d.size if size(d) != d.size else n for n, d in pairs)
 
     program_for = by_shape(trace, build, whole=whole)
-
-    def apply_fn(params: PyTree, *inputs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(params)
-        check_structure(trace, treedef)
-        for path, x, dims in zip(trace.paths, leaves, trace.dims.values(), strict=True):
-            if tuple(x.shape) != wanted.cut.shape(dims):
-                raise ValueError(
-                    f"{path}: the narrowed model has the shape "
-                    f"{wanted.cut.shape(dims)} here, got {tuple(x.shape)}."
-                )
-        program, structure = program_for(leaves, inputs)
-        outs = program(leaves, jax.tree.leaves(inputs))
-        return jax.tree.unflatten(structure, outs)
-
-    return apply_fn
+    shapes = list(map(wanted.cut.shape, trace.dims.values()))
+    return model_of(trace, program_for, shapes, "the narrowed model")

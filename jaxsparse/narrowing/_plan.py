@@ -16,15 +16,10 @@ from jaxsparse.tracing import Trace
 
 
 class Plan(NamedTuple):
-    """A checked specification.
+    """A checked specification."""
 
-    Attributes:
-      drop: the specification, with sizes.
-      cut: what is kept of each axis of the trace.
-    """
-
-    drop: Drop
-    cut: Cut
+    drop: Drop  # the specification, with sizes
+    cut: Cut  # what is kept of each axis of the trace
 
 
 def plan(

@@ -18,16 +18,12 @@ Leaf = algebra.Axis
 
 
 class Kept(NamedTuple):
-    """What is kept of leaves.
+    """What is kept of leaves."""
 
-    Attributes:
-      size: the new size of an axis.
-      indices: for each leaf that loses some the indices that it keeps, `[*copies, n]`.
-      copies: for each of them the leaves that have copies of it.
-    """
-
-    size: Callable[[algebra.Axis], int]
+    size: Callable[[algebra.Axis], int]  # the new size of an axis
+    # For each leaf that loses some the indices that it keeps, `[*copies, n]`
     indices: Mapping[Leaf, np.ndarray]
+    # For each of them the leaves that have copies of it
     copies: Mapping[Leaf, Sequence[Leaf]]
 
 

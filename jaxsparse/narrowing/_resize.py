@@ -44,24 +44,18 @@ Positions = Literal["slice", "renumber"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Resized:
-    """A traced program at the sizes that a cut leaves.
+    """A traced program at the sizes that a cut leaves."""
 
-    Attributes:
-      trace: the program and the axes of all its values.
-      cut: what is kept.
-      norms: "masked" keeps the number that a mean divides by; "resized" takes the new.
-      positions: "slice" keeps the old numbers of positions; "renumber" counts anew.
-      touched: the equations in which an axis changes, or in whose inner programs.
-      masked: what masked indices do, so that sums are those of the masked model.
-      turns: of the scans around where it runs, the number of the turn.
-    """
-
-    trace: Trace
-    cut: Cut
+    trace: Trace  # the program and the axes of all its values
+    cut: Cut  # what is kept
+    # "masked" keeps the number that a mean divides by; "resized" takes the new
     norms: Norms
+    # "slice" keeps the old numbers of positions; "renumber" counts anew
     positions: Positions
+    # The equations in which an axis changes, or in whose inner programs
     touched: frozenset[Address]
-    masked: Masked
+    masked: Masked  # what masked indices do, so that sums are those of the masked model
+    # Of the scans around where it runs, the number of the turn
     turns: Mapping[Address, Any]
 
     def __call__(self, params: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:

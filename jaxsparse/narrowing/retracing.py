@@ -4,11 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse._sharded import explicit_mesh, fitting
+from jaxsparse._typing import PyTree
 from jaxsparse.tracing import Trace
 from jaxsparse.tracing import trace as trace_of
+from jaxsparse.tracing.leaves import check_structure
 
 Shape = tuple[int, ...]
 
@@ -50,6 +53,26 @@ def by_shape(
     return program_for
 
 
+def model_of(
+    trace: Trace, program_for: Callable[..., Any], shapes: Sequence[Shape], what: str
+) -> Callable[..., Any]:
+    """`apply_fn(params, *inputs)`, by `by_shape`, for parameters of these shapes."""
+
+    def apply_fn(params: PyTree, *inputs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        check_structure(trace, treedef)
+        for path, x, shape in zip(trace.paths, leaves, shapes, strict=True):
+            if tuple(np.shape(x)) != shape:
+                raise ValueError(
+                    f"{path}: {what} has the shape {shape} here, got "
+                    f"{tuple(np.shape(x))}."
+                )
+        program, structure = program_for(leaves, inputs)
+        return jax.tree.unflatten(structure, program(leaves, jax.tree.leaves(inputs)))
+
+    return apply_fn
+
+
 def as_sharded(
     trace: Trace, program: Callable[..., list[Any]]
 ) -> Callable[..., list[Any]]:
@@ -64,8 +87,9 @@ def as_sharded(
         mesh = explicit_mesh([*leaves, *flat])
         if mesh is None:
             return program(leaves, flat, *rest)
+        lies = lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec)
         whole = [
-            jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=_on(mesh, x, t.shape))
+            jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=fitting(lies(x), t.shape))
             for x, t in zip((*leaves, *flat), traced, strict=True)
         ]
         n = len(leaves)
@@ -80,8 +104,3 @@ def as_sharded(
         return automatic(leaves, flat, *rest)
 
     return run
-
-
-def _on(mesh: Any, x: Any, shape: Shape) -> NamedSharding:
-    spec = jax.typeof(x).sharding.spec
-    return fitting(NamedSharding(mesh, spec), shape)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse import patterns
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.patterns.before import may_have_lost_more
+from jaxsparse.patterns.before import may_have_lost_more, most_lost
 from jaxsparse.tracing import Kernel
 from jaxsparse.tree import leaves_with_paths, to_matrices
 
@@ -42,13 +42,7 @@ def _check_gone(
     if sparsity is None or may_have_lost_more(sparsity, pattern):
         return
     gone = ~to_matrices(mask, kernel.view)
-    if isinstance(pattern, patterns.NM):
-        gone = gone.reshape(*gone.shape[:-1], -1, pattern.of)
-    elif pattern != patterns.Unstructured("output"):
-        gone = gone.reshape(*gone.shape[:-2], -1)
-    size = gone.shape[-1]
-    most = int(patterns.removed_count(sparsity, size))
-    lost = int(jnp.max(jnp.sum(gone, axis=-1, dtype=jnp.int32)))
+    lost, most, size = most_lost(gone, sparsity, pattern)
     if lost > most:
         raise ValueError(
             f"{path}: `masks` already remove {lost} of {size} weights that compete "

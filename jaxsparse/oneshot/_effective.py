@@ -15,18 +15,14 @@ import numpy as np
 from jaxsparse import solvers
 from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array
-from jaxsparse.oneshot._segments import Pieces
+from jaxsparse.oneshot._segments import Segments
 from jaxsparse.tracing import Kernel
 from jaxsparse.tracing.changes import check_solvable
 from jaxsparse.tree import MatrixView, to_matrices
 
 
 class NoScale(ValueError):
-    """What a kernel is multiplied by could not be found.
-
-    Attributes:
-      path: of the kernel.
-    """
+    """What the kernel at `path` is multiplied by could not be found."""
 
     def __init__(self, path: str, message: str):
         super().__init__(message)
@@ -45,7 +41,7 @@ def unsolvable(kernels: Mapping[str, Kernel]) -> dict[str, str]:
 
 
 def scales_of(
-    pieces: Pieces,
+    pieces: Segments,
     kernels: Mapping[str, Kernel],
     paths: tuple[str, ...],
     leaves: Mapping[str, Array],
@@ -92,7 +88,7 @@ def _said(kernel: Kernel) -> str:
 
 
 def _scale(
-    pieces: Pieces, wanted: Any, number: int, raw: Array, value: Callable[[int], Any]
+    pieces: Segments, wanted: Any, number: int, raw: Array, value: Callable[[int], Any]
 ) -> Array:
     segment = pieces.segment([wanted], ())
 

@@ -17,7 +17,6 @@ from jaxsparse.calibration.finite import check_params
 from jaxsparse.calibration.selected import selected_kernels
 from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._before import check_takes_mask, masks_before
-from jaxsparse.oneshot._edges import reports, store
 from jaxsparse.oneshot._effective import (
     energies,
     matrices_at,
@@ -27,9 +26,9 @@ from jaxsparse.oneshot._effective import (
 )
 from jaxsparse.oneshot._fingerprint import fingerprint
 from jaxsparse.oneshot._pass import Pass, solvable_pass
-from jaxsparse.oneshot._progress import Found, Progress, put, result_of
+from jaxsparse.oneshot._progress import RunState, Solution, put, result_of
 from jaxsparse.oneshot._results import LayerInfo, Layerwise
-from jaxsparse.oneshot._resume import resumed, saved
+from jaxsparse.oneshot._resume import load_state, save_state
 from jaxsparse.oneshot._stages import Bundle, Unit
 from jaxsparse.oneshot._unseen import (
     nan_at,
@@ -152,6 +151,8 @@ def layerwise(
       >>> list(pruned.info), int(pruned.masks["in"].sum())
       (['in', 'out'], 64)
     """
+    from jaxsparse import report  # brings rich, which not every program needs
+
     _checks.check_callable(None, apply_fn=apply_fn)
     _checks.check_arrays(params=params)
     _checks.check_batches(batches)
@@ -187,7 +188,7 @@ def layerwise(
     left_out = left_dense if where is None else None  # an error where it is named
     options = {"gram": gram, "host": host, "weight": weight}
     walk = solvable_pass(traced, kernels, params, data, left_out, **options)
-    state = Progress(0, dict(walk.leaves), {}, {})
+    state = RunState(0, dict(walk.leaves), {}, {})
     if directory is not None:
         run = fingerprint(
             traced,
@@ -205,10 +206,9 @@ def layerwise(
             **({"masks": before} if before else {}),
         )
         state = state._replace(run=run)
-        state = resumed(store(), directory, state, traced, walk.stages)
+        state = load_state(directory, state, traced, walk.stages)
         walk.leaves.update(state.leaves)
     dense = None if sequential else walk.all_statistics()
-    report = reports()
     bar = report.progress(walk.stages, description="layerwise", show=show)
     for index, stage in enumerate(bar):
         if index >= state.stage:
@@ -221,9 +221,9 @@ def layerwise(
                     bar.say(f"{path}: relative error {error:.2e}")
             state = state._replace(stage=index + 1, leaves=dict(walk.leaves))
             if directory is not None:
-                saved(store(), directory, state, traced)
+                save_state(directory, state, traced)
         if dense is None:
-            walk.go_on(index)
+            walk.advance(index)
     result = result_of(state, params, masks, traced, kernels, left_dense)
     if bar.shown:
         print(report.layer_table(result.info, left_dense=result.left_dense))
@@ -292,7 +292,7 @@ def _solve_bundle(
     solver: Solver,
     pattern: patterns.Pattern,
     dense: bool,
-) -> list[tuple[str, Found]]:
+) -> list[tuple[str, Solution]]:
     """Solves the kernels of a bundle."""
     found = []
     blind = on_host(never_seen(stats.square))
@@ -330,7 +330,7 @@ def _solve_bundle(
             sparsity=1 - on_host(kept),
             seconds=seconds,
         )
-        entry = Found(solved.w, solved.mask, unit.places, info)
+        entry = Solution(solved.w, solved.mask, unit.places, info)
         found.append((unit.path, entry))
     return found
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxsparse._compiled import Keyed
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.calibration import InputStats, RunningStats, finalize, init, merge
+from jaxsparse.calibration import InputStats, RunningStats, finalize, merge
 from jaxsparse.calibration.capture import capture_at
 from jaxsparse.calibration.finite import (
     check_batch,
@@ -18,11 +18,11 @@ from jaxsparse.calibration.finite import (
     input_flags,
     not_finite,
 )
-from jaxsparse.calibration.rows import contribution, reading_key
+from jaxsparse.calibration.rows import contribution, flattened, placed, reading_key
 from jaxsparse.calibration.weights import batch_weight, weight_of_rows
 from jaxsparse.oneshot._effective import NoScale, scales_of
-from jaxsparse.oneshot._segments import Pieces
-from jaxsparse.oneshot._stages import Bundle, Look, Stage, flat_program, stages_of
+from jaxsparse.oneshot._segments import Segments
+from jaxsparse.oneshot._stages import Bundle, ReadSite, Stage, flat_program, stages_of
 from jaxsparse.tracing import Kernel, Trace, retrace
 
 
@@ -49,7 +49,7 @@ class Pass:
         self.leaves = dict(zip(trace.paths, jax.tree.leaves(params), strict=True))
         self._paths, self._gram, self._host = trace.paths, gram, host
         self._compiled: dict[Any, Any] = {}
-        self._programs: dict[str, tuple[Pieces, tuple[Stage, ...], set[int]]] = {}
+        self._programs: dict[str, tuple[Segments, tuple[Stage, ...], set[int]]] = {}
         self._batches: list[tuple[str, dict[int, Any]]] = []
         self._weights: list[Array | None] = []
         self._traces: dict[str, Trace] = {}
@@ -64,7 +64,7 @@ class Pass:
                 again = {path: here.kernels[path] for path in kernels}
                 flat = flat_program(here, again)
                 stages = stages_of(flat, again)
-                pieces = Pieces(flat, self._compiled)
+                pieces = Segments(flat, self._compiled)
                 looks = [k.at for s in stages for b in s.bundles for k in b.looks]
                 self._programs[key] = pieces, stages, pieces.leading_to(looks)
                 self._traces[key] = here
@@ -76,7 +76,6 @@ class Pass:
         pieces, self.stages, _ = next(iter(self._programs.values()))
         value = lambda x: self._value(pieces, x, {})
         self.scales = scales_of(pieces, kernels, trace.paths, self.leaves, value)
-        self._at = -1
         self._advance(0)
 
     def statistics(self, stage: Stage) -> list[InputStats]:
@@ -102,7 +101,7 @@ class Pass:
         flags = input_flags(self._inputs[number])
         return not_finite(name, number, flags, self._paths, list(self.leaves.values()))
 
-    def go_on(self, index: int) -> None:
+    def advance(self, index: int) -> None:
         """Runs the program, with the parameters as they are, to the next stage."""
         if index + 1 < len(self.stages):
             self._advance(index + 1)
@@ -112,27 +111,31 @@ class Pass:
         found = []
         for index, stage in enumerate(self.stages):
             found.append(self.statistics(stage))
-            self.go_on(index)
+            self.advance(index)
         return found
 
     def _advance(self, index: int) -> None:
         for number, (key, live) in enumerate(self._batches):
             pieces, stages, needed = self._programs[key]
             wanted = pieces.live_at(stages[index].begin, needed)
-            missing = sorted(wanted - set(live))
-            new = dict(zip(missing, self._run(pieces, missing, live), strict=True))
-            live = {**{x: live[x] for x in wanted if x in live}, **new}
+            live = self._run(pieces, wanted, live)
             if self._host:
                 live = jax.tree.map(on_host, live)
             self._batches[number] = key, live
 
-    def _run(self, pieces: Pieces, wanted: Any, live: dict[int, Any]) -> list[Array]:
-        if not wanted:
-            return []
-        segment = pieces.segment(wanted, live)
-        return segment.call([self._value(pieces, x, live) for x in segment.ins])
+    def _run(
+        self, pieces: Segments, wanted: set[int], live: dict[int, Any]
+    ) -> dict[int, Any]:
+        """Variables that are there, or are computed from those."""
+        values = {x: live[x] for x in wanted if x in live}
+        missing = sorted(wanted - set(live))
+        if missing:
+            segment = pieces.segment(missing, live)
+            new = segment.call([self._value(pieces, x, live) for x in segment.ins])
+            values.update(zip(missing, new, strict=True))
+        return values
 
-    def _value(self, pieces: Pieces, x: int, live: dict[int, Any]) -> Any:
+    def _value(self, pieces: Segments, x: int, live: dict[int, Any]) -> Any:
         if x in live:
             return live[x]
         if x in pieces.flat.constants:
@@ -148,28 +151,23 @@ class Pass:
         pieces = self._programs[key][0]
         looks = [(look, *_operands(pieces, look)) for look in bundle.looks]
         wanted = {x for _, ins, keep in looks for x in _kept(ins, keep)}
-        missing = sorted(wanted - set(live))
-        new = dict(zip(missing, self._run(pieces, missing, live), strict=True))
+        values = self._run(pieces, wanted, live)
         total = None
         places = np.unique(np.concatenate([look.places for look in bundle.looks]))
         if len(looks) == 1:
             places = bundle.looks[0].places
         for look, ins, keep in looks:
-            arrays = [{**live, **new}[x] for x in _kept(ins, keep)]
+            arrays = [values[x] for x in _kept(ins, keep)]
             part = self._see_step(pieces, look, keep, arrays, number)
-            if not np.array_equal(look.places, places):
-                size, d_in = len(places), part.mean.shape[-1]
-                empty = init((size,), d_in, gram=self._gram, dtype=part.mean.dtype)
-                at = np.searchsorted(places, look.places)
-                part = jax.tree.map(lambda e, x, at=at: e.at[at].set(x), empty, part)
+            part = placed(part, np.searchsorted(places, look.places), len(places))
             total = part if total is None else merge(total, part)
         assert total is not None, "a bundle has a look"
         return total
 
     def _see_step(
         self,
-        pieces: Pieces,
-        look: Look,
+        pieces: Segments,
+        look: ReadSite,
         keep: list[bool],
         arrays: list[Any],
         number: int,
@@ -218,7 +216,7 @@ def solvable_pass(
             kernels = {p: k for p, k in kernels.items() if p != error.path}
 
 
-def _operands(pieces: Pieces, look: Look) -> tuple[tuple[Any, ...], list[bool]]:
+def _operands(pieces: Segments, look: ReadSite) -> tuple[tuple[Any, ...], list[bool]]:
     """A step's operands, and which of them its statistics need.
 
     A contraction needs its inputs alone; a loop needs everything.
@@ -258,7 +256,6 @@ def _seeing(
             scans = {site: reading.scans}
             _, all_found = capture_at(step.eqn, operands, step.address, look, scans)
             found = all_found[site][""]
-        lead = found.count.ndim
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[lead:]), found)
+        return flattened(found)
 
     return see

@@ -15,25 +15,17 @@ from jaxsparse.tracing import Kernel, Trace
 from jaxsparse.tree import MatrixView, from_matrices, to_matrices
 
 
-class Progress(NamedTuple):
-    """How far a run has come.
+class RunState(NamedTuple):
+    """How far a run has come."""
 
-    Attributes:
-      stage: how many stages are done.
-      leaves: the parameters by path.
-      masks: by path, of the kernels that were solved.
-      info: by path, flat over each kernel's matrices.
-      run: what decides the result, of `fingerprint`.
-    """
-
-    stage: int
-    leaves: dict[str, Any]
-    masks: dict[str, Any]
-    info: dict[str, Any]
-    run: dict[str, str] | None = None
+    stage: int  # how many stages are done
+    leaves: dict[str, Any]  # the parameters by path
+    masks: dict[str, Any]  # by path, of the kernels that were solved
+    info: dict[str, Any]  # by path, flat over each kernel's matrices
+    run: dict[str, str] | None = None  # what decides the result, of `fingerprint`
 
 
-class Found(NamedTuple):
+class Solution(NamedTuple):
     """What a solver made of some matrices of one kernel: `[places, d_out, d_in]`."""
 
     w: Array
@@ -43,10 +35,10 @@ class Found(NamedTuple):
 
 
 def put(
-    state: Progress, leaves: dict[str, Array], path: str, found: Found, kernel: Kernel
+    state: RunState, leaves: dict[str, Array], path: str, part: Solution, kernel: Kernel
 ) -> None:
     """Puts the solved matrices of a kernel in their places."""
-    view, (w, mask, places, info) = kernel.view, found
+    view, (w, mask, places, info) = kernel.view, part
     total = int(np.prod(view.batch)) if view.batch else 1
     sharding = getattr(leaves[path], "sharding", None)
     leaf = _replaced(leaves[path], places, w, view)
@@ -63,8 +55,8 @@ def put(
     flat_mask = np.array(known.reshape(total, *known.shape[-2:]))
     flat_mask[places] = on_host(mask)
     state.masks[path] = np.asarray(from_matrices(flat_mask.reshape(known.shape), view))
-    for whole, part in zip(state.info[path][:-1], info[:-1], strict=True):
-        whole[places] = part
+    for whole, of_places in zip(state.info[path][:-1], info[:-1], strict=True):
+        whole[places] = of_places
     state.info[path] = state.info[path]._replace(
         seconds=state.info[path].seconds + info.seconds
     )
@@ -86,7 +78,7 @@ def _of_arrays(f: Callable[[np.ndarray], np.ndarray], info: LayerInfo) -> LayerI
 
 
 def result_of(
-    state: Progress,
+    state: RunState,
     params: PyTree,
     before: PyTree,
     traced: Trace,

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 
 from jaxsparse._host import on_host
-from jaxsparse.oneshot._edges import Store
 from jaxsparse.oneshot._fingerprint import differences
-from jaxsparse.oneshot._progress import Progress
+from jaxsparse.oneshot._progress import RunState
 from jaxsparse.oneshot._results import LayerInfo
 from jaxsparse.tracing import Trace
 
@@ -17,15 +16,17 @@ _SHOWN = 4
 _TYPES = {x: np.dtype(x) for x in ("bool", "int32", "int64", "float32", "float64")}
 
 
-def saved(store: Store, directory: Any, state: Progress, trace: Trace) -> None:
+def save_state(directory: Any, state: RunState, trace: Trace) -> None:
     """Writes a checkpoint of what is done; the one before goes when it is whole."""
+    from jaxsparse import checkpoint  # brings orbax
+
     unflatten = lambda leaves: jax.tree.unflatten(trace.treedef, leaves)
     masks = [state.masks.get(path, np.asarray(True)) for path in trace.paths]
     info = {
         path: [[x.tolist(), x.dtype.name] for x in layer[:-1]] + [layer.seconds]
         for path, layer in state.info.items()
     }
-    store.save(
+    checkpoint.save(
         directory,
         step=state.stage,
         params=unflatten([state.leaves[path] for path in trace.paths]),
@@ -39,15 +40,15 @@ def saved(store: Store, directory: Any, state: Progress, trace: Trace) -> None:
     )
 
 
-def resumed(
-    store: Store, directory: Any, state: Progress, trace: Trace, stages: Any
-) -> Progress:
+def load_state(directory: Any, state: RunState, trace: Trace, stages: Any) -> RunState:
     """What a directory holds of an earlier run, or the state as it is."""
+    from jaxsparse import checkpoint
+
     template = jax.tree.unflatten(
         trace.treedef, [state.leaves[path] for path in trace.paths]
     )
     try:
-        restored = store.restore(directory, params=template)
+        restored = checkpoint.restore(directory, params=template)
     except FileNotFoundError:
         return state
     info = restored.extra.get("layerwise")
@@ -75,7 +76,7 @@ def resumed(
             f"not what layerwise wrote ({type(error).__name__}: {error}). Give another "
             "directory, or delete this one to begin anew."
         ) from error
-    return Progress(restored.step, leaves, masks, layers, state.run)
+    return RunState(restored.step, leaves, masks, layers, state.run)
 
 
 def _layer(said: Any) -> LayerInfo:

@@ -10,29 +10,19 @@ from jaxsparse.program import Step, Steps, key_of
 
 
 class Segment(NamedTuple):
-    """A piece of a program.
+    """A piece of a program."""
 
-    Attributes:
-      call: a compiled function of a list of arrays.
-      ins: the numbers of its arguments.
-      outs: the numbers of its results.
-    """
-
-    call: Any
-    ins: tuple[int, ...]
-    outs: tuple[int, ...]
+    call: Any  # a compiled function of a list of arrays
+    ins: tuple[int, ...]  # the numbers of its arguments
+    outs: tuple[int, ...]  # the numbers of its results
 
 
-class Pieces:
-    """Cuts segments out of a program, and keeps what was compiled.
-
-    Attributes:
-      flat: the program.
-      producer: for each variable the index of the step that makes it.
-    """
+class Segments:
+    """Cuts segments out of a program, and keeps what was compiled."""
 
     def __init__(self, flat: Steps, compiled: dict[Any, Any]):
         self.flat, self.compiled = flat, compiled
+        # For each variable the index of the step that makes it.
         self.producer = {x: i for i, s in enumerate(flat.steps) for x in s.outs}
 
     def segment(self, wanted: Iterable[int], live: Iterable[int]) -> Segment:

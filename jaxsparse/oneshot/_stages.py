@@ -14,43 +14,28 @@ from jaxsparse.tracing.kernels import Reading
 Address = tuple[int, ...]
 
 
-class Look(NamedTuple):
-    """A step that reads a kernel.
+class ReadSite(NamedTuple):
+    """A step that reads a kernel."""
 
-    Attributes:
-      at: the step's index.
-      reading: how it reads the kernel.
-      places: which of the kernel's flat batch indices it reads, in its own order.
-    """
-
-    at: int
-    reading: Reading
+    at: int  # the step's index
+    reading: Reading  # how it reads the kernel
+    # Which of the kernel's flat batch indices it reads, in its own order
     places: np.ndarray
 
 
 class Unit(NamedTuple):
-    """Some matrices of one kernel, which are solved at once.
-
-    Attributes:
-      path: the kernel's path.
-      places: which of its flat batch indices.
-    """
+    """Some matrices of one kernel, which are solved at once."""
 
     path: str
-    places: np.ndarray
+    places: np.ndarray  # which of its flat batch indices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundle:
-    """Kernels with the same inputs: they share statistics and a factor.
+    """Kernels with the same inputs: they share statistics and a factor."""
 
-    Attributes:
-      looks: where to see the inputs.
-      units: what is to be solved; all have the same number of places.
-    """
-
-    looks: tuple[Look, ...]
-    units: tuple[Unit, ...]
+    looks: tuple[ReadSite, ...]  # where to see the inputs
+    units: tuple[Unit, ...]  # what is to be solved; all have the same number of places
 
     @property
     def name(self) -> str:
@@ -61,15 +46,10 @@ class Bundle:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """What is solved before the program goes on.
+    """What is solved before the program goes on."""
 
-    Attributes:
-      begin: the first step that reads one of its kernels.
-      bundles: what is to be solved.
-    """
-
-    begin: int
-    bundles: tuple[Bundle, ...]
+    begin: int  # the first step that reads one of its kernels
+    bundles: tuple[Bundle, ...]  # what is to be solved
 
 
 def flat_program(trace: Any, kernels: Mapping[str, Kernel]) -> Steps:
@@ -100,7 +80,7 @@ def stages_of(flat: Steps, kernels: Mapping[str, Kernel]) -> tuple[Stage, ...]:
     A kernel that is read at several steps (tied weights, the turns of a loop) is solved
     with the inputs of all of them, before the first.
     """
-    looks: dict[str, list[Look]] = {path: [] for path in kernels}
+    looks: dict[str, list[ReadSite]] = {path: [] for path in kernels}
     by_address: dict[Address, list[tuple[str, Reading]]] = {}
     for path, kernel in kernels.items():
         for reading in kernel.readings:
@@ -111,8 +91,9 @@ def stages_of(flat: Steps, kernels: Mapping[str, Kernel]) -> tuple[Stage, ...]:
         if step.eqn is None:
             continue
         for path, reading in by_address.get(step.address, ()):
-            looks[path].append(Look(at, reading, _places(step, reading, flat.unrolled)))
-    bundles: dict[Any, tuple[list[Look], list[Unit]]] = {}
+            places = _places(step, reading, flat.unrolled)
+            looks[path].append(ReadSite(at, reading, places))
+    bundles: dict[Any, tuple[list[ReadSite], list[Unit]]] = {}
     for path, seen in looks.items():
         for group in _apart(seen):
             places = np.unique(np.concatenate([look.places for look in group]))
@@ -147,9 +128,9 @@ def _places(step: Step, reading: Reading, unrolled: Collection[Address]) -> np.n
     return reading.batch[index].reshape(-1)
 
 
-def _apart(looks: list[Look]) -> list[list[Look]]:
+def _apart(looks: list[ReadSite]) -> list[list[ReadSite]]:
     """Looks that have a place in common belong together."""
-    groups: list[tuple[set[int], list[Look]]] = []
+    groups: list[tuple[set[int], list[ReadSite]]] = []
     for look in looks:
         mine = set(look.places.tolist())
         found = [g for g in groups if g[0] & mine]

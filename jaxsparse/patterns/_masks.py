@@ -1,6 +1,7 @@
 """What is done with masks: apply, pack into bits, count."""
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -8,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import _checks
+from jaxsparse import _bits, _checks
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._sharded import sharded_like
 from jaxsparse._together import each
 from jaxsparse._typing import Array, PyTree, Tree
-from jaxsparse.tree import leaves_with_paths, like, map_with_path
+from jaxsparse.tree import leaves_with_paths, like
 
 
 class Pruned(NamedTuple):
@@ -93,10 +94,7 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
         leaves_with_paths(masks), jax.tree.leaves(params), strict=True
     ):
         shape, full = jnp.shape(mask), jnp.shape(w)
-        fits = len(shape) == len(full) and all(
-            m in (1, n) for m, n in zip(shape, full, strict=True)
-        )
-        if shape and not fits:
+        if not _checks.broadcasts(shape, full):
             raise ValueError(
                 f"{path}: a mask of shape {shape} does not broadcast to its parameter "
                 f"of shape {full}. It must have that shape, size 1 on some axes, or be "
@@ -125,10 +123,7 @@ def kept_count(mask: Array, shape: tuple[int, ...]) -> Array:
         raise TypeError(f"shape must be a tuple of integers, got {shape!r}.")
     for n in shape:
         _checks.check_positive_int(n, name="shape", least=0)
-    if mask.shape and (
-        len(mask.shape) != len(shape)
-        or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True))
-    ):
+    if not _checks.broadcasts(mask.shape, shape):
         raise ValueError(
             f"mask: the shape {tuple(mask.shape)} does not broadcast to {tuple(shape)}."
         )
@@ -175,9 +170,13 @@ def pack(masks: PyTree) -> Packed:
       ([160], ((1, 3),))
     """
     _checks.check_bools(masks)
-    flat = lambda ms: [jnp.packbits(jnp.ravel(m)) for m in ms]
-    bits = jax.tree.map(lambda m: sharded_like(flat, [jnp.asarray(m)])[0], masks)
+    bits = jax.tree.map(lambda m: sharded_like(_packed, jnp.asarray(m)), masks)
     return Packed(bits, tuple(jnp.shape(m) for m in jax.tree.leaves(masks)))
+
+
+@jax.jit
+def _packed(mask: Array) -> Array:
+    return _bits.pack(jnp.ravel(mask), 0)
 
 
 def unpack(packed: Packed) -> PyTree:
@@ -199,24 +198,19 @@ def unpack(packed: Packed) -> PyTree:
       [[True, False, True]]
     """
     _checks.check_is(Packed, "js.patterns.pack(masks)", packed=packed)
-    shapes = jax.tree.unflatten(
-        jax.tree.structure(packed.bits), [_Shape(s) for s in packed.shapes]
-    )
-
-    def unpack_one(path: str, bits: Array, shape: "_Shape") -> Array:
-        size = math.prod(shape.dims)
-        if bits.shape != (-(-size // 8),):
+    masks = []
+    named = leaves_with_paths(packed.bits)
+    for (path, bits), shape in zip(named, packed.shapes, strict=True):
+        size = _bits.packed_shape((math.prod(shape),), 0)
+        if bits.shape != size:
             raise ValueError(
-                f"{path}: a mask of shape {shape.dims} takes {-(-size // 8)} packed "
-                f"bytes, got an array of shape {bits.shape}."
+                f"{path}: a mask of shape {shape} takes {size[0]} packed bytes, got an "
+                f"array of shape {bits.shape}."
             )
-        return jnp.unpackbits(bits, count=size).reshape(shape.dims).astype(bool)
+        masks.append(_unpacked(bits, shape))
+    return jax.tree.unflatten(jax.tree.structure(packed.bits), masks)
 
-    return map_with_path(unpack_one, packed.bits, shapes)
 
-
-class _Shape:
-    """A shape that is a leaf: a bare tuple would be a subtree."""
-
-    def __init__(self, dims: tuple[int, ...]):
-        self.dims = dims
+@functools.partial(jax.jit, static_argnames="shape")
+def _unpacked(bits: Array, shape: tuple[int, ...]) -> Array:
+    return _bits.unpack(bits, (math.prod(shape),), 0).reshape(shape)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _checks
-from jaxsparse._sharded import sharded_like
+from jaxsparse._sharded import each_sharded_like, sharded_like
 from jaxsparse._typing import Array
 from jaxsparse.patterns._floor import top_k_with_floor
 from jaxsparse.patterns._rows import together, top_k_masks_of_each
@@ -132,18 +132,17 @@ def _expand(mask: Array, shape: tuple[int, ...], pattern: Pattern) -> Array:
 def _mask_one(
     x: Array, keep: Array, pattern: Pattern, axes: Axes | None, split: Split
 ) -> Array:
-    def one(xs: list[Array], keep: Array) -> list[Array]:
-        (x,) = xs
+    def one(x: Array, keep: Array) -> Array:
         if isinstance(pattern, NM):
             assert axes is not None
-            return [nm_mask("", x, keep, pattern, axes)]
+            return nm_mask("", x, keep, pattern, axes)
         units = units_of("", x, pattern, axes, split)
         competing = competing_axes(x.ndim, pattern, axes)
         splits = [split_of_units(split, pattern, axes)]
         (mask,) = top_k_masks([units], keep, axes=competing, splits=splits)
-        return [_expand(mask, x.shape, pattern)]
+        return _expand(mask, x.shape, pattern)
 
-    return sharded_like(one, [x], keep)[0]
+    return sharded_like(one, x, keep)
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "axes"))
@@ -192,4 +191,4 @@ def masks_of_all(
         kept = top_k_with_floor(units, keep, layers, apart, min_keep, of)
         return [_expand(m, x.shape, pattern) for m, x in zip(kept, xs, strict=True)]
 
-    return sharded_like(together, xs, keep)
+    return each_sharded_like(together, xs, keep)

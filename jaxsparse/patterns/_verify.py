@@ -116,19 +116,16 @@ def _verify_one(path: str, mask: Array, pattern: Pattern, stated) -> None:
 
 
 def _kept_in_groups(path: str, mask: Array, pattern: NM, axes: Axes) -> Array:
-    def kept(masks: list[Array]) -> list[Array]:
-        grouped, axis = group_inputs(path, masks[0], pattern, axes)
-        return [jnp.ravel(jnp.sum(grouped, axis=axis))]
+    def kept(mask: Array) -> Array:
+        grouped, axis = group_inputs(path, mask, pattern, axes)
+        return jnp.ravel(jnp.sum(grouped, axis=axis))
 
-    return sharded_like(kept, [mask])[0]
+    return sharded_like(kept, mask)
 
 
 def _all_or_none(path: str, mask: Array, pattern: Pattern, any_of) -> None:
-    def both(masks: list[Array]) -> list[Array]:
-        (mask,) = masks
-        return [jnp.ravel(any_of(mask) & any_of(~mask))]
-
-    (broken,) = sharded_like(both, [mask])
+    both = lambda mask: jnp.ravel(any_of(mask) & any_of(~mask))
+    broken = sharded_like(both, mask)
     if bool(jnp.any(broken)):
         raise ValueError(
             f"{path}: unit {int(jnp.argmax(broken))} is kept in part, against "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxsparse._typing import Array, PyTree, Sparsity
 from jaxsparse.patterns._counts import removed_count
 from jaxsparse.patterns._masks import kept_count
 from jaxsparse.patterns._shards import Split
-from jaxsparse.patterns._spec import NM, Block, Channel, Pattern
+from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
 from jaxsparse.patterns._units import block_scores, channel_scores, expand_blocks
 from jaxsparse.tree import Axes, AxesRule, kernel_axes, map_with_path, resolve_axes
 
@@ -49,8 +50,8 @@ def gone_units(
 
     One that has lost some of its weights competes with the rest.
     """
-    any_left = lambda ms: [_any_left(path, ms[0], pattern, axes, split)]
-    return ~sharded_like(any_left, [jnp.broadcast_to(mask, shape)])[0]
+    any_left = lambda mask: _any_left(path, mask, pattern, axes, split)
+    return ~sharded_like(any_left, jnp.broadcast_to(mask, shape))
 
 
 def _any_left(
@@ -80,6 +81,20 @@ def may_have_lost_more(sparsity: Any, pattern: Pattern) -> bool:
     if not isinstance(pattern, NM):
         return False
     return int(removed_count(sparsity, pattern.of)) >= pattern.of - pattern.keep
+
+
+def group_size(pattern: Pattern, shape: tuple[int, ...]) -> int:
+    """How many weights of a matrix `[d_out, d_in]` compete with each other."""
+    if isinstance(pattern, NM):
+        return pattern.of
+    return shape[1] if pattern == Unstructured("output") else math.prod(shape)
+
+
+def most_lost(gone: Array, sparsity: Any, pattern: Pattern) -> tuple[int, int, int]:
+    """The most that a group of some matrices has lost, may lose, and its size."""
+    size = group_size(pattern, gone.shape[-2:])
+    lost = jnp.max(jnp.sum(gone.reshape(-1, size), axis=1, dtype=jnp.int32))
+    return int(lost), int(removed_count(sparsity, size)), size
 
 
 def check_budget(revived: Revived, pattern: Pattern) -> None:

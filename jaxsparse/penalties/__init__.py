@@ -1,6 +1,5 @@
 """Penalties that empty channels while a network trains."""
 
-from jaxsparse.penalties._group_lasso import PenaltyState as PenaltyState
 from jaxsparse.penalties._group_lasso import group_lasso as group_lasso
 from jaxsparse.penalties._group_lasso import group_norm_decay as group_norm_decay
 from jaxsparse.penalties._group_lasso import prox_group_lasso as prox_group_lasso
@@ -14,3 +13,4 @@ from jaxsparse.penalties._hesso import HessoState as HessoState
 from jaxsparse.penalties._hesso import dropped as dropped
 from jaxsparse.penalties._hesso import hesso as hesso
 from jaxsparse.penalties.saliency import Criteria as Criteria
+from jaxsparse.penalties.terms import PenaltyState as PenaltyState

@@ -1,20 +1,18 @@
 """Penalties that make whole indices of groups small or zero: group lasso and decay."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsparse import _checks
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.channels.nesting import nesting
 from jaxsparse.channels.scaling import factors_of, scaled_updates
 from jaxsparse.channels.slices import (
     PRODUCERS,
     Slices,
-    check_params,
     paths_of,
     slices_of,
 )
@@ -23,21 +21,12 @@ from jaxsparse.coupling import Group
 from jaxsparse.penalties.terms import (
     add_scaled,
     check_strength,
+    in_each_step,
     moved_leaves,
     soft_threshold,
     weakness,
 )
 from jaxsparse.schedules.horizon import evaluate
-
-
-class PenaltyState(NamedTuple):
-    """The state of `group_lasso`, `prox_group_lasso`, `group_norm_decay`, `wgsef_prox`.
-
-    Attributes:
-      step: how many updates were made, int32.
-    """
-
-    step: Array
 
 
 def group_lasso(
@@ -235,14 +224,7 @@ def prox_group_lasso(
     slices = slices_of(groups, roles=roles)
     check_strength(strength)
 
-    def init_fn(params: PyTree) -> PenaltyState:
-        check_params(slices, params)
-        nesting(slices, params)
-        return PenaltyState(jnp.zeros((), jnp.int32))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        _checks.check_has_params(params)
+    def shrink(updates: PyTree, step: Array, params: PyTree) -> PyTree:
         counts = entry_counts(slices, params)
         moved = moved_leaves(slices, updates, params)
         factors: dict[str, Array] = {}
@@ -251,30 +233,21 @@ def prox_group_lasso(
             now = {p: moved[p] for p in paths_of(one) if p in moved}
             now = {p: v * factors[p] if p in factors else v for p, v in now.items()}
             norm = jnp.sqrt(sums(one, {p: v * v for p, v in now.items()})[name])
-            weight = jnp.asarray(evaluate(strength, state.step), norm.dtype)
+            weight = jnp.asarray(evaluate(strength, step), norm.dtype)
             threshold = weight * jnp.asarray(np.sqrt(counts[name]), norm.dtype)
             shrunk = soft_threshold(norm, threshold)
             for path, factor in factors_of(one, {name: shrunk}, now).items():
                 before = factors.get(path)
                 factors[path] = factor if before is None else before * factor
-        step = jnp.asarray(optax.safe_increment(state.step))
-        return scaled_updates(updates, params, factors), PenaltyState(step)
+        return scaled_updates(updates, params, factors)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return in_each_step(slices, shrink, lambda params: nesting(slices, params))
 
 
 def _decay(slices: Mapping[str, Slices], penalty: Any) -> Any:
     """A transformation that adds `penalty(step, params)` times the slices."""
 
-    def init_fn(params: PyTree) -> PenaltyState:
-        check_params(slices, params)
-        return PenaltyState(jnp.zeros((), jnp.int32))
+    def add(updates: PyTree, step: Array, params: PyTree) -> PyTree:
+        return add_scaled(updates, params, slices, penalty(step, params))
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        _checks.check_has_params(params)
-        vectors = penalty(state.step, params)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        return add_scaled(updates, params, slices, vectors), PenaltyState(step)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return in_each_step(slices, add)

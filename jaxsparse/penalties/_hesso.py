@@ -11,9 +11,8 @@ import optax
 from jaxsparse import _checks
 from jaxsparse._dtypes import wide_dtype
 from jaxsparse._loops import when
-from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.channels.scaling import factors_of, scaled_updates, spread
+from jaxsparse.channels.scaling import factors_of, map_at, scaled_updates, spread
 from jaxsparse.channels.slices import (
     PRODUCERS,
     Slices,
@@ -24,7 +23,7 @@ from jaxsparse.channels.slices import (
 from jaxsparse.coupling import Group
 from jaxsparse.coupling.drop import Drop, drop_of
 from jaxsparse.penalties.saliency import Criteria, lowest, removed_by, saliency
-from jaxsparse.tree import leaves_with_paths, map_with_path, unwrap_variables
+from jaxsparse.tree import leaves_with_paths, unwrap_variables
 
 
 class HessoState(NamedTuple):
@@ -231,12 +230,5 @@ def _hide(
     ndims = {path: np.ndim(g) for path, g in leaves_with_paths(grads)}
     gone = spread(slices, zero, ndims, combine=jnp.logical_or, fill=False)
 
-    def one(path: str, g: Array) -> Array:
-        if path not in gone:
-            return g
-        return sharded_like(select, [g], gone[path])[0]
-
-    def select(gs: list[Array], out: Array) -> list[Array]:
-        return [jnp.where(out, jnp.zeros((), gs[0].dtype), gs[0])]
-
-    return map_with_path(one, grads)
+    hide = lambda g, out: jnp.where(out, jnp.zeros((), g.dtype), g)
+    return map_at(hide, grads, gone)

@@ -1,19 +1,19 @@
 """What the penalties of groups share: their strengths, adding and thresholding."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxsparse import _checks
 from jaxsparse._dtypes import as_wide
-from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.channels.scaling import spread
-from jaxsparse.channels.slices import Slices, wide_leaves
-from jaxsparse.tree import leaves_with_paths, map_with_path
+from jaxsparse.channels.scaling import map_at, spread
+from jaxsparse.channels.slices import Slices, check_params, wide_leaves
+from jaxsparse.tree import leaves_with_paths
 
 
 def check_strength(strength: Any, *, name: str = "strength") -> None:
@@ -31,6 +31,37 @@ def check_strength(strength: Any, *, name: str = "strength") -> None:
         ) from None
 
 
+class PenaltyState(NamedTuple):
+    """The state of `group_lasso`, `prox_group_lasso`, `group_norm_decay`, `wgsef_prox`.
+
+    Attributes:
+      step: how many updates were made, int32.
+    """
+
+    step: Array
+
+
+def in_each_step(
+    slices: Mapping[str, Slices],
+    change: Callable[[PyTree, Array, PyTree], PyTree],
+    check: Callable[[PyTree], Any] = lambda params: None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation `change(updates, step, params) -> updates`."""
+
+    def init_fn(params: PyTree) -> PenaltyState:
+        check_params(slices, params)
+        check(params)
+        return PenaltyState(jnp.zeros((), jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        _checks.check_has_params(params)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        return change(updates, state.step, params), PenaltyState(step)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 def add_scaled(
     updates: PyTree,
     params: PyTree,
@@ -42,17 +73,12 @@ def add_scaled(
     ndims = {path: np.ndim(x) for path, x in leaves.items()}
     factors = spread(slices, vectors, ndims, combine=jnp.add, fill=0.0)
 
-    def one(path: str, u: Array) -> Array:
-        if path not in factors:
-            return u
-        return sharded_like(add, [u], leaves[path], factors[path])[0]
+    def add(u: Array, factor: Array, w: Array) -> Array:
+        wide = as_wide(w)
+        step = u.astype(wide.dtype) + factor.astype(wide.dtype) * wide
+        return jnp.where(factor == 0, u, step.astype(u.dtype))
 
-    def add(us: list[Array], w: Array, factor: Array) -> list[Array]:
-        wide, kind = as_wide(w), us[0].dtype
-        step = us[0].astype(wide.dtype) + factor.astype(wide.dtype) * wide
-        return [jnp.where(factor == 0, us[0], step.astype(kind))]
-
-    return map_with_path(one, updates)
+    return map_at(add, updates, factors, leaves)
 
 
 def moved_leaves(

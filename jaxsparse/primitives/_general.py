@@ -11,9 +11,9 @@ def elementwise(eqn: Any, ins: Sequence[Dims]) -> list[Dims]:
     """Axes of equal size at the same place are the same; those of size 1 broadcast."""
     results = []
     for shape in out_shapes(eqn):
-        dims = []
+        dims, whole = [], [d for d in ins if len(d) == len(shape)]
         for at, size in enumerate(shape):
-            same = [d[at] for d in ins if len(d) == len(shape) and d[at].size == size]
+            same = [d[at] for d in whole if d[at].size == size]
             first = same[0] if same else leaf(size)
             for other in same[1:] if size > 1 else ():
                 unify(first, other, eqn)

@@ -1,6 +1,6 @@
 """Where a result is zero if its operands' masked entries are: one function each way."""
 
-from jaxsparse.primitives._row import Contraction, Leaf, Leaves, Masking
+from jaxsparse.primitives._row import Contraction, Leaves, Masking
 
 
 def first(x: Masking) -> Leaves:
@@ -66,14 +66,11 @@ def product(x: Masking, contraction: Contraction) -> Leaves:
     if contraction.groups > 1:  # groups are of both
         free[1] -= x.leaves([x.before[0][a] for a in contraction.summed[0]])
 
-    def is_zero(leaf: Leaf) -> bool:
-        apart = (
-            leaf not in own or e.vanishes(leaf)
-            for own, e in zip(free, x.ins, strict=False)
-        )
-        return all(apart) and any(e.vanishes(leaf) for e in x.ins)
-
-    return frozenset(filter(is_zero, x.here))
+    zero, apart = frozenset(), x.here
+    for e, own in zip(x.ins, free, strict=False):
+        vanishes = x.here if e.constant == 0 else x.here & e.zero
+        zero, apart = zero | vanishes, apart - (own - vanishes)
+    return zero & apart
 
 
 def _beyond(x: Masking, operand: int) -> bool:

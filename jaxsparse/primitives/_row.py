@@ -54,7 +54,7 @@ class Masking(NamedTuple):
     Attributes:
       eqn: the equation.
       ins: by operand `constant`, the one number of which all entries are, or None, and
-        `vanishes(leaf)`, whether masked entries are zero.
+        `zero`, all leaves along which masked entries are zero.
       zeros: by operand the leaves of `here` along which masked entries are zero.
       before: the axes of the operands.
       here: the leaves of the result's axes, and of the scans around.

@@ -51,7 +51,8 @@ class Axis:
 def leaf(size: int, *flags: str) -> Axis:
     """A new axis of which nothing is known."""
     axis = Axis(size)
-    axis.notes.update(dict.fromkeys(flags))
+    for note in flags:
+        axis.notes[note] = None
     return axis
 
 
@@ -289,17 +290,16 @@ def coordinates(axis: Axis) -> list[tuple[Axis, np.ndarray]]:
     node = find(axis)
     if not node.parts:
         return [(node, np.arange(node.size))]
-    found = []
     if node.is_sum:
-        start = 0
+        pieces, start = [], 0
         for segment in _segments(node):
-            for x, index in coordinates(segment):
-                whole = np.full(node.size, -1)
-                whole[start : start + segment.size] = index
-                found.append((x, whole))
+            pieces += [(start, x, index) for x, index in coordinates(segment)]
             start += segment.size
-        return found
-    inner = node.size
+        whole = np.full((len(pieces), node.size), -1)
+        for row, (start, _, index) in zip(whole, pieces, strict=True):
+            row[start : start + len(index)] = index
+        return [(x, row) for row, (_, x, _) in zip(whole, pieces, strict=True)]
+    found, inner = [], node.size
     for factor in _factors(node):
         inner //= factor.size
         at = np.arange(node.size) // inner % factor.size

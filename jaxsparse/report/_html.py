@@ -80,7 +80,8 @@ def write_html(
 def _part(index: int, part: Any) -> str:
     # Known by what they can do: matplotlib is not imported for a page of text.
     if isinstance(part, str):
-        return _text(part)
+        paragraphs = (p.strip() for p in part.split("\n\n"))
+        return "\n".join(_paragraph(p) for p in paragraphs if p)
     if hasattr(part, "to_html"):
         return f'<div class="table">{part.to_html()}</div>'
     if hasattr(part, "savefig"):
@@ -91,10 +92,6 @@ def _part(index: int, part: Any) -> str:
         "js.report.table and figures of matplotlib. Turn it into one of them, for "
         "instance with str()."
     )
-
-
-def _text(text: str) -> str:
-    return "\n".join(_paragraph(p.strip()) for p in text.split("\n\n") if p.strip())
 
 
 def _paragraph(text: str) -> str:

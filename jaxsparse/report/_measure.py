@@ -176,6 +176,8 @@ def _row(
     if isinstance(asked, _ForPruned):
         asked = float(asked) if pruned else None
     item = w.dtype.itemsize
+    # What has fewer than two axes nobody misses.
+    why = "" if pruned or len(w.shape) < 2 else why_dense(path, w) or ""
     return Row(
         path=path,
         shape=tuple(w.shape),
@@ -189,13 +191,8 @@ def _row(
         leaked=leaked,
         pruned=pruned,
         nearly_empty=few and pruned,
-        why=_why(path, w, pruned),
+        why=why,
     )
-
-
-def _why(path: str, w: Any, pruned: bool) -> str:
-    """Of arrays with two axes or more: what has fewer is what nobody misses."""
-    return "" if pruned or len(w.shape) < 2 else why_dense(path, w) or ""
 
 
 def _sum(path: str, rows: Sequence[Row]) -> Row:

@@ -312,8 +312,9 @@ def _checked(path: str, w: Array, size: Array) -> Array:
 
 def _sizes_of_inputs(w: Array, stats: Statistics, path: str) -> Array:
     """`sqrt(E[x_j^2])` of the input of every weight."""
-    view = stats.view(path)
-    values = _along_inputs(_norms(stats.of(path)).astype(w.dtype), view)
+    view, known = stats.view(path), stats.of(path)
+    norms = _moments(jnp.sqrt(known.square), known.count)
+    values = _along_inputs(norms.astype(w.dtype), view)
     return jnp.broadcast_to(values, view.split).reshape(w.shape)
 
 
@@ -331,10 +332,6 @@ def _along_inputs(values: Array, view: MatrixView) -> Array:
     values = values.reshape([view.split[a] for a in held])
     values = values.transpose(sorted(range(len(held)), key=held.__getitem__))
     return jnp.expand_dims(values, view.axes.output)
-
-
-def _norms(known: InputStats) -> Array:
-    return _moments(jnp.sqrt(known.square), known.count)
 
 
 def _moments(moments: Array, count: Array) -> Array:

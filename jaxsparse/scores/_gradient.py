@@ -144,14 +144,11 @@ def grasp(
     """
     _checks.check_callable(2, loss_fn=loss_fn)
     _checks.check_arrays(params=params)
-    params, batch = jax.tree.map(_widened_array, (params, batch))
+    wide = lambda x: widen(x) if hasattr(x, "dtype") else x
+    params, batch = jax.tree.map(wide, (params, batch))
     gradient = lambda p: jax.grad(loss_fn)(p, batch)
     with _checks.explained("loss_fn", params=params, batch=batch):
         g = gradient(params)
         _, hessian_gradient = jax.jvp(gradient, (params,), (g,))
     signed = lambda w, hg: jnp.sign(w) * jnp.sign(hg) * product(w, hg)
     return jax.tree.map(signed, params, hessian_gradient)
-
-
-def _widened_array(x: Any) -> Any:
-    return widen(x) if hasattr(x, "dtype") else x

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -72,14 +71,14 @@ def admm(
       >>> js.solvers.admm(w, gram, 0.34, rel_damping=0.01).mask.tolist()
       [[False, True, True]]
     """
-    given = (w, gram, sparsity, pattern, mask)
-    sparsity = _check(given, rel_damping, rho, solver="admm")
+    _arguments.check_layer(w, gram)
+    sparsity = _arguments.check_choice(w, sparsity, pattern, mask, solver="admm")
+    _check_numbers(rel_damping, rho)
     _checks.check_positive_int(iterations, name="iterations")
     _checks.check_positive_int(mask_iterations, name="mask_iterations")
-    plain = _solved.plain_gram(w, gram)
+    given = (w, _solved.plain_gram(w, gram), sparsity, mask, rho, rel_damping)
     steps = (iterations, min(iterations, mask_iterations))
-    given = (w, plain, sparsity, mask, rho, rel_damping)
-    return _solved.done(_jitted(*given, _admm, pattern, steps))
+    return _solved.done(_admm(*given, pattern=pattern, steps=steps))
 
 
 def alps(
@@ -134,30 +133,19 @@ def alps(
       >>> js.solvers.alps(w, gram, 0.34).mask.tolist()
       [[False, True, True]]
     """
-    given = (w, gram, sparsity, pattern, mask)
-    sparsity = _check(given, rel_damping, rho, solver="alps")
+    _arguments.check_layer(w, gram)
+    sparsity = _arguments.check_choice(w, sparsity, pattern, mask, solver="alps")
+    _check_numbers(rel_damping, rho)
     _checks.check_positive_int(iterations, name="iterations")
     _checks.check_positive_int(refit_iterations, name="refit_iterations")
-    plain = _solved.plain_gram(w, gram)
+    given = (w, _solved.plain_gram(w, gram), sparsity, mask, rho, rel_damping)
     steps = (iterations, refit_iterations)
-    given = (w, plain, sparsity, mask, rho, rel_damping)
-    return _solved.done(_jitted(*given, _alps, pattern, steps))
+    return _solved.done(_alps(*given, pattern=pattern, steps=steps))
 
 
-@functools.partial(jax.jit, static_argnames=("method", "pattern", "steps"))
-def _jitted(w, gram, sparsity, before, rho, rel_damping, method, pattern, steps):
-    solve = functools.partial(method, pattern=pattern, steps=steps)
-    return _solved.on_mesh(solve, w, gram, sparsity, before, rho, rel_damping)
-
-
-def _check(given: tuple[Any, ...], rel_damping: Any, rho: Any, *, solver: str) -> Any:
-    w, gram, sparsity, pattern, mask = given
-    _arguments.check_layer(w, gram)
-    sparsity = _arguments.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
+def _check_numbers(rel_damping: Any, rho: Any) -> None:
     _arguments.check_dampings(None, rel_damping)
     _checks.check_number(above=0, rho=rho)
-    _arguments.check_gone(mask, w, sparsity, pattern)
-    return sparsity
 
 
 class _Scaled(NamedTuple):
@@ -181,6 +169,7 @@ def _rescale(w: Array, gram: Array, added: Array, **options: Any) -> _Scaled:
     return _Scaled(target, scaled + jnp.diag(dead + added), scale[None, :], choose)
 
 
+@_solved.jitted("pattern", "steps")
 def _admm(w, gram, sparsity, before, rho, rel_damping, *, pattern, steps) -> Solved:
     rho, added = (jnp.asarray(x).astype(gram.dtype) for x in (rho, rel_damping))
     options = {"sparsity": sparsity, "before": before, "pattern": pattern}
@@ -217,6 +206,7 @@ class _Alternating(NamedTuple):
     settled: Array
 
 
+@_solved.jitted("pattern", "steps")
 def _alps(w, gram, sparsity, before, rho, rel_damping, *, pattern, steps) -> Solved:
     rho, added = (jnp.asarray(x).astype(gram.dtype) for x in (rho, rel_damping))
     options = {"sparsity": sparsity, "before": before, "pattern": pattern}

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxsparse import _checks, patterns
+from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array
 from jaxsparse.linalg.gram import (
     GramFactor,
@@ -13,7 +14,7 @@ from jaxsparse.linalg.gram import (
     check_gram,
     count_not_finite,
 )
-from jaxsparse.patterns.before import may_have_lost_more
+from jaxsparse.patterns.before import group_size, may_have_lost_more, most_lost
 
 
 def check_layer(w: Array, gram: Array | GramFactor) -> None:
@@ -41,7 +42,7 @@ def check_layer(w: Array, gram: Array | GramFactor) -> None:
     return check_factored(gram.failed, gram.damping, what="gram")
 
 
-def check_pattern(
+def _check_pattern(
     pattern: patterns.Pattern, sparsity: Any, d_in: int, *, solver: str
 ) -> Any:
     """The sparsity to use, after checks."""
@@ -94,7 +95,7 @@ def check_mask(mask: Array | None, w: Array) -> None:
         )
 
 
-def check_gone(
+def _check_gone(
     mask: Array | None, w: Array, sparsity: Any, pattern: patterns.Pattern
 ) -> None:
     """Raises unless a mask is one of the kernel and leaves something to remove."""
@@ -105,19 +106,27 @@ def check_gone(
         return
     if may_have_lost_more(sparsity, pattern):
         return
-    gone, size = ~mask, mask.size
-    if isinstance(pattern, patterns.NM):
-        gone, size = gone.reshape(-1, pattern.of), pattern.of
-    elif pattern == patterns.Unstructured("output"):
-        size = mask.shape[1]
-    else:
-        gone = gone.reshape(1, -1)
-    most, lost = int(patterns.removed_count(sparsity, size)), int(gone.sum(1).max())
+    lost, most, size = most_lost(~mask, sparsity, pattern)
     if lost > most:
         raise ValueError(
             f"mask has removed {lost} of a group of {size} weights already, more than "
             f"the {most} that sparsity {float(sparsity):g} removes ({pattern})."
         )
+
+
+def check_choice(
+    w: Array, sparsity: Any, pattern: patterns.Pattern, mask: Any, *, solver: str
+) -> Any:
+    """The sparsity to use, after checks of what says which weights go."""
+    sparsity = _check_pattern(pattern, sparsity, w.shape[1], solver=solver)
+    _check_gone(mask, w, sparsity, pattern)
+    return sparsity
+
+
+def removed_of_group(w: Array, sparsity: Any, pattern: patterns.Pattern) -> Array:
+    """How many weights each group of a layer that compete loses."""
+    removed = patterns.removed_count(sparsity, group_size(pattern, w.shape))
+    return jnp.asarray(removed, count_dtype(w.size))
 
 
 def check_dampings(damping: Any, rel_damping: Any) -> None:

@@ -1,16 +1,14 @@
 """Whole inputs of a layer: what their removal costs, and the weights that remain."""
 
-import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array
 from jaxsparse.linalg.factor import matmul
-from jaxsparse.linalg.gram import GramFactor, factor_gram, inverse_upper
+from jaxsparse.linalg.gram import GramFactor, factor_gram, given_damping, inverse_upper
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._channel_steps import (
     Taken,
@@ -102,9 +100,8 @@ def channel_errors(
     """
     _arguments.check_layer(w, gram)
     order, number, size = check_blocks(size, blocks, w.shape[1])
-    _arguments.check_dampings(damping, rel_damping)
     factor = _solved.factor_of(w, gram, damping, rel_damping)
-    return _jitted_errors(w, factor, order, number, size)
+    return _errors(w, factor, order, number=number, size=size)
 
 
 def remove_channels(
@@ -185,13 +182,13 @@ def remove_channels(
     removed = _count(sparsity, count, number)
     if at_once is not None:
         _checks.check_positive_int(at_once, name="at_once")
-    _arguments.check_dampings(damping, rel_damping)
     factor = _solved.factor_of(w, gram, damping, rel_damping)
     steps = None if at_once is None or at_once >= number else at_once
     removed = jnp.asarray(removed, jnp.int32)
-    found = _jitted_removal(w, factor, removed, order, number, size, steps)
-    _solved.done(Solved(found.w, found.mask, found.info))
-    return found
+    options: Any = {"number": number, "size": size, "at_once": steps}
+    result = _remove(w, factor, removed, order, **options)
+    _solved.done(Solved(result.w, result.mask, result.info))
+    return result
 
 
 def refit_channels(
@@ -252,7 +249,7 @@ def refit_channels(
     if isinstance(gram, GramFactor):
         _solved.check_no_damping(damping)
         damping = gram.damping
-    added = _solved.given_damping(jnp.diagonal(plain), damping, rel_damping)
+    added = given_damping(jnp.diagonal(plain), damping, rel_damping)
     return _solved.done(_jitted_refit(w, plain, added, jnp.asarray(keep)))
 
 
@@ -295,32 +292,10 @@ def _check_keep(keep: Any, d_in: int) -> None:
 # The work.
 
 
-@functools.partial(jax.jit, static_argnames=("number", "size"))
-def _jitted_errors(w, factor, order, number, size) -> Array:
-    def errors(w: Array, factor: GramFactor, order: Any) -> Array:
-        found = layer_errors(*_ordered(w, factor, order), number, size)
-        return found + unseen_errors(w, factor, order, number, size)
-
-    whole = lambda _, whole: whole
-    return _solved.on_mesh(errors, w, factor, order, shardings=whole)
-
-
-@functools.partial(jax.jit, static_argnames=("number", "size", "at_once"))
-def _jitted_removal(
-    w, factor, removed, order, number, size, at_once
-) -> RemovedChannels:
-    remove = functools.partial(_remove, number=number, size=size, at_once=at_once)
-
-    def shardings(lies: Any, whole: Any) -> Any:
-        solved = _solved.solved_shardings(lies, whole)
-        return RemovedChannels(*solved, errors=whole, step=whole)
-
-    return _solved.on_mesh(remove, w, factor, removed, order, shardings=shardings)
-
-
-@jax.jit
-def _jitted_refit(w, gram, added, keep) -> Solved:
-    return _solved.on_mesh(_refit, w, gram, added, keep)
+@_solved.jitted("number", "size")
+def _errors(w: Array, factor: GramFactor, order: Any, *, number: int, size: int):
+    errors = layer_errors(*_ordered(w, factor, order), number, size)
+    return errors + unseen_errors(w, factor, order, number, size)
 
 
 def _ordered(w: Array, factor: GramFactor, order: Any) -> tuple[Array, Array]:
@@ -331,6 +306,7 @@ def _ordered(w: Array, factor: GramFactor, order: Any) -> tuple[Array, Array]:
     return (w, upper) if order is None else (w[:, order], upper[:, order])
 
 
+@_solved.jitted("number", "size", "at_once")
 def _remove(
     w: Array,
     factor: GramFactor,
@@ -383,3 +359,6 @@ def _refit(w: Array, gram: Array, added: Array, keep: Array) -> Solved:
     # False for every number: so the compiler lays the mask where the weights are.
     mask = keep[None, :] | (jnp.isnan(w) & ~jnp.isnan(w))
     return _solved.finish(w, moved, mask, gram, damping=added, failed=factor.failed)
+
+
+_jitted_refit = _solved.jitted()(_refit)

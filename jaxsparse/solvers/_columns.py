@@ -96,28 +96,15 @@ def sparsegpt(
       ([[0.0, 3.0, 3.0]], [[False, True, True]])
     """
     _arguments.check_layer(w, gram)
-    d_in = w.shape[1]
-    asked = _arguments.check_pattern(pattern, sparsity, d_in, solver="sparsegpt")
-    _arguments.check_gone(mask, w, asked, pattern)
-    _arguments.check_dampings(damping, rel_damping)
+    asked = _arguments.check_choice(w, sparsity, pattern, mask, solver="sparsegpt")
     _checks.check_positive_int(block_size, name="block_size")
     factor = _solved.factor_of(w, gram, damping, rel_damping)
+    removed = _arguments.removed_of_group(w, asked, pattern)
     if isinstance(pattern, patterns.NM):
-        removed = patterns.removed_count(asked, pattern.of)
         # Groups are chosen alone, so that this is a matter of speed.
         block_size = max(1, min(block_size, 64) // pattern.of) * pattern.of
-    else:
-        by_row = pattern.scope == "output"
-        removed = patterns.removed_count(asked, d_in if by_row else w.size)
-    removed = jnp.asarray(removed, count_dtype(w.size))
-    block_size = min(block_size, d_in)
-    return _solved.done(_jitted(w, factor, removed, mask, pattern, block_size))
-
-
-@functools.partial(jax.jit, static_argnames=("pattern", "block_size"))
-def _jitted(w, factor, removed, mask, pattern, block_size) -> Solved:
-    solve = functools.partial(_solve, pattern=pattern, block_size=block_size)
-    return _solved.on_mesh(solve, w, factor, removed, mask)
+    options: Any = {"pattern": pattern, "block_size": min(block_size, w.shape[1])}
+    return _solved.done(_solve(w, factor, removed, mask, **options))
 
 
 class _Problem(NamedTuple):
@@ -143,6 +130,7 @@ class _Swept(NamedTuple):
     error: Array  # of the damped gram matrix, [d_out]
 
 
+@_solved.jitted("pattern", "block_size")
 def _solve(
     w: Array,
     factor: GramFactor,

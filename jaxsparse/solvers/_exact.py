@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse import _checks, patterns
-from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import over_blocks, scratch_bytes
 from jaxsparse.linalg.gram import GramFactor, damped_inverse
@@ -82,30 +81,16 @@ def exact_obs(
       [[0.0, 3.0, 3.0]]
     """
     _arguments.check_layer(w, gram)
-    d_out, d_in = w.shape
-    asked = _arguments.check_pattern(pattern, sparsity, d_in, solver="exact_obs")
-    _arguments.check_gone(mask, w, asked, pattern)
-    _arguments.check_dampings(damping, rel_damping)
+    asked = _arguments.check_choice(w, sparsity, pattern, mask, solver="exact_obs")
     if chunk is not None:
         _checks.check_positive_int(chunk, name="chunk")
     factor = _solved.factor_of(w, gram, damping, rel_damping)
-    match pattern:
-        case patterns.NM(of=of):
-            removed = patterns.removed_count(asked, of)
-        case patterns.Unstructured(scope="output"):
-            removed = patterns.removed_count(asked, d_in)
-        case _:
-            removed = patterns.removed_count(asked, d_out * d_in)
-    removed = jnp.asarray(removed, count_dtype(d_out * d_in))
-    return _solved.done(_jitted(w, factor, removed, mask, pattern, chunk))
+    removed = _arguments.removed_of_group(w, asked, pattern)
+    options: Any = {"pattern": pattern, "chunk": chunk}
+    return _solved.done(_solve(w, factor, removed, mask, **options))
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "chunk"))
-def _jitted(w, factor, removed, before, pattern, chunk) -> Solved:
-    solve = functools.partial(_solve, pattern=pattern, chunk=chunk)
-    return _solved.on_mesh(solve, w, factor, removed, before)
-
-
+@_solved.jitted("pattern", "chunk")
 def _solve(
     w: Array,
     factor: GramFactor,

@@ -1,8 +1,5 @@
 """Pruning a layer without changing the weights that are left: the baselines."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
 from jaxsparse import patterns
@@ -100,17 +97,11 @@ def _masked(w, gram, sparsity, mask, *, pattern, inputs: bool) -> Solved:
     else:
         _arguments.check_layer(w, gram)
         gram = _solved.plain_gram(w, gram)
-    sparsity = _arguments.check_pattern(pattern, sparsity, w.shape[1], solver=solver)
-    _arguments.check_gone(mask, w, sparsity, pattern)
-    return _jitted(w, gram, sparsity, mask, pattern, inputs)
+    sparsity = _arguments.check_choice(w, sparsity, pattern, mask, solver=solver)
+    return _choose(w, gram, sparsity, mask, pattern=pattern, inputs=inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "inputs"))
-def _jitted(w, gram, sparsity, before, pattern, inputs) -> Solved:
-    choose = functools.partial(_choose, pattern=pattern, inputs=inputs)
-    return _solved.on_mesh(choose, w, gram, sparsity, before)
-
-
+@_solved.jitted("pattern", "inputs")
 def _choose(w, gram, sparsity, before, *, pattern, inputs) -> Solved:
     diagonal = gram if gram.ndim == 1 else jnp.diagonal(gram)
     score = jnp.abs(w)

@@ -1,8 +1,5 @@
 """The best weights for a given mask: least squares, exact or by conjugate gradients."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -10,7 +7,7 @@ from jaxsparse import _checks
 from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import over_blocks, scratch_bytes
 from jaxsparse.linalg.factor import matmul, solve
-from jaxsparse.linalg.gram import GramFactor
+from jaxsparse.linalg.gram import GramFactor, given_damping
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 
@@ -83,18 +80,13 @@ def refit(
     plain = _solved.plain_gram(w, gram)
     if isinstance(gram, GramFactor):
         damping = gram.damping
-    solved = _jitted(w, mask, plain, start, damping, rel_damping, iterations)
-    return _solved.done(solved)
+    given = (w, mask, plain, start, damping, rel_damping)
+    return _solved.done(_refit(*given, iterations=iterations))
 
 
-@functools.partial(jax.jit, static_argnames=("iterations",))
-def _jitted(w, mask, gram, start, damping, rel_damping, iterations) -> Solved:
-    solve_it = functools.partial(_refit, iterations=iterations)
-    return _solved.on_mesh(solve_it, w, mask, gram, start, damping, rel_damping)
-
-
+@_solved.jitted("iterations")
 def _refit(w, mask, gram, start, damping, rel_damping, *, iterations) -> Solved:
-    added = _solved.given_damping(jnp.diagonal(gram), damping, rel_damping)
+    added = given_damping(jnp.diagonal(gram), damping, rel_damping)
     damped = gram + added * jnp.eye(gram.shape[0], dtype=gram.dtype)
     target = w.astype(gram.dtype)
     if iterations is None:

@@ -1,19 +1,20 @@
 """What the solvers of one layer share: their result, its error, their damping."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxsparse._sharded import explicit_mesh
+from jaxsparse._sharded import with_auto_axes
 from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import in_parts
 from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.gram import GramFactor, check_factored, factor_gram
+from jaxsparse.solvers._arguments import check_dampings
 from jaxsparse.tree import Axes
 
 AXES = Axes(input=(1,), output=(0,))
@@ -74,6 +75,7 @@ def factor_of(
     rel_damping: float | Array | None,
 ) -> GramFactor:
     """The factor to use, in the type to compute in; `damping` goes first."""
+    check_dampings(damping, rel_damping)
     if isinstance(gram, GramFactor):
         check_no_damping(damping)
         dtype = compute_type(w, gram.root)
@@ -98,16 +100,6 @@ def plain_gram(w: Array, gram: Array | GramFactor) -> Array:
     """The gram matrix without damping, in the type to compute in."""
     plain = gram.gram if isinstance(gram, GramFactor) else gram
     return plain.astype(compute_type(w, plain))
-
-
-def given_damping(
-    diagonal: Array, damping: float | Array | None, rel_damping: float | Array
-) -> Array:
-    """What to add to the diagonal, as `factor_gram` says it."""
-    if damping is not None:
-        return jnp.asarray(damping).astype(diagonal.dtype)
-    live = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
-    return jnp.asarray(rel_damping).astype(diagonal.dtype) * jnp.mean(live)
 
 
 # Inputs that were never seen.
@@ -203,25 +195,21 @@ def finish(
     return Solved(moved.astype(w.dtype), mask, info)
 
 
-def solved_shardings(lies: Any, whole: Any) -> Any:
-    """Where a result lies: as `w` does, its scalars everywhere."""
-    info: Any = SolveInfo(*[whole] * len(SolveInfo._fields))
-    return Solved(lies, lies, info)
+def jitted(*static: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jax.jit` of `f(w, ...)`: results of the shape of `w` lie as it does."""
 
+    def compiled(f: Callable[..., Any]) -> Any:
+        @functools.partial(jax.jit, static_argnames=static)
+        @functools.wraps(f)
+        def call(w: Array, *rest: Any, **options: Any) -> Any:
+            spec = jax.typeof(w).sharding.spec
+            lie = lambda result: spec if result.shape == w.shape else P()
+            specs = lambda results: jax.tree.map(lie, results)
+            return with_auto_axes(functools.partial(f, **options), specs, w, *rest)
 
-def on_mesh(
-    f: Callable[..., Any],
-    w: Array,
-    *rest: Any,
-    shardings: Callable[[Any, Any], Any] = solved_shardings,
-) -> Any:
-    """`f(w, *rest)`, its shardings stated where the mesh of `w` has explicit axes."""
-    mesh = explicit_mesh([w])
-    if mesh is None:
-        return f(w, *rest)
-    stated = shardings(jax.typeof(w).sharding, NamedSharding(mesh, P()))
-    automatic: Any = jax.sharding.auto_axes(f, out_sharding=stated)
-    return automatic(w, *rest)
+        return call
+
+    return compiled
 
 
 def done(solved: Solved) -> Solved:

@@ -166,6 +166,3 @@ def larger(matrix: Array, more: int) -> Array:
     wide = jnp.pad(matrix, (0, more))
     ones = jnp.diag(jnp.arange(n + more) >= n)
     return jnp.where(ones, jnp.ones((), matrix.dtype), wide)
-
-
-# How many weights each block loses.

@@ -99,7 +99,7 @@ def kernels_of(
             names.setdefault(key, path),
             sum(_share(site, path) for site in sites),
             tuple(sorted(frozenset().union(*(s.origin.via for s in sites)))),
-            tuple(dict.fromkeys(x for s in sites for x in s.origin.changes)),
+            tuple(dict.fromkeys(x.change for s in sites for x in s.origin.changes)),
         )
     for stop in (*walk.stops, *walk.scaled):
         lost = tuple(p for p in stop.paths if p not in kernels)

@@ -4,15 +4,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from jaxsparse.primitives import Primitive
 from jaxsparse.primitives import axes as algebra
-from jaxsparse.primitives import row_of
 from jaxsparse.program import Address
 from jaxsparse.tracing.values import Origin, Site, Value, Visit
 
 
-def passes(eqn: Visit) -> bool:
+def passes(eqn: Visit, row: Primitive) -> bool:
     """Whether an equation may lie between the product and the sum."""
-    row = row_of(eqn)
     return row.entrywise and row.keeps_entries and len(eqn.invars) == 1
 
 

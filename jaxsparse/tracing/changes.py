@@ -28,6 +28,19 @@ class Change(NamedTuple):
     by: frozenset[str] = frozenset()
 
 
+class Altering(NamedTuple):
+    """A change as the walk meets it: no one asks for the line of most of them."""
+
+    eqn: Any
+    kind: Literal["mask", "scale", "other"]
+    by: frozenset[str] = frozenset()
+
+    @property
+    def change(self) -> Change:
+        """The same in words."""
+        return Change(self.eqn.primitive.name, self.eqn.source, self.kind, self.by)
+
+
 class Past(NamedTuple):
     """What is known of a value that does not depend on the inputs.
 
@@ -56,19 +69,19 @@ def together(pasts: Iterable[Past]) -> Past:
     return Past(frozenset().union(*(past.paths for past in pasts)))
 
 
-def change_of(eqn: Any, operands: Sequence[tuple[Past, bool]]) -> tuple[Change, ...]:
+def change_of(eqn: Any, operands: Sequence[tuple[Past, bool]]) -> tuple[Altering, ...]:
     """How an elementwise equation changes the kernels among its operands."""
-    name, source = eqn.primitive.name, eqn.source
+    name = eqn.primitive.name
     ins, own = [past for past, _ in operands], [mine for _, mine in operands]
-    other = (Change(name, source, "other"),)
+    other = (Altering(eqn, "other"),)
     if name == "neg":
-        return (Change(name, source, "scale"),)
+        return (Altering(eqn, "scale"),)
     if name == "select_n":
         cases = list(zip(ins[1:], own[1:], strict=True))
         # A predicate that depends on the weights would be another one afterwards.
         apart = not ins[0].paths & frozenset().union(*(p.paths for p in ins[1:]))
         if apart and not own[0] and all(mine or p.zero for p, mine in cases):
-            return (Change(name, source, "mask"),) if sum(own) == 1 else other
+            return (Altering(eqn, "mask"),) if sum(own) == 1 else other
         return other
     if len(ins) != 2 or name not in {"mul", "div", "add", "add_any", "sub"}:
         return other
@@ -79,7 +92,7 @@ def change_of(eqn: Any, operands: Sequence[tuple[Past, bool]]) -> tuple[Change, 
         kind = "mask" if name == "mul" and rest.binary else "scale"
         # Two parameters that are multiplied are each scaled by the other.
         both = kernel.paths | rest.paths if all(own) else rest.paths
-        return (Change(name, source, kind, both),)
+        return (Altering(eqn, kind, both),)
     return () if rest.zero and (own[0] or name != "sub") else other
 
 

@@ -236,6 +236,9 @@ def _match(
 
     -1 too where places must be distinct, and the common leaves do not tell them so.
     """
+    same = [algebra.find(x) for x in wanted] == [algebra.find(x) for x in given]
+    if same and not _repeated(wanted):
+        return np.arange(math.prod(a.size for a in wanted))
     left, right = _labels(wanted), _labels(given)
     n, m = (math.prod(a.size for a in axes) for axes in (wanted, given))
     signs = np.zeros(n + m, np.int64)
@@ -251,6 +254,12 @@ def _match(
     many = np.searchsorted(b[order], a, side="right") - at
     found = order[np.minimum(at, m - 1)]
     return np.where((many == 1) | ((many > 1) & (not distinct)), found, -1)
+
+
+def _repeated(axes: Sequence[Axis]) -> bool:
+    """Whether some leaf is there twice, so that it does not say where."""
+    found = [x for axis in axes for x in algebra.leaves(axis)]
+    return len(found) > len(set(found))
 
 
 def _crossed(wanted: Sequence[Axis], given: Sequence[Axis]) -> np.ndarray:

@@ -1,11 +1,13 @@
 """What a walk knows of values and equations: no more than tuples."""
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from jaxsparse.primitives.axes import Axis, leaves
 from jaxsparse.primitives.dims import Dims
 from jaxsparse.program import Address, Counter, source_of
-from jaxsparse.tracing.changes import Change, Past
+from jaxsparse.tracing.changes import Altering, Past
 
 
 class Origin(NamedTuple):
@@ -20,7 +22,7 @@ class Origin(NamedTuple):
     dropped: Dims = ()  # axes of size 1 that were squeezed away
     via: frozenset[str] = frozenset()  # what changed entries on the way
     loops: tuple[tuple[Address, Axis], ...] = ()  # scans that hand out its slices
-    changes: tuple[Change, ...] = ()  # the equations that did so
+    changes: tuple[Altering, ...] = ()  # the equations that did so
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -82,7 +84,8 @@ class Stop(NamedTuple):
     product: bool = False  # of parameters, and of nothing that depends on the inputs
 
 
-class Visit(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Visit:
     """An equation at the place where it is met: a jaxpr may be called at many.
 
     The first four are the equation's own; `around` are the calls and loops that lead
@@ -96,7 +99,7 @@ class Visit(NamedTuple):
     eqn: Any
     around: tuple["Visit", ...]
 
-    @property
+    @functools.cached_property
     def source(self) -> str:
         """The line of the model; within JAX's own functions that of their call."""
         lines = (source_of(v.eqn) for v in (self, *reversed(self.around)))

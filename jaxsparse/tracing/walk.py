@@ -12,6 +12,7 @@ from jaxsparse.primitives.axes import Axis, leaf
 from jaxsparse.primitives.dims import Dims, unify
 from jaxsparse.program import (
     Address,
+    Counter,
     called,
     carried_counters,
     counted,
@@ -49,6 +50,7 @@ class Walk:
         self._foreign = {name: foreign(text) for name, text in rules.items()}
         self.seen = set[str]()
         self._known: dict[Any, int] = {}
+        self._literals: dict[Any, tuple[int, Past, Counter | None]] = {}
         self._count = iter(range(1 << 62))
         self._around: tuple[Visit, ...] = ()  # what leads to where it is
         self._order: list[Site | Product] = []
@@ -68,8 +70,8 @@ class Walk:
             parts = eqn.primitive, eqn.params, eqn.invars, eqn.outvars, eqn
             visit = Visit(*parts, self._around)
             outs = self._eqn(visit, ins, here, times)
-            dims = [tuple(v.dims for v in values) for values in (ins, outs)]
-            self.nodes[here] = Node(dims[0], dims[1], visit)
+            before, after = ([v.dims for v in values] for values in (ins, outs))
+            self.nodes[here] = Node(tuple(before), tuple(after), visit)
             return outs
 
         return interpret(
@@ -99,10 +101,13 @@ class Walk:
         )
 
     def _literal(self, x: Any) -> Value:
-        token = ("literal", str(x.val), str(x.aval))
-        value = self.new(x.aval.shape, data=False, token=token)
-        past = Past(zero=not np.any(x.val))
-        return value._replace(past=past, counter=number(x.val))
+        key = str(x.val), x.aval
+        if key not in self._literals:
+            past = Past(zero=not np.any(x.val))
+            self._literals[key] = next(self._count), past, number(x.val)
+        token, past, counter = self._literals[key]
+        dims = tuple(leaf(n) for n in x.aval.shape)
+        return Value(dims, False, token, None, past, counter)
 
     def new(self, shape: Sequence[int], *, data: bool, token: Any = None) -> Value:
         """A value of which nothing is known."""
@@ -119,14 +124,15 @@ class Walk:
         self, eqn: Any, ins: list[Value], address: Address, times: int | None
     ) -> list[Value]:
         name = eqn.primitive.name
-        foreign = self._foreign_row(eqn)
-        product = self._product(eqn, ins, address, times)
-        if foreign is None and (name in _LOOPS or called(eqn) is not None):
+        foreign, row = self._foreign_row(eqn), row_of(eqn)
+        calls = called(eqn) is not None
+        product = self._product(eqn, ins, address, times, calls or passes(eqn, row))
+        if foreign is None and (name in _LOOPS or calls):
             before, self._around = self._around, (*self._around, eqn)
             outs = self._inner(eqn, ins, address, times)
             self._around = before
             return outs
-        row = foreign or row_of(eqn)
+        row = foreign or row
         dims = row.axes(eqn, [v.dims for v in ins])
         data = any(v.data for v in ins)
         origins: list[Origin | None] = [None] * len(dims)
@@ -143,11 +149,16 @@ class Walk:
         ]
 
     def _product(
-        self, eqn: Any, ins: list[Value], address: Address, times: int | None
+        self,
+        eqn: Any,
+        ins: list[Value],
+        address: Address,
+        times: int | None,
+        passed_on: bool,
     ) -> Product | None:
         """The product of data and a parameter that a result is, if it is one."""
         name = eqn.primitive.name
-        if called(eqn) is not None or passes(eqn):
+        if passed_on:
             return next((v.product for v in ins if v.product), None)
         if name == "reduce_sum" and ins[0].product is not None:
             ins[0].product.summed(eqn.params["axes"])
@@ -177,6 +188,8 @@ class Walk:
         return self.run(called(eqn), ins, (*address, 0), times)
 
     def _foreign_row(self, eqn: Any) -> Primitive | None:
+        if not self._foreign:
+            return None
         names = [eqn.primitive.name]
         for key in ("name", "target_name", "name_and_src_info"):
             found = getattr(eqn.params.get(key), "name", eqn.params.get(key))
@@ -259,7 +272,7 @@ class Walk:
         row: Primitive,
     ) -> None:
         """Parameters meet data: a contraction, a look-up, or the end of their trail."""
-        name, source = eqn.primitive.name, eqn.source
+        name = eqn.primitive.name
         for at, value in enumerate(ins):
             if value.origin is None:
                 continue
@@ -273,7 +286,7 @@ class Walk:
                 asked = value.origin.is_matrix and name not in _ADDS
                 unknown = row is UNKNOWN
                 if asked or unknown:
-                    self.stops.append(Stop(paths, name, source, unknown))
+                    self.stops.append(Stop(paths, name, eqn.source, unknown))
                 continue
             other, contracted, batch, of_input = sides
             product = row.contraction(eqn)
@@ -298,7 +311,7 @@ class Walk:
                     reads,
                     times,
                     flops * (times or 1),
-                    source,
+                    eqn.source,
                 )
             )
 

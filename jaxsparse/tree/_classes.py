@@ -31,19 +31,12 @@ _DENSE = {
 
 
 class LayerParameter(NamedTuple):
-    """A parameter whose layer is of a known class.
-
-    Attributes:
-      path: its path.
-      leaf: the parameter.
-      ndim: how many axes it has before any are stacked; 0 for what is no kernel.
-      dense: why it is left dense, or None.
-    """
+    """A parameter whose layer is of a known class."""
 
     path: str
     leaf: Any
-    ndim: int
-    dense: str | None
+    ndim: int  # how many axes it has before any are stacked; 0 for what is no kernel
+    dense: str | None  # why it is left dense, or None
 
 
 def by_class(params: PyTree) -> Iterator[LayerParameter]:

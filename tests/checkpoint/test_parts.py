@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxsparse as js
+from jaxsparse import _parts
 from jaxsparse.checkpoint import _reading
 
 PARAMS = {
@@ -43,7 +44,7 @@ def test_parts_are_the_whole(directory, monkeypatch, least):
     whole = restore()
     assert len(parts) == 1
     monkeypatch.setattr(_reading, "_LEAST", least)
-    monkeypatch.setattr(_reading, "_PARTS", 10**6)
+    monkeypatch.setattr(_parts, "_PARTS", 10**6)
     found = restore()
     assert len(parts) > 2
     assert jax.tree.structure(found) == jax.tree.structure(whole)
@@ -56,7 +57,7 @@ def test_parts_are_the_whole(directory, monkeypatch, least):
 
 def test_what_is_damaged_in_a_later_part_is_named(directory, monkeypatch):
     monkeypatch.setattr(_reading, "_LEAST", 1)
-    monkeypatch.setattr(_reading, "_PARTS", 10**6)
+    monkeypatch.setattr(_parts, "_PARTS", 10**6)
     checked = _reading.checksums_of
 
     def flipped(arrays):

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
-from jaxsparse.checkpoint import _packing
+from jaxsparse import _bits
 
 save, restore = js.checkpoint.save, js.checkpoint.restore
 
@@ -97,8 +97,8 @@ def test_masks_whose_shards_hold_no_whole_bytes(tmp_path, mesh, shape, spec):
 
 def test_bits_are_packed_where_they_are(mesh):
     mask = make(NamedSharding(mesh, P("x", "y")), (64, 32))[1]["mask"]
-    axis = _packing.choose_axis(mask)
-    bits = _packing.pack(mask, axis)
+    axis = _bits.choose_axis(mask)
+    bits = _bits.pack(mask, axis)
     assert bits.nbytes == mask.size / 8
     assert bits.sharding == mask.sharding
     assert bits.addressable_shards[0].data.size == mask.size / 8 / 8

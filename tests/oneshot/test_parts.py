@@ -35,12 +35,12 @@ def test_masks_are_the_same_in_parts(name, monkeypatch):
     whole = CALLS[name](params())
     seen = []
 
-    def parts(leaves, selected):
-        taken = [i for i, yes in enumerate(selected) if yes]
+    def parts(sizes, least):
+        taken = list(sizes)
         seen.append(taken)
         return [taken[:2], taken[2:]]
 
-    monkeypatch.setattr(_parts, "_parts", parts)
+    monkeypatch.setattr(_parts, "parts_of", parts)
     found = CALLS[name](params())
     assert seen
     jax.tree.map(np.testing.assert_array_equal, found, whole)
@@ -48,13 +48,14 @@ def test_masks_are_the_same_in_parts(name, monkeypatch):
 
 def test_parts_hold_what_is_selected_once_and_are_small():
     sizes = [3 * 2**20, 10, 2**20, 2**20, 2**24, 2**19]
-    leaves = [jax.ShapeDtypeStruct((n,), np.float32) for n in sizes]
-    parts = _parts._parts(leaves, [True, False, True, True, True, True])
-    assert [i for part in parts for i in part] == [0, 2, 3, 4, 5]
-    most = max(_parts._LEAST, sum(sizes) // _parts._PARTS)
+    least = 2**22
+    parts = _parts.parts_of(dict(enumerate(sizes)), least)
+    assert [i for part in parts for i in part] == [0, 1, 2, 3, 4, 5]
+    most = max(least, sum(sizes) // _parts._PARTS)
     sums = [sum(sizes[i] for i in part) for part in parts]
     assert all(n <= most or len(part) == 1 for n, part in zip(sums, parts, strict=True))
-    assert len(_parts._parts(leaves[2:4], [True] * 2)) == 1
+    assert len(_parts.parts_of(dict(enumerate(sizes[2:4])), least)) == 1
+    assert _parts.parts_of({"empty": 0}, least) == [["empty"]]
 
 
 def test_scores_of_a_part_are_gone_before_those_of_the_next(monkeypatch):

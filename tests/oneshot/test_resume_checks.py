@@ -191,11 +191,11 @@ def test_solvers_made_within_a_function(tmp_path):
 
 
 def test_a_directory_of_the_version_before(tmp_path, monkeypatch):
-    saved = _layerwise.saved
-    without = lambda store, directory, state, trace: saved(
-        store, directory, state._replace(run=None), trace
+    saved = _layerwise.save_state
+    without = lambda directory, state, trace: saved(
+        directory, state._replace(run=None), trace
     )
-    monkeypatch.setattr(_layerwise, "saved", without)
+    monkeypatch.setattr(_layerwise, "save_state", without)
     first = run(tmp_path)
     with pytest.warns(UserWarning, match=r"not checked whether they are those of this"):
         again = run(tmp_path)

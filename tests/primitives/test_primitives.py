@@ -681,11 +681,8 @@ def test_derivatives_are_gentle_where_the_row_says():
 class Operand(NamedTuple):
     """One whose masked entries are zero, or are not known."""
 
-    zero: bool
+    zero: frozenset
     constant: None = None
-
-    def vanishes(self, leaf):
-        return self.zero
 
 
 def test_zeros_stay_where_the_row_says():
@@ -696,7 +693,7 @@ def test_zeros_stay_where_the_row_says():
             zeros = [here if zero else frozenset() for zero in which]
             known = Masking(
                 eqn,
-                [*map(Operand, which)],
+                [*map(Operand, zeros)],
                 zeros,
                 [()],
                 here,

@@ -1,6 +1,6 @@
 """More models, each of which once was, or could be, hard to follow.
 
-As in `zoo.py` each entry gives `(apply_fn, params, inputs)` in float64.
+As in `models.py` each entry gives `(apply_fn, params, inputs)` in float64.
 """
 
 import flax.linen as nn

@@ -1,13 +1,14 @@
-"""Arrays of bools as bits, each shard by itself.
+"""Arrays of bools as bits along one axis; the first is the highest bit of its byte.
 
-`jaxsparse.patterns.pack` makes one vector of a mask, for which a sharded mask would
-have to be gathered. Here the bits run along one axis of the array, so that the part of
-each device is packed and written by itself, and read back onto any other sharding.
+XLA packs what is traced, NumPy what is there: each shard by itself, on its host. A mask
+that is written so is never gathered, and is read back onto any other sharding.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._typing import Array
@@ -53,8 +54,10 @@ def whole_bytes(
     return jax.sharding.NamedSharding(everywhere, jax.sharding.PartitionSpec())
 
 
-def pack(x: Array | np.ndarray, axis: int) -> Array | np.ndarray:
+def pack(x: Any, axis: int) -> Any:
     """Packs bools into bits along an axis."""
+    if isinstance(x, jax.core.Tracer):
+        return jnp.packbits(x, axis=axis)
     if isinstance(x, np.ndarray):
         return np.packbits(x, axis=axis)
     placed = jax.device_put(x, whole_bytes(x.sharding, x.shape, axis))
@@ -63,16 +66,14 @@ def pack(x: Array | np.ndarray, axis: int) -> Array | np.ndarray:
     )
 
 
-def unpack(bits: Array | np.ndarray, shape: Shape, axis: int) -> Array | np.ndarray:
+def unpack(bits: Any, shape: Shape, axis: int) -> Any:
     """Turns packed bits into bools again."""
-    if isinstance(bits, np.ndarray):
-        return _unpackbits(bits, shape[axis], axis)
-    count = bits.sharding.shard_shape(shape)[axis]
-    return _by_shard(lambda shard: _unpackbits(shard, count, axis), bits, shape)
-
-
-def _unpackbits(bits: np.ndarray, count: int, axis: int) -> np.ndarray:
-    return np.unpackbits(bits, axis=axis, count=count).astype(bool)
+    if isinstance(bits, jax.core.Tracer):
+        return jnp.unpackbits(bits, axis=axis, count=shape[axis]).astype(bool)
+    whole = isinstance(bits, np.ndarray)
+    count = (shape if whole else bits.sharding.shard_shape(shape))[axis]
+    plain = lambda x: np.unpackbits(x, axis=axis, count=count).astype(bool)
+    return plain(bits) if whole else _by_shard(plain, bits, shape)
 
 
 def _by_shard(f: Callable[[np.ndarray], np.ndarray], x: Array, shape: Shape) -> Array:
