@@ -2,6 +2,7 @@
 # make test         lint, types, layers, doctests, tests, examples: before every commit
 # make test-all     the same and the exhaustive sweeps, compiled as users have it
 # make test-newest  the tests with the newest JAX that pip gives (Python 3.12 or newer)
+# make docs         the site, in build/site: warnings are errors, tutorials run
 # make bench        the benchmarks behind the README's table (an otherwise idle machine)
 
 # The first of these that is Python 3.11 or newer; override with PYTHON=...
@@ -21,7 +22,7 @@ WORKERS ?= 2
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-newest with-newest lint bench clean
+.PHONY: demo docs test test-all test-newest with-newest lint bench clean
 
 demo: $(VENV)/.demo
 	@echo "== demo: a small convolutional network on real digits, dense and sparse"
@@ -57,6 +58,14 @@ lint: $(VENV)/.dev
 	@echo "== types"
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
+docs: $(VENV)/.docs
+	@echo "== docs: the site, with the outputs of the tutorials"
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 \
+		XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" \
+		JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.compilation_cache/docs \
+		JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html is the first page."
+
 bench: $(VENV)/.dev
 	@echo "== benchmarks: ratios within one run; keep the machine idle"
 	$(BIN)/python -m pytest benchmarks -q -p no:cacheprovider
@@ -87,5 +96,8 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 $(VENV)/.dev: $(VENV)/.made pyproject.toml
 	$(call install,dev,its development tools)
 
+$(VENV)/.docs: $(VENV)/.made pyproject.toml
+	$(call install,docs,what the site needs)
+
 clean:
-	rm -rf .venv .venv-newest out .compilation_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-newest build out .compilation_cache .pytest_cache .ruff_cache .import_linter_cache

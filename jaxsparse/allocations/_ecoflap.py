@@ -36,13 +36,13 @@ def ecoflap(
     groups: Groups = None,
     where: Where = None,
 ) -> PyTree:
-    """ECoFLaP: density by how much the loss changes along one random direction.
+    """Allocate by ECoFLaP: blocks that change the loss when perturbed stay dense.
 
     A block's importance is `|L(w + eps z) - L(w - eps z)| / (2 eps)` with normal z on
     its weights alone, averaged over batches: two evaluations a block, no gradients.
-    Each block keeps `1 - most` of its weights; what is left of the total is shared out
-    by importance. An evaluation holds one moved copy of the parameters. Sung et al.
-    (2023, arXiv:2310.02998).
+    Each block keeps `1 - most` of its weights; the rest of the total is distributed by
+    importance. An evaluation holds one moved copy of the parameters. Sung et al. (2023,
+    arXiv:2310.02998).
 
     Differs from the reference implementation, which draws one z for all batches, and
     whose last step may add weights where it should remove some: here the total is met.

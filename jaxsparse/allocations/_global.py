@@ -18,11 +18,11 @@ def from_global_scores(
     axes: AxesRule = None,
     min_keep: int = 1,
 ) -> PyTree:
-    """What each parameter loses when all weights compete for one budget.
+    """Return what each parameter loses when all weights compete for one budget.
 
-    Selecting each parameter on its own with the sparsity found here gives the masks
-    of the global scope. Use it to hand a global budget to a method that works layer by
-    layer, or to look at it.
+    Selecting each parameter on its own with these sparsities gives the masks of the
+    global scope. Use it to pass a global budget to a method that works layer by layer,
+    or to inspect it.
 
     Args:
       scores: a tree of arrays, larger = keep.
@@ -59,12 +59,12 @@ def from_global_scores(
 def round_to_weights(
     params: PyTree, sparsities: PyTree, *, where: Where = None
 ) -> PyTree:
-    """The nearest sparsities whose counts add up exactly.
+    """Round sparsities so that their counts add up exactly.
 
-    Each parameter removes a whole number of weights, so the sum of
-    `floor(s_l * n_l + 1/2)` may miss the total by half a weight a layer. Here each
-    gets the whole number below `s_l * n_l` or the next, by largest remainder, such
-    that the sum is `floor(sum(s_l * n_l) + 1/2)`.
+    Each parameter removes a whole number of weights, so the sum of `floor(s_l * n_l +
+    1/2)` may miss the total by half a weight per layer. This rounds each `s_l * n_l`
+    down or up, by largest remainder, such that the sum is `floor(sum(s_l * n_l) +
+    1/2)`.
 
     Args:
       params: the parameters; only their shapes are looked at.

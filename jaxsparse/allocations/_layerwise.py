@@ -26,10 +26,10 @@ def uniform(
     where: Where = None,
     exceptions: Exceptions = None,
 ) -> PyTree:
-    """The same sparsity for every selected parameter, but for exceptions.
+    """Give every selected parameter the same sparsity, apart from exceptions.
 
-    The parameters named in `exceptions` get theirs; the others share what remains, so
-    that `sum n_l s_l = s * sum n_l` holds over all selected parameters.
+    Parameters named in `exceptions` get their own sparsity. The others share what
+    remains, so `sum n_l s_l = s * sum n_l` holds over all selected parameters.
 
     Differs from JaxPruner and RigL, where an exception shifts the total: there 80 %
     with a dense first layer is less than 80 %.
@@ -68,11 +68,11 @@ def erk(
     axes: AxesRule = None,
     power: float = 1.0,
 ) -> PyTree:
-    """Erdos-Renyi-Kernel: the wider a layer, the sparser.
+    """Allocate by Erdos-Renyi-Kernel: the wider a layer, the sparser.
 
-    The density of a layer is `eps * (sum of dims / product of dims) ** power`; `eps`
-    is such that the total is met. A layer whose density would exceed 1 stays dense,
-    and `eps` is found anew for the others. Evci et al. (2020, arXiv:1911.11134).
+    The density of a layer is `eps * (sum of dims / product of dims) ** power`, where
+    `eps` meets the total. A layer whose density would exceed 1 stays dense, and `eps`
+    is found again for the others. Evci et al. (2020, arXiv:1911.11134).
 
     Differs from the reference implementations, which round each layer's number of
     zeros down before `eps` is found: here the equation is solved as it stands.

@@ -22,17 +22,17 @@ def owl(
     spread: float = 0.08,
     where: Where = None,
 ) -> PyTree:
-    """OWL: the more outliers a block has, the denser it stays.
+    """Allocate by OWL: the more outliers a block has, the denser it stays.
 
     `D_l` is the share of a block's scores above `outlier` times their mean. Densities
     are `2 * spread * (D_l - min D) / (max D - min D)` and a constant, such that the
     total is met. Yin et al. (2023, arXiv:2310.05175), with Wanda's scores of the dense
     model.
 
-    Differs from the reference implementation, which takes the mean over blocks and not
-    over weights, so that blocks of unequal size miss the total; which divides 0 by 0
-    where all `D_l` are equal (here that is uniform), and which may leave [0, 1] (here
-    such blocks stop there and the others make up for it).
+    Differs from the reference implementation, which takes the mean over blocks instead
+    of weights, so that blocks of unequal size miss the total. The reference divides 0
+    by 0 where all `D_l` are equal (here that is uniform), and may leave [0, 1] (here
+    such blocks stop at the limit and the others compensate).
 
     Args:
       scores: a tree of arrays, larger = keep, none negative.
@@ -46,9 +46,9 @@ def owl(
 
     Returns:
       A tree of Python floats in [0, 1) with the structure of `scores`, 0.0 where not
-      selected. Each is a whole number of weights, and they add up to
-      `floor(sparsity * n + 1/2)`; so those of a block agree to one weight. (It reads
-      values, so it cannot run under jit.)
+      selected. Each is a whole number of weights, and they add up to `floor(sparsity *
+      n + 1/2)`; so the sparsities of a block agree to one weight. (It reads values, so
+      it cannot run under jit.)
 
     Raises:
       ValueError: a sparsity outside [0, 1), an `outlier` or a `spread` that is not
@@ -77,7 +77,7 @@ def dsa(
     spread: float = 0.07,
     where: Where = None,
 ) -> PyTree:
-    """DSA's found function: blocks whose scores spread over more decades get sparser.
+    """Allocate by DSA's formula: scores that spread over more decades get sparser.
 
     `I_l = asin(atan(Var[log score]))`, the best of a search over such formulas; then
     sparsities are `2 * spread * (I_l - min I) / (max I - min I)` and a constant, such
@@ -85,10 +85,10 @@ def dsa(
     Layer-wise Pruning of Large Language Models", with Wanda's scores of the dense
     model.
 
-    Differs from the reference implementation: scores of 0 are left out and not taken
-    for 1; where `atan` exceeds 1 it counts as 1, where there the importance is NaN and
-    then 0; and `spread` is what it says, where there a random number from 0.07 to 0.1
-    replaces it.
+    Differs from the reference implementation in three points. Scores of 0 are left out
+    (there they count as 1). An `atan` above 1 counts as 1 (there the importance is NaN,
+    and then 0). `spread` is used as given (there a random number from 0.07 to 0.1
+    replaces it).
 
     Args:
       scores: a tree of arrays, larger = keep, none negative.
@@ -127,11 +127,11 @@ def arithmetic_progression(
     groups: Groups = None,
     where: Where = None,
 ) -> PyTree:
-    """Sparsities that grow from block to block by one common difference.
+    """Let sparsities grow from block to block by a common difference.
 
-    `s_i = s_0 + i * difference`, with `s_0` such that the total is met: errors of the
-    first blocks grow on their way through the others, so these stay denser. Huang et
-    al. (2025, arXiv:2502.14770), who try a few differences.
+    `s_i = s_0 + i * difference`, where `s_0` meets the total. Errors of the first
+    blocks grow on their way through the others, so the first blocks stay denser. Huang
+    et al. (2025, arXiv:2502.14770) try a few differences.
 
     The blocks are taken in the natural order of their names: `block_2` comes before
     `block_10`, wherever it stands in the tree.

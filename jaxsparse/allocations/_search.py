@@ -35,28 +35,28 @@ def evolve(
     stages: Sequence[tuple[int, int]] = ((8, 1), (2, 8), (1, 32)),
     watch: Callable[[int, PyTree, float], None] | None = None,
 ) -> PyTree:
-    """EvoPress: better sparsities by mutation and selection.
+    """Improve sparsities by mutation and selection (EvoPress).
 
     A candidate is an integer level for each parameter: level l removes `l * step`
-    weights more than uniform. A child is its parent after one to three switches, each
-    of which takes one parameter a level up and another one down, so that the total
-    never changes. Of a generation's children a first stage keeps a few on little data,
-    and so on; in the last one the parent competes too and wins a draw. Sieberling et
-    al. (2024, arXiv:2410.14649), with the divergence from the dense model's outputs as
+    weights more than uniform. A child is its parent after one to three switches; each
+    switch takes one parameter a level up and another one down, so the total never
+    changes. A first stage keeps a few of a generation's children on little data, and so
+    on; in the last stage the parent competes too and wins a draw. Sieberling et al.
+    (2024, arXiv:2410.14649) use the divergence from the dense model's outputs as
     fitness.
 
-    No weights are copied here: `fitness` gets levels. It may look masks up that were
-    made before for each level of `level_sparsities`, or make them, as in the example:
-    a jitted function takes levels as scalars and compiles once.
+    This function copies no weights: `fitness` gets levels. It may look up masks that
+    were made before for each level of `level_sparsities`, or make them, as in the
+    example: a jitted function takes levels as scalars and compiles once.
 
-    Differs from the reference implementation, where a child equal to another is judged
-    again: here none is judged twice in a generation, and a parameter that a level would
-    empty has fewer levels.
+    Differs from the reference implementation, which judges equal children again. Here
+    none is judged twice in a generation, and a parameter that a level would empty has
+    fewer levels.
 
     Args:
       fitness: `fitness(levels, batch)`, with a tree of Python ints like `sizes`. A NaN
         is the worst.
-      sizes: a tree of the numbers of weights; what takes no part is left out.
+      sizes: a tree of the numbers of weights, without parameters that take no part.
       sparsity: the fraction to remove over all of them, in [0, 1).
       batches: the data; each stage of a generation draws some of them anew.
       key: a typed key, `jax.random.key(seed)`.
@@ -140,11 +140,11 @@ def evolve(
 def level_sparsities(
     sizes: PyTree, sparsity: float, *, levels: int, step: int
 ) -> PyTree:
-    """The sparsity of each level that `evolve` may ask for.
+    """Return the sparsity of each level that `evolve` may ask for.
 
     Args:
       sizes: a tree of the numbers of weights.
-      sparsity: the total, in [0, 1): that of level 0, but for rounding.
+      sparsity: the total, in [0, 1): the sparsity of level 0, up to rounding.
       levels: how many levels there are above and below it.
       step: how many weights lie between two levels.
 

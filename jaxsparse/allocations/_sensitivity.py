@@ -12,7 +12,7 @@ from jaxsparse.tree import AxesRule, leaves_with_paths, like, select
 
 
 class Sensitivity(NamedTuple):
-    """The loss of a model of which one parameter alone is pruned.
+    """The loss of a model in which only one parameter is pruned.
 
     Attributes:
       dense: the loss of the model as it was.
@@ -35,7 +35,7 @@ def sensitivity(
     where: Where = None,
     axes: AxesRule = None,
 ) -> Sensitivity:
-    """Measures the loss while one parameter at a time is pruned.
+    """Measure the loss while one parameter at a time is pruned.
 
     Parameters whose loss rises early should keep more; `jaxsparse.report.
     plot_sensitivity` draws the curves. Li et al. (2017, arXiv:1608.08710, section 3.2)

@@ -12,7 +12,7 @@ from jaxsparse.tree import leaves_with_paths
 
 
 def gradient_norms(grads: PyTree | Iterator[PyTree], *, order: int) -> PyTree:
-    """The size of each weight's gradient over examples: what GBLM scores by.
+    """Measure the size of each weight's gradient over examples, for GBLM.
 
     `sum_i |g_i|` for order 1, `sqrt(sum_i g_i^2)` for order 2, over examples i. Das et
     al. (2023, arXiv:2311.04902).

@@ -39,7 +39,7 @@ def run(
     weight: Callable[..., Array] | None = None,
     host: bool = False,
 ) -> Statistics:
-    """Statistics of what meets the kernels of a model, from calibration data.
+    """Collect statistics of the inputs of each kernel from calibration data.
 
     Means, second moments and (with `gram`) the matrices `X^T X / n` of the inputs of
     every kernel, in the order of its own columns: a convolution's patches, an attention
@@ -47,7 +47,7 @@ def run(
     own tokens: by `ragged_dot` those of its group; where experts are a batch axis of a
     product, the rows that are not all 0, as a dispatch leaves them.
 
-    All statistics are those of the model as it is; for pruning in which each layer sees
+    All statistics describe the model as it is; for pruning in which each layer sees
     what the pruned layers before it give, see `jaxsparse.oneshot.layerwise`.
 
     Memory: the statistics (a gram of `d_in^2` floats for each distinct input) and the
@@ -58,9 +58,9 @@ def run(
       params: the parameters.
       batches: for each step the model's inputs, a tuple where it takes several.
       gram: whether to keep the gram matrices.
-      where: which kernels take part; see `jaxsparse.tree.select`. By default those
-        of `trace.where`: by use, without tied embeddings. What the trace cannot follow
-        stays dense by default, and `Statistics.left_dense` says why.
+      where: which kernels take part; see `jaxsparse.tree.select`. By default
+        `trace.where` selects by use, without tied embeddings. Parameters that the trace
+        cannot follow stay dense by default, and `Statistics.left_dense` says why.
       weight: `weight(*inputs)` gives one number of at least 0 for each sample of a
         batch (the first axis of its first input), such as the importance of a diffusion
         timestep; or for each index of more leading axes. For batches of padded

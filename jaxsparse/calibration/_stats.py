@@ -35,7 +35,7 @@ class RunningStats(NamedTuple):
 def init(
     batch: tuple[int, ...], d_in: int, *, gram: bool, dtype: Any = jnp.float32
 ) -> RunningStats:
-    """Statistics of no rows.
+    """Start statistics of no rows.
 
     Args:
       batch: the sizes of the batch axes, as `MatrixView.batch`: `()` for a plain
@@ -74,12 +74,12 @@ def init(
 
 
 def update(state: RunningStats, x: Array, weight: Array | None = None) -> RunningStats:
-    """Adds rows.
+    """Add rows to statistics.
 
     Rows are counted by weight: the share of a timestep of a diffusion model, 0 for
-    padding and for the tokens that a router does not send to an expert. What is in a
-    row of weight 0, NaN included, does not matter. In other rows nobody looks for NaN,
-    which would wait for the device: it stays in the statistics.
+    padding and for the tokens that a router does not send to an expert. Rows of weight
+    0 have no effect, even if they hold NaN. In other rows nobody looks for NaN, which
+    would wait for the device: it stays in the statistics.
 
     Args:
       state: the statistics so far.
@@ -150,7 +150,7 @@ def _of_rows(x: Array, weight: Any, gram: bool) -> RunningStats:
 
 
 def merge(a: RunningStats, b: RunningStats) -> RunningStats:
-    """The statistics of the rows of both.
+    """Merge the statistics of two sets of rows.
 
     It is associative and commutative up to rounding, so that chunks, devices and
     processes may be merged in any order. With `d = mean_b - mean_a`, sums about the
@@ -211,7 +211,7 @@ def _merged(a: RunningStats, b: RunningStats) -> RunningStats:
 
 
 def finalize(state: RunningStats) -> InputStats:
-    """Means in place of sums.
+    """Turn sums into means.
 
     Where no row was seen (an expert that no token was sent to) all statistics are 0,
     never NaN; `unseen` counts such places.
@@ -252,7 +252,7 @@ def _means(state: RunningStats) -> InputStats:
 
 
 def unseen(stats: Statistics) -> dict[str, int]:
-    """The kernels of which some part never saw a row.
+    """List the kernels of which some part never saw a row.
 
     Args:
       stats: the statistics of a model's inputs.

@@ -15,7 +15,7 @@ from jaxsparse.tree import Axes, MatrixView
 
 
 class InputStats(NamedTuple):
-    """What is known of the inputs `x` that meet a kernel, `n` rows of `d_in` numbers.
+    """The statistics of the inputs `x` of a kernel: `n` rows of `d_in` numbers.
 
     Batch axes are those of the kernel's view: experts, stacked layers, the groups of a
     convolution. Rows may be weighted; then `count` is the sum of the weights.
@@ -82,7 +82,7 @@ class Statistics:
 
     @property
     def left_dense(self) -> dict[str, str]:
-        """What the default selection left out, by path, and why.
+        """The parameters that the default selection left out, by path, with the reason.
 
         Parameters that look like kernels, but that the trace could not follow, or whose
         rows are no real numbers.
@@ -142,7 +142,7 @@ class Statistics:
           path: the kernel's path.
 
         Raises:
-          ValueError: it is scaled, standardised or changed otherwise, with the line.
+          ValueError: it is scaled, standardized or changed otherwise, with the line.
         """
         check_plain(path, dict(self.changes).get(path, ()))
 

@@ -24,10 +24,10 @@ from jaxsparse.coupling.grouping import Group
 
 
 class Selected(NamedTuple):
-    """What `drop_to_budget` chose.
+    """The result of `drop_to_budget`.
 
     Attributes:
-      drop: what goes.
+      drop: the channels to remove.
       reached: its cost, at most the budget.
     """
 
@@ -48,20 +48,20 @@ def drop_to_budget(
     max_sparsity: float | None = None,
     where: GroupWhere = None,
 ) -> Selected:
-    """The fewest indices, from the lowest scores on, without which a budget is met.
+    """Remove as few of the lowest-scoring channels as needed to meet a budget.
 
-    Indices go one unit after the other, each scope at the pace of its size: in the
-    order in which a rising sparsity of `drop_lowest` would remove them. A bisection
-    finds the first place in that order where `cost` is within the budget; it asks for
-    the cost some twenty times at most. One unit less would be beyond it, given that
-    less never costs more.
+    Channels are removed one unit after another, in the order in which a rising sparsity
+    of `drop_lowest` would remove them; each scope at the pace of its size. A bisection
+    finds the first place in that order where `cost` is within the budget, with about
+    twenty calls of `cost`. One unit less would exceed the budget, provided that
+    removing less never costs less.
 
     Args:
-      groups: of `js.coupling.groups`.
+      groups: from `js.coupling.groups`.
       scores: `[*copies, size]` by name, larger = keep. Groups without scores stay.
-      cost: what is left when a `Drop` goes, for instance
-        `lambda drop: js.narrowing.cost(trace, drop).parameters`.
-      budget: what it may be at most, in the same unit.
+      cost: the cost that remains after a `Drop`, for instance `lambda drop:
+        js.narrowing.cost(trace, drop).parameters`.
+      budget: the largest allowed cost, in the same unit.
       scope: as for `drop_lowest`.
       per_copy: as for `drop_lowest`.
       round_to: as for `drop_lowest`.

@@ -27,22 +27,22 @@ def fpgm(
     reduce: Reduce = "sum",
     where: Where = None,
 ) -> dict[str, Array]:
-    """FPGM: how far an index's filter is from all others, `sum_j ||w_c - w_j||_2`.
+    """Score channels by their distance from all others, `sum_j ||w_c - w_j||_2` (FPGM).
 
-    What is near the geometric median of the filters can be replaced by the others. He
-    et al. (2019, arXiv:1811.00250). `w_c` is all of a kernel that makes index c: the
+    A filter near the geometric median of the others can be replaced by them. He et al.
+    (2019, arXiv:1811.00250). `w_c` is all of a kernel that produces channel c: the
     members with the role "output". In a group with copies the filters of one copy are
     compared.
 
-    The distances come from the products of the filters, about their mean: memory for
-    `size^2` numbers a copy, and not for `size^2` differences. What is nearer than about
-    3e-4 of the filters' deviation has, in float32, a distance of that order.
+    The distances come from the products of the centered filters, which need `size^2`
+    numbers per copy instead of `size^2` differences. In float32, distances below about
+    3e-4 of the filters' deviation are unreliable.
 
     Differs from Torch-Pruning, which compares `|w|^p` (two filters of opposite sign are
     equal there and far apart here), and adds the same of the kernels that read c.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
       reduce: of the members: their sum, their mean, or the largest.
       where: which parameters count, see `jaxsparse.tree.select`; kernels by default.
@@ -107,13 +107,13 @@ def bn_scale(
     reduce: Reduce = "sum",
     where: Where = r"scale$",
 ) -> dict[str, Array]:
-    """Network slimming: the magnitude of the scales of norms, `sum |gamma_c|`.
+    """Score channels by the scales of their norms, `sum |gamma_c|` (network slimming).
 
-    It says something of networks that were trained with a penalty on the scales. Liu
-    et al. (2017, arXiv:1708.06519).
+    It is meant for networks that were trained with a penalty on the scales. Liu et al.
+    (2017, arXiv:1708.06519).
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
       reduce: of the norms of one group: their sum, their mean, or the largest.
       where: which parameters are scales; see `jaxsparse.tree.select`.
@@ -149,7 +149,7 @@ def gate_scores(
     *,
     chunk: int | None = None,
 ) -> dict[str, Array]:
-    """`E_x |dL(x) / d gate|`: how much the loss listens to an index, for each example.
+    """Score channels by the loss's gradient at a gate, `E_x |dL(x) / d gate|`.
 
     A gate of 1 multiplies what a channel or head gives to those that read it: the
     members with the role "input". Groups that no kernel reads (the width of queries and
@@ -158,14 +158,14 @@ def gate_scores(
     divide by the norm of a layer: see `normalize_norm`. The magnitude is taken for each
     example, before the mean; that of the mean would be 0 at a minimum.
 
-    The gates are numbers that multiply parameters, so that any model can have them. It
-    costs the gradients of single examples with respect to those parameters.
+    The gates multiply parameters, so any model can have them. The cost is that of the
+    gradients of single examples with respect to these parameters.
 
     Differs from the reference implementation, which takes the magnitude for each token
     and divides by the number of tokens, in the last layer by that of examples.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       loss_fn: `loss_fn(params, batch) -> scalar`, called with batches of one example.
       params: the parameters.
       batch: a tree of arrays whose leading axis numbers the examples.

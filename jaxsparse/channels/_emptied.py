@@ -22,7 +22,7 @@ def zero_indices(
     *,
     roles: Collection[str] = PRODUCERS,
 ) -> Drop:
-    """The indices whose slices are all exactly zero: what a training has emptied.
+    """Find the channels whose weights are all exactly zero, as training leaves them.
 
     After `js.penalties.prox_group_lasso` or `js.contrib.wgsef_prox`, for
     `js.narrowing.narrow`. A group that is zero as a whole keeps its first index.
@@ -30,11 +30,10 @@ def zero_indices(
     Args:
       params: the parameters, with values.
       groups: groups by name, all of them prunable.
-      roles: which members have to be zero; those of the training.
+      roles: which members must be zero; the same as in training.
 
     Returns:
-      A `Drop`. All copies of a group lose equally many, those of the copy with the
-      fewest zeros.
+      A `Drop`. All copies of a group lose as many as the copy with the fewest zeros.
 
     Raises:
       ValueError: groups that are not prunable or not of these parameters.

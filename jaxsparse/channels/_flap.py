@@ -36,21 +36,22 @@ def flap_scores(
     *,
     where: Where = None,
 ) -> dict[str, Array]:
-    """FLAP: `sum Var[x_j] * ||W_:j||^2` over the kernels that read an index.
+    """Score channels by FLAP, `sum Var[x_j] * ||W_:j||^2` over their readers.
 
-    What their outputs lose, to second order and but for correlations, when the index's
-    inputs j are replaced by their means, which biases can hold (`flap_compensation`).
-    An et al. (2023, arXiv:2312.11983). The paper's adaptive search is `standardize`,
-    then `drop_to_budget(..., scope="global")` to a budget of parameters.
+    The score is the error of their outputs, to second order and ignoring correlations,
+    when the channel's inputs j are replaced by their means, which biases can supply
+    (`flap_compensation`). An et al. (2023, arXiv:2312.11983). The paper's adaptive
+    search is `standardize`, then `drop_to_budget(..., scope="global")` to a budget of
+    parameters.
 
     Differs from the reference implementation as `js.scores.flap` does. A head's score
     is the sum over its inputs; there they are squared before.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
-      stats: of `js.calibration.run`, for all kernels that read these groups; it may be
-        without grams.
+      stats: from `js.calibration.run`, for all kernels that read these groups; it may
+        be without grams.
       where: which kernels count, see `jaxsparse.tree.select`.
 
     Returns:
@@ -58,8 +59,8 @@ def flap_scores(
       are left out.
 
     Raises:
-      ValueError: a kernel that counts has no statistics, or those of another shape;
-        parameters that do not fit the groups.
+      ValueError: a kernel that counts has no statistics, or statistics of another
+        shape; parameters that do not fit the groups.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -95,21 +96,21 @@ def flap_compensation(
     bias: Mapping[str, str] | Callable[[str], str] | None = None,
     missing: Literal["error", "skip"] = "error",
 ) -> PyTree:
-    """Biases that hold the means of what goes: `b + sum_{j removed} W_:j E[x_j]`.
+    """Add the mean output of removed channels to biases, `b + sum_j W_:j E[x_j]`.
 
-    With them the output of each kernel that reads removed inputs keeps its mean over
-    the calibration data. An et al. (2023, arXiv:2312.11983). Use it before the
+    With these biases the output of each kernel that reads removed inputs keeps its mean
+    over the calibration data. An et al. (2023, arXiv:2312.11983). Use it before the
     parameters are masked or narrowed, with the same `drop`.
 
     Args:
-      groups: of `js.coupling.groups`.
+      groups: from `js.coupling.groups`.
       params: the parameters, not pruned yet.
-      stats: of `js.calibration.run`, for all kernels that read the dropped groups.
-      drop: what goes, of `drop_lowest`; or indices by the groups' names.
+      stats: from `js.calibration.run`, for all kernels that read the dropped groups.
+      drop: the channels to remove, from `drop_lowest`; or indices by the groups' names.
       bias: the path of the bias of each kernel: a mapping, or a function of the
         kernel's path. By default the last word of the path becomes "bias".
-      missing: what to do for a kernel without one: "error", or "skip" it. (FLAP gives
-        every layer a bias; a model has to have it before it is traced.)
+      missing: what to do for a kernel without a bias: "error", or "skip" it. (FLAP
+        gives every layer a bias; a model must have it before it is traced.)
 
     Returns:
       The parameters with other biases.

@@ -28,7 +28,7 @@ Scores = Mapping[str, Array]
 
 
 def normalize_mean(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """`s / mean |s|`: an index of average importance has 1.
+    """Divide scores by their mean magnitude: an average channel has 1.
 
     Torch-Pruning's default (Fang et al. 2023, arXiv:2301.12900). Differs from it by the
     magnitude in the mean, without which scores of either sign could change their order.
@@ -50,7 +50,7 @@ def normalize_mean(scores: Scores, *, per_copy: bool = False) -> dict[str, Array
 
 
 def normalize_max(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """`s / max |s|`: the most important index has 1.
+    """Divide scores by their largest magnitude: the most important channel has 1.
 
     Args:
       scores: `[*copies, size]` by name.
@@ -69,7 +69,7 @@ def normalize_max(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]
 
 
 def normalize_norm(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """`s / ||s||_2`, as Michel et al. (2019, arXiv:1905.10650) do with head gates.
+    """Divide scores by their norm `||s||_2` (Michel et al. 2019, arXiv:1905.10650).
 
     Args:
       scores: `[*copies, size]` by name.
@@ -93,10 +93,10 @@ def normalize_norm(scores: Scores, *, per_copy: bool = False) -> dict[str, Array
 
 
 def normalize_range(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """`(s - min) / (max - min)`: from 0 to 1.
+    """Scale scores to [0, 1], `(s - min) / (max - min)`.
 
-    What Torch-Pruning calls "standarization", but for its 1e-8 in the divisor. In a
-    global scope the least important index of every group is 0, and goes first.
+    Torch-Pruning calls it "standarization", and adds 1e-8 to the divisor. In a global
+    scope the least important channel of every group has score 0, and is removed first.
 
     Args:
       scores: `[*copies, size]` by name.
@@ -121,11 +121,11 @@ def normalize_range(scores: Scores, *, per_copy: bool = False) -> dict[str, Arra
 def normalize_quantile(
     scores: Scores, *, q: float = 0.5, per_copy: bool = False
 ) -> dict[str, Array]:
-    """`s / |s|_(floor(q n))`: the index at this place of the ascending order has 1.
+    """Divide scores by `|s|_(floor(q n))`, the value at a quantile of their order.
 
-    What Torch-Pruning calls "sentinel". Differs from it by the magnitude, without which
-    scores of either sign could change their order, and where the score at that place is
-    0: the least one above it takes its place.
+    Torch-Pruning calls it "sentinel". Differs from it by the magnitude, without which
+    scores of either sign could change their order. Where the score at that place is 0,
+    the smallest score above it takes its place.
 
     Args:
       scores: `[*copies, size]` by name.
@@ -158,10 +158,10 @@ def normalize_quantile(
 
 
 def standardize(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """`(s - mean) / std`, with the unbiased standard deviation (over n - 1).
+    """Standardize scores, `(s - mean) / std`, with the standard deviation over n - 1.
 
-    What Torch-Pruning calls "gaussian" and FLAP (An et al. 2023, arXiv:2312.11983)
-    does before its global threshold.
+    Torch-Pruning calls it "gaussian"; FLAP (An et al. 2023, arXiv:2312.11983) does it
+    before its global threshold.
 
     Args:
       scores: `[*copies, size]` by name.
@@ -188,14 +188,14 @@ def standardize(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
 
 
 def lamp(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
-    """LAMP: `s_i / sum_{j: s_j >= s_i} s_j`.
+    """Normalize scores by LAMP, `s_i / sum_{j: s_j >= s_i} s_j`.
 
-    What an index adds to what would be left if all below it were gone. The most
-    important one of every group has 1, so that no group is emptied. For squared
-    magnitudes in Lee et al. (2021, arXiv:2010.07611).
+    The score is a channel's share of what would be left if all channels below it were
+    removed. The most important channel of every group has 1, so no group is emptied.
+    Lee et al. (2021, arXiv:2010.07611) use squared magnitudes.
 
-    Differs from Torch-Pruning, where among equal scores the place in the order decides
-    over which the sum runs: here equal scores stay equal.
+    Differs from Torch-Pruning, where the order among equal scores decides over which
+    the sum runs: here equal scores stay equal.
 
     Args:
       scores: `[*copies, size]` by name, none of them negative.
@@ -233,14 +233,14 @@ def _lamp(x: Array) -> Array:
 def per_parameter(
     groups: Mapping[str, Group], scores: Scores, params: PyTree, *, where: Where = None
 ) -> dict[str, Array]:
-    """Scores divided by how many weights an index has.
+    """Divide scores by the number of weights of a channel.
 
-    What is lost by weight that is saved, for groups that compete for parameters: an
-    index of a wide layer costs more than one of a narrow layer. It also makes a mean
-    of the sum that `channel_scores` takes.
+    The score becomes the loss per saved weight, for groups that compete for parameters:
+    a channel of a wide layer costs more than one of a narrow layer. It also turns the
+    sum of `channel_scores` into a mean.
 
     Args:
-      groups: of `js.coupling.groups`.
+      groups: from `js.coupling.groups`.
       scores: `[*copies, size]` by name.
       params: the parameters, or their shapes.
       where: which parameters count, see `jaxsparse.tree.select`; kernels by default,
@@ -250,8 +250,8 @@ def per_parameter(
       Scores of the same shapes. An index without weights that count keeps its score.
 
     Raises:
-      ValueError: scores of what is no prunable group, or that has no weights at all;
-        parameters that do not fit.
+      ValueError: scores of a group that is not prunable or has no weights; parameters
+        that do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -39,11 +39,11 @@ def obs_errors(
     where: Where = None,
     rel_damping: float = 0.01,
 ) -> dict[str, Array]:
-    """What the kernels that read an index lose at least when it goes, for each index.
+    """Return the least error of the kernels that read a channel if it is removed.
 
     `sum_k min_W' tr((W' - W) (G_k + damping I) (W' - W)^T)` over the kernels k that
     read the index, where each may change all its other columns: `obs_errors` of
-    `js.solvers`, one triangular solve for an index and not a factorisation. OBSPA (Wang
+    `js.solvers`, one triangular solve for an index and not a factorization. OBSPA (Wang
     et al. 2024, arXiv:2403.18955), SlimGPT (Ling et al. 2024, arXiv:2412.18110).
 
     These scores presume `obs_refit`; without it other scores choose better.
@@ -52,9 +52,9 @@ def obs_errors(
     columns (a head): here the columns of an index go together.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
-      stats: of `js.calibration.run` with `gram=True`, of all kernels that read them.
+      stats: from `js.calibration.run` with `gram=True`, of all kernels that read them.
       where: which kernels count; all with statistics by default.
       rel_damping: relative to the mean of each gram's diagonal.
 
@@ -106,25 +106,25 @@ def obs_greedy(
     where: Where = None,
     rel_damping: float = 0.01,
 ) -> Drop:
-    """Chooses channels one after the other, each given that those before are gone.
+    """Choose channels one after another, given those already removed.
 
-    `js.solvers.remove_channels` for all kernels at once that read the same input: the
-    inverse is brought up to date by a Schur complement after each step. Groups that are
-    read through different inputs (a residual stream), or of which one matrix holds
-    several copies (the width of heads), have no inverse of their own: of those the
-    lowest `obs_errors` go at once.
+    It applies `js.solvers.remove_channels` to all kernels at once that read the same
+    input, and updates the inverse by a Schur complement after each step. Groups that
+    are read through different inputs (a residual stream), and groups of which one
+    matrix holds several copies (the width of heads), have no inverse of their own:
+    their lowest `obs_errors` are removed at once.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
-      stats: of `js.calibration.run` with `gram=True`.
-      sparsity: which fraction of each group's indices goes.
-      at_once: how many go in a step; None for all.
+      stats: from `js.calibration.run` with `gram=True`.
+      sparsity: the fraction of each group's channels to remove.
+      at_once: how many channels to remove in a step; None for all.
       where: which kernels count; all with statistics by default.
       rel_damping: relative to the mean of each gram's diagonal.
 
     Returns:
-      A `Drop`. The weights that make up for it are those of `obs_refit`.
+      A `Drop`. `obs_refit` returns the weights that compensate for it.
 
     Raises:
       ValueError: as `obs_errors`.
@@ -184,17 +184,17 @@ def obs_refit(
     where: Where = None,
     rel_damping: float = 0.01,
 ) -> PyTree:
-    """The weights with which the kernels make up for the inputs that they lose.
+    """Refit the kernels that read dropped channels, by least squares.
 
-    Each kernel that reads something of what is dropped gets the least-squares weights
-    on the inputs that it keeps; the columns of those that go become 0. All other
-    parameters stay: `js.narrowing.narrow` then takes the channels out.
+    Each kernel that reads dropped channels gets the least-squares weights on the inputs
+    that it keeps; its columns of dropped channels become 0. All other parameters stay.
+    `js.narrowing.narrow` then removes the channels.
 
     Args:
-      groups: of `js.coupling.groups`.
+      groups: from `js.coupling.groups`.
       params: the dense parameters.
-      stats: of `js.calibration.run` with `gram=True`.
-      drop: what goes.
+      stats: from `js.calibration.run` with `gram=True`.
+      drop: the channels to remove.
       where: which kernels are changed; all with statistics by default.
       rel_damping: relative to the mean of each gram's diagonal.
 

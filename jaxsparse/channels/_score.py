@@ -21,10 +21,10 @@ def channel_scores(
     absolute: bool = False,
     where: Where = None,
 ) -> dict[str, Array]:
-    """Scores of groups from scores of weights.
+    """Turn scores of weights into scores of channels.
 
-    For each member of a group (an axis of a parameter) the scores of all weights that
-    have an index are added up; then come the members: `s[i] = reduce_m sum_{w in
+    For each member of a group (an axis of a parameter) the scores of all weights of a
+    channel are added up; then the members are reduced: `s[i] = reduce_m sum_{w in
     member m with index i} score(w)`. Any score will do: `js.scores.magnitude` or its
     square, `taylor`, an empirical Fisher, OBS.
 
@@ -36,27 +36,27 @@ def channel_scores(
     A group with copies (heads, experts, layers of a scan, groups of a convolution) is
     scored in each copy.
 
-    Scores of sharded parameters are those of one device, bit for bit, so that the same
-    channels go. Complexity: each parameter is read some times for each of its axes that
-    is in a group.
+    Scores of sharded parameters equal those of one device, bit for bit, so the same
+    channels are chosen. Each parameter is read a few times for each of its axes that is
+    in a group.
 
     Fang et al. (2023, arXiv:2301.12900). Differs from Torch-Pruning, whose mean counts
-    a member as often as it is reached, whose norm scales take part and whose
-    embeddings do not: here `where` says which do.
+    a member as often as it is reached, which counts norm scales, and which leaves out
+    embeddings: here `where` says which parameters count.
 
     Args:
-      groups: of `js.coupling.groups`. Those that are not prunable are passed over.
+      groups: from `js.coupling.groups`; those that are not prunable are skipped.
       scores: a tree like the parameters, larger = keep. In 16 bits or not, they are
         added up in float32 at least.
-      reduce: of the members: their sum, mean or product, the largest, or "first": the
-        first one alone that has the index, which is what makes it.
-      absolute: takes the magnitude of what each member has added up to.
+      reduce: how to combine the members: their sum, mean, product or maximum, or
+        "first", which takes only the first member (the one that produces the channel).
+      absolute: takes the magnitude of each member's sum.
       where: which parameters count, see `jaxsparse.tree.select`; kernels by default.
         `lambda path, leaf: True` is all.
 
     Returns:
       `[*copies, size]` by the groups' names, float32 (float64 for float64 scores).
-      Groups of which no member counts are left out: nothing is known of them.
+      Groups without a member that counts are left out.
 
     Raises:
       ValueError: an unknown `reduce`, a tree that does not fit the groups, no group

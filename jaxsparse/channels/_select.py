@@ -36,54 +36,57 @@ def drop_lowest(
     max_sparsity: float | None = None,
     where: GroupWhere = None,
 ) -> Drop:
-    """Chooses the indices with the lowest scores.
+    """Choose the lowest-scoring channels.
 
-    The count rule: of n indices that compete `floor(s * n + 1/2)` go; of equal scores
-    the lower index (the earlier group) is kept. Within a group, or within each scope.
+    The count rule holds within a group, or within each scope: of n channels that
+    compete, `floor(s * n + 1/2)` are removed. Of equal scores the lower index (the
+    earlier group) is kept.
 
-    Copies (heads, experts, layers of a scan) lose equally many indices each, each its
-    own. So the unit that competes is one index of every copy: the r-th unit of a group
-    has the mean over the copies of each copy's r-th lowest score, and it counts as many
-    indices as there are copies. A scope's counts are in units of their greatest common
-    divisor.
+    Copies (heads, experts, layers of a scan) lose equally many channels each, and each
+    its own. The unit that competes is therefore one channel of every copy: the r-th
+    unit of a group has the mean over the copies of each copy's r-th lowest score, and
+    counts as many channels as there are copies. Counts of a scope are in units of their
+    greatest common divisor.
 
-    `round_to`, `min_keep` and `max_sparsity` come first: a scope goes on with other
-    groups where one may lose no more, or where its next unit is larger than what is
-    left of the count, and never removes more. It falls short of the count by less than
-    one unit of a group that may still lose some. What was reached is
-    `dropped_fraction(drop)`.
+    `round_to`, `min_keep` and `max_sparsity` come first. Where a group may lose no
+    more, or its next unit is larger than the rest of the count, the scope continues
+    with other groups. If limits prevent an exact count, it removes at most one unit
+    fewer than requested, never more. `dropped_fraction(drop)` is the fraction that it
+    reached.
 
-    It runs on the host, in a time of n log n.
+    It runs on the host, in O(n log n).
 
     Differs from Torch-Pruning (Fang et al. 2023, arXiv:2301.12900), which removes all
     scores up to a threshold (more where some are equal), and repeats the same indices
     in each group or head (`per_copy=False`).
 
     Args:
-      groups: of `js.coupling.groups`.
+      groups: from `js.coupling.groups`.
       scores: `[*copies, size]` by name, larger = keep. Groups without scores stay.
-      sparsity: the fraction of indices that goes, or one for each group; those that a
-        mapping does not name stay. In a scope of several groups it is the sum of their
-        shares that goes. A layer's density d of single weights becomes channels by
-        `1 - sqrt(d)` (PreCropping, arXiv:2203.02549).
-      scope: who competes: the indices of a "group", all of them ("global"; scores need
-        a common scale, see `normalize_mean`), those of "isomorphic" groups (equal
-        `Group.key`; Fang et al. 2024, arXiv:2407.04616), or those of groups for which a
-        function has the same value.
+      sparsity: the fraction of channels to remove, or one for each group; groups that a
+        mapping does not name keep all channels. In a scope of several groups the sum of
+        their shares is removed. A layer's density d of single weights becomes channels
+        by `1 - sqrt(d)` (PreCropping, arXiv:2203.02549).
+      scope: who competes: the channels of a "group", all of them ("global"; scores need
+        a common scale, see `normalize_mean`), the channels of "isomorphic" groups
+        (equal `Group.key`; Fang et al. 2024, arXiv:2407.04616), or of groups for which
+        a function has the same value.
       per_copy: whether each copy loses indices of its own. If not, the copies' scores
         are averaged and all lose the same.
-      round_to: the number that is kept is rounded up to a multiple of this. A group
-        with fewer indices is left alone.
-      min_keep: how many indices each group (in each copy) keeps at least.
-      max_sparsity: which fraction of each group may go at most.
+      round_to: rounds the number of kept channels up to a multiple of this. A group
+        with fewer channels is left alone.
+      min_keep: how many channels each group (in each copy) keeps at least.
+      max_sparsity: the largest fraction of each group that may be removed.
       where: which groups take part.
 
     Returns:
-      A `Drop` with an entry for every group that took part, of k = 0 where none goes.
+      A `Drop` with an entry for every group that took part, empty where it loses no
+      channel.
 
     Raises:
-      ValueError: scores of what is no group, of one that is not prunable, of another
-        shape, or NaN; a sparsity outside [0, 1); options out of range; no group left.
+      ValueError: scores of an unknown group, of a group that is not prunable, of
+        another shape, or NaN; a sparsity outside [0, 1); options out of range; no group
+        left.
       TypeError: scores that are not known yet (under jit), or options of another type.
 
     Example:
@@ -114,7 +117,7 @@ def drop_lowest(
 
 
 def dropped_fraction(drop: Drop) -> float:
-    """Which fraction of the indices of its groups a specification removes.
+    """Return the fraction of the channels of its groups that a `Drop` removes.
 
     Args:
       drop: a specification.

@@ -25,7 +25,7 @@ from jaxsparse.coupling import Drop
 
 
 class Exported(NamedTuple):
-    """What is read back.
+    """The result of `load_export`.
 
     Attributes:
       params: NumPy arrays by path.
@@ -39,11 +39,11 @@ class Exported(NamedTuple):
 def export(
     path: str | os.PathLike[str], params: PyTree, *, drop: Drop | None = None
 ) -> None:
-    """Writes parameters to one `.npz` or `.safetensors` file, by path.
+    """Write parameters to one `.npz` or `.safetensors` file, by path.
 
-    The file holds plain arrays under names such as `"block_0/conv/kernel"`, and as text
-    what was dropped: that, the original model's code and this file are all that a
-    narrowed model needs. The file is written aside and then put in place.
+    The file holds plain arrays under names such as `"block_0/conv/kernel"`, and the
+    dropped channels as text. A narrowed model needs this file and the original model's
+    code, nothing else. The file is written aside and then put in place.
 
     Every value and type comes back as it was, whether JAX knows it or not: nothing
     passes through JAX, which would cut int64 and float64 to 32 bits. A type that the
@@ -51,21 +51,21 @@ def export(
     in `.safetensors`) is written as unsigned integers of its size, with its name in the
     file's text. A type that cannot be kept is an error.
 
-    With the arrays goes the CRC-32 of each, which `load_export` checks.
+    The CRC-32 of each array is stored too, and `load_export` checks it.
 
     Args:
       path: ends with `.npz` or `.safetensors`.
       params: any pytree of arrays or Python numbers; numbers become arrays. Arrays that
         lie on several processes are gathered: then all of them call it, and the first
         one writes.
-      drop: what was dropped, of `js.channels.drop_lowest`.
+      drop: the dropped channels, from `js.channels.drop_lowest`.
 
     Raises:
       ValueError: another ending; a mask (in `masks` of a tree that has `params`) that
         does not fit its parameter; indices in `drop` that are not of their groups.
       OSError: the file cannot be written, for its folder or a full disk.
-      TypeError: what is not an array of numbers or bools, or of a type that the format
-        cannot keep (complex128 and longdouble in `.safetensors`), with its path.
+      TypeError: a leaf that is not an array of numbers or bools, or has a type that the
+        format cannot keep (complex128 and longdouble in `.safetensors`), with its path.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jaxsparse as js
@@ -102,10 +102,10 @@ def export(
 def load_export(
     path: str | os.PathLike[str], *, max_bytes: int | None = None
 ) -> Exported:
-    """Reads what `export` wrote.
+    """Read what `export` wrote.
 
-    A file may be from anyone: no code in it is run, and what its headers promise is
-    compared with the file before it is read.
+    A file may come from anyone: no code in it is run, and its headers are compared with
+    the file before anything is read.
 
     Args:
       path: of the file.
@@ -114,10 +114,10 @@ def load_export(
 
     Returns:
       NumPy arrays by path, from both formats and with any setting of `jax_enable_x64`,
-      and what was dropped. `js.tree` helps to put them into the structure of a model:
-      `jax.tree.unflatten(treedef, read.params.values())` keeps the order of the
-      leaves. `jax.tree.map(jnp.asarray, ...)` makes JAX's arrays of them, of which
-      those of 64 bits are cut unless `jax_enable_x64` is set.
+      and the dropped channels. `js.tree` helps to put them into the structure of a
+      model: `jax.tree.unflatten(treedef, read.params.values())` keeps the order of the
+      leaves. `jax.tree.map(jnp.asarray, ...)` makes JAX arrays of them; it cuts
+      64-bit arrays unless `jax_enable_x64` is set.
 
     Raises:
       ValueError: another ending than `.npz` or `.safetensors`, a file that `export`

@@ -25,7 +25,7 @@ _FILE_BYTES = 1 << 24
 
 
 class Restored(NamedTuple):
-    """What `restore` returns.
+    """The result of `restore`.
 
     Attributes:
       step: the step of the checkpoint.
@@ -53,13 +53,13 @@ def save(
     extra: dict[str, Any] | None = None,
     keep: int | None = None,
 ) -> pathlib.Path:
-    """Writes a checkpoint, whole or not at all.
+    """Write a checkpoint, whole or not at all.
 
-    It is written beside its place and renamed when it is complete. A process killed at
-    any moment leaves the checkpoints before it as they were; what it left half-written
-    is ignored by `restore` and cleared away by the next `save`. Nothing is overwritten
-    or deleted before its replacement is complete: a step that is saved once more is
-    first written aside.
+    The checkpoint is written beside its place and renamed when it is complete. A
+    process killed at any moment leaves earlier checkpoints unchanged; `restore` ignores
+    what it left half-written, and the next `save` removes it. Nothing is overwritten or
+    deleted before its replacement is complete: a step that is saved again is first
+    written aside.
 
     Arrays of bools, so all masks, take one bit a weight. Sharded arrays are written
     shard by shard. Typed random keys, weak types and Python numbers in a state come
@@ -68,11 +68,11 @@ def save(
     The stamp holds the CRC-32 of each leaf: one more pass over the arrays where they
     are, and no copy of what is on the host.
 
-    The directory belongs to one run: the first `save` puts a file `.lock` into it, with
-    the host and the process, and another run gets an error at its own first one. It
-    goes when the process ends, and is taken over from one that was killed. Of another
-    host that cannot be seen: where jobs are restarted on another machine, delete it
-    before they begin.
+    The directory belongs to one run. The first `save` writes a file `.lock` into it,
+    with the host and the process; another run gets an error at its own first `save`.
+    The lock is removed when the process ends, and taken over from a process that was
+    killed. A killed process on another host cannot be seen: where jobs are restarted on
+    another machine, delete the lock before they begin.
 
     With many processes each of them calls `save`, and all see
     the directory; of arrays that are local to each, the first process writes its own.
@@ -86,7 +86,7 @@ def save(
       params: the parameters, any pytree: arrays, typed keys, Python numbers, text.
       opt_state: the optimizer state, of any optax transformation or `nnx.Optimizer`.
         Masks of a pruning transformation are in it.
-      masks: masks that are in no optimizer state, such as those of `js.prune`.
+      masks: masks that are in no optimizer state, such as the masks of `js.prune`.
       extra: a small dictionary of what JSON holds: the position in the data, a seed.
       keep: how many checkpoints to leave: older ones are deleted once this one is
         complete. None leaves all. Newer ones (after going back to an older step) are
@@ -176,10 +176,10 @@ def restore(
     opt_state: PyTree = None,
     step: Any = None,
 ) -> Restored:
-    """Reads a checkpoint into the containers, and onto the devices, of its templates.
+    """Read a checkpoint into the containers, and onto the devices, of its templates.
 
-    An array goes where its template lies (`.sharding`), whatever devices it was saved
-    from; one whose template has no sharding goes to the default device. Types and
+    An array is placed like its template (`.sharding`), whatever devices it was saved
+    from. An array whose template has no sharding goes to the default device. Types and
     shapes must be those that were saved: nothing is cast, cut or left out silently.
 
     Args:

@@ -36,7 +36,7 @@ Directory = str | os.PathLike[str]
 
 
 def steps(directory: Directory) -> list[int]:
-    """The steps of which there is a whole checkpoint.
+    """List the steps that have a complete checkpoint.
 
     Args:
       directory: where `save` puts them. It need not exist.
@@ -66,7 +66,7 @@ def steps(directory: Directory) -> list[int]:
 
 
 def latest_step(directory: Directory) -> int | None:
-    """The newest step of which there is a whole checkpoint.
+    """Return the newest step that has a complete checkpoint.
 
     Args:
       directory: where `save` puts them. It need not exist.

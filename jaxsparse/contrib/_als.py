@@ -1,4 +1,4 @@
-"""ALS: sparsities of blocks by a linear programme."""
+"""ALS: sparsities of blocks by a linear program."""
 
 import math
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ def als(
     groups: Groups = None,
     where: Where = None,
 ) -> PyTree:
-    """ALS: the linear programme that removes most where layers are redundant.
+    """Allocate by ALS: a linear program removes most where layers are redundant.
 
-    Maximises `sum_l redundancy_l * n_l * s_l` over sparsities in `[lower, upper]` with
+    Maximizes `sum_l redundancy_l * n_l * s_l` over sparsities in `[lower, upper]` with
     the total met. It has one equation, so it is solved by going through the blocks from
     the most redundant on; equally redundant ones share. After Li et al. (2024),
     "Adaptive Layer Sparsity for Large Language Models via Activation Correlation

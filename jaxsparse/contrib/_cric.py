@@ -27,7 +27,7 @@ from jaxsparse.penalties.terms import check_strength
 
 
 class Redundancy(NamedTuple):
-    """What `cric` found.
+    """The result of `cric`.
 
     Attributes:
       scores: `[*copies, size]` by the groups' names, larger = keep; float32 (float64
@@ -58,7 +58,7 @@ def cric(
     criteria: Criteria = Criteria(),  # noqa: B008  (a NamedTuple of numbers)
     roles: Collection[str] = PRODUCERS,
 ) -> Redundancy:
-    """Corrects which indices are redundant in cycles of trial removals (CRIC).
+    """Correct which channels are redundant, in cycles of trial removals (CRIC).
 
     Saliency at one point is a poor guide to what happens far from it: an index of small
     slices with no gradient seems redundant whatever depends on it. A cycle takes the
@@ -89,7 +89,7 @@ def cric(
       params: the parameters, trained.
       groups: groups by name, all prunable.
       batches: what `loss_fn` takes; they are all held, and used in turn.
-      sparsity: the fraction of all indices that goes; counted as by `hesso`.
+      sparsity: the fraction of all channels to remove; counted as by `hesso`.
       optimizer: of the trial removals, from a fresh state in each cycle.
       steps: the length of a trial removal.
       max_cycles: the most cycles.

@@ -15,7 +15,7 @@ class GatePenalty(NamedTuple):
 
     Attributes:
       polarization: how far gates are from 0 and 1, at most 1/4.
-      excess: the squared distance of what is open from the budget.
+      excess: the squared distance of the open gates' cost from the budget.
     """
 
     polarization: Array
@@ -25,7 +25,7 @@ class GatePenalty(NamedTuple):
 def gate_penalty(
     gates: Mapping[str, Any], costs: Mapping[str, float], *, budget: float
 ) -> GatePenalty:
-    """What to add to the loss while gates are trained, so that some of them close.
+    """Return a penalty that closes some of the gates of residual branches.
 
     With the shares `c_b = costs[b] / sum costs` of the blocks b,
 

@@ -31,7 +31,7 @@ class AtomicSums(NamedTuple):
 def atomic_init(
     batch: tuple[int, ...], size: int, *, dtype: Any = jnp.float32
 ) -> AtomicSums:
-    """Sums over no tokens.
+    """Start sums over no tokens.
 
     Args:
       batch: how the experts are stacked: `(experts,)`, or `(layers, experts)` for a
@@ -65,7 +65,7 @@ def atomic_init(
 def atomic_update(
     sums: AtomicSums, x: Array, g: Array, down: Array, *, weight: Array | None = None
 ) -> AtomicSums:
-    """Adds tokens that are laid out by expert, as an MoE by einsum does.
+    """Add tokens that are laid out by expert, as an MoE by einsum does.
 
     `g` is the gradient of the loss at the output of the down projection. It comes from
     adding zeros there and differentiating with respect to them:
@@ -136,7 +136,7 @@ def _update(sums: AtomicSums, x: Array, g: Array, down: Array, weight: Any):
 def atomic_update_ragged(
     sums: AtomicSums, x: Array, g: Array, down: Array, group_sizes: Array
 ) -> AtomicSums:
-    """Adds tokens that are sorted by expert, as `jax.lax.ragged_dot` takes them.
+    """Add tokens that are sorted by expert, as `jax.lax.ragged_dot` takes them.
 
     Args:
       sums: the sums so far, of one batch axis (experts).
@@ -211,7 +211,7 @@ def _update_ragged(sums: AtomicSums, x: Array, g: Array, down: Array, sizes: Arr
 
 
 def atomic_merge(a: AtomicSums, b: AtomicSums) -> AtomicSums:
-    """The sums over the tokens of both: of chunks, devices or processes.
+    """Add up the sums of two sets of tokens: of chunks, devices or processes.
 
     Args:
       a: sums.
@@ -241,7 +241,7 @@ def atomic_merge(a: AtomicSums, b: AtomicSums) -> AtomicSums:
 
 
 def atomic_scores(sums: AtomicSums, *, joint: bool = False) -> Array:
-    """HEAPr: what the loss would lose with one hidden unit of one expert.
+    """Score each hidden unit of each expert by the loss that its removal costs (HEAPr).
 
     Atomic expert k of expert e is a row of the gate, a row of the up projection and a
     column of the down projection, `w_k`; it adds `x_k w_k` to the expert's output.

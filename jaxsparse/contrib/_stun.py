@@ -21,7 +21,7 @@ Merge = tuple[float, int, int]
 
 
 class MergedExperts(NamedTuple):
-    """What is left of a layer.
+    """The merged experts of a layer and its narrowed router.
 
     Attributes:
       experts: a tree of arrays `[clusters, ...]`.
@@ -39,7 +39,7 @@ def expert_distances(
     router_weight: float = 1.0,
     coactivation_weight: float = 1.0,
 ) -> Array:
-    """How different experts are, from the router alone.
+    """Measure how different experts are, from the router alone.
 
     `D_ij = router_weight * |r_i - r_j| - coactivation_weight * a_ij / mean(a)`, where
     `r_i` is the router's row for expert i and `a_ij` counts the tokens that were sent
@@ -111,7 +111,7 @@ def _distances(router: Array, together: Any, router_weight: Any, weight: Any) ->
 def cluster_experts(
     distances: PyTree, *, clusters: int, threshold: float = math.inf, at_least: int = 1
 ) -> PyTree:
-    """Clusters of experts by complete linkage, to a total over layers.
+    """Cluster experts by complete linkage, to a total over layers.
 
     The two clusters whose most distant members are nearest join, again and again, until
     `clusters` remain. Over several layers the merges of all are taken in the order of
@@ -209,7 +209,7 @@ def _checked(path: str, distances: Any) -> np.ndarray:
 
 
 def medoids(experts: PyTree, labels: Any) -> Array:
-    """The member of each cluster that is closest to the mean of all.
+    """Return the member of each cluster that is closest to the mean of all.
 
     Distances are Euclidean over all weights of an expert. The indices that are not
     among the medoids are what an expert axis loses when its clusters keep one member
@@ -260,7 +260,7 @@ def _medoids(experts: PyTree, labels: Array, member: Array) -> Array:
 def merge_clusters(
     experts: PyTree, router: PyTree, labels: Any, *, average_up_to: int = 0
 ) -> MergedExperts:
-    """One expert for each cluster, and the router narrowed to them.
+    """Merge each cluster into one expert, and narrow the router.
 
     A layer that has `average_up_to` clusters or fewer gets the means of their experts
     and of their router rows; a layer with more keeps the medoid of each cluster with

@@ -30,7 +30,7 @@ def wgsef_prox(
     costs: Mapping[str, Any] | None = None,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """The proximal step of the weighted group sparse envelope function (WGSEF).
+    """Apply the proximal step of the weighted group sparse envelope function (WGSEF).
 
     The envelope is the largest convex function below `1/2 ||x||^2` on the points whose
     nonzero indices cost at most `k` together, and infinity elsewhere::
@@ -57,7 +57,7 @@ def wgsef_prox(
 
     A small strength empties few indices in one step; their u, and with it what is kept
     of them in each step, goes down over many. `js.channels.zero_indices(params,
-    groups)` finds what has become zero.
+    groups)` finds the channels that are zero.
 
     Complexity: the parameters are read twice; t by 50 halvings over the indices.
 

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Drop(NamedTuple):
-    """Which indices of which groups go.
+    """The channels to remove, by group.
 
     A tree of numpy arrays and numbers: it is saved and restored like any other
     (`js.checkpoint`, orbax, `np.savez`).

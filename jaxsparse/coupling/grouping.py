@@ -19,7 +19,7 @@ Role = Literal["input", "output", "batch", "other"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Member:
-    """One axis of one parameter, as far as a group lies along it.
+    """One axis of one parameter, or the part of it that belongs to a group.
 
     Attributes:
       path: the parameter's path.
@@ -39,7 +39,7 @@ class Member:
 
 
 class Reason(NamedTuple):
-    """Why a group is marked.
+    """The reason for a flag of a group.
 
     Attributes:
       flag: one of `Group.flags`.
@@ -58,7 +58,7 @@ class Reason(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Indices that live or die together in all of a group's members.
+    """Channels that are kept or removed together in all members of a group.
 
     Attributes:
       name: of the first kernel that has it as an output axis, or of its first member:
@@ -154,7 +154,7 @@ class Groups(Mapping[str, Group]):
 
 
 def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
-    """Finds which axes of which parameters must lose the same indices together.
+    """Find which axes of which parameters must lose the same channels.
 
     Two axes are coupled if some operation of the model makes them the same: what is
     added, multiplied entry by entry, contracted with each other, reshaped or joined.
@@ -166,7 +166,7 @@ def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
 
     Differs from Torch-Pruning (Fang et al. 2023, arXiv:2301.12900), which follows index
     lists through the autograd graph of modules that it knows, and takes other ones for
-    elementwise: here what is not understood is frozen, and `Group.reasons` say where.
+    elementwise: here unknown operations freeze an axis, and `Group.reasons` say where.
 
     Args:
       trace: of `js.trace`.

@@ -42,7 +42,7 @@ class BlockFisher:
     Attributes:
       roots: for each parameter `R`, a triangle of shape `[*lead, b, b]`.
       diagonals: for each parameter the diagonal of `F^-1`, `[*lead, b]`.
-      damping: what was added to the diagonal, a scalar.
+      damping: the number added to the diagonal, a scalar.
       treedef: the structure of the gradients.
       layouts: for each parameter how it is cut into blocks.
       accurate: whether `R` was found in float64.
@@ -67,7 +67,7 @@ def block_fisher(
     axes: AxesRule = None,
     accurate: bool = True,
 ) -> BlockFisher:
-    """The empirical Fisher matrix in blocks along each kernel, inverted.
+    """Estimate the empirical Fisher matrix in blocks along each kernel, and invert it.
 
     `F = (1/m) sum_i g_i g_i^T + damping * I`, of which only blocks of `block_size`
     neighbouring weights are kept. Singh & Alistarh (2020, WoodFisher, arXiv:2004.14340)
@@ -75,8 +75,8 @@ def block_fisher(
 
     A kernel is read as a matrix `[d_out, d_in]`, row by row (torch's order, that of the
     papers): neighbours are inputs of one output. Blocks do not cross layers stacked
-    along batch axes; the last one of a layer may be smaller. What is zero in every
-    gradient, a masked weight, is apart from the rest: `F^-1` there is `1 / damping`.
+    along batch axes; the last one of a layer may be smaller. Weights whose gradients
+    are all zero (masked weights) are decoupled; their entry of `F^-1` is `1 / damping`.
 
     Differs from the reference implementations: they update `F^-1` by one gradient after
     another, for one damping, m times through `d * block_size` numbers in float32; with
@@ -97,8 +97,8 @@ def block_fisher(
     Blocks much larger than m are cheaper without their matrix: see `mfac`.
 
     Args:
-      grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for what
-        takes no part.
+      grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for
+        parameters that take no part.
       block_size: the weights of a block.
       damping: added to the diagonal. oBERT takes 1e-7, WoodFisher 1e-5. A larger one
         tends to magnitude pruning, a smaller one trusts few gradients too much.
@@ -139,7 +139,7 @@ def block_estimator(
     where: Where = None,
     accurate: bool = True,
 ) -> Estimator:
-    """`block_fisher` over gradients that arrive a few at a time and are not kept.
+    """Build `block_fisher` from gradients that arrive a few at a time.
 
     The sums are `F` itself, in 48 bits and `block_size + 1` float32 a weight. Hand over
     some dozens of gradients at once: each update reads and writes all sums. Jit it with

@@ -47,7 +47,7 @@ def diagonal_fisher(
     damping: float | Array | None = None,
     rel_damping: float | Array | None = None,
 ) -> DiagonalFisher:
-    """The diagonal of the empirical Fisher matrix.
+    """Estimate the diagonal of the empirical Fisher matrix.
 
     `F_qq = (1/m) sum_i g_iq^2 + damping`: with it the scores are those of Optimal Brain
     Damage (LeCun, Denker & Solla, 1989), whose Hessian diagonal it stands for, and
@@ -76,7 +76,7 @@ def diagonal_fisher(
 
 
 def diagonal_estimator(*, where: Where = None) -> Estimator:
-    """`diagonal_fisher` over gradients that arrive a few at a time and are not kept.
+    """Build `diagonal_fisher` from gradients that arrive a few at a time.
 
     Args:
       where: which parameters take part; see `jaxsparse.tree.select`.

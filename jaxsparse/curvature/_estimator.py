@@ -46,7 +46,7 @@ class Estimator(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Sums of outer products of gradients, in one approximation or another.
+    """Sums of outer products of gradients, in one of the approximations.
 
     Attributes:
       sums: for each parameter that takes part its statistics.

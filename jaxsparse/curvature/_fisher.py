@@ -31,7 +31,7 @@ def masks_of(fisher: Fisher, masks: PyTree, *, name: str = "masks") -> list[Arra
 
 
 def apart(fisher: Fisher) -> list[Fisher]:
-    """The approximations of what is independent: of one parameter each, where they are.
+    """Split a Fisher matrix into independent parts, one per parameter where possible.
 
     With one after another no more than one parameter is worked on at once.
 
@@ -59,7 +59,7 @@ def check_fisher(fisher: Any) -> None:
 
 
 def check_covers(fisher: Any, path: str) -> None:
-    """Raises unless a Fisher matrix was made for a parameter.
+    """Raise an error unless a Fisher matrix was made for a parameter.
 
     Args:
       fisher: an approximation of the Fisher matrix.

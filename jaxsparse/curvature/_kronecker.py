@@ -49,7 +49,7 @@ class KroneckerFisher:
 
     Attributes:
       factors: for each parameter the eigenvectors and eigenvalues of its two sides.
-      damping: what is added to the diagonal, a scalar. No factor depends on it: with
+      damping: the number added to the diagonal, a scalar. No factor depends on it: with
         another one in its place this is the Fisher matrix with that damping.
       treedef: the structure of the gradients.
       layouts: for each parameter how it is read as matrices.
@@ -117,8 +117,8 @@ def kronecker_fisher(
     the diagonal made from them, are on every device.
 
     Args:
-      grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for what
-        takes no part.
+      grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for
+        parameters that take no part.
       damping: added to the diagonal.
       rel_damping: instead of it a factor for the mean diagonal of `F` over all weights
         whose input and output have gradients.
@@ -150,7 +150,7 @@ def kronecker_fisher(
 def kronecker_estimator(
     *, axes: AxesRule = None, where: Where = None, accurate: bool = True
 ) -> Estimator:
-    """`kronecker_fisher` over gradients that arrive a few at a time and are not kept.
+    """Build `kronecker_fisher` from gradients that arrive a few at a time.
 
     The sums are both sides in 48 bits, `d_in^2 + d_out^2` float32 a layer and little
     more. Jit an update with the sums donated, then it works in place.

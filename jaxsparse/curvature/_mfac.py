@@ -44,7 +44,7 @@ class MFac:
     Attributes:
       grads: for each parameter `[m, *shape]`, as they were given: not copied.
       root: the triangle `R` with `R^T R = (m * damping * I + G G^T)^-1`, `[m, m]`.
-      damping: what was added to the diagonal, a scalar.
+      damping: the number added to the diagonal, a scalar.
       treedef: the structure of the gradients.
       paths: of the parameters that take part.
       accurate: whether `R` was found in float64.
@@ -70,7 +70,7 @@ def mfac(
     accurate: bool = True,
     page_bytes: int = 1 << 28,
 ) -> MFac | BlockMFac:
-    """The empirical Fisher matrix over all weights at once, matrix-free.
+    """Estimate the empirical Fisher matrix over all weights at once, matrix-free.
 
     `F = (1/m) G^T G + damping * I` with the gradients as rows of `G`, `[m, d]`. By
     Woodbury `F^-1 x = (x - G^T S^-1 G x) / damping`, `S = m * damping * I + G G^T`:
@@ -94,8 +94,8 @@ def mfac(
     and m = 256: 3.6 TB in bf16, 45 devices of 80 GB; block Fisher takes less.
 
     Args:
-      grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for what
-        takes no part. They are kept, not copied.
+      grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for
+        parameters that take no part. They are kept, not copied.
       damping: added to the diagonal; the paper takes 1e-5 for pruning.
       rel_damping: instead of it a factor for the mean diagonal of F, of all weights.
       block_size: None for one matrix over all weights; else each block of so many
@@ -156,7 +156,7 @@ def _mean_square(leaves) -> Array:
 
 
 def span_ihvp(fisher: MFac, coefficients: Array) -> PyTree:
-    """`F^-1 G^T c`: the inverse times a combination of the gradients themselves.
+    """Return `F^-1 G^T c`, the inverse times a combination of the gradients themselves.
 
     As `m G^T S^-1 c`, without the difference in which `ihvp` of the same vector loses
     its digits: exact to rounding at any damping, as long as the gradients are linearly

@@ -43,7 +43,7 @@ class BlockMFac:
         that is needed, the gradients themselves may be dropped.
       roots: for each parameter triangles `R` with `R^T R = (m * damping * I + G
         G^T)^-1` of each block, `[*lead, m, m]`.
-      damping: what was added to the diagonal, a scalar.
+      damping: the number added to the diagonal, a scalar.
       treedef: the structure of the gradients.
       layouts: for each parameter how it is cut into blocks.
       accurate: whether `R` was found in float64.

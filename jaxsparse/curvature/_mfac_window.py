@@ -58,7 +58,7 @@ class MFacWindow(NamedTuple):
 def window_init(
     params: PyTree, *, window: int, damping: Any, dtype: Any = None
 ) -> MFacWindow:
-    """An empty window of gradients.
+    """Start an empty window of gradients.
 
     Memory: `window` times the parameters, and `2 window^2` numbers.
 
@@ -68,7 +68,7 @@ def window_init(
       window: how many gradients it holds, m. All m rows count from the start, also
         those which are still zeros: `F = damping I + (1/m) sum g g^T` as in the
         reference implementation.
-      damping: what is added to the diagonal of F.
+      damping: the number added to the diagonal of F.
       dtype: that in which gradients are kept; that of their parameters if None.
         Sums are made in float32 at least. (In 16 bits a step takes 1.5 times as long
         on CPU.)
@@ -118,7 +118,7 @@ def window_init(
 def window_update(
     state: MFacWindow, grads: PyTree, *, damping: Any = None
 ) -> MFacWindow:
-    """Replaces the oldest gradient of a window.
+    """Replace the oldest gradient of a window.
 
     One pass over `G` for the new inner products, `2 m d` FLOP, and `O(m^2)` for the
     factor. If the state is donated, the row is written in place.
@@ -152,7 +152,7 @@ def window_update(
 def window_update_ihvp(
     state: MFacWindow, grads: PyTree, *, damping: Any = None
 ) -> tuple[MFacWindow, PyTree]:
-    """Replaces the oldest gradient by `g`; then `F^-1 g`, which is `m G^T S^-1 e_g`.
+    """Replace the oldest gradient by `g`, and return `F^-1 g = m G^T S^-1 e_g`.
 
     Two passes over `G`, `4 m d` FLOP, and `O(m^2)`. With `c = S^-1 e_g`, scaled to 1 at
     `g`, the product is
@@ -195,7 +195,7 @@ def window_update_ihvp(
 
 
 def window_ihvp(state: MFacWindow, tree: PyTree, *, damping: Any = None) -> PyTree:
-    """`F^-1 x = (x - G^T S^-1 G x) / damping`, for any x.
+    """Return `F^-1 x = (x - G^T S^-1 G x) / damping` for any x.
 
     Two passes over `G`, `4 m d` FLOP, and `O(m^2)`. For the newest gradient itself
     `window_update_ihvp` is far more accurate.
@@ -224,7 +224,7 @@ def window_ihvp(state: MFacWindow, tree: PyTree, *, damping: Any = None) -> PyTr
 
 
 def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
-    """Takes pruned coordinates out of all gradients of a window.
+    """Remove pruned coordinates from all gradients of a window.
 
     It is then the window of the parameters that are left, as if the others had never
     been there. It costs `2 m^2 d` FLOP, as many as m / 2 steps of `window_update_ihvp`.

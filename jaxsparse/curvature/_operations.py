@@ -12,7 +12,7 @@ from jaxsparse.curvature.dispatch import Fisher
 
 
 def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
-    """The inverse-Fisher-vector product `F^-1 x`.
+    """Multiply by the inverse Fisher matrix, `F^-1 x`.
 
     Args:
       fisher: an approximation of the Fisher matrix.
@@ -20,7 +20,7 @@ def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
         part; others may be there too and are not looked at.
 
     Returns:
-      A tree with the structure of the gradients: None for what takes no part.
+      A tree with the structure of the gradients: None for parameters that take no part.
 
     Raises:
       ValueError: a parameter is missing, or of another shape.
@@ -37,14 +37,14 @@ def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
 
 
 def inverse_diagonal(fisher: Fisher) -> PyTree:
-    """The diagonal of `F^-1`, positive.
+    """Return the diagonal of `F^-1`, which is positive.
 
     Args:
       fisher: an approximation of the Fisher matrix.
 
     Returns:
-      A tree with the structure of the gradients, leaves of the parameters' shapes;
-      None for what takes no part.
+      A tree with the structure of the gradients, leaves of the parameters' shapes; None
+      for parameters that take no part.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -57,7 +57,7 @@ def inverse_diagonal(fisher: Fisher) -> PyTree:
 
 
 def restrict(fisher: Any, masks: PyTree, *, donate: bool = False) -> Any:
-    """The Fisher matrix of the weights that are kept.
+    """Return the Fisher matrix of the weights that are kept.
 
     Rows and columns of pruned weights are taken out of `F` (not of its inverse): what
     is left is the curvature of a network in which they stay 0. Each of them is apart
@@ -91,7 +91,7 @@ def restrict(fisher: Any, masks: PyTree, *, donate: bool = False) -> Any:
 def eliminate(
     fisher: Any, params: PyTree, removed: PyTree, *, kept: PyTree = None
 ) -> PyTree:
-    """The best change of the kept weights when others are removed, all at once.
+    """Return the best change of the kept weights when others are removed together.
 
     `min 1/2 dw^T F dw` subject to `w_q + dw_q = 0` for all q in Q has the solution
     `dw = -F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q`, computed in float64. The papers instead add
@@ -131,7 +131,7 @@ def eliminate(
 
 
 def inverse_blocks(fisher: Fisher, *, size: int | None = None) -> PyTree:
-    """The inverse itself, `[F^-1]_QQ` for all groups Q of neighbouring weights.
+    """Return the blocks `[F^-1]_QQ` for all groups Q of neighboring weights.
 
     Args:
       fisher: what `block_fisher` returned.
@@ -162,7 +162,7 @@ def inverse_blocks(fisher: Fisher, *, size: int | None = None) -> PyTree:
 
 
 def group_scores(fisher: Fisher, params: PyTree) -> tuple[PyTree, PyTree]:
-    """The loss of removing each unit of the pattern on its own.
+    """Return the loss of removing each unit of the pattern on its own.
 
     `rho_Q = 1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q` for the units Q for which `fisher` was made
     (`block_fisher(..., pattern=pattern)`), all small systems at once, in float64.
@@ -204,7 +204,7 @@ def greedy_scores(
     masks: PyTree = None,
     most: int | None = None,
 ) -> PyTree:
-    """The loss at which greedy OBS removes each weight, block by block.
+    """Return the loss at which greedy OBS removes each weight, block by block.
 
     In each block the weight with the least `w_q^2 / (2 [F^-1]_qq)` goes, the others are
     changed, `F^-1` is reduced by it, and so on until none is left: `ExactOBS` of

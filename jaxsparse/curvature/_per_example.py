@@ -38,7 +38,7 @@ def per_example_grads(
     masks: PyTree = None,
     dtype: Any = None,
 ) -> PyTree:
-    """The gradient of each example, or of each group of `average` examples.
+    """Compute the gradient of each example, or of each group of `average` examples.
 
     `g_i = d/dw loss_fn(params, batch[i * average : (i + 1) * average])`: the loss of
     training, called with batches of `average` examples. The empirical Fisher matrix is
@@ -224,7 +224,7 @@ def stream_grads(
     masks: PyTree = None,
     dtype: Any = None,
 ) -> Iterator[PyTree]:
-    """`per_example_grads` batch after batch, never all of them at once.
+    """Compute `per_example_grads` batch after batch, never all of them at once.
 
     Batches of one shape compile once. Examples of a batch that do not fill a group of
     `average` are left out.
@@ -299,7 +299,7 @@ def _streamed(
 
 
 def collect_grads(stream: Iterable[PyTree], *, count: int) -> PyTree:
-    """Streamed gradients in the host's memory, as numpy arrays.
+    """Collect streamed gradients in host memory, as NumPy arrays.
 
     For `mfac`, whose gradients may then be larger than a device's memory: it fetches
     them page by page.

@@ -107,7 +107,7 @@ def check_damping(damping: Any, *, name: str = "damping") -> None:
 
 
 def check_one_damping(damping: Any, rel_damping: Any) -> None:
-    """Raises unless exactly one kind of damping is given, and is positive.
+    """Raise an error unless exactly one damping is given, and is positive.
 
     Args:
       damping: absolute, or None.

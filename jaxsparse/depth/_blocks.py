@@ -24,7 +24,8 @@ class ResidualBlock:
       paths: the parameters that nothing but this block uses; slices of stacked ones
         with the turn, "layers/attn/out/kernel[2]".
       source: the line of the model where the branch is added.
-      parameters: how many numbers `paths` hold: what goes with the block.
+      parameters: how many numbers `paths` hold: the parameters that are removed with
+        the block.
       additions: where it is added: one place, more for blocks that were joined.
     """
 
@@ -36,26 +37,26 @@ class ResidualBlock:
 
 
 def residual_blocks(trace: Trace, *, join: Join = None) -> dict[str, ResidualBlock]:
-    """The residual branches of a model: what can go without changing any shape.
+    """Find the residual branches of a model, which can go without changing any shape.
 
-    A branch is what is added to a value x of its own shape and depends on x through at
-    least one contraction of a parameter: attention and feed-forward sublayers, before
-    or after a norm, side by side in a parallel layer, the two convolutions of a ResNet.
-    Nothing depends on classes or names. Branches of a stack that is run by a scan over
-    its parameters are found for each turn.
+    A branch is a value that is added to a value x of its own shape and depends on x
+    through at least one contraction of a parameter: attention and feed-forward
+    sublayers, before or after a norm or side by side, or the two convolutions of a
+    ResNet. Nothing depends on classes or names. In a stack that a scan runs, branches
+    are found for each turn.
 
-    Not found are: a stage's first ResNet block, of which both paths have convolutions
+    It does not find: a stage's first ResNet block, whose paths both have convolutions
     (no shape would fit without it); the first cross-attention of a Perceiver, whose
-    stream is still the latent parameters and none of the inputs; a stack whose
-    parameters are indexed in the body of a `fori_loop` or `while_loop`; what lies in a
-    loop over time, in a `cond`, or inside of a function with a derivative of its own.
+    stream depends on the latent parameters but on none of the inputs; a stack whose
+    parameters are indexed in the body of a `fori_loop` or `while_loop`; a branch within
+    a loop over time, a `cond`, or a function with its own derivative.
 
-    Branches may lie within each other (a U-Net's skips around everything inside). A
-    stacked parameter that is computed with before the scan takes it apart, other than
-    cast or transposed, stays whole and is counted to no block.
+    Branches may be nested (a U-Net's skips around everything inside). A stacked
+    parameter stays whole and belongs to no block if the model computes with it before
+    the scan, other than a cast or a transposition.
 
     Args:
-      trace: of `js.trace`.
+      trace: from `js.trace`.
       join: `join(block)` gives a key; consecutive blocks of equal keys become one, a
         whole layer from its attention and its feed-forward branch. None leaves a block
         alone. (Norms between the branches of a joined block stay.)

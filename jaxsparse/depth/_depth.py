@@ -22,11 +22,11 @@ def knapsack(
     at_least: int,
     unit: int | None = None,
 ) -> tuple[str, ...]:
-    """Which blocks to remove: the least sum of losses for so many parameters.
+    """Choose blocks to remove: the smallest sum of losses for a number of parameters.
 
-    Minimises the sum of the losses over the removed blocks S subject to
-    `sum(sizes of S) >= at_least`, by dynamic programming over what is kept. Exact, as
-    long as sizes are counted in their greatest common divisor. LAPTOP-Diff (Zhang et
+    It minimizes the sum of the losses over the removed blocks S subject to `sum(sizes
+    of S) >= at_least`, by dynamic programming over the kept sizes. The solution is
+    exact if sizes are counted in their greatest common divisor. LAPTOP-Diff (Zhang et
     al., 2024, arXiv:2404.11098) adds up the losses of blocks removed one at a time, of
     `output_losses`.
 
@@ -34,12 +34,12 @@ def knapsack(
       losses: by block what its removal costs.
       sizes: by block its parameters (`ResidualBlock.parameters`), or any other whole
         number that adds up: bytes, FLOPs, microseconds.
-      at_least: how many of them have to go.
-      unit: counts sizes in multiples of so many, those of kept blocks rounded up: at
-        least `at_least` still goes, but it may be a little more than needed, and not at
-        the least loss. By default the greatest common divisor; where that would need a
-        table of more than 50 million cells (blocks times units), the least number that
-        does not.
+      at_least: how much to remove at least, in the unit of `sizes`.
+      unit: counts sizes in multiples of this number, rounded up for kept blocks. At
+        least `at_least` is still removed, but perhaps a little more than needed, and
+        not at the smallest loss. By default the greatest common divisor; where that
+        would need a table of more than 50 million cells (blocks times units), the least
+        number that does not.
 
     Returns:
       The names of the blocks to remove, in the order of `losses`.
@@ -103,14 +103,14 @@ def _kept(values: np.ndarray, weights: list[int], room: int) -> np.ndarray:
 
 
 def nm_options(keep: int, of: int) -> np.ndarray:
-    """All ways to keep some of a group's layers.
+    """List all ways to keep `keep` of `of` layers.
 
     Args:
       keep: how many layers stay.
       of: how many there are.
 
     Returns:
-      `[options, of]` bool, True = kept, in lexicographic order of what is kept.
+      `[options, of]` bool, True = kept, in lexicographic order of the kept layers.
 
     Raises:
       ValueError: not 0 < keep <= of.
@@ -138,7 +138,7 @@ def nm_gates(
     scale: float = 100.0,
     hard: bool = True,
 ) -> Array:
-    """Gates that learn which `keep` of every `of` layers stay (TinyFusion).
+    """Sample gates that learn which `keep` of every `of` layers stay (TinyFusion).
 
     Each group of `of` layers draws one of its options by a Gumbel softmax,
     `p = softmax((scale * logits + gumbel) / temperature)`, and its layers' gates are

@@ -25,15 +25,16 @@ from jaxsparse.tracing.leaves import checked_leaves
 
 
 def gated(trace: Trace, *, join: Join = None) -> Callable[..., Any]:
-    """The model with a number before each residual branch: x + g f(x).
+    """Put a gate before each residual branch: x + g f(x).
 
-    At 1 it is the model, at 0 the model without the branch (`remove_blocks`), and in
-    between it can be differentiated: for gates that are trained (Liu et al., FoldGPT,
-    2024, arXiv:2407.00928; `nm_gates`) and to ask what a block is worth. A joined block
-    has its gate before each of its branches. Scans and checkpoints stay what they are.
+    With gates of 1 it is the model; with a gate of 0 the model without that branch
+    (`remove_blocks`). In between it can be differentiated, to train gates (Liu et al.,
+    FoldGPT, 2024, arXiv:2407.00928; `nm_gates`) or to measure the importance of a
+    block. A joined block has its gate before each of its branches. Scans and
+    checkpoints are kept.
 
     Args:
-      trace: of `js.trace`.
+      trace: from `js.trace`.
       join: as given to `residual_blocks`.
 
     Returns:

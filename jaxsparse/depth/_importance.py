@@ -28,12 +28,12 @@ from jaxsparse.tracing.leaves import checked_leaves
 def block_similarity(
     trace: Trace, params: PyTree, batches: Iterable[Any], *, join: Join = None
 ) -> dict[str, float]:
-    """How little a block changes its input: E cos(x, x + f(x)) over tokens.
+    """Measure how little a block changes its input, E cos(x, x + f(x)) over tokens.
 
-    Blocks of the greatest similarity are removed first: He et al. (LLM-Drop, 2024,
+    Remove the blocks of greatest similarity first: He et al. (LLM-Drop, 2024,
     arXiv:2406.15786) for attention and feed-forward sublayers; Men et al. (ShortGPT,
-    2024, arXiv:2403.03853) for whole layers (`join`), whose block influence is one
-    minus it. x is the value of the stream, before any norm of the branch.
+    2024, arXiv:2403.03853) for whole layers (`join`), where block influence is one
+    minus the similarity. x is the value of the stream, before any norm of the branch.
 
     The cosine is taken over the last axis, in float32 or, if the activations are wider,
     in their type; 0 where either is 0 altogether. Each token (each position of the
@@ -45,7 +45,7 @@ def block_similarity(
     together and it is measured over exactly those.
 
     Args:
-      trace: of `js.trace`.
+      trace: from `js.trace`.
       params: the parameters.
       batches: for each step the model's inputs, a tuple where it takes several.
       join: as given to `residual_blocks`; a joined block is measured from the input of
@@ -123,15 +123,15 @@ def _cosine(x: Any, y: Any) -> list[Any]:
 def output_losses(
     trace: Trace, params: PyTree, batches: Iterable[Any], *, join: Join = None
 ) -> dict[str, float]:
-    """What the removal of each block alone does to the output: its mean squared change.
+    """Measure the mean squared change of the output when each block alone is removed.
 
-    The output losses of blocks add up nearly, so that `knapsack` finds which to remove
-    together: Zhang et al. (LAPTOP-Diff, 2024, arXiv:2404.11098). With n blocks, n + 1
-    forward passes a batch in one compiled function, one after the other: the memory is
-    that of one, and one result.
+    Output losses of blocks nearly add up, so `knapsack` can choose a set of blocks:
+    Zhang et al. (LAPTOP-Diff, 2024, arXiv:2404.11098). With n blocks it runs n + 1
+    forward passes per batch in one compiled function, one after another; it needs the
+    memory of one pass and one result.
 
     Args:
-      trace: of `js.trace`.
+      trace: from `js.trace`.
       params: the parameters.
       batches: for each step the model's inputs, a tuple where it takes several.
       join: as given to `residual_blocks`.

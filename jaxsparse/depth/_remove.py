@@ -26,23 +26,23 @@ from jaxsparse.tree import select
 def remove_blocks(
     trace: Trace, params: PyTree, names: Collection[str], *, join: Join = None
 ) -> Narrowed:
-    """Removes residual branches: the program with x in place of x + f(x).
+    """Remove residual branches: the program computes x in place of x + f(x).
 
-    What only the branches need is computed no more. The result is that of the model
-    whose branches give zeros (whose output kernels and biases are 0).
+    Computations that only the branches need are skipped. The result is that of the
+    model whose branches are zero (whose output kernels and biases are 0).
 
-    So that any pytree keeps its structure, a parameter that nothing reads any more
-    becomes an array of shape (0,). A parameter that is stacked for a scan keeps the
-    layers that are still read. A scan that loses some is run turn by turn, others stay
-    scans. Where whole layers go, all branches of the same turns, `narrow` with the
-    group of the scan's layers (allow=["layer"]) gives a shorter scan, which compiles
-    faster.
+    Any pytree keeps its structure: a parameter that nothing reads any more becomes an
+    array of shape (0,). A parameter that is stacked for a scan keeps the layers that
+    are still read. A scan that loses some layers is run turn by turn; others stay
+    scans. Where whole layers are removed (all branches of the same turns), `narrow`
+    with the group of the scan's layers (allow=["layer"]) gives a shorter scan, which
+    compiles faster.
 
     Differs from LLM-Drop and ShortGPT, which replace modules of classes they know: here
     the traced program is run without a part, whatever the model.
 
     Args:
-      trace: of `js.trace`, of the whole model.
+      trace: from `js.trace`, of the whole model.
       params: its parameters: arrays or `jax.ShapeDtypeStruct`s.
       names: of `residual_blocks`.
       join: as given to `residual_blocks`.
@@ -94,15 +94,15 @@ def share_blocks(
     own: Where = None,
     join: Join = None,
 ) -> Narrowed:
-    """Lets blocks read the parameters of others: groups that share weights.
+    """Let blocks read the parameters of other blocks.
 
     A follower's parameters are matched with its leader's in the order in which the
-    program reads them. Those that `own` selects stay the follower's. Liu et al.
+    program reads them. The follower keeps the parameters that `own` selects. Liu et al.
     (FoldGPT, 2024, arXiv:2407.00928) share among adjacent blocks, each with norms of
     its own.
 
     Args:
-      trace: of `js.trace`.
+      trace: from `js.trace`.
       params: the parameters: arrays or `jax.ShapeDtypeStruct`s.
       followers: by the name of a block that of its leader, whose parameters it shall
         read.

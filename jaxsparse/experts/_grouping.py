@@ -16,7 +16,7 @@ from jaxsparse.tree import leaves_with_paths
 
 
 class Grouping(NamedTuple):
-    """Which experts of a layer become one.
+    """A grouping of a layer's experts: which of them are merged.
 
     Attributes:
       labels: `[E]` integers, the group of each expert.
@@ -29,7 +29,7 @@ class Grouping(NamedTuple):
 
 
 def router_similarity(logits: Array) -> Array:
-    """How alike experts look to the router: cosines of their logits over tokens.
+    """Compare experts by the router: cosines of their logits over tokens.
 
     `cos_ij = l_i . l_j / (|l_i| |l_j|)`, with the logits `l_i` of expert i for all
     tokens; no mean is taken off. Li et al. (2023, arXiv:2310.01334).
@@ -70,12 +70,12 @@ def router_similarity(logits: Array) -> Array:
 def group_experts(
     usage: PyTree, similarity: PyTree, *, groups: int, at_least: int = 1
 ) -> Any:
-    """Dominant experts, and which of them each other expert joins.
+    """Choose dominant experts, and assign each other expert to one of them.
 
-    The experts of all layers compete by their share of their layer's tokens; the
-    `groups` most used dominate, so that a layer where usage is even keeps more of them.
-    Every other expert joins the dominant one of its layer that is most similar. Li et
-    al. (2023, arXiv:2310.01334).
+    The experts of all layers compete by their share of their layer's tokens. The
+    `groups` most used experts dominate, so a layer with even usage keeps more of them.
+    Every other expert joins the most similar dominant expert of its layer. Li et al.
+    (2023, arXiv:2310.01334).
 
     Differs from the reference implementation, whose threshold is strict: with ties it
     finds fewer groups than were asked for. Here the number is exact, and among equals

@@ -17,15 +17,15 @@ from jaxsparse.tree import leaves_with_paths, map_with_path
 
 
 def align_experts(experts: PyTree, to: Any, *, hidden: Mapping[str, int]) -> PyTree:
-    """Permutes the hidden units of each expert to match those of another one.
+    """Permute the hidden units of each expert to match those of another one.
 
-    The order of an expert's hidden units is arbitrary, so that a mean of two experts
-    unit by unit has no meaning before they are matched. The permutation
-    `argmax_P sum_k <u_k, v_P(k)>` over the weights `u_k` of the leader's unit k and
-    `v_P(k)` of the expert's (its gate and up columns, its down row, its biases, all in
-    one) makes the Euclidean distance of the two experts least; it is a linear sum
-    assignment. What an expert computes does not change. Li et al. (2023,
-    arXiv:2310.01334); Ainsworth et al. (2022, arXiv:2209.04836).
+    The order of an expert's hidden units is arbitrary, so units must be matched before
+    experts are averaged unit by unit. The permutation `argmax_P sum_k <u_k, v_P(k)>`
+    over the weights `u_k` of the leader's unit k and `v_P(k)` of the expert's (its gate
+    and up columns, its down row, its biases, all in one) minimizes the Euclidean
+    distance of the two experts; it is a linear sum assignment. The expert's outputs do
+    not change. Li et al. (2023, arXiv:2310.01334); Ainsworth et al. (2022,
+    arXiv:2209.04836).
 
     Differs from the reference implementation, which aligns each group to its first
     expert, not to its dominant one, and leaves biases out of the sum. Any expert may
@@ -36,7 +36,8 @@ def align_experts(experts: PyTree, to: Any, *, hidden: Mapping[str, int]) -> PyT
       to: `[E]` integers: the expert that each is aligned to; those that name
         themselves stay as they are. `grouping.dominant[grouping.labels]`.
       hidden: by path in `experts`, the axis of the stacked array that the hidden units
-        are on (1 or more, or negative). What is not named (an output bias) stays.
+        are on (1 or more, or negative). Arrays that are not named (an output bias)
+        stay.
 
     Returns:
       The tree with permuted arrays. (The assignment is solved on the host, so it
@@ -135,7 +136,7 @@ def _hidden_axes(
 def merge_experts(
     experts: PyTree, labels: Any, *, usage: Array | None = None
 ) -> PyTree:
-    """One expert for each group: the mean of its members, by usage.
+    """Merge each group of experts into one: their mean, weighted by usage.
 
     `W_g = sum_e f_e W_e / sum_e f_e` over the experts e of group g. Li et al. (2023,
     arXiv:2310.01334); without usage it is the mean. It is taken as the most used member
@@ -199,7 +200,7 @@ def group_means(experts: PyTree, usage: Array, labels: Array, member: Array) -> 
 
 
 def merge_gates(gates: Array, labels: Any) -> Array:
-    """The weight of each merged expert: the sum of its members' weights.
+    """Sum the gates of the members of each group.
 
     With a router that keeps its E outputs, a token that was sent to experts e with
     weights `p_e` now gets `sum_g (sum_{e in g} p_e) f_g(x)`: where the members of a

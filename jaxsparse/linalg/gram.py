@@ -45,7 +45,7 @@ def factor_gram(
     damping: float | Array | None = None,
     rel_damping: float | Array | None = None,
 ) -> GramFactor:
-    """Damps and factors the second moment of a layer's inputs.
+    """Damp and factor the Gram matrix of a layer's inputs.
 
     Inputs that are always 0 (a zero on the diagonal) have their diagonal set to 1, and
     then `damping`, or `rel_damping` times the mean of the diagonal, is added to all of
@@ -92,7 +92,7 @@ def factor_gram(
 
 
 def inverse_upper(factor: GramFactor) -> Array:
-    """The upper-triangular `U` with `(G + damping I)^-1 = U^T U`.
+    """Return the upper-triangular `U` with `(G + damping I)^-1 = U^T U`.
 
     Args:
       factor: from `factor_gram`.
@@ -112,7 +112,7 @@ def inverse_upper(factor: GramFactor) -> Array:
 
 
 def damped_inverse(factor: GramFactor) -> Array:
-    """`(G + damping I)^-1`; 1 / (1 + damping) on the diagonal for dead inputs.
+    """Return `(G + damping I)^-1`; 1 / (1 + damping) on the diagonal for dead inputs.
 
     Args:
       factor: from `factor_gram`.

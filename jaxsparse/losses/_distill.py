@@ -22,7 +22,7 @@ def distill(
     temperature: Any,
     hardness: Any,
 ) -> Array:
-    """The loss of a student that imitates a teacher, per example.
+    """Return the loss of a student that imitates a teacher, for each example.
 
     `(1 - hardness) * CE(labels, student) + hardness * T^2 * KL(p_T || q_T)`, with the
     teacher's `p_T = softmax(teacher_logits / T)` and the student's `q_T` likewise

@@ -12,7 +12,7 @@ from jaxsparse.tracing import Trace
 
 
 class Cost(NamedTuple):
-    """What a model costs.
+    """The cost of a model.
 
     Attributes:
       parameters: how many weights there are.
@@ -32,11 +32,11 @@ def cost(
     *,
     allow: Collection[str] = (),
 ) -> Cost:
-    """What is left of a model's parameters and operations when channels are dropped.
+    """Count the parameters and operations that remain when channels are dropped.
 
     Args:
-      trace: of the model.
-      drop: what goes; nothing by default. See `narrow`.
+      trace: the trace of the model.
+      drop: the channels to remove; nothing by default. See `narrow`.
       allow: see `groups`.
 
     Returns:

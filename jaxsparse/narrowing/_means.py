@@ -14,7 +14,7 @@ def resized_mean(name: str, ins: list[Known]) -> list[Known]:
     """The operands of a mean, with the number of entries that there are now.
 
     A division by the old number n, or by n - 1 (an unbiased variance), and a
-    multiplication by 1 / n are recognised.
+    multiplication by 1 / n are recognized.
     """
     for at, other in ((0, 1), (1, 0)) if name == "mul" else ((0, 1),):
         summed, number = ins[at].summed, ins[other].number

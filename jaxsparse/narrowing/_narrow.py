@@ -19,10 +19,10 @@ from jaxsparse.tracing.leaves import check_structure, checked_leaves
 
 
 class Narrowed(NamedTuple):
-    """A smaller model.
+    """A narrowed model: its parameters, the function that runs it, the new sizes.
 
     Attributes:
-      params: the parameters without what was dropped.
+      params: the parameters without the dropped channels.
       apply_fn: `apply_fn(params, *inputs)` runs them: a pure function, to be jitted,
         differentiated, mapped and sharded like the model's own.
       sizes: for each axis that changed, by `(path, axis)`, its new size: for those who
@@ -43,35 +43,34 @@ def narrow(
     positions: Positions = "slice",
     allow: Collection[str] = (),
 ) -> Narrowed:
-    """Removes channels from all parameters that have them, and runs what is left.
+    """Remove channels from all parameters that have them, and run the smaller model.
 
-    The program that was traced is evaluated at the new sizes; no module is built. It
-    gives what the masked model gives, up to rounding, but with fewer weights and fewer
-    operations. (A Linen module refuses parameters of other shapes than its own; and
-    rebuilt at another width it may compute something else, see `norms`.)
+    The traced program is evaluated at the new sizes; no module is built. It returns
+    what the masked model returns, up to rounding, with fewer weights and operations. (A
+    Linen module refuses parameters of other shapes than its own, and a module rebuilt
+    at another width may compute something else; see `norms`.)
 
     Differs from Torch-Pruning, which changes modules in place: this is a pure function,
     and each head, expert or scanned layer may lose indices of its own.
 
     Args:
-      trace: of `js.trace`, of the model with all its channels.
+      trace: from `js.trace`, of the model with all its channels.
       params: its parameters: arrays or `jax.ShapeDtypeStruct`s.
-      drop: what goes: of `js.channels.drop_lowest`, or by hand a mapping from the names
-        of `groups` to indices, `[k]` or `[*copies, k]`.
-      norms: how a mean over an axis that became shorter divides. "masked": by the
-        model's own number, so that the result is that of the masked model. "resized":
-        by the new one, as a module does that is built at the new width (LayerNorm,
-        RMSNorm). Likewise sums over values that masked channels leave all the same but
-        not zero, such as those of a variance, `(x - mean)^2`: with as many of them as
-        are masked, or without. The scale of attention, 1 / sqrt(width of a head), is a
-        number of the model's either way.
-      positions: what positions along a shortened axis are (a `jnp.arange`, a one-hot).
-        "slice": the old numbers, so that rotary embeddings stay right; "renumber": 0,
-        1, 2, ... as for experts that are chosen by number. Likewise random numbers:
-        those of the whole model, cut, or as many as are needed (less work for the
-        dropout of a training; no longer those of the masked model).
-      allow: flags of groups that shall not forbid; see `groups`. With "input" the
-        function takes inputs without the dropped indices.
+      drop: the channels to remove: from `js.channels.drop_lowest`, or a mapping from
+        the names of `groups` to indices, `[k]` or `[*copies, k]`.
+      norms: the divisor of a mean over a shortened axis. "masked" keeps the model's own
+        number, so the result is that of the masked model. "resized" takes the new size,
+        as a module built at the new width does (LayerNorm, RMSNorm). The same choice
+        applies to sums in which a masked channel contributes a nonzero constant, such
+        as a variance: "masked" adds those constants back, "resized" leaves them out.
+        The scale of attention, 1 / sqrt(width of a head), stays the model's number.
+      positions: the positions along a shortened axis (a `jnp.arange`, a one-hot).
+        "slice" keeps the old numbers, so rotary embeddings stay right; "renumber"
+        counts 0, 1, 2, ..., as for experts that are chosen by number. Random numbers
+        follow the same choice: those of the whole model, cut; or as many as needed,
+        which is less work for dropout but no longer gives the masked model's numbers.
+      allow: flags of groups that do not forbid narrowing; see `groups`. With "input"
+        the function takes inputs without the dropped channels.
 
     Returns:
       The smaller parameters, a function that runs them and the new sizes. Inputs of
@@ -128,7 +127,7 @@ def widen(
     *,
     allow: Collection[str] = (),
 ) -> PyTree:
-    """The inverse of `narrow`: parameters of the old shapes, with zeros where it cut.
+    """Undo `narrow`: return parameters of the old shapes, with zeros where it cut.
 
     `narrow(trace, widen(trace, small, drop), drop)` gives `small` back bit for bit, and
     `widen` of narrowed parameters are the masked ones.
@@ -178,11 +177,11 @@ def drop_masks(
     *,
     allow: Collection[str] = (),
 ) -> PyTree:
-    """Masks of the same channels, for everything that trains or reports with masks.
+    """Make masks of dropped channels, for training and reports with masks.
 
     Args:
-      trace: of the model.
-      drop: what goes; see `narrow`.
+      trace: the trace of the model.
+      drop: the channels to remove; see `narrow`.
       allow: see `groups`.
 
     Returns:

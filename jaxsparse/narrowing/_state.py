@@ -22,18 +22,18 @@ def narrow_like(
     *,
     allow: Collection[str] = (),
 ) -> PyTree:
-    """Cuts whatever is kept for each parameter as `narrow` cuts the parameter.
+    """Cut moments and masks as `narrow` cuts their parameters.
 
-    Leaves are recognised by their place: those whose path ends with a parameter's path,
+    Leaves are recognized by their place: those whose path ends with a parameter's path,
     as the moments in the state of Adam do, wherever they are nested (chains, masked and
     partitioned optimizers, train states). They are cut along each axis in which they
     are as long as the parameter; axes of one index stay (masks that broadcast). All
     other leaves (counters, numbers, keys) stay, and so do empty stand-ins.
 
     Args:
-      trace: of the model.
+      trace: the trace of the model.
       tree: an optimizer's state, masks, averaged parameters, or all in one tree.
-      drop: what goes; see `narrow`.
+      drop: the channels to remove; see `narrow`.
       allow: what `narrow` was given.
 
     Returns:

@@ -67,29 +67,30 @@ def layerwise(
     directory: Any = None,
     show: bool | None = None,
 ) -> Layerwise:
-    """Prunes a trained model layer by layer, from calibration data alone.
+    """Prune a trained model layer by layer, from calibration data alone.
 
-    The model's jaxpr is evaluated once over all batches. At each kernel it stops: the
-    second moments of the inputs that arrive there, which pruned layers made, are summed
-    up; the kernel is solved and replaced; it goes on. Frantar & Alistarh (2023,
-    SparseGPT, arXiv:2301.00774) call it sequential calibration and stop at decoder
-    blocks; here every kernel is a stop, of any model. Kernels that read the same
-    numbers (query, key and value) share statistics and factor. Layers that are stacked
-    for a scan are pruned turn by turn, experts side by side. A kernel that is read more
-    than once (tied weights, a recurrent cell) is solved with the inputs of all places.
-    One that the model multiplies by something that does not depend on it (a mask, a
-    scale of each output) is solved as that product. One that it standardises, divides
-    by its norm or quantises cannot be solved so, nor one that the trace cannot follow:
-    by default it stays dense, and the result's `left_dense` says why; it is an error
-    where `where` names it.
+    The model's jaxpr is evaluated once over all batches. Layers are processed in
+    execution order. For each kernel the pass accumulates the second moments of its
+    inputs (computed with all earlier layers already pruned), prunes the kernel, and
+    continues. Frantar & Alistarh (2023, SparseGPT, arXiv:2301.00774) call it sequential
+    calibration and stop at decoder blocks; here every kernel is a stop, of any model.
+    Kernels that read the same numbers (query, key and value) share statistics and
+    factor. Layers that are stacked for a scan are pruned turn by turn, experts side by
+    side. A kernel that is read more than once (tied weights, a recurrent cell) is
+    solved with the inputs of all places. One that the model multiplies by something
+    that does not depend on it (a mask, a scale of each output) is solved as that
+    product. One that it standardises, divides by its norm or quantises cannot be solved
+    so, nor one that the trace cannot follow: by default it stays dense, and the
+    result's `left_dense` says why; it is an error where `where` names it.
 
     Pieces of the program between stops are compiled once for equal blocks. On the
     device there are the parameters, one input's statistics and the activations of one
     batch; those of the other batches too, unless `host`.
 
-    With `directory` a checkpoint is written after each stop. The same call goes on from
-    the last one, in another process too, and ends with the same bits. A call with other
-    weights, data or settings is refused: the checkpoint holds a fingerprint of them.
+    With `directory` a checkpoint is written after each stop. The same call continues
+    from the last one, in another process too, and ends with the same bits. A call with
+    other weights, data or settings is refused: the checkpoint holds a fingerprint of
+    them.
 
     Args:
       apply_fn: `apply_fn(params, *inputs)`; see `jaxsparse.trace`.
@@ -103,14 +104,15 @@ def layerwise(
       solver: `solver(w, evidence, sparsity, pattern=pattern) -> Solved` for a matrix
         `[d_out, d_in]`, such as those of `jaxsparse.solvers`, or a
         `functools.partial` of one.
-      pattern: what is pruned together.
+      pattern: the weights that are pruned together.
       where: which parameters take part; by default those of `Trace.where`: what data is
         contracted with, but not tied embeddings.
-      masks: what was pruned before. It stays removed, whatever the solver, and counts;
-        the solver is called with `mask=` too. What takes no part keeps its mask.
-      share: makes of a gram matrix, once for all kernels that share it, the evidence
-        that the solver takes. By default `js.curvature.factor_gram` for `sparsegpt` as
-        it is, and nothing for others.
+      masks: the masks of earlier pruning. Removed weights stay removed, whatever the
+        solver, and count; the solver is called with `mask=` too. Parameters that take
+        no part keep their masks.
+      share: applied once to each Gram matrix before it is passed to the solver, e.g. a
+        factorization. By default `js.curvature.factor_gram` for `sparsegpt` as it is,
+        and nothing for others.
       gram: False for solvers that only need the second moment of each input, `[d_in]`.
       sequential: False takes all statistics from the model as it was.
       weight: `weight(*inputs)` gives one number of at least 0 for each sample of a
@@ -127,7 +129,8 @@ def layerwise(
       show: a progress bar and a table at the end. By default in a terminal.
 
     Returns:
-      The parameters, masks and infos, and as `left_dense` what was left out and why.
+      The parameters, masks and infos; `left_dense` lists the parameters left out, with
+      the reason.
 
     Raises:
       ValueError: no batches or an empty one; a parameter that `where` names and the

@@ -29,10 +29,10 @@ def prune(
     min_keep: int = 1,
     masks: PyTree = None,
 ) -> patterns.Pruned:
-    """Removes the weights with the lowest scores.
+    """Remove the weights with the lowest scores.
 
-    With `steps > 1` it scores anew after each cut; after cut k of n the fraction
-    `(1 - s) ** (k / n)` is left, as SynFlow prescribes. What is removed stays removed.
+    With `steps > 1` it scores anew after each cut; after cut k of n the fraction `(1 -
+    s) ** (k / n)` is left, as SynFlow prescribes. Removed weights stay removed.
 
     A model that is sparse already is pruned further with its `masks`; without them only
     scores by magnitude know which weights are gone::
@@ -41,9 +41,10 @@ def prune(
         ...                                                       # fine-tune
         more = js.prune(params, 0.8, score=score, masks=half.masks)
 
-    The parameters stay dense arrays with zeros in them: a masked dense layer is neither
-    faster nor smaller than before. What is faster and smaller is a model out of which
-    whole channels, heads, experts or blocks are cut: `js.narrowing.narrow`.
+    The pruned model is not faster: the parameters stay dense arrays with zeros in them,
+    and a masked dense layer is neither faster nor smaller than before. To make a model
+    faster and smaller, remove whole channels, heads, experts or blocks:
+    `js.narrowing.narrow`.
 
     Args:
       params: a tree of arrays.
@@ -65,8 +66,8 @@ def prune(
       steps: in how many cuts.
       min_keep: how many units (weights, tiles or channels) each group and each layer
         keeps at least; see `jaxsparse.patterns.masks`.
-      masks: what was pruned before; see `jaxsparse.patterns.masks`. What takes no part
-        keeps its mask.
+      masks: the masks of earlier pruning; see `jaxsparse.patterns.masks`. Parameters
+        that take no part keep their masks.
 
     Returns:
       The pruned parameters and their masks.

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class LayerInfo(NamedTuple):
-    """How well one kernel was solved: an entry for each of its matrices, `[*batch]`.
+    """The quality of one solved kernel: an entry for each of its matrices, `[*batch]`.
 
     Attributes:
       error: `tr((W' - W) G (W' - W)^T)`, `G` the second moment of its inputs; NaN, as

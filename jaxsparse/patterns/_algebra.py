@@ -17,7 +17,7 @@ from jaxsparse.tree import leaves_with_paths, like, map_with_path, nearest
 
 
 class Overlap(NamedTuple):
-    """How much two masks agree.
+    """The agreement of two masks.
 
     Attributes:
       total: the overlap over all parameters that either of them prunes, a float.
@@ -29,7 +29,7 @@ class Overlap(NamedTuple):
 
 
 def union(*masks: PyTree) -> PyTree:
-    """Keeps what any of the masks keeps.
+    """Keep the weights that any mask keeps.
 
     Args:
       *masks: trees of bools of one structure. Leaves at the same path broadcast
@@ -53,7 +53,7 @@ def union(*masks: PyTree) -> PyTree:
 
 
 def intersection(*masks: PyTree) -> PyTree:
-    """Keeps what all of the masks keep.
+    """Keep the weights that all masks keep.
 
     Args:
       *masks: as for `union`.
@@ -76,7 +76,7 @@ def intersection(*masks: PyTree) -> PyTree:
 
 
 def overlap(first: PyTree, second: PyTree, params: PyTree) -> Overlap:
-    """Compares two masks of a model: the intersection over union of what they keep.
+    """Compare two masks by the intersection over union of the weights they keep.
 
     `|A and B| / |A or B|` (Jaccard), where A and B are the weights that each mask
     keeps: 1 for equal masks, 0 for masks without a weight in common. Two independent
@@ -123,7 +123,7 @@ def overlap(first: PyTree, second: PyTree, params: PyTree) -> Overlap:
 
 
 def count(masks: PyTree, params: PyTree) -> PyTree:
-    """Counts the weights that each mask keeps.
+    """Count the weights that each mask keeps.
 
     Args:
       masks: a tree of bools.
@@ -157,7 +157,7 @@ def count(masks: PyTree, params: PyTree) -> PyTree:
 
 
 def indices(masks: PyTree, params: PyTree) -> PyTree:
-    """Lists the weights that each mask keeps.
+    """List the weights that each mask keeps.
 
     The lists' lengths depend on the masks' values, so this runs on the host and not
     under jit. `~mask` in every leaf lists what is removed.
@@ -195,7 +195,7 @@ def transfer(
     rename: Mapping[str, str] | Callable[[str], str] | None = None,
     strict: bool = True,
 ) -> PyTree:
-    """Moves masks to another checkpoint of the model, parameter by parameter.
+    """Move masks to another checkpoint of the model, parameter by parameter.
 
     A parameter takes the mask at its own path, or at the path that `rename` gives. A
     task's head that the masks do not know, or a head of theirs that is no longer there,

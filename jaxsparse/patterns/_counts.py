@@ -13,7 +13,7 @@ from jaxsparse._typing import Array
 
 
 def removed_count(sparsity: float | Array, n: int) -> int | Array:
-    """How many of `n` weights or units a sparsity removes: `floor(s * n + 1/2)`.
+    """Return how many of `n` units a sparsity removes, `floor(s * n + 1/2)`.
 
     The product is taken in float64, also where JAX's 64-bit mode is off. An array of
     less precision (a schedule's value) that is the rounding of a decimal of up to six

@@ -21,7 +21,7 @@ class Pruned(NamedTuple):
     """A pruned model.
 
     Attributes:
-      params: the parameters; what was removed is exactly 0.
+      params: the parameters; removed weights are exactly 0.
       masks: a tree of bools, True = kept.
     """
 
@@ -30,7 +30,7 @@ class Pruned(NamedTuple):
 
 
 def apply(params: Tree, masks: PyTree) -> Tree:
-    """Sets what is not kept to zero: `w <- w where mask, else 0`.
+    """Set removed weights to zero: `w <- w where mask, else 0`.
 
     It selects and does not multiply: NaN and Inf under a False mask become 0, and no
     -0.0 appears.
@@ -68,7 +68,7 @@ def _where_kept(w: Array, mask: Array) -> Array:
 
 
 def check_masks(masks: PyTree, params: PyTree) -> None:
-    """Raises unless `masks` are masks of `params`.
+    """Raise an error unless `masks` are masks of `params`.
 
     Args:
       masks: what should be a tree of bools.
@@ -103,7 +103,7 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
 
 
 def kept_count(mask: Array, shape: tuple[int, ...]) -> Array:
-    """How many weights of a parameter its mask keeps.
+    """Count the weights of a parameter that its mask keeps.
 
     Args:
       mask: a mask that broadcasts to `shape`.
@@ -135,7 +135,7 @@ def kept_count(mask: Array, shape: tuple[int, ...]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Masks with eight weights a byte.
+    """Packed masks, eight weights per byte.
 
     A pytree: `bits` are its leaves, `shapes` are static.
 
@@ -152,7 +152,7 @@ jax.tree_util.register_dataclass(Packed, data_fields=["bits"], meta_fields=["sha
 
 
 def pack(masks: PyTree) -> Packed:
-    """Packs masks into bits: one byte holds eight weights.
+    """Pack masks into bits: one byte holds eight weights.
 
     Args:
       masks: a tree of bools.
@@ -180,7 +180,7 @@ def _packed(mask: Array) -> Array:
 
 
 def unpack(packed: Packed) -> PyTree:
-    """Turns packed bits into masks again.
+    """Turn packed bits into masks again.
 
     Args:
       packed: what `pack` returned.

@@ -24,7 +24,7 @@ from jaxsparse.tree import (
 
 
 def sparsity_of(masks: PyTree, params: PyTree) -> PyTree:
-    """The sparsity that each mask reaches on its parameter.
+    """Return the sparsity that each mask reaches on its parameter.
 
     Args:
       masks: a tree of bools.
@@ -54,7 +54,7 @@ def verify(
     where: Where = None,
     axes: AxesRule = None,
 ) -> None:
-    """Raises unless the masks obey a pattern, naming the first that does not.
+    """Raise an error unless the masks obey a pattern, naming the first that does not.
 
     A file from elsewhere, or a mask changed by hand, is checked with this before a
     format or a kernel relies on it.

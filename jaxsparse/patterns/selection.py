@@ -55,7 +55,7 @@ def masks(
     masks: PyTree = None,
     axis_name: AxisName | None = None,
 ) -> PyTree:
-    """Masks that keep the highest scores.
+    """Make masks that keep the highest scores.
 
     In every competing group of `n` units exactly `floor(s * n + 1/2)` are removed, the
     lowest scores first; among equal scores the one with the lower flat index is kept.
@@ -83,11 +83,11 @@ def masks(
         keeps at least, or all of a smaller one. A layer is a parameter, or one index of
         its batch axes where these are stated. 0: a layer may lose everything. `NM`
         keeps `keep` of every group whatever this is.
-      masks: what was pruned before. It stays removed whatever its score, and counts
-        towards the sparsity. A unit (tile, channel) counts as removed if all of it is;
-        one that has lost some of its weights competes with the rest, without them. A
-        group of `NM` that has lost more than the pattern asks for keeps fewer than
-        `keep`.
+      masks: the masks of earlier pruning. Removed weights stay removed whatever their
+        score, and count toward the sparsity. A unit (tile, channel) counts as removed
+        if all of it is; one that has lost some of its weights competes with the rest,
+        without them. A group of `NM` that has lost more than the pattern asks for keeps
+        fewer than `keep`.
       axis_name: under `jax.shard_map`, where `scores` are shards: the mesh axes over
         which counts are added up, so that the masks are the shards of those that one
         device would choose. A name or a tuple of names says that what differs along
@@ -102,13 +102,13 @@ def masks(
       for batch axes) for `Channel`, a scalar True for what does not take part.
 
     Raises:
-      ValueError: a sparsity outside [0, 1), a group size that does not divide its
-        axis, a `where` or an axes rule that matches nothing, NaN scores (in eager use;
-        under jit NaN counts as the lowest score), a negative `min_keep`; `masks` that
-        remove more than the sparsity does, in all or in a competing group (in eager
-        use; under jit that stays removed); shards under
-        `shard_map` of which no `axis_name` says what they are shards of.
-      TypeError: scores that are not floating point or no arrays, what is no pattern.
+      ValueError: a sparsity outside [0, 1), a group size that does not divide its axis,
+        a `where` or an axes rule that matches nothing, NaN scores (in eager use; under
+        jit NaN counts as the lowest score), a negative `min_keep`; `masks` that remove
+        more than the sparsity does, in all or in a competing group (in eager use; under
+        jit that stays removed); shards under `shard_map` without an `axis_name`.
+      TypeError: scores that are not floating-point arrays, or a value that is no
+        pattern.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -35,7 +35,7 @@ def group_lasso(
     strength: Any,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the gradient of the group lasso: indices compete, whole ones become small.
+    """Add the gradient of the group lasso: channels compete, whole ones become small.
 
     The penalty is `strength * sum_c sqrt(n_c) * ||w_c||_2`, where w_c are the n_c
     entries of all slices of index c (for a batched group, of each copy's index), and
@@ -47,16 +47,16 @@ def group_lasso(
         tx = optax.chain(js.penalties.group_lasso(groups, strength=1e-4),
                          optax.sgd(0.1))
 
-    An optimizer that divides by second moments (Adam) evens the penalty out; between
-    `optax.scale_by_adam()` and `optax.scale_by_learning_rate(...)` it is decoupled, as
-    AdamW's decay. A subgradient comes near zero and never stays there; for exact zeros
-    use `prox_group_lasso`.
+    An optimizer that divides by second moments (Adam) evens out the penalty. Between
+    `optax.scale_by_adam()` and `optax.scale_by_learning_rate(...)` it is decoupled,
+    like AdamW's decay. A subgradient comes near zero but never stays there; for exact
+    zeros use `prox_group_lasso`.
 
-    By default w_c are the slices of the producers: outputs of kernels, the biases and
-    scales along them. If those are zero the index does nothing. Slices of consumers
-    (role "input") overlap with the producers' slices of another group: here both
-    penalties add up, in `prox_group_lasso` that is an error. Also the slices of whole
-    heads hold those of the entries of heads.
+    By default w_c are the slices of the producers: outputs of kernels, and the biases
+    and scales along them. If those are zero the channel has no effect. Slices of
+    consumers (role "input") overlap with the producers' slices of another group: here
+    both penalties add up; in `prox_group_lasso` that is an error. Slices of whole heads
+    contain the slices of their entries.
 
     Args:
       groups: groups by name, all prunable: `js.coupling.groups(trace).prunable`, or a
@@ -113,7 +113,7 @@ def group_norm_decay(
     ratio: float = 16.0,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds a decay that is stronger for weaker indices (DepGraph's sparse training).
+    """Add a decay that is stronger for weaker channels (DepGraph's sparse training).
 
     `g <- g + strength * gamma_c * w_c`, `gamma_c = ratio^((max - I_c) / (max - min))`
     with `I_c = ||w_c||_2` and the largest and least of it in the group (for a batched
@@ -172,10 +172,10 @@ def prox_group_lasso(
     strength: Any,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """The proximal step of the group lasso: whole indices become exactly zero.
+    """Apply the proximal step of the group lasso: whole channels become exactly zero.
 
     `params + u' = v * max(0, 1 - strength * sqrt(n_c) / ||v_c||)` with `v = params +
-    u`, which minimises `1/2 ||x - v||^2 + strength * sum_c sqrt(n_c) * ||x_c||`; w_c
+    u`, which minimizes `1/2 ||x - v||^2 + strength * sum_c sqrt(n_c) * ||x_c||`; w_c
     and n_c as for `group_lasso`. After `optax.apply_updates` an index below the
     threshold is exactly 0.0 in all its slices; it comes back if the gradient pulls it
     beyond.
@@ -195,7 +195,7 @@ def prox_group_lasso(
     sum of both penalties (Jenatton et al. 2011, arXiv:1009.2139). Slices of consumers
     (role "input") cross those of the next layer's producers: an error.
 
-    `js.channels.zero_indices(params, groups)` finds what has become zero.
+    `js.channels.zero_indices(params, groups)` finds the channels that are zero.
 
     Args:
       groups: groups by name, all prunable.

@@ -1,4 +1,4 @@
-"""A decay of whole indices that keeps growing: growing regularisation."""
+"""A decay of whole indices that keeps growing: growing regularization."""
 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -38,7 +38,7 @@ def growing_regularization(
     limit: float = float("inf"),
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds a decay per index that keeps growing, faster for weaker indices.
+    """Add a decay per channel that keeps growing, faster for weaker channels.
 
     `g <- g + reg_c * w_c`; when `every` says yes, first `reg_c <- min(reg_c + increment
     * (max - I_c) / (max - min), limit)`, `I_c = ||w_c||_2` and the largest and least of

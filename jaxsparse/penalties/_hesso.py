@@ -32,7 +32,7 @@ class HessoState(NamedTuple):
     Attributes:
       step: how many updates were made, int32.
       shrinking: bools `[*copies, size]` by the groups' names: chosen in this period.
-      zero: the same: what is held at zero.
+      zero: the same for channels that are held at zero.
       inner: the optimizer's state.
     """
 
@@ -54,15 +54,15 @@ def hesso(
     scores: Mapping[str, Any] | None = None,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """Structured pruning within one training: choose, shrink, hold at zero (HESSO).
+    """Prune channels within one training: choose, shrink, hold at zero (HESSO).
 
-    From `begin` on there are `periods` of `duration` steps each. In a period's first
-    step the indices of lowest saliency, over all groups, are chosen, in equal numbers
-    each period; then after each of the optimizer's steps t = 0 ... duration - 1 their
-    slices are multiplied by `(duration - t - 1) / (duration - t)`: on a straight line
-    to exactly 0.0 in the period's last step. From there they are held at 0.0, and
-    their gradients are hidden from the optimizer. Chen et al. (2024, OTO's hybrid
-    efficient structured sparse optimizer, arXiv:2409.09085).
+    From `begin` on there are `periods` of `duration` steps each. The first step of a
+    period chooses the channels of lowest saliency over all groups, equally many each
+    period. After each of the optimizer's steps t = 0 ... duration - 1 their slices are
+    multiplied by `(duration - t - 1) / (duration - t)`, so they shrink linearly to
+    exactly 0.0 in the period's last step. Then they are held at 0.0, and their
+    gradients are hidden from the optimizer. Chen et al. (2024, OTO's hybrid efficient
+    structured sparse optimizer, arXiv:2409.09085).
 
     It stands around the whole optimizer, since it reads raw gradients and has the last
     word::
@@ -97,13 +97,13 @@ def hesso(
       groups: groups by name, all prunable: `js.coupling.groups(trace).prunable`, or a
         dictionary with some of them. If heads and their entries are both there, an
         index of the one may lie in one of the other.
-      sparsity: the fraction of all indices that goes.
+      sparsity: the fraction of all channels to remove.
       begin: the first step of the first period.
       periods: how many.
       duration: the steps of each.
       criteria: weights of the saliency's parts.
       scores: fixed scores, `[*copies, size]` by the groups' names, larger = keep, in
-        place of the saliency: those of `js.contrib.cric`, or any others.
+        place of the saliency: from `js.contrib.cric`, or any others.
       roles: as for `js.penalties.group_lasso`.
 
     Returns:
@@ -182,7 +182,7 @@ def hesso(
 
 
 def dropped(opt_state: PyTree) -> Drop:
-    """What `hesso` has brought to zero so far.
+    """Return the channels that `hesso` has set to zero so far.
 
     Args:
       opt_state: the state of `hesso`, of any wrapper around it, or of

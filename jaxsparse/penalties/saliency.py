@@ -13,7 +13,7 @@ from jaxsparse.channels.sums import entry_counts, sums
 
 
 class Criteria(NamedTuple):
-    """How much each criterion counts in HESSO's saliency of an index.
+    """The weight of each criterion in HESSO's saliency of a channel.
 
     With x the entries of its slices, n of them, and g their gradients. Each criterion
     is divided by its L2 norm over all indices of all groups first.

@@ -28,7 +28,7 @@ def gmp(
     pattern: Pattern = Unstructured(),
     where: Where = None,
 ) -> Recipe:
-    """Gradual magnitude pruning of any model, from dense to sparse while it trains.
+    """Prune any model gradually by magnitude while it trains.
 
     Zhu & Gupta (2017, arXiv:1710.01878): the model trains dense until `begin`; then
     every `interval` steps the smallest weights of each layer go, along `s = final +
@@ -120,7 +120,7 @@ def one_shot(
     pattern: Pattern = Unstructured(),
     where: Where = None,
 ) -> Recipe:
-    """One cut before the first step, then fine-tuning of the weights that are left.
+    """Cut once before the first step, then fine-tune the remaining weights.
 
     The oldest recipe (Han et al., 2015, arXiv:1506.02626, prune and retrain). For a
     trained model: the learning rate begins near the end of that of its training and

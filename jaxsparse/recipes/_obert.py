@@ -34,7 +34,7 @@ def obert_downstream(
     learning_rate: tuple[float, float] | None = None,
     pattern: Pattern = Unstructured(scope="global"),
 ) -> Recipe:
-    """Gradual pruning of BERT while it learns a task.
+    """Return oBERT's recipe for gradual pruning while BERT learns a task.
 
     The recipe of the Optimal BERT Surgeon (Kurtic et al., 2022, arXiv:2203.07259,
     section 4.1 and appendix A.5) for 30 epochs: 2 epochs dense; then a cut every 4
@@ -44,10 +44,10 @@ def obert_downstream(
     layers of the blocks, in one ranking over all of them; embeddings, pooler, head,
     norms and biases stay dense.
 
-    `epochs=10` is the paper's shorter training, which is not the longer one scaled: 2
-    epochs dense, then two cuts an epoch, 13 from 2 to 8, 2 epochs of recovery; and the
-    learning rate is rewound once, at 8, and falls less far. Any other length is the
-    training of 30 epochs, scaled.
+    `epochs=10` is the paper's shorter training, which is not a scaled version of the
+    longer one: 2 epochs dense, then two cuts per epoch, 13 from epoch 2 to 8, then 2
+    epochs of recovery. The learning rate is rewound once, at epoch 8, and falls less
+    far. Any other length scales the training of 30 epochs.
 
     The paper's score is that of the Optimal Brain Surgeon, and so is that of
     `recipe.optimizer()`: `js.transforms.windowed_obs` with the recipe's settings and
@@ -58,16 +58,16 @@ def obert_downstream(
     gradual magnitude pruning on the same schedules; GMP* (Kurtic & Alistarh, 2022,
     arXiv:2210.06384) is that, with rates and a temperature of its own.
 
-    What was used elsewhere: for GLUE `learning_rate=(5e-5, 5e-6)`, in 10 epochs
-    `(8e-5, 2e-5)`, and 16 examples a gradient; for students of 3 and 6 layers
-    `init=0.3`; for the 4-block pattern, four weights along the inputs of a kernel `(in,
-    out)`, `pattern=js.Block((4, 1), scope="global")`. Batches were of 16 (SQuAD) and 32
-    (GLUE).
+    Other settings of the paper: for GLUE `learning_rate=(5e-5, 5e-6)`, in 10 epochs
+    `(8e-5, 2e-5)`, and 16 examples per gradient; for students of 3 and 6 layers
+    `init=0.3`; for the 4-block pattern (four weights along the inputs of a kernel `(in,
+    out)`) `pattern=js.Block((4, 1), scope="global")`. Batches had 16 examples (SQuAD)
+    and 32 (GLUE).
 
-    Differs from SparseML's recipes in that a cut between two steps is done in the
-    nearest one, not in the next. The training of 10 epochs was not published as a
-    recipe: that its last cut is the one at 8, and that the learning rate falls from the
-    first number to the second before and after it, is read into table 9.
+    Differs from SparseML's recipes: a cut between two steps is done in the nearest
+    step, not in the next. The training of 10 epochs was not published as a recipe. Two
+    points are our reading of table 9: its last cut is at epoch 8, and the learning rate
+    falls from the first number to the second before and after it.
 
     Args:
       steps_per_epoch: optimizer steps in an epoch.
@@ -128,11 +128,11 @@ def obert_upstream(
     learning_rate: tuple[float, float] = (5e-4, 5e-6),
     pattern: Pattern = Unstructured(scope="global"),
 ) -> Recipe:
-    """Gradual pruning of BERT in pre-training, for any task later on.
+    """Return oBERT's recipe for gradual pruning while BERT is pre-trained.
 
     The upstream recipe of the Optimal BERT Surgeon (Kurtic et al., 2022,
     arXiv:2203.07259, section 4.2 and appendix A.6): 3 epochs of masked language
-    modelling with a dense teacher, from a dense, pre-trained student; a cut and a
+    modeling with a dense teacher, from a dense, pre-trained student; a cut and a
     rewound learning rate every quarter of an epoch, 12 from the first step to 2.75
     epochs. Other lengths are scaled. The batch was of 256.
 

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 def plot_errors(
     info: Mapping[str, Any], *, path: str | os.PathLike[str] | None = None
 ) -> "Figure":
-    """Draws how well `js.oneshot.layerwise` solved each kernel.
+    """Draw how well `js.oneshot.layerwise` solved each kernel.
 
-    A filled dot is the relative error of the kernel's outputs, a hollow one what it
-    would be with the same mask and without a change of the weights that are left: the
-    line between them is what the solver gained. Of several matrices (experts, stacked
-    layers) both are means of those that are known.
+    A filled dot is the relative error of the kernel's outputs, a hollow one the error
+    with the same mask and unchanged remaining weights: the line between them is what
+    the solver gained. For several matrices (experts, stacked layers) both are means of
+    the known errors.
 
     Args:
       info: the result's infos by path.
@@ -91,7 +91,7 @@ def plot_errors(
 def plot_sparsity(
     history: Mapping[int, Any], *, path: str | os.PathLike[str] | None = None
 ) -> "Figure":
-    """Draws the sparsity of each layer over the steps of a training.
+    """Draw the sparsity of each layer over the steps of a training.
 
     Each row is a parameter, in the natural order of its name (block_2 before block_10);
     the darker, the sparser. Parameters that were never pruned are left out.

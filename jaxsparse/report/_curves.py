@@ -35,7 +35,7 @@ def plot_sensitivity(
     ylabel: str = "loss",
     path: str | os.PathLike[str] | None = None,
 ) -> "Figure":
-    """Draws the loss over the sparsity of each parameter alone.
+    """Draw the loss over the sparsity of each parameter alone.
 
     The parameters whose curves move farthest from the dense model have a colour, a mark
     and a name; all others are gray lines. A dashed line is the dense model.
@@ -124,7 +124,7 @@ def plot_tradeoff(
     logx: bool = False,
     path: str | os.PathLike[str] | None = None,
 ) -> "Figure":
-    """Draws the quality of several methods against sparsity, size or time.
+    """Draw the quality of several methods against sparsity, size or time.
 
     Args:
       runs: by the name of a method its points, two sequences of the same length: x (a

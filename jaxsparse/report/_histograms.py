@@ -33,7 +33,7 @@ def plot_weights(
     bins: int = 60,
     path: str | os.PathLike[str] | None = None,
 ) -> "Figure":
-    """Draws histograms of each parameter's weights before and after pruning.
+    """Draw histograms of each parameter's weights before and after pruning.
 
     Zeros are not drawn, they would hide the rest: each title says how many there are.
     So one sees the gap that magnitude pruning leaves around 0, and whether a solver or

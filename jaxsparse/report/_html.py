@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxsparse.report._files import replace_file
 
-# Half-transparent colours read well on a light and on a dark page.
+# Half-transparent colors read well on a light and on a dark page.
 _LINE = "1px solid rgba(128,128,128,.35)"
 _TABLE = "border-collapse:collapse;font:13px/1.5 system-ui,sans-serif;text-align:right"
 _CELL = "padding:3px 10px;white-space:nowrap;font-variant-numeric:tabular-nums"
@@ -42,7 +42,7 @@ img {{ max-width: 100%; height: auto; border-radius: 4px; }}
 def write_html(
     path: str | os.PathLike[str], *parts: Any, title: str = "Sparsity report"
 ) -> pathlib.Path:
-    """Writes one HTML file that needs nothing else: tables, figures and text.
+    """Write one self-contained HTML file of tables, figures and text.
 
     The file is complete or not there: it is written beside `path` and then moved.
 

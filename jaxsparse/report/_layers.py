@@ -13,13 +13,12 @@ _HEAD = ("kernel", "sparsity", "relative error", "masked only", "dead", "rows", 
 def layer_table(
     info: Mapping[str, Any], *, left_dense: Mapping[str, str] | None = None
 ) -> str:
-    """The result of `js.oneshot.layerwise` as a table.
+    """Format the result of `js.oneshot.layerwise` as a table.
 
-    The relative error is that of a kernel's outputs on the calibration data, 1 for no
-    kernel at all; "masked only" is what it would be with the same mask and without a
-    change of the weights that are left. Of several matrices (experts, stacked layers)
-    the mean is shown; of errors that of those that are known, which they are not for an
-    expert that no row reached.
+    The relative error is that of a kernel's outputs on the calibration data: 1 for a
+    kernel of zeros. "Masked only" is the error with the same mask and unchanged
+    remaining weights. For several matrices (experts, stacked layers) the table shows
+    the mean of the known errors; the error of an expert that no row reached is unknown.
 
     Args:
       info: the infos by path.
@@ -71,7 +70,7 @@ def check_info(info: Mapping[str, Any]) -> None:
 
 
 def mean_of_known(errors: np.ndarray) -> float:
-    """The mean of the errors that are not NaN.
+    """Return the mean of the errors that are not NaN.
 
     Args:
       errors: of a kernel's matrices.

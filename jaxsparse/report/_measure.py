@@ -31,16 +31,16 @@ def table(
     opt_state: PyTree = None,
     title: str = "Sparsity",
 ) -> Table:
-    """The sparsity of each parameter and of the whole model.
+    """Tabulate the sparsity of each parameter and of the whole model.
 
-    It reads values, with one wait for the device: call it outside jit.
+    It reads values and waits for the device once: call it outside jit.
 
     Args:
       params: a tree of arrays, or of `jax.ShapeDtypeStruct` when masks are given.
       masks: a tree of bools with its structure; each leaf broadcasts to its parameter.
-        None: the masks in `opt_state`; without one, what is not exactly 0 counts as
-        kept in the parameters of `jaxsparse.tree.select(params)`, the others count as
-        not pruned.
+        None: the masks in `opt_state`; without one, weights that are not exactly 0
+        count as kept in the parameters of `jaxsparse.tree.select(params)`, and the
+        other parameters count as not pruned.
       asked: what sparsity was asked for: a number, shown against each pruned parameter,
         a tree of numbers with the structure of `params` (see `jaxsparse.allocations`),
         or a mapping from paths or regular expressions.
@@ -55,8 +55,8 @@ def table(
       ValueError: masks or `asked` of another structure, a mask that does not broadcast,
         no pruning in `opt_state`, an `asked` outside [0, 1), no values where they are
         needed.
-      TypeError: what is not an array, a mask that is not of bools, an `asked` that is
-        not a number.
+      TypeError: a leaf that is not an array, a mask that is not of bools, an `asked`
+        that is not a number.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

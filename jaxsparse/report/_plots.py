@@ -35,17 +35,18 @@ def plot(
     history: Mapping[str, Any] | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> "Figure":
-    """Draws the sparsity of each pruned parameter, and what happened in training.
+    """Draw the sparsity of each pruned parameter, and what happened in training.
 
-    On the left a bar for each pruned parameter, with a tick where its sparsity was
-    asked for; on the right, when there is a history, sparsity and loss over steps. It
-    needs matplotlib, but no display, and touches none of pyplot's global state.
+    The left panel has a bar for each pruned parameter, with a tick at the sparsity that
+    was asked for. The right panel shows sparsity and loss over steps if there is a
+    history. It needs matplotlib, but no display, and changes none of pyplot's global
+    state.
 
     Args:
       table_or_tables: a table, or a dictionary from a run's name to its table.
       history: for one run a mapping with the keys "step", "sparsity" (fractions) and
         "loss", each a sequence of the same length; for several a mapping from a run's
-        name to such a mapping. A run has the colour of the table of its name.
+        name to such a mapping. A run has the color of the table of its name.
       path: where to save it as PNG; a file of this name is replaced in one step.
 
     Returns:
@@ -54,7 +55,7 @@ def plot(
     Raises:
       ValueError: no pruned parameter; a history with missing keys or unequal lengths; a
         `path` that does not end in `.png`.
-      TypeError: what is not a table of `js.report.table`.
+      TypeError: a value that is not a table of `js.report.table`.
       ImportError: matplotlib is not installed.
 
     Example:
@@ -201,7 +202,7 @@ def _curves(axes: "Axes", runs: _Runs, colours: dict[str, str]) -> None:
     handles: dict[str, Any] = {}
     for name, run in runs.items():
         label = f"{name}: " if name else ""
-        # One run needs no colour of its own, so its two curves have different ones.
+        # One run needs no color of its own, so its two curves have different ones.
         colour = colours[name]
         other = colour if name else COLOURS[5]
         (handles[f"{label}sparsity"],) = right.plot(

@@ -18,7 +18,7 @@ _displays: list[rich_progress.Progress] = []
 
 
 class Progress(Generic[T]):
-    """An iterable that shows how far it has come; see `progress`."""
+    """An iterable that shows its progress; see `progress`."""
 
     def __init__(
         self, iterable: Iterable[T], description: str, total: int | None, shown: bool
@@ -80,7 +80,7 @@ def progress(
     total: int | None = None,
     show: bool | None = None,
 ) -> Progress[T]:
-    """Shows a bar on stderr while something is iterated over.
+    """Show a progress bar on stderr while iterating.
 
     The bar has the description, how many of how many, and the time left. A loop inside
     such a loop shows its bar below, and takes it away when it is done.

@@ -23,7 +23,7 @@ class Row(NamedTuple):
       shape: its shape; `()` in a sum.
       dtype: the name of its type; "mixed" in a sum over several types.
       asked: the sparsity that was asked for; None where nothing was said. In a sum the
-        mean over all its weights, where those of which nothing was said count as 0.
+        mean over all its weights; weights without a stated sparsity count as 0.
       reached: the fraction that the mask removes.
       kept: how many weights the mask keeps.
       size: how many weights there are.

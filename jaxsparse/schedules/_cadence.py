@@ -11,7 +11,7 @@ from jaxsparse._typing import Array
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """`begin, begin + interval, ...` up to and including `end`. Made by `every`.
+    """The steps `begin, begin + interval, ...` to `end`. Made by `every`.
 
     Attributes:
       interval: steps from one update to the next.
@@ -53,7 +53,7 @@ class Every:
 
 @dataclasses.dataclass(frozen=True)
 class At:
-    """The steps listed. Made by `at`.
+    """A list of steps. Made by `at`.
 
     Attributes:
       steps: in increasing order.
@@ -80,7 +80,7 @@ class At:
 
 
 def every(interval: int, *, begin: int = 0, end: int | None = None) -> Every:
-    """Masks change every `interval` steps, from `begin` up to and including `end`.
+    """Change masks every `interval` steps, from `begin` up to and including `end`.
 
     Args:
       interval: steps from one update to the next.
@@ -114,7 +114,7 @@ def every(interval: int, *, begin: int = 0, end: int | None = None) -> Every:
 
 
 def at(*steps: int) -> At:
-    """Masks change at the steps listed.
+    """Change masks at the steps listed.
 
     Args:
       *steps: at least one step.

@@ -15,7 +15,7 @@ from jaxsparse._typing import Schedule
 def rewinding(
     *, peak: float, end: float, at: Iterable[int], total_steps: int
 ) -> Schedule:
-    """Falls in a line from `peak` to `end`, and starts again at the steps listed.
+    """Lower a rate linearly from `peak` to `end`, and restart at the steps listed.
 
     Pruning hurts, and a learning rate that has already decayed cannot repair it: the
     recipes of oBERT (Kurtic et al., 2022, arXiv:2203.07259) rewind it at every pruning
@@ -34,7 +34,7 @@ def rewinding(
 
     Args:
       peak: the learning rate at the start and after each rewind.
-      end: what it falls to, in [0, peak].
+      end: the rate at the end, in [0, peak].
       at: the steps whose learning rate is `peak` again, in increasing order; for
         instance the `steps` of a `jaxsparse.schedules.at`.
       total_steps: the length of the training, at which the last cycle ends.

@@ -7,7 +7,7 @@ from jaxsparse._typing import Array, Schedule
 
 
 def constant(sparsity: float) -> Schedule:
-    """The same sparsity at every step.
+    """Keep the same sparsity at every step.
 
     Args:
       sparsity: the fraction to remove, in [0, 1).
@@ -28,7 +28,7 @@ def constant(sparsity: float) -> Schedule:
 
 
 def one_shot(sparsity: float, *, step: int) -> Schedule:
-    """Dense before a step, the full sparsity from it on.
+    """Stay dense before a step, and take the full sparsity from it on.
 
     Args:
       sparsity: the fraction to remove, in [0, 1).
@@ -62,7 +62,7 @@ def polynomial(
     end: int,
     power: float = 3,
 ) -> Schedule:
-    """Rises from `init` to `final` between two steps, quickly at first.
+    """Raise the sparsity from `init` to `final` between two steps, quickly at first.
 
     `s(t) = final + (init - final) * (1 - (t - begin) / (end - begin)) ** power`,
     constant outside; `s(begin) = init` and `s(end) = final` hold exactly. At power 3
@@ -113,7 +113,7 @@ def polynomial(
 def alternating(
     sparsity: float, *, begin: int, end: int, sparse: int, dense: int
 ) -> Schedule:
-    """Sparse and dense phases in turn, sparse at the end (AC/DC).
+    """Alternate sparse and dense phases, and end sparse (AC/DC).
 
     Dense before `begin`; then phases of `sparse` steps at `sparsity` and `dense` steps
     at 0 in turn; sparse for good from `end` on. Peste et al. (2021, arXiv:2106.12379).

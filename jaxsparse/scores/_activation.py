@@ -15,33 +15,33 @@ from jaxsparse.tree import MatrixView, leaves_with_paths, map_with_path, select
 
 
 def wanda(params: PyTree, stats: Statistics, *, where: Where = None) -> PyTree:
-    """Wanda: `|W_ij| * sqrt(E[x_j^2])`.
+    """Score by Wanda's `|W_ij| * sqrt(E[x_j^2])`.
 
-    The change of the output of unit i when one weight is removed, by its root mean
-    square over the calibration rows. Sun et al. (2023, arXiv:2306.11695).
+    The score is the root mean square change of output i over the calibration rows when
+    weight ij is removed. Sun et al. (2023, arXiv:2306.11695).
 
     The weights of one output unit compete in the paper: use it as
     `js.patterns.masks(scores, s, pattern=js.Unstructured(scope="output"),
     axes=stats.axes)`, or with `js.NM`, whose groups lie within one as well.
 
-    Differs from the reference implementation, whose norm is of a sequence and not of a
-    row: a factor `sqrt(sequence length)` that all weights share. Weights of inputs that
-    were always 0 come last, in the order of their magnitudes (their score there is 0,
-    and the order that of the index). An expert that saw no row at all
-    (`js.calibration.unseen`) is scored by magnitudes, in the unit of the others.
+    Differs from the reference implementation, which takes the norm over a sequence
+    instead of a row: all weights share a factor `sqrt(sequence length)`. Weights of
+    inputs that were always 0 come last, in the order of their magnitudes (there their
+    score is 0, and the index decides). An expert that saw no row
+    (`js.calibration.unseen`) is scored by magnitude, in the unit of the others.
 
     Args:
       params: a tree of arrays.
-      stats: the statistics of the inputs of what takes part.
-      where: which parameters have to have statistics; see `jaxsparse.tree.select`.
+      stats: the statistics of the inputs of the selected parameters.
+      where: which parameters must have statistics; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
-      what has no statistics.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros
+      where there are no statistics.
 
     Raises:
-      ValueError: a selected parameter has no statistics, or those of another shape; or
-        the model scales or changes it before it is contracted.
+      ValueError: a selected parameter has no statistics, or statistics of another
+        shape; or the model scales or changes it before it is contracted.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -69,30 +69,30 @@ def gblm(
     alpha: float = 100.0,
     where: Where = None,
 ) -> PyTree:
-    """GBLM: Wanda and the size of the gradients, `|W| * (sqrt(E[x^2]) + alpha * G)`.
+    """Score by GBLM's `|W| * (sqrt(E[x^2]) + alpha * G)`: Wanda and gradients.
 
     Das et al. (2023, arXiv:2311.04902). The two terms have different units, and `alpha`
-    is what weighs them: the first has that of an output of the layer, the second that
-    of the loss. The weights of one output unit compete, as for `wanda`.
+    weighs them: the first has the unit of an output of the layer, the second that of
+    the loss. The weights of one output unit compete, as for `wanda`.
 
-    Differs from the reference implementation, where the norm of the activations is of a
-    sequence of T tokens and grows with `sqrt(T)`: its scores are in the order of
-    `alpha / sqrt(T)` here. The gradients are those of the dense model in both. Dead
-    inputs and experts without rows are scored as by `wanda`.
+    Differs from the reference implementation, whose norm of the activations covers a
+    sequence of T tokens and grows with `sqrt(T)`: its scores have the order of `alpha /
+    sqrt(T)` here. Both take the gradients of the dense model. Dead inputs and experts
+    without rows are scored as in `wanda`.
 
     Args:
       params: a tree of arrays.
-      stats: the statistics of the inputs of what takes part.
+      stats: the statistics of the inputs of the selected parameters.
       gradients: `G`, from `js.calibration.gradient_norms`; None for the others.
       alpha: what the gradients are multiplied by.
       where: which parameters have to have both; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
-      what has no statistics or no gradients.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros
+      where statistics or gradients are missing.
 
     Raises:
-      ValueError: a selected parameter has no statistics or no gradients, or those of
+      ValueError: a selected parameter has no statistics or gradients, or they have
         another shape; an `alpha` that is negative; or the model scales or changes it
         before it is contracted.
 
@@ -125,11 +125,11 @@ def gblm(
 
 
 def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> PyTree:
-    """`|W| * G`: the gradients' half of GBLM.
+    """Score by `|W| * G`, the gradients' half of GBLM.
 
-    Of single examples' gradients, so that it is not 0 at a minimum as `taylor` is. Das
-    et al. (2023, arXiv:2311.04902). Weights of which all gradients are 0 come last, in
-    the order of their magnitudes.
+    The gradients belong to single examples, so the score is not 0 at a minimum as
+    `taylor` is. Das et al. (2023, arXiv:2311.04902). Weights whose gradients are all 0
+    come last, in the order of their magnitudes.
 
     Args:
       params: a tree of arrays.
@@ -137,8 +137,8 @@ def gradient_norm(params: PyTree, gradients: PyTree, *, where: Where = None) -> 
       where: which parameters have to have gradients; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
-      what has no gradients.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros
+      where there are no gradients.
 
     Raises:
       ValueError: a selected parameter has no gradients, or of another shape.
@@ -167,35 +167,35 @@ def flap(
     standardise: bool = False,
     where: Where = None,
 ) -> PyTree:
-    """FLAP's fluctuation of an input channel: `Var[x_j] * sum_i W_ij^2`.
+    """Score input channels by FLAP's fluctuation, `Var[x_j] * sum_i W_ij^2`.
 
-    What is lost of the output when channel j is replaced by its mean, which a bias can
-    hold (`bias_compensation`): the expected squared error, but for correlations. An et
-    al. (2023, arXiv:2312.11983), where it is called WIFV. All weights of a channel get
-    the channel's score, so that `js.Channel(axis=...)` of an input axis selects
-    channels, and of the heads' axis of a `(heads, head_dim, out)` kernel whole heads.
+    The score is the expected squared error of the output when channel j is replaced by
+    its mean, ignoring correlations; a bias can supply the mean (`bias_compensation`).
+    An et al. (2023, arXiv:2312.11983) call it WIFV. All weights of a channel get the
+    score of the channel, so `js.Channel(axis=...)` selects channels along an input
+    axis, and whole heads along the heads' axis of a `(heads, head_dim, out)` kernel.
 
-    Differs from the reference implementation, whose variance is not one (its recursion
-    changes the mean it should compare with, and leaves the first sequence out); whose
-    attention scores are squared and its other scores are not. Channels that never
-    changed come last, in the order of their weights; the channels of an expert that saw
-    no row are scored by their weights, in the unit of the others.
+    Differs from the reference implementation, whose recursion for the variance changes
+    the mean that it should compare with and leaves out the first sequence, and which
+    squares the scores of attention but not the others. Channels that never changed come
+    last, in the order of their weights. The channels of an expert that saw no row are
+    scored by their weights, in the unit of the others.
 
     Args:
       params: a tree of arrays.
-      stats: the statistics of the inputs of what takes part.
+      stats: the statistics of the inputs of the selected parameters.
       standardise: subtract the mean over the channels of a kernel and divide by their
         standard deviation, as in the paper where channels of all kernels compete in
         one global scope.
-      where: which parameters have to have statistics; see `jaxsparse.tree.select`.
+      where: which parameters must have statistics; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
-      what has no statistics.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros
+      where there are no statistics.
 
     Raises:
-      ValueError: a selected parameter has no statistics, or those of another shape; or
-        the model scales or changes it before it is contracted.
+      ValueError: a selected parameter has no statistics, or statistics of another
+        shape; or the model scales or changes it before it is contracted.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -7,7 +7,7 @@ from jaxsparse._typing import Array
 
 
 def bias_compensation(w: Array, mean: Array, kept: Array) -> Array:
-    """What to add to the bias for the inputs that are removed: `sum_j W_ij E[x_j]`.
+    """Return what to add to the bias for removed inputs, `sum_j W_ij E[x_j]`.
 
     With it the layer's output keeps its mean over the calibration rows. An et al.
     (2023, arXiv:2312.11983); it holds for single weights as well as for channels.

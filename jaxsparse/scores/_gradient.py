@@ -15,16 +15,16 @@ from jaxsparse.tree import like, select
 
 
 def taylor(params: PyTree, grads: PyTree) -> PyTree:
-    """`|w * g|`: the change of the loss when a weight is removed, to first order.
+    """Score by `|w * g|`, the first-order change of the loss when a weight is removed.
 
     `L(w) - L(w with w_i = 0) = g_i w_i + O(w_i^2)`. Molchanov et al. (2016,
     arXiv:1611.06440) for filters; called saliency in JaxPruner. The gradient of one
     mini-batch is noisy: average over several, or see `moving_average`.
 
-    Scores below 1e-24 are raised, in their order, so that none ties with 0.
+    Scores below 1e-24 are raised in order, so none ties with 0.
 
-    Of sharded parameters and gradients nothing is exchanged. What the gradient itself
-    gathers (parameters that are sharded over more than the batch) is up to the model.
+    Sharded parameters and gradients exchange nothing. Computing the gradient may gather
+    parameters that are sharded over more than the batch; that depends on the model.
 
     Args:
       params: a tree of arrays.
@@ -52,11 +52,11 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
 
 
 def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
-    """Connection sensitivity at initialisation: `|w * g| / sum |w * g|`.
+    """Score by connection sensitivity at initialization, `|w * g| / sum |w * g|`.
 
     The derivative of the loss with respect to a gate on each weight, at gate 1,
-    normalised over the selected parameters. Lee, Ajanthan & Torr (2019,
-    arXiv:1810.02340). The order is that of `taylor`; the normalisation makes scores of
+    normalized over the selected parameters. Lee, Ajanthan & Torr (2019,
+    arXiv:1810.02340). The order is that of `taylor`; the normalization makes scores of
     different batches comparable, so that they may be averaged. The sum is the same bits
     however the parameters are sharded.
 
@@ -66,8 +66,8 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
       where: the parameters that the sum runs over; see `jaxsparse.tree.select`.
 
     Returns:
-      A tree of arrays of the same shapes, in float32 at least, larger = keep; those of
-      the selected parameters add up to 1.
+      A tree of arrays of the same shapes, in float32 at least, larger = keep. The
+      scores of the selected parameters add up to 1.
 
     Raises:
       ValueError: what `taylor` raises.
@@ -110,7 +110,7 @@ def _total(x: Array) -> Array:
 def grasp(
     loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batch: Any
 ) -> PyTree:
-    """`w * (H g)`: the part of a weight in the gradient flow at initialisation.
+    """Score by `w * (H g)`, a weight's part in the gradient flow at initialization.
 
     Removing weight i changes `|g|^2` by `-2 w_i (H g)_i` to first order; what is kept
     is what the gradient flow would lose most. `H g` costs two gradients
@@ -122,7 +122,7 @@ def grasp(
     divides the logits by a temperature of 200 and sums over batches: put a temperature
     into `loss_fn`, and average over batches.
 
-    Of sharded parameters the two gradients exchange what they do without this score,
+    For sharded parameters the two gradients communicate as they do without this score,
     and round as the model's sums do: scores of one device differ in the last place.
 
     Args:

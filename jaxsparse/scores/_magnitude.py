@@ -12,7 +12,7 @@ from jaxsparse.tree import keys_like
 
 
 def magnitude(params: PyTree) -> PyTree:
-    """`|w|`.
+    """Score weights by their magnitude, `|w|`.
 
     The plainest score, and with gradual pruning a strong one: Zhu & Gupta (2017,
     arXiv:1710.01878), Han et al. (2015, arXiv:1506.02626).
@@ -24,8 +24,8 @@ def magnitude(params: PyTree) -> PyTree:
       params: a tree of arrays.
 
     Returns:
-      A tree of arrays of the same shapes and dtypes (float32 for those of 8 bits, which
-      know no infinity), larger = keep; random keys stay as they are.
+      A tree of arrays of the same shapes and dtypes (float32 for 8-bit dtypes, which
+      have no infinity), larger = keep; random keys stay as they are.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -50,7 +50,7 @@ def _is_key(w) -> bool:
 
 
 def random(params: PyTree, *, key: Array) -> PyTree:
-    """Uniform random numbers in [0, 1): the control of every comparison.
+    """Draw uniform random scores in [0, 1), the control of every comparison.
 
     A parameter's numbers depend on the key and its path only. With one key the scores
     are the same at each call, so that a rising schedule removes more and never brings

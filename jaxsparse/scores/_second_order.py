@@ -12,7 +12,7 @@ from jaxsparse.tree import leaves_with_paths, map_with_path, select
 
 
 def obd(params: PyTree, diagonal: PyTree, *, where: Where = None) -> PyTree:
-    """Optimal Brain Damage: `1/2 H_qq w_q^2`.
+    """Score by Optimal Brain Damage, `1/2 H_qq w_q^2`.
 
     The increase of the loss when a weight is removed and no other changes, at a
     minimum, with a diagonal Hessian. LeCun, Denker & Solla (1989). The papers on
@@ -27,7 +27,7 @@ def obd(params: PyTree, diagonal: PyTree, *, where: Where = None) -> PyTree:
 
     Returns:
       A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
-      what takes no part.
+      parameters that take no part.
 
     Raises:
       ValueError: a selected parameter has no curvature, or of another shape.
@@ -48,7 +48,7 @@ def obd(params: PyTree, diagonal: PyTree, *, where: Where = None) -> PyTree:
 
 
 def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyTree:
-    """Optimal Brain Surgeon: `w_q^2 / (2 [H^-1]_qq)`.
+    """Score by Optimal Brain Surgeon, `w_q^2 / (2 [H^-1]_qq)`.
 
     The increase of the loss when a weight is removed and all others are changed for the
     best, at a minimum. Hassibi & Stork (1992); with blocks of the empirical Fisher
@@ -67,7 +67,7 @@ def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyT
 
     Returns:
       A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros for
-      what takes no part.
+      parameters that take no part.
 
     Raises:
       ValueError: a selected parameter has no curvature, or of another shape.

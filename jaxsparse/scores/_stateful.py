@@ -62,7 +62,7 @@ class Score(NamedTuple):
 
 
 def as_score(score: Score | Callable[..., PyTree]) -> Score:
-    """A `Score` from a plain function.
+    """Make a `Score` of a plain function.
 
     Args:
       score: a `Score`, which is returned as it is; a function of `params`; or a
@@ -121,13 +121,13 @@ def _takes(function: Callable[..., Any], positional: int) -> bool:
 def moving_average(
     score: Score | Callable[..., PyTree], *, decay: float = 0.9
 ) -> Score:
-    """An exponential moving average of a score, updated in every step.
+    """Average a score exponentially, with an update in every step.
 
-    `a <- decay * a + (1 - decay) * score(params, grads)`, from 0. One batch's gradient
-    is noisy; its average over some dozens of steps is what movement-like and Taylor
-    criteria are used with. The average is one more copy of the parameters, in float32.
-    (It is not corrected for its start at 0: that is one factor for all weights, and
-    the order does not see it.)
+    `a <- decay * a + (1 - decay) * score(params, grads)`, from 0. The gradient of one
+    batch is noisy; movement-like and Taylor criteria average it over some dozens of
+    steps. The average is one more copy of the parameters, in float32. It is not
+    corrected for its start at 0, because one factor for all weights does not change
+    their order.
 
     Args:
       score: a plain score, as `jaxsparse.scores.taylor`.

@@ -15,25 +15,25 @@ from jaxsparse.scores._range import product
 def synflow(
     apply_fn: Callable[[PyTree, Any], Array], params: PyTree, inputs: Any
 ) -> PyTree:
-    """`|w| * dR/d|w|` with `R = sum(apply_fn(|params|, ones))`.
+    """Score by `|w| * dR/d|w|` with `R = sum(apply_fn(|params|, ones))`.
 
-    The flow of every path through a weight when all weights are positive and all
-    inputs one. It needs no data. Its sum is the same for every layer, so a global
-    selection that is repeated with fresh scores never removes a whole layer; in a
-    single cut it may. Tanaka et al. (2020, arXiv:2006.05467) take 100 rounds::
+    The score is the flow of all paths through a weight when all weights are positive
+    and all inputs are 1. It needs no data. Its sum is the same for every layer, so a
+    global selection that is repeated with fresh scores never removes a whole layer; a
+    single cut may. Tanaka et al. (2020, arXiv:2006.05467) take 100 rounds::
 
         js.prune(params, 0.98, score=lambda p: js.scores.synflow(apply_fn, p, x),
                  pattern=js.Unstructured(scope="global"), steps=100)
 
     Differs from the reference implementation, which computes in float64: `R` is a
     product over layers and leaves float32's range in nets of some dozens of layers
-    without normalisation. Infinite scores tie, and `jaxsparse.patterns.masks` raises
+    without normalization. Infinite scores tie, and `jaxsparse.patterns.masks` raises
     for NaN only: turn on `jax_enable_x64` for such nets. Batch norm has to run on its
     stored statistics.
 
-    Of sharded parameters the gradient's sums are added up in another order than on one
-    device: scores differ in the last place, and where many nearly tie some weights in a
-    thousand may be others. In float64 that is far rarer.
+    For sharded parameters the gradient's sums are added up in another order than on one
+    device. Scores differ in the last place, and where many nearly tie, a few weights in
+    a thousand may be chosen differently. In float64 that is far rarer.
 
     Args:
       apply_fn: `apply_fn(params, inputs) -> outputs`, linear in its inputs but for

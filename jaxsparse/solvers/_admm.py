@@ -30,7 +30,7 @@ def admm(
     mask_iterations: int = 15,
     rel_damping: float | Array = 0.1,
 ) -> Solved:
-    """Prunes a layer by ADMM: no loop over columns, only products of matrices.
+    """Prune a layer by ADMM: no loop over columns, only products of matrices.
 
     In inputs scaled so that the gram matrix has a diagonal of ones, `H = G + damping
     I`: `Z <- (W + U) * mask`, `U <- U + W - Z`, `W <- (H W_0 + rho (Z - U)) (H + rho
@@ -48,7 +48,8 @@ def admm(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: what was pruned before; True = kept. It stays removed, and counts.
+      mask: the mask of earlier pruning; True = kept. Removed weights stay removed, and
+        count.
       rho: how hard the copies pull, relative to a diagonal of ones.
       iterations: of them all.
       mask_iterations: those in which the mask may still change.
@@ -56,7 +57,7 @@ def admm(
 
     Returns:
       The weights, mask and info. Weights of dead inputs are the first to go, the
-      smallest of them first; those that are kept stay what they are.
+      smallest of them first; those that are kept do not change.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, options out of range, a mask that
@@ -92,13 +93,13 @@ def alps(
     refit_iterations: int = 10,
     rel_damping: float | Array = 0.01,
 ) -> Solved:
-    """Prunes a layer by ADMM with a growing penalty, then refits what is kept.
+    """Prune a layer by ADMM with a growing penalty, then refit the kept weights.
 
     As `admm`, but `rho` starts small and grows, by 1.3 while more than a tenth of the
     kept weights changed in three iterations, by 1.2 while more than one in 200 did,
     else by 1.1, until no mask changes any more. One eigendecomposition serves every
-    `rho`. Then conjugate gradients find the weights for this mask. Of the solvers here
-    it leaves the smallest error. Meng et al. (2024, ALPS, arXiv:2406.07831).
+    `rho`. Then conjugate gradients find the weights for this mask. It leaves the
+    smallest error of the solvers here. Meng et al. (2024, ALPS, arXiv:2406.07831).
 
     Differs from the reference implementation: counts are exact and hold for every
     pattern.
@@ -109,7 +110,8 @@ def alps(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: what was pruned before; True = kept. It stays removed, and counts.
+      mask: the mask of earlier pruning; True = kept. Removed weights stay removed, and
+        count.
       rho: the first penalty, relative to a diagonal of ones.
       iterations: the most there may be.
       refit_iterations: of conjugate gradients.
@@ -117,7 +119,7 @@ def alps(
 
     Returns:
       The weights, mask and info. Weights of dead inputs are the first to go, the
-      smallest of them first; those that are kept stay what they are.
+      smallest of them first; those that are kept do not change.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, options out of range, a mask that

@@ -52,7 +52,7 @@ def channel_errors(
     rel_damping: float | Array = 0.01,
     damping: float | Array | None = None,
 ) -> Array:
-    """What the outputs lose at least when a block of inputs goes, for each block.
+    """Return the least error of the outputs if a block of inputs is removed, per block.
 
     With `C = (G + damping I)^-1`, for the columns `b` of a block
 
@@ -116,14 +116,14 @@ def remove_channels(
     rel_damping: float | Array = 0.01,
     damping: float | Array | None = None,
 ) -> RemovedChannels:
-    """Removes whole inputs of a layer; those that remain make up for them.
+    """Remove whole inputs of a layer; the remaining ones compensate.
 
-    Again and again it removes the blocks with the lowest `channel_errors`, given what
-    is gone, changes the other columns by `-W_S C_SS^-1 C_S:` and takes `S` out of
-    `C = (G + damping I)^-1` by the Schur complement `C -= C_:S C_SS^-1 C_S:`. One block
-    at a time (the default) is SlimGPT for heads (Ling et al. 2024, arXiv:2412.18110),
-    all at once OBSPA (Wang et al. 2024, arXiv:2403.18955). The result's weights are
-    those of `refit_channels` for what is kept, which is where the steps lead to.
+    It repeatedly removes the blocks with the lowest `channel_errors`, given the earlier
+    removals, changes the other columns by `-W_S C_SS^-1 C_S:` and takes `S` out of `C =
+    (G + damping I)^-1` by the Schur complement `C -= C_:S C_SS^-1 C_S:`. One block at a
+    time (the default) is SlimGPT for heads (Ling et al. 2024, arXiv:2412.18110), all at
+    once OBSPA (Wang et al. 2024, arXiv:2403.18955). The resulting weights equal
+    `refit_channels` on the kept inputs, to which the steps lead.
 
     The count rule holds for blocks. Between equal errors the block of the lower number
     is kept. Dead inputs (all-zero rows of the gram) cost nothing and are the first to
@@ -199,7 +199,7 @@ def refit_channels(
     rel_damping: float | Array = 0.0,
     damping: float | Array | None = None,
 ) -> Solved:
-    """The kept columns that come closest to the dense layer's outputs.
+    """Find the kept columns that come closest to the dense layer's outputs.
 
     With `A = G + damping I`, `K` what is kept and `S` what is not, `W'_S = 0` and
 

@@ -38,7 +38,7 @@ def sparsegpt(
     rel_damping: float | Array = 0.01,
     damping: float | Array | None = None,
 ) -> Solved:
-    """Prunes a layer column by column, later columns making up for earlier ones.
+    """Prune a layer column by column; later columns compensate for earlier ones.
 
     With `(G + damping I)^-1 = U^T U`, `U` upper triangular: at the start of a block of
     columns the weights with the smallest `w_ij^2 / U_jj^2` are chosen (for N:M at the
@@ -73,7 +73,7 @@ def sparsegpt(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: what was pruned before; True = kept.
+      mask: the mask of earlier pruning; True = kept.
       block_size: columns of which the weights compete, 128 in the paper.
       rel_damping: relative to the mean of the gram's diagonal. Not used for a factor.
       damping: an absolute one in its place.

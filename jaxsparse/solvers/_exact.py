@@ -28,7 +28,7 @@ def exact_obs(
     damping: float | Array | None = None,
     chunk: int | None = None,
 ) -> Solved:
-    """Prunes each row one weight at a time, as Optimal Brain Surgeon would.
+    """Prune each row one weight at a time, as Optimal Brain Surgeon would.
 
     With `C = (G + damping I)^-1` for each row: remove the weight with the smallest
     `w_j^2 / C_jj`, change the others by `-C_:j w_j / C_jj`, and take the input out of
@@ -42,8 +42,8 @@ def exact_obs(
     - `scope="output"`: each row loses as many.
     - `NM`: a group that has lost enough is left alone.
 
-    The weights are the least-squares solution for what is kept, which is where the
-    steps lead to.
+    The weights are the least-squares solution on the kept weights, to which the steps
+    lead.
 
     Cost: `d_in` passes over `d_out` matrices `[d_in, d_in]`: for layers of up to a
     thousand inputs. Memory: `chunk d_in^2`.
@@ -57,14 +57,15 @@ def exact_obs(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: what was pruned before; True = kept. It goes first, and counts.
+      mask: the mask of earlier pruning; True = kept. Its removed weights go first, and
+        count.
       rel_damping: relative to the mean of the gram's diagonal. Not used for a factor.
       damping: an absolute one in its place.
       chunk: how many rows at once; by default what fits in a cache.
 
     Returns:
       The weights, mask and info. Weights of dead inputs are the first to go, the
-      smallest of them first; those that are kept stay what they are.
+      smallest of them first; those that are kept do not change.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, a sparsity or a group size out of

@@ -17,7 +17,7 @@ def wanda(
     pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured("output"),
     mask: Array | None = None,
 ) -> Solved:
-    """Keeps the weights with the largest `|w_ij| sqrt(E[x_j^2])`, as they are.
+    """Keep the weights with the largest `|w_ij| sqrt(E[x_j^2])` unchanged.
 
     Sun et al. (2023, Wanda, arXiv:2306.11695). The solver for a layer whose score is
     `js.scores.wanda`; within each output by default, as in the paper. Weights of dead
@@ -31,7 +31,8 @@ def wanda(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("output" or "layer")`, or `NM`.
-      mask: what was pruned before; True = kept. It stays removed, and counts.
+      mask: the mask of earlier pruning; True = kept. Removed weights stay removed, and
+        count.
 
     Returns:
       The weights, mask and info.
@@ -57,7 +58,7 @@ def magnitude(
     pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
     mask: Array | None = None,
 ) -> Solved:
-    """Keeps the largest weights, as they are; the inputs only tell the error.
+    """Keep the largest weights unchanged; the inputs only determine the error.
 
     Args:
       w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.
@@ -65,7 +66,8 @@ def magnitude(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: what was pruned before; True = kept. It stays removed, and counts.
+      mask: the mask of earlier pruning; True = kept. Removed weights stay removed, and
+        count.
 
     Returns:
       The weights, mask and info.

@@ -40,7 +40,7 @@ def obs(
     steps: int = 1,
     refresh: Callable[[PyTree, PyTree], curvature.Fisher] | None = None,
 ) -> patterns.Pruned:
-    """Prunes by second-order scores, and updates the weights that remain.
+    """Prune by second-order scores, and update the weights that remain.
 
     To second order, at a minimum, removing the weights Q costs `1/2 dw^T F dw`.
 
@@ -88,14 +88,14 @@ def obs(
         needs it: no weights can be taken out of one.
 
     Returns:
-      The pruned parameters and their masks. What is removed is exactly 0; what takes no
-      part stays bit for bit.
+      The pruned parameters and their masks. Removed weights are exactly 0; parameters
+      that take no part stay bit for bit.
 
     Raises:
       ValueError: a parameter that is selected but not in `fisher`, or has other units
         there; masks that already remove more than asked for (in eager use; under jit
         that stays removed); what `jaxsparse.patterns.masks` raises.
-      TypeError: an approximation that cannot do what is asked for.
+      TypeError: an approximation that does not support the request.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

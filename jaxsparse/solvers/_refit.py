@@ -24,7 +24,7 @@ def refit(
     rel_damping: float | Array = 0.0,
     damping: float | Array | None = None,
 ) -> Solved:
-    """The kept weights that come closest to the dense layer's outputs.
+    """Find the kept weights that come closest to the dense layer's outputs.
 
     They minimise `tr((W' - W) (G + damping I) (W' - W)^T)` where `W'` is 0 outside of
     the mask: for each row `[G + damping I]_KK w'_K = [(G + damping I) w]_K`, with `K`
@@ -49,7 +49,7 @@ def refit(
       damping: an absolute one in its place.
 
     Returns:
-      The weights, mask and info. Kept weights of dead inputs stay those of `w`.
+      The weights, mask and info. Kept weights of dead inputs keep their values in `w`.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, and, for the exact method, a

@@ -24,7 +24,7 @@ _PART = 256  # columns of the gram matrix at once
 
 
 class SolveInfo(NamedTuple):
-    """How well a layer was solved; scalars.
+    """The quality of a solved layer; scalars.
 
     Attributes:
       error: `tr((W' - W) G (W' - W)^T)`, the mean square error of the layer's outputs,
@@ -49,7 +49,7 @@ class Solved(NamedTuple):
     """A pruned layer.
 
     Attributes:
-      w: `[d_out, d_in]`, of the dtype that was given; what was removed is exactly 0.
+      w: `[d_out, d_in]`, of the dtype that was given; removed weights are exactly 0.
       mask: bool, `[d_out, d_in]`, True = kept.
       info: `SolveInfo`.
     """

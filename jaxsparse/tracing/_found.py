@@ -48,7 +48,7 @@ class Kernel:
 
 
 class Unfollowed(NamedTuple):
-    """What the walk could not follow.
+    """A use of parameters that the trace could not follow.
 
     Attributes:
       paths: the parameters concerned; empty where only activations are.

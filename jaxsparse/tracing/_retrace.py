@@ -11,7 +11,7 @@ from jaxsparse.tracing._trace import Trace, trace
 
 
 def retrace(trace_: Trace, params: PyTree, inputs: tuple[Any, ...]) -> Trace:
-    """The same model with inputs of other shapes; the trace itself where they agree.
+    """Trace the same model with inputs of other shapes; return the trace if they agree.
 
     Args:
       trace_: a trace.

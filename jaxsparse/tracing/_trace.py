@@ -162,7 +162,7 @@ def trace(
     *example_inputs: Any,
     rules: Mapping[str, str] | None = None,
 ) -> Trace:
-    """Finds, for any model, where and how each parameter is contracted.
+    """Find where and how each parameter of any model is contracted.
 
     The model is traced once, with abstract values: nothing is computed. From the jaxpr
     follow, for each kernel, which of its axes are contracted with data (input axes),
@@ -175,7 +175,7 @@ def trace(
 
     Differs from Torch-Pruning's and OTO's graphs: they hook module classes or walk
     autograd nodes, and take what they do not know for elementwise. Here nothing depends
-    on classes or names, and what is not known is said (`Trace.unfollowed`).
+    on classes or names, and `Trace.unfollowed` lists unknown uses.
 
     Args:
       apply_fn: `apply_fn(params, *example_inputs)`: a Linen module's `apply`, a
@@ -185,8 +185,8 @@ def trace(
       *example_inputs: arrays or `jax.ShapeDtypeStruct`s of the shapes to be used.
       rules: for primitives that JAX does not know from inside, such as
         `"pallas_call[my_kernel]"` or `"ffi_call[my_target]"`, an einsum-like equation
-        of their operands and results, `"btd,df->btf"`; `?` stands for what has no part
-        in it. The name in brackets may be left out.
+        of their operands and results, `"btd,df->btf"`; `?` stands for an operand that
+        takes no part. The name in brackets may be left out.
 
     Returns:
       A `Trace`.

@@ -26,7 +26,7 @@ Look = Callable[..., list[PruneScheduleState]]
 def enforce(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps what `prune_schedule` pruned at exactly zero, whatever the optimizer does.
+    """Keep what `prune_schedule` pruned at exactly zero, whatever the optimizer does.
 
     After `optax.apply_updates` every pruned coordinate is exactly 0.0: the final update
     is projected onto the masks in the parameter's dtype, `u <- u where mask, else -w`.

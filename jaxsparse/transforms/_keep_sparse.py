@@ -15,7 +15,7 @@ from jaxsparse.tree import like
 
 
 def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationExtraArgs:
-    """Holds pruned weights at exactly zero, as the LAST member of a chain.
+    """Hold pruned weights at exactly zero, as the LAST member of a chain.
 
     `u <- u where mask, else -w`. For masks that are fixed (fine-tuning a pruned model),
     or chosen on a schedule by a score that needs no gradients. It sees the finished

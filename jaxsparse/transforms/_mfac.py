@@ -29,7 +29,7 @@ class ScaleByMFacState(NamedTuple):
 def scale_by_mfac(
     *, window: int = 1024, damping: Any = 1e-5, dtype: Any = None
 ) -> optax.GradientTransformation:
-    """`u = F^-1 g` with the empirical Fisher matrix of the last gradients.
+    """Scale updates to `F^-1 g`, with the empirical Fisher matrix of recent gradients.
 
     `F = damping * I + (1/m) sum g_i g_i^T` over a window of m gradients, in which `g`
     takes the place of the oldest before it is multiplied. Frantar, Kurtic & Alistarh
@@ -114,7 +114,7 @@ def mfac(
       learning_rate: a number or a schedule; 1e-3 in the reference implementation,
         1e-4 for its BERT models.
       window: how many gradients.
-      damping: what is added to the diagonal of F.
+      damping: the number added to the diagonal of F.
       momentum: of the average of the products, in [0, 1); none by default, as in the
         reference implementation.
       weight_decay: L2 regularisation.

@@ -56,7 +56,7 @@ def add_change(tree: PyTree, states: list[PruneScheduleState]) -> PyTree:
 
 
 def apply_updates(params: Tree, updates: PyTree, opt_state: PyTree) -> Tree:
-    """`optax.apply_updates`, and then pruned weights are zero.
+    """Apply updates like `optax.apply_updates`, then set pruned weights to zero.
 
     It completes the literal chain `optax.chain(prune_schedule, optimizer)`, whose first
     member cannot undo what the optimizer adds after it. Under `enforce` it changes
@@ -93,7 +93,7 @@ def apply_updates(params: Tree, updates: PyTree, opt_state: PyTree) -> Tree:
 def init_sparse(
     tx: optax.GradientTransformation, params: Tree
 ) -> tuple[Tree, optax.OptState]:
-    """`tx.init(params)`, and the parameters masked from the very start.
+    """Initialize an optimizer state, and mask the parameters from the very start.
 
     Where the schedule starts sparse (a constant, a mask that was adopted) the state
     holds masks before the first step. A train state keeps the parameters it is given,
@@ -108,8 +108,8 @@ def init_sparse(
 
     Raises:
       ValueError: `tx` holds no pruning transformation.
-      TypeError: `tx` is no transformation, or `params` holds what is no array; as when
-        the two are swapped.
+      TypeError: `tx` is no transformation, or `params` holds a leaf that is no array;
+        as when the two are swapped.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js

@@ -34,7 +34,7 @@ _LOOK_FOR_LEAKS_EVERY = 100
 
 
 class PruneSchedule(optax.GradientTransformationExtraArgs):
-    """What `prune_schedule` returns: a transformation with two more ways to use it."""
+    """The result of `prune_schedule`: a transformation with two more methods."""
 
     _start: Callable[..., PruneScheduleState]
 
@@ -124,7 +124,7 @@ def prune_schedule(
     total_steps: int | None = None,
     zeros: Zeros = "hold",
 ) -> PruneSchedule:
-    """Chooses masks on a schedule and hides pruned coordinates from the optimizer.
+    """Choose masks on a schedule, and hide pruned coordinates from the optimizer.
 
     In a step in which `every` says yes, it takes the schedule's sparsity at this step,
     scores `(params, gradients)` and makes the masks. In every step it zeroes the

@@ -43,7 +43,7 @@ class PruneScheduleState(NamedTuple):
 
 
 def find_states(opt_state: PyTree) -> list[PruneScheduleState]:
-    """The pruning states anywhere inside an optimizer state.
+    """Find the pruning states anywhere inside an optimizer state.
 
     Args:
       opt_state: the state of any chain, wrapper or partition.
@@ -96,15 +96,15 @@ def masks_like(params: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def masks_of(opt_state: PyTree) -> PyTree:
-    """The masks in an optimizer state, wherever they are nested.
+    """Return the masks in an optimizer state, wherever they are nested.
 
     Args:
       opt_state: the state of `enforce(...)`, of a chain, of `nnx.Optimizer`
         (`optimizer.opt_state`), or inside any wrapper.
 
     Returns:
-      A tree of bools with the structure of the parameters, True = kept. What is hidden
-      from the pruning transformation by `optax.masked` or `optax.partition` has a
+      A tree of bools with the structure of the parameters, True = kept. Parameters that
+      `optax.masked` or `optax.partition` hides from the pruning transformation have a
       scalar True. For NNX it has the structure of `nnx.as_pure(nnx.state(model, ...))`.
 
     Raises:
@@ -153,7 +153,7 @@ NO_STATE = (
 
 
 def assert_sparse(opt_state: PyTree, params: PyTree = None) -> None:
-    """Raises when pruned weights are not zero.
+    """Raise an error if pruned weights are not zero.
 
     The literal chain `optax.chain(prune_schedule, optimizer)` masks gradients but
     cannot hold weights at zero when plain `optax.apply_updates` follows. Nor can

@@ -22,11 +22,11 @@ def straight_through(
     min_keep: int = 1,
     axis_name: patterns.AxisName | None = None,
 ) -> Tree:
-    """The pruned parameters, with the derivative of the identity.
+    """Return the pruned parameters, with the derivative of the identity.
 
-    Forward `w * mask(w)`, with masks chosen anew at each call; backward the gradient
-    of the sparse network with respect to all weights, so that a pruned weight goes on
-    learning and may return. Call it in the loss, on the dense parameters that are
+    Forward `w * mask(w)`, with masks chosen anew at each call; backward the gradient of
+    the sparse network with respect to all weights, so a pruned weight continues to
+    learn and may return. Call it in the loss, on the dense parameters that are
     trained::
 
         loss = lambda params, batch: task_loss(js.straight_through(params, 0.9), batch)

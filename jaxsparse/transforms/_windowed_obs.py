@@ -54,7 +54,7 @@ def windowed_obs(
     dtype: Any = None,
     summed: bool = False,
 ) -> scores.Score:
-    """Optimal Brain Surgeon for `prune_schedule`, with its update of the weights.
+    """Score by Optimal Brain Surgeon for `prune_schedule`, with its update of weights.
 
     The last `window` gradients of the training stand for the Fisher matrix, in blocks
     (`js.curvature.block_fisher`). In a step that chooses masks the scores are `w_q^2 /

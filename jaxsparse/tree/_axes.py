@@ -79,7 +79,7 @@ AxesRule = Axes | Mapping[str, Axes] | None
 
 
 def default_axes(path: str, leaf: Any) -> Axes:
-    """The axes by flax's layouts: dense `(in, out)`, convolution `(*window, in, out)`.
+    """Return flax's axes: dense `(in, out)`, convolution `(*window, in, out)`.
 
     Args:
       path: the parameter's path, for the message.
@@ -116,7 +116,7 @@ def default_axes(path: str, leaf: Any) -> Axes:
 
 
 def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
-    """The axes that the caller stated, by path. Leaves that are no arrays have none.
+    """Return the stated axes by path. Leaves that are no arrays have none.
 
     Args:
       params: the parameters, or anything of their structure and shapes.
@@ -164,7 +164,7 @@ def _outputs_first(ndim: int, own: int) -> Axes:
 
 
 def kernel_axes(path: str, leaf: Any, stated: Mapping[str, Axes]) -> Axes:
-    """What the caller stated for a parameter, or the default, with a warning.
+    """Return the stated axes of a parameter, or the default with a warning.
 
     Nothing in an array says which of its axes are inputs. Where nobody else does
     either, it is taken for flax's, and that is said once.

@@ -31,12 +31,12 @@ _PLURAL = re.compile(
 
 
 def default_where(path: str, leaf: Any) -> bool:
-    """The default selection: kernels and other floating arrays of two or more axes.
+    """Select kernels: floating arrays of two or more axes, but no embeddings.
 
     Biases, norms, embeddings, positions, class tokens and LoRA factors stay dense, as
     in the recipes of the papers (Kurtic et al., 2022), also where they have two axes
     (an attention bias is `(heads, head_dim)`, an embedding `(vocabulary, features)`).
-    It goes by names, see `why_dense`. With a trace of the model, as
+    It decides by names; see `why_dense`. With a trace of the model, as
     `jaxsparse.oneshot.layerwise` has it, use decides.
 
     Args:
@@ -57,12 +57,12 @@ def default_where(path: str, leaf: Any) -> bool:
 
 
 def why_dense(path: str, leaf: Any) -> str | None:
-    """Why the default selection leaves a parameter dense.
+    """Return why the default selection leaves a parameter dense.
 
     Args:
       path: the parameter's path as text.
-      leaf: the parameter; only its shape and dtype are looked at. What has none counts
-        as having fewer than two axes.
+      leaf: the parameter; only its shape and dtype are looked at. A leaf without a
+        shape counts as having fewer than two axes.
 
     Returns:
       A few words, such as "an embedding"; None for a parameter that takes part.
@@ -89,7 +89,7 @@ def why_dense(path: str, leaf: Any) -> str | None:
 
 
 def has_plain_name(path: str) -> bool:
-    """Whether a parameter is called `weight`, `kernel` or the like.
+    """Return whether a parameter is called `weight`, `kernel` or the like.
 
     Args:
       path: its path.

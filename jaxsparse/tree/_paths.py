@@ -16,7 +16,7 @@ from jaxsparse._typing import PyTree
 
 
 def path_str(key_path: tuple[Any, ...]) -> str:
-    """The text of a JAX key path.
+    """Return the text of a JAX key path.
 
     Args:
       key_path: what `jax.tree_util.tree_flatten_with_path` gives for a leaf.
@@ -25,8 +25,8 @@ def path_str(key_path: tuple[Any, ...]) -> str:
       The keys joined by `/`. The `.value` that an NNX variable adds is left out, so
       that a Linen and an NNX model answer to the same regular expressions. Two leaves
       of one tree may share it, where a key has a `/` of its own; the paths of
-      `leaves_with_paths` and `map_with_path` tell them apart. What cannot be printed,
-      as control characters of a terminal, is escaped as `%1B`.
+      `leaves_with_paths` and `map_with_path` tell them apart. Characters that cannot be
+      printed, such as control characters, are escaped as `%1B`.
 
     Example:
       >>> import jax, jaxsparse as js
@@ -40,7 +40,7 @@ def path_str(key_path: tuple[Any, ...]) -> str:
 
 
 def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
-    """The leaves of a tree with their paths as text.
+    """List the leaves of a tree with their paths as text.
 
     A path is what `path_str` makes of a leaf's keys. Keys may have a `/` of their own
     (Haiku's module names do), and where two leaves would so get one path, each `/`
@@ -68,12 +68,12 @@ def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def map_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """`jax.tree.map` whose function also receives the path as text.
+    """Map a function over a tree; it receives the path as text, too.
 
     Args:
       f: called as `f(path, leaf, *rest_leaves)`.
       tree: any pytree.
-      *rest: trees of which `tree` is a prefix.
+      *rest: trees that have `tree` as a prefix.
 
     Returns:
       A tree with the structure of `tree`.

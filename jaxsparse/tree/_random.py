@@ -10,7 +10,7 @@ from jaxsparse.tree._paths import map_with_path
 
 
 def keys_like(key: Array, tree: PyTree) -> PyTree:
-    """A tree of random keys, one for each leaf.
+    """Make a tree of random keys, one for each leaf.
 
     The key of a leaf depends on its path and on nothing else, so that adding a layer
     does not reshuffle the randomness of the others.

@@ -19,7 +19,7 @@ def matching(
     none: str = "no parameter",
     hint: str = "",
 ) -> dict[str, Any]:
-    """The value of each path, by the first rule that matches it.
+    """Return the value of each path, by the first rule that matches it.
 
     A rule that is one of the paths is that one alone; any other is a regular expression
     that is searched in the paths.
@@ -84,13 +84,13 @@ def by_rules(
     name: str = "sparsity",
     rest: Any = 0.0,
 ) -> tuple[Any, Where]:
-    """A mapping from paths or regular expressions, as a tree of values.
+    """Turn a mapping from paths or regular expressions into a tree of values.
 
-    What no rule matches takes no part. Anything but such a mapping is returned as it
-    is: a single value, and a mapping that has the structure of `params`.
+    Parameters that no rule matches take no part. Anything but such a mapping is
+    returned as it is: a single value, and a mapping that has the structure of `params`.
 
-    JAX sorts the keys of a mapping that goes through `jax.jit` or `jax.tree.map`; where
-    several rules match one path, call this before.
+    JAX sorts the keys of a mapping that passes through `jax.jit` or `jax.tree.map`;
+    where several rules match one path, call this before.
 
     Args:
       params: the parameters, or anything of their structure and shapes.
@@ -98,7 +98,7 @@ def by_rules(
         matches a path counts. A rule that is a path is that one alone.
       where: which parameters take part; see `select`.
       name: what a message calls the values.
-      rest: the value of what takes no part.
+      rest: the value of parameters that take no part.
 
     Returns:
       The values as a tree with the structure of `params`, and `where` as a tree of
@@ -130,7 +130,7 @@ def by_rules(
 
 
 def is_rules(params: PyTree, values: Any) -> bool:
-    """Whether values are given by rule, and not as a tree like the parameters.
+    """Return whether values are given by rule, and not as a tree like the parameters.
 
     Args:
       params: the parameters.

@@ -14,14 +14,13 @@ from jaxsparse.tree._paths import leaves_with_paths, map_with_path
 
 
 def select(params: PyTree, where: Where = None) -> PyTree:
-    """Turns `where` into a static tree of bools.
+    """Turn `where` into a static tree of bools.
 
     Args:
       params: the parameters, or anything of their structure and shapes.
       where: None for `default_where`; a regular expression that is searched in the
-        path; a predicate `(path, leaf) -> bool` (what it returns counts as true or
-        false, as in an `if`); or a tree of Python bools, which may
-        be a prefix of `params`.
+        path; a predicate `(path, leaf) -> bool` (its result counts as true or false, as
+        in an `if`); or a tree of Python bools, which may be a prefix of `params`.
 
     Returns:
       A tree of Python bools with the structure of `params`.
@@ -102,7 +101,7 @@ def _nothing_selected(params: PyTree, where: Where) -> str:
 
 
 def nearest(wanted: str, paths: list[str], *, most: int = 5) -> list[str]:
-    """The paths most like a mistyped one, best first.
+    """List the paths most like a mistyped one, best first.
 
     Args:
       wanted: a path, or a regular expression on paths.

@@ -10,10 +10,10 @@ from jaxsparse.tree._paths import leaves_with_paths, map_with_path
 
 
 def unwrap_variables(tree: PyTree) -> PyTree:
-    """Replaces every variable of flax's NNX by the array that it holds.
+    """Replace every NNX variable by the array that it holds.
 
     `nnx.Optimizer` wraps each array of an optimizer state, and `nnx.state` each
-    parameter; what is left after this has the structure of `nnx.as_pure(...)`.
+    parameter; the result has the structure of `nnx.as_pure(...)`.
 
     Args:
       tree: any pytree.
@@ -37,7 +37,7 @@ def unwrap_variables(tree: PyTree) -> PyTree:
 
 
 def like(tree: PyTree, params: PyTree, *, name: str, of: str = "params") -> PyTree:
-    """A tree in the containers of another one with leaves at the same paths.
+    """Put leaves into the containers of another tree that has leaves at the same paths.
 
     Masks of `nnx.as_pure(state)` so fit `state`, whose arrays are held by variables,
     and those of unboxed Linen parameters fit boxed ones.

@@ -17,7 +17,7 @@ AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """How a parameter is read as matrices.
+    """A view of a parameter as matrices.
 
     Attributes:
       shape: the parameter's shape.
@@ -75,7 +75,7 @@ class MatrixView:
 def matrix_view(
     shape: tuple[int, ...], axes: Axes, *, split: tuple[int, ...] | None = None
 ) -> MatrixView:
-    """The view of a parameter of this shape.
+    """Return the view of a parameter of this shape.
 
     Args:
       shape: the parameter's shape.
@@ -106,7 +106,7 @@ def matrix_view(
 
 
 def to_matrices(w: AnyArray, view: MatrixView) -> AnyArray:
-    """The parameter as `[*batch, d_out, d_in]`.
+    """Return the parameter as `[*batch, d_out, d_in]`.
 
     Args:
       w: an array of the parameter's shape.
@@ -127,7 +127,7 @@ def to_matrices(w: AnyArray, view: MatrixView) -> AnyArray:
 
 
 def from_matrices(matrices: AnyArray, view: MatrixView) -> AnyArray:
-    """The inverse of `to_matrices`.
+    """Undo `to_matrices`.
 
     Args:
       matrices: `[*batch, d_out, d_in]`.

@@ -95,6 +95,9 @@ def test_a_key_is_required_and_passed_by_name(name):
             assert key.kind == key.KEYWORD_ONLY
 
 
-def test_the_version_is_that_of_the_project():
-    project = pathlib.Path(__file__).parents[2] / "pyproject.toml"
-    assert js.__version__ == tomllib.loads(project.read_text())["project"]["version"]
+def test_the_version_has_one_source():
+    root = pathlib.Path(__file__).parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())
+    assert "version" in settings["project"]["dynamic"]
+    source = root / settings["tool"]["hatch"]["version"]["path"]
+    assert f'__version__ = "{js.__version__}"' in source.read_text()
