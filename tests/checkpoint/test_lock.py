@@ -30,6 +30,15 @@ def belongs_to(directory, owner):
     (directory / _lock.NAME).write_text(json.dumps(lock_of(directory) | owner))
 
 
+def is_dead(pid):
+    """Whether a process has ended, be it that it is waited for or not."""
+    try:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return "State:\tZ" in status
+
+
 def test_of_two_that_begin_at_once_one_is_refused(tmp_path):
     run, start, stop = tmp_path / "run", tmp_path / "start", tmp_path / "stop"
     writers = []
@@ -52,7 +61,7 @@ def test_of_two_that_begin_at_once_one_is_refused(tmp_path):
         assert f"process {wins.pid} on host" in text
         assert lock_of(run)["process"] == wins.pid
         wins.kill()  # and not yet waited for: it is dead even so
-        while "State:\tZ" not in pathlib.Path(f"/proc/{wins.pid}/status").read_text():
+        while not is_dead(wins.pid):
             time.sleep(0.001)
         last = js.checkpoint.latest_step(run)
         restored = js.checkpoint.restore(run, params={"w": np.zeros((64, 8), "f4")})
