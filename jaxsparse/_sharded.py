@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -67,11 +66,18 @@ def laid_out_like(x: Array, like: Array) -> Array:
 
     Under jit too, where on a mesh with automatic axes no type says how that is.
     """
-    if not manual_axes():  # a shard lies where it does
-        if not jax.typeof(x).sharding.mesh.empty and explicit_mesh([like]) is not None:
-            return jax.sharding.reshard(x, jax.typeof(like).sharding)
-        x = shard_alike(like, x)[1]
-    # Where shardings are types the result has that of all operands.
+    typed = not jax.typeof(x).sharding.mesh.empty and explicit_mesh([like]) is not None
+    if typed and not manual_axes():  # there a shard lies where it does
+        return jax.sharding.reshard(x, jax.typeof(like).sharding)
+    return _met(x, like)
+
+
+def _met(x: Array, like: Array) -> Array:
+    """The same numbers, of an operation with both arrays.
+
+    The compiler shards its result as its operands, and where shardings are types the
+    result has that of all of them. It costs nothing: both branches are one.
+    """
     return jnp.where(like != like, x, x)
 
 
@@ -104,7 +110,7 @@ def sharded_as(x: Array, like: Array) -> Array:
         return x
     if explicit_mesh([like]) is not None:
         return jax.sharding.reshard(x, jax.typeof(like).sharding)
-    return shard_alike(x, like)[0]
+    return _met(x, like)
 
 
 # Within `shard_map` an array is a shard, and its type says along which axes of the mesh
