@@ -241,6 +241,15 @@ def restore(
             stacklevel=2,
         )
 
+    if opt_state is None and stamp["opt_state_has_masks"] and "masks" not in read:
+        warnings.warn(
+            f"{path} holds the optimizer state of a sparse run, whose masks are not "
+            "restored without it. To train on, pass its template, as opt_state="
+            "tx.init(params): else pruned weights grow back. To run the model as it "
+            "is, ignore this.",
+            stacklevel=2,
+        )
+
     fill = lambda tree, item: jax.tree.unflatten(
         jax.tree.structure(tree), list(read[item].values())
     )

@@ -37,6 +37,7 @@ from jaxsparse.oneshot._unseen import (
     warn_unseen,
     without_data,
 )
+from jaxsparse.patterns.nm import check_removable
 from jaxsparse.tracing import Kernel, trace
 from jaxsparse.tree import is_rules, leaves_with_paths, like, matching
 
@@ -252,6 +253,8 @@ def _sparsities(
         wanted = {path: by_path[path] for path in kernels}
     for path, s in wanted.items():
         _checks.check_sparsity(s, name=f"sparsity of {path}")
+        if isinstance(pattern, patterns.NM):  # under jit the solvers cannot see it
+            check_removable(pattern, s, path=path)
     return {path: float(s) for path, s in wanted.items()}
 
 

@@ -10,6 +10,7 @@ from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array, PyTree, Sparsity
 from jaxsparse.patterns._counts import removed_count
 from jaxsparse.patterns._spec import NM, Pattern
+from jaxsparse.patterns.nm import check_removable
 from jaxsparse.tree import leaves_with_paths, like
 
 
@@ -42,12 +43,8 @@ def keep_of(path: str, n: int, sparsity, pattern: Pattern, min_keep: int) -> Arr
     removed = removed_count(sparsity, n)
     if isinstance(pattern, NM):
         most = pattern.of - pattern.keep
-        if isinstance(removed, int) and removed > most:
-            raise ValueError(
-                f"{path}: {pattern} removes at most {most} of {pattern.of}, a sparsity "
-                f"of {pattern.sparsity:g}; asked for {sparsity:g}. Leave the sparsity "
-                "out, or choose another pattern."
-            )
+        if isinstance(removed, int):
+            check_removable(pattern, sparsity, path=path)
     else:
         most = max(0, n - min_keep)
     if isinstance(removed, int):  # of a number, for which nothing is compiled

@@ -1,14 +1,30 @@
 """N:M masks by ranks: each weight counts who in its group beats it."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse import _checks
 from jaxsparse._typing import Array
+from jaxsparse.patterns._counts import removed_count
 from jaxsparse.patterns._keys import ordered_keys
 from jaxsparse.patterns._spec import NM
 from jaxsparse.tree import Axes
+
+
+def check_removable(pattern: NM, sparsity: Any, *, path: str = "") -> None:
+    """Raises if a sparsity removes more of a group than the pattern does."""
+    most = pattern.of - pattern.keep
+    if not _checks.is_concrete(sparsity):
+        return
+    if int(removed_count(sparsity, pattern.of)) > most:
+        raise ValueError(
+            f"{path and path + ': '}{pattern} removes at most {most} of {pattern.of}, "
+            f"a sparsity of {pattern.sparsity:g}; asked for {float(sparsity):g}. Leave "
+            "the sparsity out, or choose another pattern."
+        )
 
 
 def nm_mask(path: str, scores: Array, keep: Array, pattern: NM, axes: Axes) -> Array:

@@ -65,7 +65,8 @@ class Recipe(NamedTuple):
 
         Args:
           inner: the optimizer of a learning rate; `optax.adamw` with the recipe's
-            weight decay if left out. For SGD `lambda rate: optax.sgd(rate, 0.9)`.
+            weight decay if left out. For SGD `lambda rate: optax.sgd(rate, 0.9)`; the
+            recipe's weight decay is not added to it.
           score: in the place of the recipe's. That of a recipe with a Fisher matrix is
             `jaxsparse.transforms.windowed_obs(summed=True)`, whose blocks take `2 *
             (block_size + 1)` numbers a weight; `jaxsparse.scores.magnitude` takes none.
@@ -91,6 +92,11 @@ class Recipe(NamedTuple):
             rate, decay = self.learning_rate, self.weight_decay
             tx = optax.adamw(rate, weight_decay=decay)
         else:
+            if isinstance(inner, optax.GradientTransformation):
+                raise TypeError(
+                    "inner must be a function of a learning rate, got an optimizer. "
+                    "For SGD write lambda rate: optax.sgd(rate, momentum=0.9)."
+                )
             _checks.check_callable(1, inner=inner)
             tx = inner(self.learning_rate)
             _checks.check_transformation(inner=tx)

@@ -15,6 +15,7 @@ from jaxsparse.linalg.gram import (
     count_not_finite,
 )
 from jaxsparse.patterns.before import group_size, may_have_lost_more, most_lost
+from jaxsparse.patterns.nm import check_removable
 
 
 def check_layer(w: Array, gram: Array | GramFactor) -> None:
@@ -69,14 +70,7 @@ def _check_pattern(
     if sparsity is None:
         return pattern.sparsity
     _checks.check_sparsity(sparsity)
-    if _checks.is_concrete(sparsity):
-        most = pattern.of - pattern.keep
-        if int(patterns.removed_count(sparsity, pattern.of)) > most:
-            raise ValueError(
-                f"{pattern} removes at most {most} of {pattern.of}, a sparsity of "
-                f"{pattern.sparsity:g}; asked for {float(sparsity):g}. Leave the "
-                "sparsity out, or choose another pattern."
-            )
+    check_removable(pattern, sparsity)
     return sparsity
 
 

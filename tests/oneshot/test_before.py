@@ -146,3 +146,9 @@ def test_masks_lie_where_the_parameters_do():
     masks = js.prune(params, 0.25).masks
     found = run(params, sparsity=0.5, solver=js.solvers.magnitude, masks=masks)
     assert found.masks["a"]["kernel"].sharding.is_equivalent_to(spread, 2)
+
+
+@pytest.mark.parametrize("sparsity", [0.7, {"a/": 0.7, "b/": 0.5}])
+def test_more_than_a_pattern_removes_is_refused(sparsity):
+    with pytest.raises(ValueError, match=r"a/kernel: NM\(keep=2, of=4\) removes at mo"):
+        run(PARAMS, sparsity=sparsity, pattern=js.NM(2, 4), show=False)
