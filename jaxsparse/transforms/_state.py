@@ -149,8 +149,8 @@ NO_STATE = (
     "No pruning transformation in this optimizer state. Put js.prune_schedule(...) "
     "into the chain, for instance js.enforce(optax.chain(js.prune_schedule(...), "
     "optax.adam(1e-3))). (Of an nnx.Optimizer pass the optimizer itself or its "
-    "opt_state, not nnx.state(optimizer). Masks alone are looked at by js.report.table(params, "
-    "masks), which names weights that are not zero.)"
+    "opt_state, not nnx.state(optimizer). For masks alone, js.report.table(params, "
+    "masks) names weights that are not zero.)"
 )
 
 
