@@ -105,7 +105,8 @@ either = js.patterns.union(by_size.masks, by_pass.masks)
 for name, masks in {"both": both, "either": either}.items():
     kept = js.patterns.count(masks, params)
     print(f"{name:7}", *(f"{layer}: {kept[layer]['kernel']:5}" for layer in LAYERS))
-print("both keep in out/kernel:", js.patterns.indices(both, params)["out"]["kernel"][:8])
+which = js.patterns.indices(both, params)["out"]["kernel"]
+print("both keep in out/kernel:", *which[:8], "...")
 
 # %% [markdown]
 # ## Weights before and after

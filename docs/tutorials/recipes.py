@@ -106,9 +106,9 @@ js.report.plot_tradeoff(points, xlabel="sparsity in %", ylabel="test accuracy")
 #
 # ## Other recipes, other masks
 #
-# `js.recipes.obert_downstream` and `obert_upstream` are the recipes of oBERT: they prune
-# transformers by [second order](second_order.py), rewind the learning rate at each cut
-# and learn from a dense teacher. Each field of a recipe can be changed with `_replace`.
+# `js.recipes.obert_downstream` and `obert_upstream` are the recipes of oBERT. They
+# prune transformers by [second order](second_order.py), rewind the learning rate at
+# each cut and learn from a dense teacher. `_replace` changes any field of a recipe.
 #
 # `recipe.optimizer(masks=...)` trains with masks from elsewhere, such as those of
 # `js.prune`, `js.oneshot.layerwise` or `js.solvers.obs`. `examples/recipes_minilm.py`

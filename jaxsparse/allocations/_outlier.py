@@ -139,8 +139,9 @@ def arithmetic_progression(
     Args:
       params: the parameters; only their shapes are looked at.
       sparsity: the fraction to remove over all selected parameters, in [0, 1).
-      difference: from a block to the next; negative for sparser first blocks. A block
-        that would leave [0, 1] stops there, and the others make up for it.
+      difference: the difference in sparsity between a block and the next; a negative
+        one makes the first blocks sparser. A block that would leave [0, 1] stops there,
+        and the others make up for it.
       groups: the block of a path; None for one block for each parameter.
       where: which parameters take part; see `jaxsparse.tree.select`.
 

@@ -74,9 +74,9 @@ def run(
     Raises:
       ValueError: no batches or an empty one; other parameters than those traced; a
         parameter that `where` names and the trace could not follow; NaN or Inf in a
-        parameter, a batch or what the model makes of it, with the first place; a weight
-        of another shape, negative or NaN, or one that has rows of some kernel which
-        belong to none of its entries.
+        parameter, a batch or an activation, with the first place; a weight of another
+        shape, negative or NaN, or one that has rows of some kernel which belong to none
+        of its entries.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -71,7 +71,7 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
     """Raise an error unless `masks` are masks of `params`.
 
     Args:
-      masks: what should be a tree of bools.
+      masks: a tree of bools to check.
       params: the parameters; only their shapes are looked at.
 
     Raises:

@@ -20,7 +20,7 @@ class GrowingRegularizationState(NamedTuple):
     """The state of `growing_regularization`.
 
     Attributes:
-      step: how many updates were made, int32.
+      step: the number of updates made, int32.
       strengths: each index's penalty, `[*copies, size]` by the groups' names, float32
         (float64 for float64 parameters).
     """

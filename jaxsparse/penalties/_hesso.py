@@ -30,7 +30,7 @@ class HessoState(NamedTuple):
     """The state of `hesso`.
 
     Attributes:
-      step: how many updates were made, int32.
+      step: the number of updates made, int32.
       shrinking: bools `[*copies, size]` by the groups' names: chosen in this period.
       zero: the same for channels that are held at zero.
       inner: the optimizer's state.

@@ -52,7 +52,7 @@ def gmp(
       weight_decay: of AdamW.
       hardness: the share of a dense teacher in the loss; none by default.
       temperature: of the distillation.
-      pattern: which weights live or die together, and who competes with whom.
+      pattern: which weights are removed together, and which compete.
       where: which parameters are pruned; see `jaxsparse.tree.select`.
 
     Returns:
@@ -137,7 +137,7 @@ def one_shot(
       weight_decay: of AdamW.
       hardness: the share of a dense teacher in the loss; none by default.
       temperature: of the distillation.
-      pattern: which weights live or die together, and who competes with whom.
+      pattern: which weights are removed together, and which compete.
       where: which parameters are pruned; see `jaxsparse.tree.select`.
 
     Returns:

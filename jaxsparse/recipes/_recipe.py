@@ -25,7 +25,7 @@ class Recipe(NamedTuple):
       learning_rate: step -> learning rate.
       total_steps: the length of the training.
       where: which parameters are pruned.
-      pattern: which weights live or die together.
+      pattern: which weights are removed together.
       weight_decay: of AdamW.
       temperature: of the distillation, see `jaxsparse.losses.distill`.
       hardness: the teacher's share of the loss; 0 trains on the labels alone.

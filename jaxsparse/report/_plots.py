@@ -46,7 +46,7 @@ def plot(
       table_or_tables: a table, or a dictionary from a run's name to its table.
       history: for one run a mapping with the keys "step", "sparsity" (fractions) and
         "loss", each a sequence of the same length; for several a mapping from a run's
-        name to such a mapping. A run has the color of the table of its name.
+        name to such a mapping. A table and a run of the same name have the same color.
       path: where to save it as PNG; a file of this name is replaced in one step.
 
     Returns:
