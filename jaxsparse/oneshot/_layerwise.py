@@ -97,10 +97,10 @@ def layerwise(
       params: the parameters.
       batches: the calibration data: for each batch the model's inputs, a tuple where it
         takes several. They are kept until the end. Batches of one shape compile once.
-      sparsity: the fraction to remove, what `masks` have removed included: one number;
-        a tree of numbers like `params` (see `jaxsparse.allocations`); or a mapping from
-        paths or regular expressions to numbers, of which the first that matches counts:
-        a kernel that none matches stays as it is. May be left out for `NM`.
+      sparsity: the total fraction to remove, including earlier removals (`masks`). A
+        number, a tree of numbers like `params` (see `jaxsparse.allocations`), or a
+        mapping from paths or regular expressions to numbers; the first that matches
+        counts, and a kernel that none matches stays as it is. May be left out for `NM`.
       solver: `solver(w, evidence, sparsity, pattern=pattern) -> Solved` for a matrix
         `[d_out, d_in]`, such as those of `jaxsparse.solvers`, or a
         `functools.partial` of one.

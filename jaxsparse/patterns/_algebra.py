@@ -87,7 +87,7 @@ def overlap(first: PyTree, second: PyTree, params: PyTree) -> Overlap:
     Args:
       first: a tree of bools.
       second: a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
 
     Returns:
       The overlap of each parameter, and that of all parameters which either mask
@@ -128,7 +128,7 @@ def count(masks: PyTree, params: PyTree) -> PyTree:
 
     Args:
       masks: a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
 
     Returns:
       A tree of Python integers with the structure of `params`;
@@ -165,7 +165,7 @@ def indices(masks: PyTree, params: PyTree) -> PyTree:
 
     Args:
       masks: a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
 
     Returns:
       A tree of NumPy vectors of int64: flat indices in row-major order, increasing, so

@@ -72,7 +72,7 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
 
     Args:
       masks: a tree of bools to check.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
 
     Raises:
       ValueError: another structure, or a mask that does not broadcast to its parameter.

@@ -28,7 +28,7 @@ def sparsity_of(masks: PyTree, params: PyTree) -> PyTree:
 
     Args:
       masks: a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
 
     Returns:
       A tree of Python floats, the fraction of each parameter that is removed.
@@ -61,7 +61,7 @@ def verify(
 
     Args:
       masks: a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
       pattern: `NM`: at most `keep` of every `of` inputs are kept; `Block`: each tile is
         kept or removed whole; `Channel`: each slice; `Unstructured`: any mask passes.
       where: which parameters are checked.

@@ -40,9 +40,9 @@ def obert_downstream(
     section 4.1 and appendix A.5) for 30 epochs: 2 epochs dense; then a cut every 4
     epochs, at 2, 6, ..., 26, the first to `init`, the rest along a cubic curve to
     `final`; 4 epochs of recovery. At each cut the learning rate is rewound to its peak.
-    The student learns from its dense, fine-tuned teacher alone. Pruned are the linear
-    layers of the blocks, in one ranking over all of them; embeddings, pooler, head,
-    norms and biases stay dense.
+    The student learns from its dense, fine-tuned teacher alone. The recipe prunes the
+    linear layers of the blocks, in one ranking over all of them; embeddings, pooler,
+    head, norms and biases stay dense.
 
     `epochs=10` is the paper's shorter training, which is not a scaled version of the
     longer one: 2 epochs dense, then two cuts per epoch, 13 from epoch 2 to 8, then 2

@@ -37,10 +37,9 @@ def plot(
 ) -> "Figure":
     """Draw the sparsity of each pruned parameter, and what happened in training.
 
-    The left panel has a bar for each pruned parameter, with a tick at the sparsity that
-    was asked for. The right panel shows sparsity and loss over steps if there is a
-    history. It needs matplotlib, but no display, and changes none of pyplot's global
-    state.
+    The left panel has a bar for each pruned parameter, with a tick at the requested
+    sparsity. The right panel shows sparsity and loss over steps if there is a history.
+    It needs matplotlib, but no display, and changes none of pyplot's global state.
 
     Args:
       table_or_tables: a table, or a dictionary from a run's name to its table.

@@ -70,10 +70,10 @@ def obs(
       params: a tree of arrays.
       fisher: from `js.curvature.block_fisher`, `mfac`, `diagonal_fisher` or
         `kronecker_fisher`, made with the same `where`.
-      sparsity: the fraction to remove in the end, weights pruned before included; a
-        number, a tree of them, or a mapping from paths or regular expressions, of which
-        the first that matches counts (what none matches stays dense). May be left out
-        for `NM`.
+      sparsity: the total fraction to remove, including weights pruned before. A number,
+        a tree of numbers, or a mapping from paths or regular expressions; the first
+        that matches counts, and parameters that none matches stay dense. May be left
+        out for `NM`.
       pattern: which weights are removed together, and which compete.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.

@@ -31,8 +31,8 @@ class Kernel:
         multiply-add.
       via: the primitives that changed its entries before it was contracted: masks,
         scales, quantization. Empty for a plain kernel.
-      changes: the equations that did so, with their lines, and whether each is a
-        product with something that does not depend on the kernel.
+      changes: the equations that changed its entries, with their lines, and whether
+        each is a product with a factor that does not depend on the kernel.
     """
 
     path: str
