@@ -135,8 +135,8 @@ def inverse_blocks(fisher: Fisher, *, size: int | None = None) -> PyTree:
 
     Args:
       fisher: what `block_fisher` returned.
-      size: the weights of a group, a divisor of the block size: 4 for oBERT's groups.
-        None for the whole blocks.
+      size: the number of weights in a group, a divisor of the block size; 4 for oBERT's
+        groups. None for the whole blocks.
 
     Returns:
       A tree with the structure of the gradients, leaves `[*lead, block_size // size,

@@ -191,7 +191,7 @@ class Table:
 
     @property
     def left_dense(self) -> str:
-        """The arrays of two axes or more that stay dense by default, and the reasons."""
+        """The arrays of two axes or more that stay dense by default, and why."""
         left = [f"{row.path} ({row.why})" for row in self.rows if row.why]
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         return f"Left dense: {', '.join(left[:_NAMED])}{more}." if left else ""

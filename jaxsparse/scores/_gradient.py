@@ -54,8 +54,8 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
 def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
     """Score by connection sensitivity at initialization, `|w * g| / sum |w * g|`.
 
-    The derivative of the loss with respect to a gate on each weight, at gate 1,
-    normalized over the selected parameters. Lee, Ajanthan & Torr (2019,
+    The score is the derivative of the loss with respect to a gate on each weight, at
+    gate 1, normalized over the selected parameters. Lee, Ajanthan & Torr (2019,
     arXiv:1810.02340). The order is that of `taylor`; the normalization makes scores of
     different batches comparable, so that they may be averaged. The sum is the same bits
     however the parameters are sharded.

@@ -102,8 +102,8 @@ def windowed_obs(
 
     Raises:
       ValueError: a window below 1, a damping that is not positive, a `dtype` with
-        `summed`; at `init`, what `js.curvature.block_fisher` raises, and with the
-        number of bytes where they are more than there are (under `jit` a warning).
+        `summed`; at `init`, what `js.curvature.block_fisher` raises, and too little
+        memory, with the number of bytes needed (under `jit` a warning).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
