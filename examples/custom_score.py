@@ -7,24 +7,21 @@
 # `js.scores.magnitude` would.
 
 # %%
-import argparse
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 import rich
+from _common import arguments
 from _data import digits
 from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="A user's own pruning scores.")
-parser.add_argument("--small", action="store_true", help="few steps")
-parser.add_argument("--out", type=Path, default=Path("out/custom_score"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
-args.out.mkdir(parents=True, exist_ok=True)
+args = arguments(
+    "A user's own pruning scores.", small="few steps", out="out/custom_score"
+)
 
 STEPS, BATCH, SEEDS = (400 if args.small else 2_000), 64, 3
 EVERY = STEPS // 40

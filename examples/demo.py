@@ -14,9 +14,7 @@ import time
 
 START = time.perf_counter()
 
-import argparse
 import math
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -24,16 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
+from _common import arguments
 from _data import digits
 from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Train sparse, against the dense twin.")
-parser.add_argument("--small", action="store_true", help="one seed, few steps")
-parser.add_argument("--out", type=Path, default=Path("out/demo"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
-args.out.mkdir(parents=True, exist_ok=True)
+args = arguments(
+    "Train sparse, against the dense twin.", small="one seed, few steps", out="out/demo"
+)
 
 SEEDS = 1 if args.small else 3
 STEPS, BATCH = (120 if args.small else 800), 64

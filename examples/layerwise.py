@@ -8,12 +8,11 @@
 # part of jaxsparse: `_data.py` says where they are looked for.
 
 # %%
-import argparse
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import rich
+from _common import arguments
 from _data import find
 from _stories import MATRICES, load, logits, perplexity, windows
 from matplotlib.figure import Figure
@@ -21,16 +20,16 @@ from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Prune a language model layer by layer.")
-parser.add_argument("--small", action="store_true", help="one layer, few stories")
-parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
-parser.add_argument("--out", type=Path, default=Path("out/layerwise"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
+args = arguments(
+    "Prune a language model layer by layer.",
+    small="one layer, few stories",
+    out="out/layerwise",
+    needs_files=True,
+)
 
 names = ("weights/stories260K.npz", "text/tinystories_dev_tok512.npz")
 weights, texts = map(np.load, find(*names, skip_missing=args.skip_missing))
 params = load(weights)
-args.out.mkdir(parents=True, exist_ok=True)
 
 COUNT, SIZE, LAST = (8, 8, 1720) if args.small else (128, 16, 2015)
 WHERE = r"^layers/4/.*/w[123qkvo]/weight$" if args.small else MATRICES

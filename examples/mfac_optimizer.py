@@ -7,28 +7,27 @@
 # of its learning rates, in steps and in seconds.
 
 # %%
-import argparse
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
+from _common import arguments
 from _data import digits
 from matplotlib.figure import Figure
 from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="M-FAC against SGD and Adam.")
-parser.add_argument("--small", action="store_true", help="few steps, few rates")
-parser.add_argument("--out", type=Path, default=Path("out/mfac_optimizer"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
-args.out.mkdir(parents=True, exist_ok=True)
+args = arguments(
+    "M-FAC against SGD and Adam.",
+    small="few steps, few rates",
+    out="out/mfac_optimizer",
+)
 
 RECORDS, EVERY, BATCH = (6 if args.small else 50), 10, 64
 SEEDS = 3 if args.small else 5

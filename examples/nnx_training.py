@@ -4,24 +4,20 @@
 # `nnx.Optimizer` takes any optax transformation, so it takes one that prunes.
 
 # %%
-import argparse
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
+from _common import arguments
 from _data import digits
 from flax import nnx
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Gradual pruning with flax NNX.")
-parser.add_argument("--small", action="store_true", help="few steps")
-parser.add_argument("--out", type=Path, default=Path("out/nnx_training"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
-args.out.mkdir(parents=True, exist_ok=True)
+args = arguments(
+    "Gradual pruning with flax NNX.", small="few steps", out="out/nnx_training"
+)
 
 STEPS, BATCH = (100 if args.small else 1_000), 64
 EVERY = STEPS // 50

@@ -7,28 +7,27 @@
 # is trained after pruning.
 
 # %%
-import argparse
 import functools
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import rich
+from _common import arguments
 from _data import decode, find
 from _resnet import accuracy, cross_entropy, load
-from matplotlib.figure import Figure
 from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Prune a ResNet-20 by its curvature.")
-parser.add_argument("--small", action="store_true", help="two blocks, few gradients")
-parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
-parser.add_argument("--out", type=Path, default=Path("out/obs"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
+args = arguments(
+    "Prune a ResNet-20 by its curvature.",
+    small="two blocks, few gradients",
+    out="out/obs",
+    needs_files=True,
+)
 
 files = find(
     "weights/resnet20_cifar10_jpeg_adapted.npz",
@@ -38,7 +37,6 @@ files = find(
     skip_missing=args.skip_missing,
 )
 weights, test, jpeg_train, png_train = map(np.load, files)
-args.out.mkdir(parents=True, exist_ok=True)
 params, stats = load(weights)
 x_test, y_test = (test[key][: 200 if args.small else 2_000] for key in ("x", "y"))
 try:
@@ -158,17 +156,11 @@ for name, curve in curves.items():
 rich.print(results)
 
 # %%
-figure = Figure(figsize=(7, 4.5), layout="constrained")
-axes = figure.subplots()
 percents = [0, *(100 * s for s in SPARSITIES)]
-for name, curve in curves.items():
-    axes.plot(percents, curve, "o-", label=name)
-axes.set(
+js.report.plot_tradeoff(
+    {name: (percents, curve) for name, curve in curves.items()},
     xlabel="sparsity in %",
     ylabel="accuracy",
-    title="ResNet-20 on CIFAR-10 (jpeg), one-shot",
+    path=args.out / "obs.png",
 )
-axes.grid(alpha=0.3)
-axes.legend(fontsize=9)
-figure.savefig(args.out / "obs.png", dpi=130)
 print(f"Wrote obs.png to {args.out}")

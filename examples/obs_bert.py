@@ -8,31 +8,29 @@
 # say where they are looked for.
 
 # %%
-import argparse
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
 import rich
+from _common import arguments
 from _data import find
 from _minilm import batches, find_weights, load, stsb_loss, stsb_spearman
-from matplotlib.figure import Figure
 from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Prune MiniLM by its curvature.")
-parser.add_argument("--small", action="store_true", help="two kernels, few gradients")
-parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
-parser.add_argument("--out", type=Path, default=Path("out/obs_bert"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
+args = arguments(
+    "Prune MiniLM by its curvature.",
+    small="two kernels, few gradients",
+    out="out/obs_bert",
+    needs_files=True,
+)
 
 texts = ("text/minilm_ids_stsb_train.npz", "text/minilm_ids_stsb_dev.npz")
 train, dev = map(np.load, find(*texts, skip_missing=args.skip_missing))
 params = load(find_weights(skip_missing=args.skip_missing))
-args.out.mkdir(parents=True, exist_ok=True)
 
 SPARSITIES = (0.7, 0.9) if args.small else (0.5, 0.6, 0.7, 0.8)
 GRADIENTS, PAIRS = (32, 100) if args.small else (256, 500)
@@ -128,17 +126,11 @@ for name, curve in curves.items():
 rich.print(results)
 
 # %%
-figure = Figure(figsize=(7, 4.5), layout="constrained")
-axes = figure.subplots()
 percents = [0, *(100 * s for s in SPARSITIES)]
-for name, curve in curves.items():
-    axes.plot(percents, curve, "o-", label=name)
-axes.set(
+js.report.plot_tradeoff(
+    {name: (percents, curve) for name, curve in curves.items()},
     xlabel="sparsity of the encoder's matrices in %",
     ylabel="Spearman's coefficient",
-    title="MiniLM on STS-B, one-shot",
+    path=args.out / "obs_bert.png",
 )
-axes.grid(alpha=0.3)
-axes.legend(fontsize=9)
-figure.savefig(args.out / "obs_bert.png", dpi=130)
 print(f"Wrote obs_bert.png to {args.out}")

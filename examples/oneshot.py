@@ -5,23 +5,19 @@
 # answers are worth when nothing is trained afterwards.
 
 # %%
-import argparse
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import optax
 import rich
+from _common import arguments
 from _data import digits
 from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="One-shot pruning of a digits network.")
-parser.add_argument("--small", action="store_true", help="few steps")
-parser.add_argument("--out", type=Path, default=Path("out/oneshot"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
-args.out.mkdir(parents=True, exist_ok=True)
+args = arguments(
+    "One-shot pruning of a digits network.", small="few steps", out="out/oneshot"
+)
 
 STEPS, BATCH = (150 if args.small else 1_500), 64
 data = digits()

@@ -6,22 +6,18 @@
 # value, and the rest of the call stays as it is.
 
 # %%
-import argparse
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import rich
+from _common import arguments
 from matplotlib.figure import Figure
 from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Patterns of sparsity.")
-parser.add_argument("--small", action="store_true", help="the same: this one is quick")
-parser.add_argument("--out", type=Path, default=Path("out/patterns"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
-args.out.mkdir(parents=True, exist_ok=True)
+args = arguments(
+    "Patterns of sparsity.", small="the same: this one is quick", out="out/patterns"
+)
 
 # %% [markdown]
 # The kernels of a convolution, of attention, and of a dense layer, in flax's layouts,

@@ -9,25 +9,24 @@
 # "adapted" was trained on such images for three more epochs.)
 
 # %%
-import argparse
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import rich
+from _common import arguments
 from _data import decode, find
 from _resnet import accuracy, forward, load
-from matplotlib.figure import Figure
 from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Prune a pretrained ResNet-20.")
-parser.add_argument("--small", action="store_true", help="few images, few steps")
-parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
-parser.add_argument("--out", type=Path, default=Path("out/pretrained"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
+args = arguments(
+    "Prune a pretrained ResNet-20.",
+    small="few images, few steps",
+    out="out/pretrained",
+    needs_files=True,
+)
 
 files = find(
     "weights/resnet20_cifar10.npz",
@@ -40,7 +39,6 @@ files = find(
     skip_missing=args.skip_missing,
 )
 original, adapted, outputs, png, jpeg, jpeg_train, png_train = map(np.load, files)
-args.out.mkdir(parents=True, exist_ok=True)
 STEPS, BATCH = (6, 32) if args.small else (150, 128)
 
 # %% [markdown]
@@ -188,19 +186,11 @@ rich.print(results)
 
 # %%
 js.report.plot(tables, path=args.out / "layers.png")
-figure = Figure(figsize=(7, 4.5), layout="constrained")
-axes = figure.subplots()
 percents = [100 * s for s in reference]
-for name, curve in curves.items():
-    axes.plot(percents, curve, "o-", label=f"one-shot, {name}")
-axes.plot(percents, list(reference.values()), "kx", label="reference, per layer")
-for name, mark in zip(tuned, "sD^", strict=True):
+runs = {f"one-shot, {name}": (percents, curve) for name, curve in curves.items()}
+runs["reference, per layer"] = (percents, list(reference.values()))
+for name, value in tuned.items():
     at = 100 * tables[name].pruned.reached
-    axes.plot(at, tuned[name], mark, ms=8, label=f"{name}, {STEPS} steps more")
-axes.set(
-    xlabel="sparsity in %", ylabel="accuracy", title="ResNet-20 on CIFAR-10 (jpeg)"
-)
-axes.grid(alpha=0.3)
-axes.legend(fontsize=9)
-figure.savefig(args.out / "pretrained.png", dpi=130)
+    runs[f"{name}, {STEPS} steps more"] = ([at], [value])
+js.report.plot_tradeoff(runs, xlabel="sparsity in %", path=args.out / "pretrained.png")
 print(f"Wrote pretrained.png and layers.png to {args.out}")

@@ -7,13 +7,13 @@
 # jaxsparse: `_minilm.py` and `_data.py` say where they are looked for.
 
 # %%
-import argparse
 import itertools
 
 import jax
 import numpy as np
 import optax
 import rich
+from _common import arguments
 from _data import find
 from _minilm import (
     batches,
@@ -29,10 +29,9 @@ from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Prune MiniLM by three recipes.")
-parser.add_argument("--small", action="store_true", help="two kernels, few steps")
-parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
+args = arguments(
+    "Prune MiniLM by three recipes.", small="two kernels, few steps", needs_files=True
+)
 
 names = ("stsb_train", "stsb_dev", "sst2_train", "sst2_dev_half")
 files = find(

@@ -7,22 +7,20 @@
 # part of jaxsparse: `_data.py` says where they are looked for.
 
 # %%
-import argparse
-
 import jax
 import numpy as np
 import optax
 import rich
+from _common import arguments
 from _data import find
 from _resnet import accuracy, forward, load
 from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Prune ResNet-20 by recipes.")
-parser.add_argument("--small", action="store_true", help="few images, few steps")
-parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
+args = arguments(
+    "Prune ResNet-20 by recipes.", small="few images, few steps", needs_files=True
+)
 
 files = find(
     "weights/resnet20_cifar10_jpeg_adapted.npz",

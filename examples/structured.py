@@ -8,15 +8,14 @@
 # not part of jaxsparse: `_data.py` says where they are looked for.
 
 # %%
-import argparse
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
+from _common import arguments
 from _data import decode, find
 from _resnet import cross_entropy, forward, load
 from matplotlib.figure import Figure
@@ -24,11 +23,12 @@ from rich.table import Table
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Remove channels of a ResNet-20.")
-parser.add_argument("--small", action="store_true", help="few images, few steps")
-parser.add_argument("--skip-missing", action="store_true", help="no files, no error")
-parser.add_argument("--out", type=Path, default=Path("out/structured"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
+args = arguments(
+    "Remove channels of a ResNet-20.",
+    small="few images, few steps",
+    out="out/structured",
+    needs_files=True,
+)
 
 files = find(
     "weights/resnet20_cifar10_jpeg_adapted.npz",
@@ -38,7 +38,6 @@ files = find(
     skip_missing=args.skip_missing,
 )
 weights, test, jpeg_train, png_train = map(np.load, files)
-args.out.mkdir(parents=True, exist_ok=True)
 IMAGES, STEPS, BATCH = (200, 4, 32) if args.small else (4_000, 150, 128)
 BUDGETS = (0.5,) if args.small else (0.65, 0.45, 0.3)
 x, y = test["x"][:IMAGES], test["y"][:IMAGES]

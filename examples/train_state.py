@@ -5,25 +5,21 @@
 # 4 are kept, then 3, then 2. `TrainState` is flax's own; only its `tx` is another.
 
 # %%
-import argparse
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
+from _common import arguments
 from _data import digits
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
 
-parser = argparse.ArgumentParser(description="Gradual 2:4 pruning with TrainState.")
-parser.add_argument("--small", action="store_true", help="few steps")
-parser.add_argument("--out", type=Path, default=Path("out/train_state"))
-args, _ = parser.parse_known_args()  # a notebook has arguments of its own
-args.out.mkdir(parents=True, exist_ok=True)
+args = arguments(
+    "Gradual 2:4 pruning with TrainState.", small="few steps", out="out/train_state"
+)
 
 STEPS, BATCH = (100 if args.small else 1_000), 64
 EVERY = STEPS // 50

@@ -99,3 +99,11 @@ for (name, pruned), marker in zip(curves.items(), "o^s", strict=True):
 axes.set(xlabel="sparsity", ylabel="test accuracy")
 axes.legend()
 plt.show()
+
+# %% [markdown]
+# ## While a model trains
+#
+# `js.transforms.windowed_obs` scores by second order in a training: it collects the
+# gradients of the last steps before each cut. oBERT's recipe, which prunes BERT to 90 %
+# this way, is `js.recipes.obert_downstream(steps_per_epoch).optimizer()`: see
+# [prune by a recipe](recipes.py). `examples/recipes_minilm.py` runs it on MiniLM.

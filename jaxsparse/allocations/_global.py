@@ -18,7 +18,7 @@ def from_global_scores(
     axes: AxesRule = None,
     min_keep: int = 1,
 ) -> PyTree:
-    """Return what each parameter loses when all weights compete for one budget.
+    """Return the sparsity of each parameter when all weights compete for one budget.
 
     Selecting each parameter on its own with these sparsities gives the masks of the
     global scope. Use it to pass a global budget to a method that works layer by layer,
@@ -67,7 +67,7 @@ def round_to_weights(
     1/2)`.
 
     Args:
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
       sparsities: a tree of numbers in [0, 1), as the other allocations return; or a
         mapping from paths or regular expressions, see `jaxsparse.tree.by_rules`.
       where: which parameters take part; see `jaxsparse.tree.select`.

@@ -35,7 +35,7 @@ def uniform(
     with a dense first layer is less than 80 %.
 
     Args:
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
       sparsity: the fraction to remove over all selected parameters, in [0, 1).
       where: which parameters take part; see `jaxsparse.tree.select`.
       exceptions: sparsities by path or regular expression, as `{r"^conv_0/": 0.0}`.
@@ -78,14 +78,14 @@ def erk(
     zeros down before `eps` is found: here the equation is solved as it stands.
 
     Args:
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
       sparsity: the fraction to remove over all selected parameters, in [0, 1).
       where: which parameters take part; see `jaxsparse.tree.select`.
       exceptions: sparsities by path or regular expression; the others still meet the
         total.
       axes: states batch axes (stacked layers, experts), which are no dimension of a
         layer; see `jaxsparse.tree.Axes`.
-      power: below 1 it comes closer to uniform.
+      power: values below 1 come closer to uniform.
 
     Returns:
       A tree of Python floats with the structure of `params`, 0.0 where not selected.

@@ -39,7 +39,7 @@ def owl(
       sparsity: the fraction to remove over all selected parameters, in [0, 1).
       groups: the block of a path, as `lambda path: path.split("/")[0]`; None for one
         block for each parameter.
-      outlier: how many times the mean an outlier is.
+      outlier: a score above `outlier` times the mean is an outlier.
       spread: densities lie within `2 * spread`. Above `1 - sparsity` a block may lose
         everything.
       where: which parameters take part; see `jaxsparse.tree.select`.
@@ -129,18 +129,19 @@ def arithmetic_progression(
 ) -> PyTree:
     """Let sparsities grow from block to block by a common difference.
 
-    `s_i = s_0 + i * difference`, where `s_0` meets the total. Errors of the first
-    blocks grow on their way through the others, so the first blocks stay denser. Huang
-    et al. (2025, arXiv:2502.14770) try a few differences.
+    `s_i = s_0 + i * difference`, where `s_0` meets the total. Later blocks amplify the
+    errors of the first ones, so the first blocks stay denser. Huang et al. (2025,
+    arXiv:2502.14770) try a few differences.
 
     The blocks are taken in the natural order of their names: `block_2` comes before
     `block_10`, wherever it stands in the tree.
 
     Args:
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
       sparsity: the fraction to remove over all selected parameters, in [0, 1).
-      difference: from a block to the next; negative for sparser first blocks. A block
-        that would leave [0, 1] stops there, and the others make up for it.
+      difference: the difference in sparsity between a block and the next; a negative
+        one makes the first blocks sparser. A block that would leave [0, 1] stops there,
+        and the others make up for it.
       groups: the block of a path; None for one block for each parameter.
       where: which parameters take part; see `jaxsparse.tree.select`.
 

@@ -40,18 +40,17 @@ def evolve(
     A candidate is an integer level for each parameter: level l removes `l * step`
     weights more than uniform. A child is its parent after one to three switches; each
     switch takes one parameter a level up and another one down, so the total never
-    changes. A first stage keeps a few of a generation's children on little data, and so
-    on; in the last stage the parent competes too and wins a draw. Sieberling et al.
-    (2024, arXiv:2410.14649) use the divergence from the dense model's outputs as
-    fitness.
+    changes. Each stage keeps fewer of a generation's children and uses more data; in
+    the last stage the parent competes, too, and wins a draw. Sieberling et al. (2024,
+    arXiv:2410.14649) use the divergence from the dense model's outputs as fitness.
 
     This function copies no weights: `fitness` gets levels. It may look up masks that
     were made before for each level of `level_sparsities`, or make them, as in the
     example: a jitted function takes levels as scalars and compiles once.
 
-    Differs from the reference implementation, which judges equal children again. Here
-    none is judged twice in a generation, and a parameter that a level would empty has
-    fewer levels.
+    Differs from the reference implementation, which evaluates equal children again.
+    Here no child is evaluated twice in a generation, and a parameter that a level would
+    empty has fewer levels.
 
     Args:
       fitness: `fitness(levels, batch)`, with a tree of Python ints like `sizes`. A NaN
@@ -61,9 +60,9 @@ def evolve(
       batches: the data; each stage of a generation draws some of them anew.
       key: a typed key, `jax.random.key(seed)`.
       levels: how many levels there are above and below uniform.
-      step: how many weights lie between two levels.
-      generations: how often the parent is replaced, or stays.
-      offspring: the children of a generation.
+      step: the number of weights between two levels.
+      generations: the number of generations.
+      offspring: the number of children in a generation.
       stages: `(survivors, batches)` one after the other; the last has one survivor. A
         stage takes all batches where there are fewer.
       watch: called as `watch(generation, levels, fitness)` with the parent after each
@@ -146,7 +145,7 @@ def level_sparsities(
       sizes: a tree of the numbers of weights.
       sparsity: the total, in [0, 1): the sparsity of level 0, up to rounding.
       levels: how many levels there are above and below it.
-      step: how many weights lie between two levels.
+      step: the number of weights between two levels.
 
     Returns:
       A tree like `sizes` of float64 numpy vectors of length `2 * levels + 1`; level l

@@ -37,12 +37,13 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure the loss while one parameter at a time is pruned.
 
-    Parameters whose loss rises early should keep more; `jaxsparse.report.
-    plot_sensitivity` draws the curves. Li et al. (2017, arXiv:1608.08710, section 3.2)
-    choose what to leave dense so, Han et al. (2015, arXiv:1506.02626) their thresholds.
+    Parameters whose loss rises early should keep more;
+    `jaxsparse.report.plot_sensitivity` draws the curves. Li et al. (2017,
+    arXiv:1608.08710, section 3.2) choose dense layers from such curves, Han et al.
+    (2015, arXiv:1506.02626) thresholds.
 
     It calls the loss once for the dense model, and once for each parameter and
-    sparsity; give a jitted one. There is one pruned copy of the parameters at a time.
+    sparsity; pass a jitted one. It holds one pruned copy of the parameters at a time.
 
     Args:
       params: the parameters.
@@ -50,7 +51,7 @@ def sensitivity(
         `jaxsparse.scores.magnitude(params)`.
       loss_fn: `loss_fn(params)`, a scalar: the loss (or an accuracy) on held-out data.
       sparsities: the fractions to remove, each in [0, 1).
-      pattern: which weights live or die together; not of the global scope.
+      pattern: which weights are removed together; not of the global scope.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
 

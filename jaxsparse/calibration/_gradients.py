@@ -17,12 +17,12 @@ def gradient_norms(grads: PyTree | Iterator[PyTree], *, order: int) -> PyTree:
     `sum_i |g_i|` for order 1, `sqrt(sum_i g_i^2)` for order 2, over examples i. Das et
     al. (2023, arXiv:2311.04902).
 
-    Differs from the reference implementation, which adds up in float16 and refuses a
-    gradient of zeros, which every expert without a token has.
+    Differs from the reference implementation, which adds up in float16 and rejects a
+    gradient of zeros, as an expert without a token has.
 
     Args:
       grads: a tree with leaves `[m, *shape]`, or an iterator over such trees as
-        `js.curvature.stream_grads` yields them; None where there is no gradient.
+        `js.curvature.stream_grads` yields them; None for parameters without a gradient.
       order: 1 or 2.
 
     Returns:

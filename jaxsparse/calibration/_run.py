@@ -47,14 +47,14 @@ def run(
     own tokens: by `ragged_dot` those of its group; where experts are a batch axis of a
     product, the rows that are not all 0, as a dispatch leaves them.
 
-    All statistics describe the model as it is; for pruning in which each layer sees
-    what the pruned layers before it give, see `jaxsparse.oneshot.layerwise`.
+    All statistics describe the given model. `jaxsparse.oneshot.layerwise` takes the
+    inputs of each layer from the pruned layers before it.
 
     Memory: the statistics (a gram of `d_in^2` floats for each distinct input) and the
     activations of one batch.
 
     Args:
-      trace: what `jaxsparse.trace` found. It is made anew for batches of other shapes.
+      trace: what `jaxsparse.trace` found. Batches of other shapes are traced again.
       params: the parameters.
       batches: for each step the model's inputs, a tuple where it takes several.
       gram: whether to keep the gram matrices.
@@ -65,7 +65,7 @@ def run(
         batch (the first axis of its first input), such as the importance of a diffusion
         timestep; or for each index of more leading axes. For batches of padded
         sequences that is `weight=lambda ids, mask: mask`, `[batch, tokens]`: rows of
-        weight 0 are not counted.
+        weight 0 do not count.
       host: keeps the running statistics in host memory between batches.
 
     Returns:
@@ -74,9 +74,9 @@ def run(
     Raises:
       ValueError: no batches or an empty one; other parameters than those traced; a
         parameter that `where` names and the trace could not follow; NaN or Inf in a
-        parameter, a batch or what the model makes of it, with the first place; a weight
-        of another shape, negative or NaN, or one that has rows of some kernel which
-        belong to none of its entries.
+        parameter, a batch or an activation, with the first place; a weight of another
+        shape, negative or NaN, or one whose entries do not cover the rows of some
+        kernel.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -23,7 +23,8 @@ class RunningStats(NamedTuple):
       count: `[*batch]`, the sum of the rows' weights.
       mean: `[*batch, d_in]`, the weighted mean of the rows.
       squares: `[*batch, d_in]`, the weighted sum of `(x - mean)^2`.
-      products: `[*batch, d_in, d_in]`, that of `(x - mean)(x - mean)^T`, or None.
+      products: `[*batch, d_in, d_in]`, the weighted sum of `(x - mean)(x - mean)^T`, or
+        None.
     """
 
     count: Array
@@ -42,7 +43,7 @@ def init(
         kernel, `(experts,)` for stacked ones.
       d_in: the length of a row.
       gram: whether to keep the second moments of all pairs of inputs, `d_in^2` numbers.
-      dtype: in which to accumulate: float32, or float64 for float64 rows.
+      dtype: the type of the sums: float32, or float64 for float64 rows.
 
     Returns:
       A `RunningStats`; merging it with another gives the other.
@@ -78,14 +79,14 @@ def update(state: RunningStats, x: Array, weight: Array | None = None) -> Runnin
 
     Rows are counted by weight: the share of a timestep of a diffusion model, 0 for
     padding and for the tokens that a router does not send to an expert. Rows of weight
-    0 have no effect, even if they hold NaN. In other rows nobody looks for NaN, which
-    would wait for the device: it stays in the statistics.
+    0 have no effect, even if they hold NaN. NaN in other rows is not checked, which
+    would wait for the device; it stays in the statistics.
 
     Args:
       state: the statistics so far.
       x: the rows, `[*batch, n, d_in]`, of any floating type.
-      weight: a number of at least 0 for each row, `[*batch, n]` or what broadcasts to
-        it; 1 by default.
+      weight: a number of at least 0 for each row, an array that broadcasts to `[*batch,
+        n]`; 1 by default.
 
     Returns:
       The statistics with these rows.
@@ -155,8 +156,8 @@ def merge(a: RunningStats, b: RunningStats) -> RunningStats:
     It is associative and commutative up to rounding, so that chunks, devices and
     processes may be merged in any order. With `d = mean_b - mean_a`, sums about the
     means add up as `S_a + S_b + d d^T n_a n_b / (n_a + n_b)`: Chan, Golub & LeVeque
-    (1979). Nothing is subtracted, so a mean that is large against the spread cancels
-    nothing.
+    (1979). Nothing is subtracted, so no digits cancel where the mean is large against
+    the spread.
 
     Args:
       a: statistics.

@@ -55,8 +55,8 @@ class Statistics:
     Attributes:
       inputs: by the name of an input.
       kernels: for each kernel its path, the name of its input, and how it is read.
-      changes: for each kernel that the model changes before it is contracted its path,
-        and what happens to it, as `js.tracing.Kernel.changes` has it.
+      changes: by path the changes that the model makes to a kernel before it is
+        contracted, as in `js.tracing.Kernel.changes`.
       dense: the paths and reasons of `left_dense`.
 
     Example:
@@ -84,8 +84,8 @@ class Statistics:
     def left_dense(self) -> dict[str, str]:
         """The parameters that the default selection left out, by path, with the reason.
 
-        Parameters that look like kernels, but that the trace could not follow, or whose
-        rows are no real numbers.
+        These look like kernels, but the trace could not follow them, or their inputs
+        are not real numbers.
         """
         return dict(self.dense)
 
@@ -98,9 +98,9 @@ class Statistics:
     def axes(self) -> dict[str, Axes]:
         """The kernels' axes, to be passed to `js.patterns.masks(..., axes=...)`.
 
-        By a regular expression that matches the path and no other. Where a view splits
-        an axis into batches and outputs (the groups of a convolution), the axis counts
-        as outputs. One that it splits otherwise has no axes, and is left out.
+        Each is under a regular expression that matches its path alone. Where a view
+        splits an axis into batches and outputs (the groups of a convolution), the axis
+        counts as outputs. A kernel that is split otherwise has no axes and is left out.
         """
         found = {path: _own_axes(view) for path, _, view in self.kernels}
         return {f"^{re.escape(p)}$": axes for p, axes in found.items() if axes}
@@ -115,7 +115,7 @@ class Statistics:
           Its `InputStats`.
 
         Raises:
-          KeyError: there are none of it.
+          KeyError: the kernel has no statistics.
         """
         return self.inputs[self._entry(path)[1]]
 
@@ -129,14 +129,15 @@ class Statistics:
           Its `MatrixView`.
 
         Raises:
-          KeyError: there are no statistics of it.
+          KeyError: the kernel has no statistics.
         """
         return self._entry(path)[2]
 
     def check_plain(self, path: str) -> None:
-        """Raises where the model does not contract a kernel as it is stored.
+        """Raise an error unless the model contracts a kernel as it is stored.
 
-        A score of what is stored would be that of another weight. Masks are fine.
+        A score of the stored weights would not be a score of the weights in use. Masks
+        are fine.
 
         Args:
           path: the kernel's path.

@@ -53,8 +53,8 @@ def drop_to_budget(
     Channels are removed one unit after another, in the order in which a rising sparsity
     of `drop_lowest` would remove them; each scope at the pace of its size. A bisection
     finds the first place in that order where `cost` is within the budget, with about
-    twenty calls of `cost`. One unit less would exceed the budget, provided that
-    removing less never costs less.
+    twenty calls of `cost`. Removing one unit fewer would exceed the budget, if removing
+    fewer units never lowers the cost.
 
     Args:
       groups: from `js.coupling.groups`.

@@ -39,12 +39,12 @@ def fpgm(
     3e-4 of the filters' deviation are unreliable.
 
     Differs from Torch-Pruning, which compares `|w|^p` (two filters of opposite sign are
-    equal there and far apart here), and adds the same of the kernels that read c.
+    equal there and far apart here), and adds the distances in the kernels that read c.
 
     Args:
       groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
-      reduce: of the members: their sum, their mean, or the largest.
+      reduce: how to combine the members: their sum, their mean, or the largest.
       where: which parameters count, see `jaxsparse.tree.select`; kernels by default.
 
     Returns:
@@ -115,7 +115,8 @@ def bn_scale(
     Args:
       groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
-      reduce: of the norms of one group: their sum, their mean, or the largest.
+      reduce: how to combine the norms of a group: their sum, their mean, or the
+        largest.
       where: which parameters are scales; see `jaxsparse.tree.select`.
 
     Returns:
@@ -151,12 +152,12 @@ def gate_scores(
 ) -> dict[str, Array]:
     """Score channels by the loss's gradient at a gate, `E_x |dL(x) / d gate|`.
 
-    A gate of 1 multiplies what a channel or head gives to those that read it: the
-    members with the role "input". Groups that no kernel reads (the width of queries and
-    keys, which meet each other) have it on the kernels that make them, on both sides of
-    the product. Michel, Levy & Neubig (2019, arXiv:1905.10650), for heads, who then
-    divide by the norm of a layer: see `normalize_norm`. The magnitude is taken for each
-    example, before the mean; that of the mean would be 0 at a minimum.
+    A gate of 1 multiplies a channel or head where kernels read it: at the members with
+    the role "input". Groups that no kernel reads (the width of queries and keys) have
+    the gate on the kernels that produce them, on both sides of the product. Michel,
+    Levy & Neubig (2019, arXiv:1905.10650), for heads, who then divide by the norm of a
+    layer: see `normalize_norm`. The magnitude is taken for each example, before the
+    mean, because the mean gradient is 0 at a minimum.
 
     The gates multiply parameters, so any model can have them. The cost is that of the
     gradients of single examples with respect to these parameters.

@@ -22,10 +22,11 @@ def zero_indices(
     *,
     roles: Collection[str] = PRODUCERS,
 ) -> Drop:
-    """Find the channels whose weights are all exactly zero, as training leaves them.
+    """Find the channels whose weights are all exactly zero after training.
 
-    After `js.penalties.prox_group_lasso` or `js.contrib.wgsef_prox`, for
-    `js.narrowing.narrow`. A group that is zero as a whole keeps its first index.
+    Call it after `js.penalties.prox_group_lasso` or `js.contrib.wgsef_prox`, and pass
+    the result to `js.narrowing.narrow`. A group that is zero as a whole keeps its first
+    channel.
 
     Args:
       params: the parameters, with values.
@@ -33,7 +34,8 @@ def zero_indices(
       roles: which members must be zero; the same as in training.
 
     Returns:
-      A `Drop`. All copies of a group lose as many as the copy with the fewest zeros.
+      A `Drop`. Each copy of a group loses as many channels as the copy with the fewest
+      zeros has.
 
     Raises:
       ValueError: groups that are not prunable or not of these parameters.

@@ -45,7 +45,7 @@ def flap_scores(
     parameters.
 
     Differs from the reference implementation as `js.scores.flap` does. A head's score
-    is the sum over its inputs; there they are squared before.
+    is the sum over its inputs; the reference squares them first.
 
     Args:
       groups: from `js.coupling.groups`; those that are not prunable are skipped.
@@ -106,7 +106,8 @@ def flap_compensation(
       groups: from `js.coupling.groups`.
       params: the parameters, not pruned yet.
       stats: from `js.calibration.run`, for all kernels that read the dropped groups.
-      drop: the channels to remove, from `drop_lowest`; or indices by the groups' names.
+      drop: the channels to remove, from `drop_lowest`; or the channels by the groups'
+        names.
       bias: the path of the bias of each kernel: a mapping, or a function of the
         kernel's path. By default the last word of the path becomes "bias".
       missing: what to do for a kernel without a bias: "error", or "skip" it. (FLAP

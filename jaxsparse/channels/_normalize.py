@@ -194,8 +194,8 @@ def lamp(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
     removed. The most important channel of every group has 1, so no group is emptied.
     Lee et al. (2021, arXiv:2010.07611) use squared magnitudes.
 
-    Differs from Torch-Pruning, where the order among equal scores decides over which
-    the sum runs: here equal scores stay equal.
+    Differs from Torch-Pruning, where the order among equal scores changes their sums;
+    here equal scores stay equal.
 
     Args:
       scores: `[*copies, size]` by name, none of them negative.

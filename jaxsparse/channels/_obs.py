@@ -41,22 +41,23 @@ def obs_errors(
 ) -> dict[str, Array]:
     """Return the least error of the kernels that read a channel if it is removed.
 
-    `sum_k min_W' tr((W' - W) (G_k + damping I) (W' - W)^T)` over the kernels k that
-    read the index, where each may change all its other columns: `obs_errors` of
-    `js.solvers`, one triangular solve for an index and not a factorization. OBSPA (Wang
-    et al. 2024, arXiv:2403.18955), SlimGPT (Ling et al. 2024, arXiv:2412.18110).
+    The score is `sum_k min_W' tr((W' - W) (G_k + damping I) (W' - W)^T)` over the
+    kernels k that read the channel, where each kernel may change all its other columns.
+    It equals `js.solvers.channel_errors` and costs one triangular solve for a channel,
+    not a factorization. OBSPA (Wang et al. 2024, arXiv:2403.18955), SlimGPT (Ling et
+    al. 2024, arXiv:2412.18110).
 
     These scores presume `obs_refit`; without it other scores choose better.
 
-    Differs from OBSPA, which adds up `w^2 / [H^-1]_jj` also where an index has several
-    columns (a head): here the columns of an index go together.
+    Differs from OBSPA, which adds up `w^2 / [H^-1]_jj` also where a channel has several
+    columns (a head); here the columns of a channel are removed together.
 
     Args:
       groups: from `js.coupling.groups`; those that are not prunable are skipped.
       params: the parameters.
       stats: from `js.calibration.run` with `gram=True`, of all kernels that read them.
       where: which kernels count; all with statistics by default.
-      rel_damping: relative to the mean of each gram's diagonal.
+      rel_damping: the damping relative to the mean diagonal of each Gram matrix.
 
     Returns:
       `[*copies, size]` by the groups' names, larger = keep, for
@@ -64,8 +65,8 @@ def obs_errors(
 
     Raises:
       ValueError: a kernel without statistics or without a gram, or that the model
-        scales or changes before it is contracted; NaN or Inf in it; an index whose
-        columns are not as many as another's.
+        scales or changes before it is contracted; NaN or Inf in it; channels with
+        different numbers of columns.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -121,7 +122,7 @@ def obs_greedy(
       sparsity: the fraction of each group's channels to remove.
       at_once: how many channels to remove in a step; None for all.
       where: which kernels count; all with statistics by default.
-      rel_damping: relative to the mean of each gram's diagonal.
+      rel_damping: the damping relative to the mean diagonal of each Gram matrix.
 
     Returns:
       A `Drop`. `obs_refit` returns the weights that compensate for it.
@@ -196,7 +197,7 @@ def obs_refit(
       stats: from `js.calibration.run` with `gram=True`.
       drop: the channels to remove.
       where: which kernels are changed; all with statistics by default.
-      rel_damping: relative to the mean of each gram's diagonal.
+      rel_damping: the damping relative to the mean diagonal of each Gram matrix.
 
     Returns:
       Parameters of the same shapes.

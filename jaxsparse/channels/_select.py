@@ -57,7 +57,7 @@ def drop_lowest(
     It runs on the host, in O(n log n).
 
     Differs from Torch-Pruning (Fang et al. 2023, arXiv:2301.12900), which removes all
-    scores up to a threshold (more where some are equal), and repeats the same indices
+    scores up to a threshold (more where some are equal), and removes the same channels
     in each group or head (`per_copy=False`).
 
     Args:
@@ -67,12 +67,12 @@ def drop_lowest(
         mapping does not name keep all channels. In a scope of several groups the sum of
         their shares is removed. A layer's density d of single weights becomes channels
         by `1 - sqrt(d)` (PreCropping, arXiv:2203.02549).
-      scope: who competes: the channels of a "group", all of them ("global"; scores need
-        a common scale, see `normalize_mean`), the channels of "isomorphic" groups
+      scope: which channels compete: those of a "group", all of them ("global"; scores
+        need a common scale, see `normalize_mean`), the channels of "isomorphic" groups
         (equal `Group.key`; Fang et al. 2024, arXiv:2407.04616), or of groups for which
         a function has the same value.
-      per_copy: whether each copy loses indices of its own. If not, the copies' scores
-        are averaged and all lose the same.
+      per_copy: whether each copy loses channels of its own. If not, the copies' scores
+        are averaged and all copies lose the same channels.
       round_to: rounds the number of kept channels up to a multiple of this. A group
         with fewer channels is left alone.
       min_keep: how many channels each group (in each copy) keeps at least.
@@ -123,7 +123,7 @@ def dropped_fraction(drop: Drop) -> float:
       drop: a specification.
 
     Returns:
-      A number in [0, 1); each copy of a group counts its own indices. 0 for no groups.
+      A number in [0, 1); each copy of a group counts its own channels. 0 for no groups.
 
     Example:
       >>> import numpy as np, jaxsparse as js

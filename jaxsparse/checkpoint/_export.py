@@ -29,7 +29,7 @@ class Exported(NamedTuple):
 
     Attributes:
       params: NumPy arrays by path.
-      drop: what had been dropped to make them; None where nothing was said.
+      drop: the channels dropped to make them, or None if the file does not say.
     """
 
     params: dict[str, Any]
@@ -108,9 +108,10 @@ def load_export(
     the file before anything is read.
 
     Args:
-      path: of the file.
-      max_bytes: what the file may unpack to. None allows 16 times its size, which a
-        file of `export` never needs; another program may have compressed it further.
+      path: the file's path.
+      max_bytes: the largest size that the file may unpack to. None allows 16 times its
+        size, which a file of `export` never needs; another program may have compressed
+        it further.
 
     Returns:
       NumPy arrays by path, from both formats and with any setting of `jax_enable_x64`,
@@ -120,11 +121,10 @@ def load_export(
       64-bit arrays unless `jax_enable_x64` is set.
 
     Raises:
-      ValueError: another ending than `.npz` or `.safetensors`, a file that `export`
-        did not write, one that unpacks to more than `max_bytes`, one with a mask that
-        fits no parameter, or one that is damaged: each array is checked against the
-        CRC-32 that was written with it. (Files written before there were any are read
-        unchecked.)
+      ValueError: another ending than `.npz` or `.safetensors`, a file that `export` did
+        not write, one that unpacks to more than `max_bytes`, one with a mask that fits
+        no parameter, or one that is damaged: each array is checked against the CRC-32
+        that was written with it. (Older files without checksums are read unchecked.)
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, jaxsparse as js

@@ -31,8 +31,8 @@ class Restored(NamedTuple):
       step: the step of the checkpoint.
       params: the parameters, in the containers of the template.
       opt_state: the optimizer state, likewise; None if no template was given.
-      masks: a tree of bools like `params`, True = kept: those that were saved, else
-        those in `opt_state`, else None.
+      masks: a tree of bools like `params`, True = kept: the saved masks, else those in
+        `opt_state`, else None.
       extra: the dictionary that was saved.
     """
 
@@ -65,8 +65,8 @@ def save(
     shard by shard. Typed random keys, weak types and Python numbers in a state come
     back as they were, so that a training that is resumed ends with the same bits.
 
-    The stamp holds the CRC-32 of each leaf: one more pass over the arrays where they
-    are, and no copy of what is on the host.
+    The stamp holds the CRC-32 of each leaf. That takes one more pass over the arrays,
+    and no copy of those on the host.
 
     The directory belongs to one run. The first `save` writes a file `.lock` into it,
     with the host and the process; another run gets an error at its own first `save`.
@@ -87,10 +87,11 @@ def save(
       opt_state: the optimizer state, of any optax transformation or `nnx.Optimizer`.
         Masks of a pruning transformation are in it.
       masks: masks that are in no optimizer state, such as the masks of `js.prune`.
-      extra: a small dictionary of what JSON holds: the position in the data, a seed.
-      keep: how many checkpoints to leave: older ones are deleted once this one is
-        complete. None leaves all. Newer ones (after going back to an older step) are
-        left and not counted.
+      extra: a small dictionary that JSON can hold, such as the position in the data or
+        a seed.
+      keep: how many checkpoints to keep; older ones are deleted once this one is
+        complete. None keeps all. Newer ones (after going back to an older step) are
+        kept and not counted.
 
     Returns:
       The path of the checkpoint, `directory/<step>`.
@@ -99,8 +100,8 @@ def save(
       ValueError: a negative step, masks that do not fit `params`, a directory that is
         an address.
       TypeError: a leaf, a step or an `extra` that cannot be saved.
-      OSError: the directory cannot be made or written to, is full, is another run's, or
-        holds something of the step's name that is not a checkpoint.
+      OSError: the directory cannot be made or written to, is full, belongs to another
+        run, or holds another file under the step's name.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, optax, jaxsparse as js
@@ -188,8 +189,8 @@ def restore(
         `jax.ShapeDtypeStruct`s, for instance from `jax.eval_shape`.
       opt_state: a template of the optimizer state, for instance `tx.init(params)` or
         `jax.eval_shape(tx.init, params)`. None leaves it on disk.
-      step: which step. None is the newest one. It is not passed over where it is
-        damaged, for that would lose work without a word: the error names an older one.
+      step: which step. None is the newest one. If it is damaged, that is an error,
+        which names an older one: skipping it would lose work silently.
 
     Returns:
       The step, the parameters, the optimizer state, the masks and `extra`.
@@ -201,8 +202,8 @@ def restore(
         of jaxsparse; a template whose sharding names no devices; a checkpoint that is
         damaged (the message names the file, the parameter, and the newest older step
         that is whole): all that is read is checked against the CRC-32 in the stamp, on
-        whatever devices it was saved from. (A checkpoint of a version that wrote none
-        is read unchecked.)
+        whatever devices it was saved from. (Older checkpoints without checksums are
+        read unchecked.)
       TypeError: a template with a leaf that cannot have been saved.
 
     Example:

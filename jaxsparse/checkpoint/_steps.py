@@ -42,12 +42,11 @@ def steps(directory: Directory) -> list[int]:
       directory: where `save` puts them. It need not exist.
 
     Returns:
-      The steps, ascending. What a killed process left half-written, what is not a
-      checkpoint, and a checkpoint of which a file is missing, of another size than it
-      was written with, or (up to 64 KiB, and the stamp) changed, is left out. For each
-      step that costs the small files read, and one look at the size of the others.
-      Flipped bits within large files are found by `restore`, which checks the CRC-32 of
-      every array.
+      The steps, ascending. It leaves out half-written checkpoints, other files, and
+      checkpoints with a missing file, a file of another size, or a changed file (of up
+      to 64 KiB, or the stamp). For each step that costs the small files read, and one
+      look at the size of the others. Flipped bits within large files are found by
+      `restore`, which checks the CRC-32 of every array.
 
     Raises:
       ValueError: an address such as `gs://...`, which is not a directory.
@@ -72,8 +71,7 @@ def latest_step(directory: Directory) -> int | None:
       directory: where `save` puts them. It need not exist.
 
     Returns:
-      The step, or None where there is none: the training begins at its beginning.
-      "Whole" is what `steps` says.
+      The step, or None if there is none. "Whole" is what `steps` says.
 
     Raises:
       ValueError: an address such as `gs://...`, which is not a directory.

@@ -26,15 +26,16 @@ def als(
 ) -> PyTree:
     """Allocate by ALS: a linear program removes most where layers are redundant.
 
-    Maximizes `sum_l redundancy_l * n_l * s_l` over sparsities in `[lower, upper]` with
-    the total met. It has one equation, so it is solved by going through the blocks from
-    the most redundant on; equally redundant ones share. After Li et al. (2024),
-    "Adaptive Layer Sparsity for Large Language Models via Activation Correlation
-    Assessment", where the redundancy of a layer comes from the correlation of its
-    activations with those of other layers. No implementation was there to compare with.
+    It maximizes `sum_l redundancy_l * n_l * s_l` over sparsities in `[lower, upper]`
+    that meet the total. The program has one equation, so one pass over the blocks, the
+    most redundant first, solves it; equally redundant blocks share. After Li et al.
+    (2024), "Adaptive Layer Sparsity for Large Language Models via Activation
+    Correlation Assessment", where the redundancy of a layer comes from the correlation
+    of its activations with those of other layers. It was not compared with another
+    implementation.
 
     Args:
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
       redundancy: a number for each block, by its name; by path without `groups`.
       sparsity: the fraction to remove over all selected parameters, in [0, 1).
       lower: the least sparsity of a block.

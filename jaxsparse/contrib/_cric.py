@@ -32,8 +32,9 @@ class Redundancy(NamedTuple):
     Attributes:
       scores: `[*copies, size]` by the groups' names, larger = keep; float32 (float64
         for float64 parameters).
-      drop: the indices that it would remove.
-      violators: for each cycle, how many indices it tried for the first time.
+      drop: the channels that it would remove.
+      violators: for each cycle, the number of channels that it tried for the first
+        time.
       increases: for each cycle, the relative increase of the loss after its removal.
     """
 
@@ -60,15 +61,15 @@ def cric(
 ) -> Redundancy:
     """Correct which channels are redundant, in cycles of trial removals (CRIC).
 
-    Saliency at one point is a poor guide to what happens far from it: an index of small
-    slices with no gradient seems redundant whatever depends on it. A cycle takes the
-    violators, those among the lowest indices that were not tried before, trains for
+    Saliency at one point predicts poorly what happens far from it: a channel of small
+    slices with no gradient seems redundant, whatever depends on it. A cycle takes the
+    violators, the lowest-scoring channels that were not tried before, trains for
     `steps` steps while it shrinks their slices to zero (as `hesso` does), samples the
-    saliency of all indices on the way, and puts the parameters back. The samples of all
-    cycles are averaged. The violators are also charged `loss_weight * increase`, the
-    relative increase of the mean loss by the cycle, each by its part in it: the sum
-    over the steps of `g . dx`, dx what the shrinking takes from its slices. It ends
-    when no more than `tolerance` new violators appear. Chen et al. (2024,
+    saliency of all channels on the way, and puts the parameters back. The samples of
+    all cycles are averaged. The violators are also charged `loss_weight * increase`,
+    the relative increase of the mean loss by the cycle, each by its share: the sum over
+    the steps of `g . dx`, with dx the amount by which shrinking changed its slices. It
+    ends when no more than `tolerance` new violators appear. Chen et al. (2024,
     arXiv:2409.09085).
 
     Then train with the scores it found::
@@ -78,8 +79,8 @@ def cric(
         tx = js.penalties.hesso(optax.adam(1e-3), groups, scores=found.scores,
                                  sparsity=0.5, begin=0, periods=1, duration=1_000)
 
-    Differs from the reference implementation: no separate trial of each group at three
-    sparsities in front; there all violators of a cycle are charged alike; the direction
+    Differs from the reference implementation, which first tries each group alone at
+    three sparsities, charges all violators of a cycle alike, and has the opposite sign
     of the cosine (see `hesso`).
 
     Complexity: a cycle is `steps` training steps and a loss for each batch.
@@ -88,12 +89,12 @@ def cric(
       loss_fn: `loss_fn(params, batch)`, a scalar.
       params: the parameters, trained.
       groups: groups by name, all prunable.
-      batches: what `loss_fn` takes; they are all held, and used in turn.
+      batches: the batches for `loss_fn`; all are held in memory and used in turn.
       sparsity: the fraction of all channels to remove; counted as by `hesso`.
-      optimizer: of the trial removals, from a fresh state in each cycle.
+      optimizer: the optimizer of trial removals, with a fresh state in each cycle.
       steps: the length of a trial removal.
-      max_cycles: the most cycles.
-      tolerance: so many new violators end it.
+      max_cycles: the largest number of cycles.
+      tolerance: it ends when a cycle has at most this many new violators.
       loss_weight: how much the increase of the loss counts; 0 not at all.
       criteria: weights of the saliency's parts.
       roles: as for `js.penalties.group_lasso`.

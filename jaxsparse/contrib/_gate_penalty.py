@@ -32,9 +32,9 @@ def gate_penalty(
         polarization = sum_b c_b g_b (1 - g_b),
         excess = (sum_b c_b g_b - budget)^2.
 
-    The second term closes gates, those first that the loss does without; the first one
-    decides what is half open. As it keeps a gate of 1 where it is, start without it or
-    with gates below 1, and let its weight grow::
+    The second term closes gates, first those that the loss needs least; the first term
+    drives half-open gates to 0 or 1. It holds a gate of 1 in place, so start without it
+    or with gates below 1, and let its weight grow::
 
         def loss(params, logits, batch):
             gates = {name: jax.nn.sigmoid(x) for name, x in logits.items()}
@@ -43,14 +43,14 @@ def gate_penalty(
             return model_loss(with_gates, params, gates, batch) + of_gates
 
     Blocks of the lowest gates are then removed (`remove_blocks`). FoldGPT (Liu et al.
-    2024, arXiv:2407.00928) ranks blocks by gates that a polarising term and a target of
-    operations have trained. Its own formulas were not at hand: these are the plainest
-    ones with their minima.
+    2024, arXiv:2407.00928) ranks blocks by gates trained with a polarizing term and a
+    target of operations. These formulas are the simplest with the same minima, and not
+    the paper's own.
 
     Args:
       gates: scalars in [0, 1] by the names of blocks, for `gated`.
-      costs: of the same blocks: parameters, bytes, FLOPs, microseconds.
-      budget: the fraction of the costs that stays.
+      costs: the costs of the same blocks: parameters, bytes, FLOPs, microseconds.
+      budget: the fraction of the costs to keep.
 
     Returns:
       A `GatePenalty` of two scalars.

@@ -37,7 +37,7 @@ def atomic_init(
       batch: how the experts are stacked: `(experts,)`, or `(layers, experts)` for a
         scanned model.
       size: the hidden units of one expert, f.
-      dtype: in which to add up: float32 or float64.
+      dtype: the type of the sums: float32 or float64.
 
     Returns:
       An `AtomicSums`, `4 * experts * size` numbers at most.
@@ -68,11 +68,10 @@ def atomic_update(
     """Add tokens that are laid out by expert, as an MoE by einsum does.
 
     `g` is the gradient of the loss at the output of the down projection. It comes from
-    adding zeros there and differentiating with respect to them:
-    `jax.grad(lambda zeros: loss(params, batch, zeros))(zeros)`. A loss that is summed
-    over tokens keeps its squares far from the smallest float32; the order of the scores
-    does not depend on it. NaN is not looked for, which would wait for the device: it
-    stays in the sums.
+    adding zeros there and differentiating with respect to them: `jax.grad(lambda zeros:
+    loss(params, batch, zeros))(zeros)`. A loss that is summed over tokens keeps its
+    squares far from the smallest float32; the order of the scores does not depend on
+    it. NaN is not checked, which would wait for the device; it stays in the sums.
 
     Args:
       sums: the sums so far.
@@ -80,10 +79,10 @@ def atomic_update(
       g: the gradients at its output, `[*batch, n, d]`.
       down: the down projection, `[*batch, f, d]`: `y = x @ down`. It has to stay the
         same over all updates.
-      weight: `[*batch, n]` or what broadcasts to it: 1 for the tokens that the router
-        sent to the expert, 0 for others and for padding, whose values (NaN included)
-        do not matter. None counts every row; so pass it where every expert computes
-        every token.
+      weight: an array that broadcasts to `[*batch, n]`. It is 1 for the tokens that the
+        router sent to the expert, and 0 for others and for padding, whose values
+        (including NaN) do not matter. None counts every row, so pass weights if every
+        expert computes every token.
 
     Returns:
       The sums with these tokens.
@@ -250,9 +249,9 @@ def atomic_scores(sums: AtomicSums, *, joint: bool = False) -> Array:
 
       `s[e, k] = E[x_k^2] * w_k^T C_e w_k`,  `C_e = E[g g^T]`,
 
-    means over the tokens that reached e. It takes `x_k` and `g` for independent; with
-    `joint=True` it does not: `s[e, k] = E[x_k^2 (g . w_k)^2]`. Li et al. (2025,
-    arXiv:2509.22299).
+    means over the tokens that reached e. This assumes that `x_k` and `g` are
+    independent; with `joint=True` the score is `s[e, k] = E[x_k^2 (g . w_k)^2]`
+    instead. Li et al. (2025, arXiv:2509.22299).
 
     For ranking over all layers and experts, give these scores to
     `channels.drop_lowest(scope="global")`. There each expert of a layer loses equally

@@ -45,8 +45,8 @@ def expert_distances(
     `r_i` is the router's row for expert i and `a_ij` counts the tokens that were sent
     to both: experts of similar rows get similar tokens, and those that act together are
     redundant. Without `a` it is `router_weight * |r_i - r_j| / |R|`, with the Frobenius
-    norm of the router, so that layers can be compared. No forward pass is needed but
-    for `a`. Lee et al. (2024, arXiv:2409.06211).
+    norm of the router, so that layers can be compared. Only `a` needs forward passes.
+    Lee et al. (2024, arXiv:2409.06211).
 
     As in the reference implementation the mean is over all `E^2` entries, the diagonal
     being 0. Differs from it where no two experts ever act together (a router that
@@ -55,7 +55,7 @@ def expert_distances(
     Args:
       router: `[E, d]`; a flax kernel `[d, E]` is transposed.
       coactivation: `[E, E]`, `routed.T @ routed` for `routed` `[n, E]` of 0 and 1. Its
-        diagonal is not looked at.
+        diagonal is ignored.
       router_weight: the lambda_2 of the paper.
       coactivation_weight: the lambda_1 of the paper.
 
@@ -113,26 +113,26 @@ def cluster_experts(
 ) -> PyTree:
     """Cluster experts by complete linkage, to a total over layers.
 
-    The two clusters whose most distant members are nearest join, again and again, until
-    `clusters` remain. Over several layers the merges of all are taken in the order of
-    their distances, so one threshold holds for all layers and each keeps what its
-    experts need. Lee et al. (2024, arXiv:2409.06211).
+    It joins the two clusters whose most distant members are nearest, until `clusters`
+    remain. Over several layers the merges of all are taken in the order of their
+    distances, so one threshold holds for all layers and each keeps what its experts
+    need. Lee et al. (2024, arXiv:2409.06211).
 
-    Differs from the reference implementation. It goes through pairs of experts from the
-    nearest on, and joins their clusters if no member of one is farther than the
-    threshold from the pair's expert in the other (members of both are not compared, and
-    without a threshold it is single linkage, where clusters grow into chains). It then
+    Differs from the reference implementation. The reference visits pairs of experts,
+    the nearest first, and joins their clusters if no member of one is farther than the
+    threshold from the pair's expert in the other. It does not compare other members;
+    without a threshold it is single linkage, where clusters grow into chains. It then
     searches for the threshold that gives the total, which need not exist. Distances of
     merges by complete linkage only grow, so here the total is exact without a search.
 
     Args:
       distances: `[E, E]`, symmetric, of either sign, as `expert_distances` makes; or a
-        tree of them, one for each layer. The diagonal is not looked at.
-      clusters: how many are to remain, over all layers together.
+        tree of them, one for each layer. The diagonal is ignored.
+      clusters: the number of clusters to keep, over all layers together.
       threshold: clusters with members that far apart or farther never join, so more
         than `clusters` may remain.
-      at_least: how many remain in each layer: no fewer than the router picks for a
-        token.
+      at_least: the least number to keep in each layer; no fewer than the router picks
+        for a token.
 
     Returns:
       For each layer `[E]` integers, the cluster of each expert, numbered by their
@@ -211,9 +211,8 @@ def _checked(path: str, distances: Any) -> np.ndarray:
 def medoids(experts: PyTree, labels: Any) -> Array:
     """Return the member of each cluster that is closest to the mean of all.
 
-    Distances are Euclidean over all weights of an expert. The indices that are not
-    among the medoids are what an expert axis loses when its clusters keep one member
-    each: the entries of a `Drop`.
+    Distances are Euclidean over all weights of an expert. To keep one member of each
+    cluster, drop all indices that are not medoids: they are the entries of a `Drop`.
 
     Differs from the reference implementation, where rounding decides between the two
     members of a pair, which are equally far: here distances that agree to a part in

@@ -38,9 +38,9 @@ def wgsef_prox(
         GS_k(x) = 1/2 min_u sum_c ||x_c||^2 / u_c,  0 <= u_c <= 1,  sum_c d_c u_c <= k
 
     with x_c the entries of all slices of index c, d_c its cost and `k = (1 - sparsity)
-    * sum_c d_c`: one budget over all groups. So unlike the group lasso it is told how
-    much to keep, and what is kept well within the budget decays alike, by
-    `1 / (1 + strength)`. Beck & Refael (2022, arXiv:2212.12921).
+    * sum_c d_c`: one budget over all groups. Unlike the group lasso it knows how much
+    to keep, and all channels well within the budget decay alike, by `1 / (1 +
+    strength)`. Beck & Refael (2022, arXiv:2212.12921).
 
     The step is `params + u' = argmin_x  strength * GS_k(x) + 1/2 ||x - v||^2`, `v =
     params + u`. With `lam = strength` it is `x_c = v_c * u_c / (lam + u_c)`, `u_c =
@@ -55,9 +55,8 @@ def wgsef_prox(
         tx = optax.chain(optax.sgd(rate), js.contrib.wgsef_prox(
             groups, sparsity=0.5, strength=rate * 0.1))
 
-    A small strength empties few indices in one step; their u, and with it what is kept
-    of them in each step, goes down over many. `js.channels.zero_indices(params,
-    groups)` finds the channels that are zero.
+    A small strength empties few channels in one step; their u decreases over many
+    steps. `js.channels.zero_indices(params, groups)` finds the channels that are zero.
 
     Complexity: the parameters are read twice; t by 50 halvings over the indices.
 

@@ -13,10 +13,10 @@ class Drop(NamedTuple):
     (`js.checkpoint`, orbax, `np.savez`).
 
     Attributes:
-      indices: by the name of a group what goes, sorted: `[k]`, or `[*copies, k]` for a
-        group of which each copy (head, expert, layer) loses its own.
-      sizes: by the name of a group its size before: a specification for another model
-        is recognised.
+      indices: by the name of a group the removed channels, sorted: `[k]`, or `[*copies,
+        k]` for a group of which each copy (head, expert, layer) loses its own.
+      sizes: by the name of a group its size before, so that a `Drop` for another model
+        is rejected.
 
     Example:
       >>> import numpy as np, jaxsparse as js

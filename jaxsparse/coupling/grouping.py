@@ -24,10 +24,10 @@ class Member:
     Attributes:
       path: the parameter's path.
       axis: which of its axes.
-      index: `[n]`, for each position along the axis the group's index there, -1 where
+      index: `[n]`, for each position along the axis the group's channel there, -1 where
         it has none.
-      copies: for each group that batches this one, in which of the parameter's axes it
-        lies, and its index at each position there.
+      copies: for each group that batches this one, its axis in the parameter, and its
+        channel at each position there.
       role: what the axis is to a kernel; "other" for biases and scales.
     """
 
@@ -61,25 +61,27 @@ class Group:
     """Channels that are kept or removed together in all members of a group.
 
     Attributes:
-      name: of the first kernel that has it as an output axis, or of its first member:
-        `"block_0/conv/kernel[3]"`; with a number for its place where several groups
-        share that axis, `"attn/query/kernel[1.0]"`.
-      size: how many indices it has.
-      members: all axes of parameters that it lies along.
+      name: the path and axis of the first kernel that has it as an output axis, or of
+        its first member, as `"block_0/conv/kernel[3]"`. Where several groups share that
+        axis it ends in the group's place, as `"attn/query/kernel[1.0]"`.
+      size: the number of its channels.
+      members: the axes of parameters that have its channels.
       batched_by: the groups (heads, experts, layers of a scan, groups of a convolution)
-        each of whose indices may lose its own indices of this one.
-      copies: their sizes.
-      flags: "input", "output": an axis of what goes in or comes out. "gathered": it is
-        looked up by index. "sorted": its order follows from the data. "position": its
+        of which each channel has a copy of this group, which may lose its own channels.
+      copies: the sizes of these groups.
+      flags: "input", "output": an axis of the model's inputs or outputs. "gathered": it
+        is looked up by index. "sorted": data determines its order. "position": its
         positions are used as numbers. "layer": a scan runs along it. "frozen": a
-        primitive could not be followed, or fixes it. "fixed": a foreign kernel (see
-        `js.trace(..., rules=)`) has its size: masks can be had, not narrowing. "zeros":
-        masked indices still act (a softmax, a maximum). "nonfinite": masked indices
-        make NaN or Inf (0 / 0, log 0), in the result or in gradients. "unread": the
-        traced function reads none of its parameters. None of them for most.
-      reasons: for each flag what set it, and at which line of the model.
-      allowed: flags that the caller takes the responsibility for.
-      key: equal for isomorphic groups: as many axes of the same kinds of parameters.
+        primitive fixes the size, or the trace cannot follow it. "fixed": a foreign
+        kernel (see `js.trace(..., rules=)`) has its size; it can be masked and not
+        narrowed. "zeros": masked channels still act (a softmax, a maximum).
+        "nonfinite": masked channels make NaN or Inf (0 / 0, log 0), in the result or in
+        gradients. "unread": the traced function reads none of its parameters. Most
+        groups have none.
+      reasons: for each flag its cause and the line of the model.
+      allowed: the flags that the caller has allowed.
+      key: equal for isomorphic groups, which have the same number of axes of the same
+        kinds of parameters.
     """
 
     name: str
@@ -94,12 +96,12 @@ class Group:
 
     @property
     def zero_invariant(self) -> bool:
-        """Whether masked indices leave no trace in the result."""
+        """Whether masked channels do not change the result."""
         return not self.flags & {"zeros", "nonfinite"}
 
     @property
     def prunable(self) -> bool:
-        """Whether nothing speaks against removing some of its indices."""
+        """Whether its channels can be removed: no flag forbids it."""
         return not self.flags - self.allowed
 
 
@@ -136,7 +138,7 @@ class Groups(Mapping[str, Group]):
 
     @property
     def prunable(self) -> "Groups":
-        """Those that may lose indices."""
+        """The groups that may lose channels."""
         return Groups({name: g for name, g in self.items() if g.prunable})
 
     def __repr__(self) -> str:
@@ -156,28 +158,29 @@ class Groups(Mapping[str, Group]):
 def groups(trace: Trace, *, allow: Collection[str] = ()) -> Groups:
     """Find which axes of which parameters must lose the same channels.
 
-    Two axes are coupled if some operation of the model makes them the same: what is
-    added, multiplied entry by entry, contracted with each other, reshaped or joined.
-    Each leaf of the axes of the trace is a group. Heads, the width of a head, experts,
-    channels of grouped convolutions and layers of a scan are groups of their own,
-    whichever way the model writes them.
+    Two axes are coupled if some operation of the model matches them: it adds or
+    multiplies their arrays entry by entry, contracts them with each other, reshapes or
+    joins them. Each leaf of the axes of the trace is a group. Heads, the width of a
+    head, experts, channels of grouped convolutions and layers of a scan are groups of
+    their own, whichever way the model writes them.
 
     Complexity: linear in the number of equations and their rank, whatever the widths.
 
     Differs from Torch-Pruning (Fang et al. 2023, arXiv:2301.12900), which follows index
-    lists through the autograd graph of modules that it knows, and takes other ones for
-    elementwise: here unknown operations freeze an axis, and `Group.reasons` say where.
+    lists through the autograd graph of modules that it knows, and assumes that others
+    are elementwise. Here unknown operations freeze an axis, and `Group.reasons` say
+    where.
 
     Args:
       trace: of `js.trace`.
-      allow: flags of `Group` that shall not forbid: `{"position"}` for the width of
-        heads with rotary embeddings, `{"layer"}` for the layers of a scan, `{"zeros"}`
-        for groups whose masked indices still act, `{"nonfinite"}` for those that make
-        NaN where they are masked but can be narrowed. "frozen" and "gathered" axes can
-        never be narrowed.
+      allow: flags of `Group` that do not forbid removal: `{"position"}` for the width
+        of heads with rotary embeddings, `{"layer"}` for the layers of a scan,
+        `{"zeros"}` for groups whose masked channels still act, `{"nonfinite"}` for
+        those that make NaN where they are masked but can be narrowed. "frozen" and
+        "gathered" axes can never be narrowed.
 
     Returns:
-      All groups with more than one index, prunable or not.
+      All groups of more than one channel, prunable or not.
 
     Raises:
       ValueError: an unknown flag.

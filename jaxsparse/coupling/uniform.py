@@ -1,6 +1,6 @@
 """Masked entries that are not zero but all the same: what a sum is then short of.
 
-Where a channel is masked, a centred value `x - mean` is `-mean`, in all masked entries
+Where a channel is masked, a centered value `x - mean` is `-mean`, in all masked entries
 alike. A sum over the channels, such as that of a variance, then has in the masked model
 as many such terms as channels are masked, and in the narrowed one none. They are
 computed once, from the operands' own masked entries, and added.

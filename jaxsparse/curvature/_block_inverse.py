@@ -57,7 +57,7 @@ def block_ihvp(root: Triangle, x: Array, *, layout: BlockLayout) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("layout", "size"))
 def block_groups(root: Triangle, *, layout: BlockLayout, size: int | None) -> Array:
-    """`[F^-1]_QQ` for groups Q of neighbouring weights; of whole blocks for None."""
+    """`[F^-1]_QQ` for groups Q of neighboring weights; of whole blocks for None."""
     b, stored = layout.block_size, root.square.dtype
 
     def groups(root: Triangle) -> Array:
@@ -79,7 +79,7 @@ def _groups(root: Triangle, size: int) -> Array:
 def block_group_solve(
     root: Triangle, w: Array, *, layout: BlockLayout
 ) -> tuple[Array, Array]:
-    """Units of neighbouring weights, each removed on its own."""
+    """Units of neighboring weights, each removed on its own."""
     b, size, stored = layout.block_size, layout.unit, root.square.dtype
 
     def solve(root: Triangle, w: Array) -> tuple[Array, Array]:

@@ -69,21 +69,21 @@ def block_fisher(
 ) -> BlockFisher:
     """Estimate the empirical Fisher matrix in blocks along each kernel, and invert it.
 
-    `F = (1/m) sum_i g_i g_i^T + damping * I`, of which only blocks of `block_size`
-    neighbouring weights are kept. Singh & Alistarh (2020, WoodFisher, arXiv:2004.14340)
-    and Kurtic et al. (2022, oBERT, arXiv:2203.07259).
+    It keeps only blocks of `block_size` neighboring weights of `F = (1/m) sum_i g_i
+    g_i^T + damping * I`. Singh & Alistarh (2020, WoodFisher, arXiv:2004.14340) and
+    Kurtic et al. (2022, oBERT, arXiv:2203.07259).
 
     A kernel is read as a matrix `[d_out, d_in]`, row by row (torch's order, that of the
-    papers): neighbours are inputs of one output. Blocks do not cross layers stacked
+    papers): neighbors are inputs of one output. Blocks do not cross layers stacked
     along batch axes; the last one of a layer may be smaller. Weights whose gradients
     are all zero (masked weights) are decoupled; their entry of `F^-1` is `1 / damping`.
 
     Differs from the reference implementations: they update `F^-1` by one gradient after
-    another, for one damping, m times through `d * block_size` numbers in float32; with
-    damping 1e-7 that loses 6e-2 to 300 of the diagonal's value (a third of it turns
-    negative in M-FAC's). Here `F` is summed up by matrix products and inverted once by
-    Cholesky in float64, whatever the type of the gradients (locally: no global setting
-    is needed or touched), to 1e-6. m counts the gradients given, not those hoped for.
+    another, in float32 and for one damping. With damping 1e-7 the diagonal then has
+    relative errors of 6e-2 to 300 (a third of it turns negative in M-FAC's code). Here
+    `F` is summed up by matrix products and inverted once by Cholesky in float64,
+    whatever the type of the gradients (locally: no global setting is needed or
+    touched), to 1e-6. m is the number of gradients given.
 
     Cost: `m * block_size * d` multiply-adds and some `block_size^2 * d` more;
     `block_size + 2` float32 a weight, summed up and inverted in place, and some 40 MB
@@ -107,9 +107,9 @@ def block_fisher(
       pattern: units of it are kept whole within a block, and can then be scored and
         removed together.
       axes: the axes of kernels whose layout is not flax's; see `jaxsparse.Axes`.
-      accurate: False sums up and factors in the gradients' own type: half the time,
-        and right only where the largest eigenvalue of `F` is below some 1e4 times the
-        damping.
+      accurate: False sums up and factors in the gradients' own type. It takes half the
+        time, and is right only where the largest eigenvalue of `F` is below some 1e4
+        times the damping.
 
     Returns:
       A `BlockFisher`, for `ihvp`, `inverse_diagonal`, `inverse_blocks`, the scores and
@@ -118,7 +118,7 @@ def block_fisher(
     Raises:
       ValueError: no gradients, gradients with NaN or Inf (in eager use), a damping
         that is not positive, a block larger than its kernel, or one that cuts units; a
-        factorisation that fails.
+        factorization that fails.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

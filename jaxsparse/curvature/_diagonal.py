@@ -29,7 +29,7 @@ class DiagonalFisher:
 
     Attributes:
       diagonals: for each parameter `F_qq`, damping included, of its shape.
-      damping: what was added, a scalar.
+      damping: the number added to the diagonal, a scalar.
       treedef: the structure of the gradients.
       layouts: the parameters' paths and shapes.
     """
@@ -49,8 +49,8 @@ def diagonal_fisher(
 ) -> DiagonalFisher:
     """Estimate the diagonal of the empirical Fisher matrix.
 
-    `F_qq = (1/m) sum_i g_iq^2 + damping`: with it the scores are those of Optimal Brain
-    Damage (LeCun, Denker & Solla, 1989), whose Hessian diagonal it stands for, and
+    `F_qq = (1/m) sum_i g_iq^2 + damping` stands for the diagonal of the Hessian. With
+    it the scores are those of Optimal Brain Damage (LeCun, Denker & Solla, 1989), and
     pruning changes no other weight.
 
     Args:

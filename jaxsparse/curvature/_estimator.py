@@ -50,7 +50,7 @@ class Sums:
 
     Attributes:
       sums: for each parameter that takes part its statistics.
-      count: how many gradients were summed up, int32.
+      count: the number of gradients summed up, int32.
       treedef: the structure of the gradients.
       layouts: for each parameter how its weights are laid out.
     """

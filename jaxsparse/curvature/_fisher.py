@@ -33,7 +33,8 @@ def masks_of(fisher: Fisher, masks: PyTree, *, name: str = "masks") -> list[Arra
 def apart(fisher: Fisher) -> list[Fisher]:
     """Split a Fisher matrix into independent parts, one per parameter where possible.
 
-    With one after another no more than one parameter is worked on at once.
+    Process the parts one after another to hold the scratch memory of one parameter
+    only.
 
     Args:
       fisher: an approximation of the Fisher matrix.

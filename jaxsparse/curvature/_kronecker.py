@@ -49,8 +49,8 @@ class KroneckerFisher:
 
     Attributes:
       factors: for each parameter the eigenvectors and eigenvalues of its two sides.
-      damping: the number added to the diagonal, a scalar. No factor depends on it: with
-        another one in its place this is the Fisher matrix with that damping.
+      damping: the number added to the diagonal, a scalar. No factor depends on it, so
+        replacing it gives the Fisher matrix of another damping.
       treedef: the structure of the gradients.
       layouts: for each parameter how it is read as matrices.
     """
@@ -70,25 +70,25 @@ def kronecker_fisher(
     axes: AxesRule = None,
     accurate: bool = True,
 ) -> KroneckerFisher:
-    """The empirical Fisher matrix, for each kernel as a product of inputs and outputs.
+    """Estimate the Fisher matrix of each kernel as a product of inputs and outputs.
 
     With gradients `G_i` read as matrices `[d_out, d_in]` (rows are outputs),
     `L = sum_i G_i^T G_i`, `R = sum_i G_i G_i^T` and `t = tr L = tr R`,
 
         F = (R kron L) / (m t) + damping * I.
 
-    It has the trace of the empirical Fisher matrix and, since `L` and `R` are that
-    matrix summed over one side, is exact where that is a Kronecker product at all: for
-    `G_i = delta_i a_i^T` where `delta delta^T` and `a a^T`, lengths included, are
-    uncorrelated. Layers stacked along batch axes have factors of their own. A vector is
-    one column: `d_in = 1`, its Fisher matrix is kept whole and exact, in `n^2` numbers.
+    It has the trace of the empirical Fisher matrix. It is exact where that matrix is a
+    Kronecker product: for `G_i = delta_i a_i^T` where `delta delta^T` and `a a^T`,
+    lengths included, are uncorrelated. Layers stacked along batch axes have factors of
+    their own. A vector is one column (`d_in = 1`); its Fisher matrix is kept whole and
+    exact, in `n^2` numbers.
 
-    The product is that of K-FAC (Martens & Grosse, 2015, arXiv:1503.05671), factors
-    from gradients are those of Shampoo (Gupta et al., 2018, arXiv:1802.09568).
+    K-FAC (Martens & Grosse, 2015, arXiv:1503.05671) has the same product; Shampoo
+    (Gupta et al., 2018, arXiv:1802.09568) has the same factors.
 
     Differs from K-FAC: its factors are second moments of activations `a` and
-    backpropagated signals `delta`, for which it looks into the model; here gradients
-    are all that is needed, for any layer, and each `a` counts by its `|delta|^2`. It
+    backpropagated signals `delta`, which it reads inside the model. This function needs
+    gradients alone, for any layer, and weights each `a` by its `|delta|^2`. K-FAC
     splits the damping between the factors, which is another matrix; here damping is
     exact: with eigenvectors `V`, `U` and eigenvalues `r`, `l` of `R` and `L`
 
@@ -96,25 +96,24 @@ def kronecker_fisher(
 
     Differs from Shampoo: the inverse of `F`, not roots of its factors.
 
-    Masked gradients are plain zeros here. Pruned inputs and outputs drop out, but among
-    the rest pruned weights leave no product, so `restrict` and joint updates do not
+    Masked gradients are plain zeros here. Pruned inputs and outputs drop out. Other
+    pruned weights would destroy the product, so `restrict` and joint updates do not
     exist: score with it and take new gradients.
 
-    Cost: `m * d * (d_in + d_out)` multiply-adds for the sums, some
-    `9 * (d_in^3 + d_out^3)` flops for the eigenvectors; `2 * d * (d_in + d_out)` a
-    product `F^-1 X` and half of that for the diagonal. `d_in^2 + d_out^2` float32 a
-    layer and little more, before and after. For the 85e6 weights in BERT-base's
-    kernels and m = 1024: 1.2 GB instead of the 17.3 GB of blocks of 50, but 530 TFLOP
-    in float64, 60 times theirs. A table `[vocabulary, d]` has a side of `vocabulary^2`:
-    leave it out.
+    Cost: `m * d * (d_in + d_out)` multiply-adds for the sums, some `9 * (d_in^3 +
+    d_out^3)` flops for the eigenvectors; `2 * d * (d_in + d_out)` a product `F^-1 X`
+    and half of that for the diagonal. Sums and factors take `d_in^2 + d_out^2` float32
+    a layer and little more. For the 85e6 weights in BERT-base's kernels and m = 1024:
+    1.2 GB instead of the 17.3 GB of blocks of 50, but 530 TFLOP in float64, 60 times
+    theirs. A table `[vocabulary, d]` has a side of `vocabulary^2`: leave it out.
 
-    Memory besides: gradients are never held twice. 8 MB of them (or one, where that is
-    more) are brought into float64 at a time, and both sides of one kernel: 28 MB of
-    scratch for gradients of 768 x 768, 193 MB for 768 x 3072, whatever m. On a mesh
-    this holds if m is a multiple of the devices, else a parameter's gradients are
-    brought into float64 at once. Where m is sharded they stay where they are; where
-    the kernel is, each part of them is gathered for the side that is cut. Factors, and
-    the diagonal made from them, are on every device.
+    Scratch memory: the function converts 8 MB of gradients (at least one) and both
+    sides of one kernel to float64 at a time. That is 28 MB for gradients of 768 x 768
+    and 193 MB for 768 x 3072, whatever m. On a mesh this holds if m is a multiple of
+    the devices, else a parameter's gradients are brought into float64 at once. Where m
+    is sharded they stay where they are; where the kernel is, each part of them is
+    gathered for the side that is cut. Factors, and the diagonal made from them, are on
+    every device.
 
     Args:
       grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for
@@ -123,16 +122,16 @@ def kronecker_fisher(
       rel_damping: instead of it a factor for the mean diagonal of `F` over all weights
         whose input and output have gradients.
       axes: the axes of kernels whose layout is not flax's; see `jaxsparse.Axes`.
-      accurate: False sums up and factors in the gradients' own type, quicker where
-        float64 is slow; the diagonal of `F^-1` then had errors of 1e-5 to 1e-3 for a
-        largest eigenvalue of 1e3 to 1e5 times the damping, instead of below 1e-6.
+      accurate: False sums up and factors in the gradients' own type, which is quicker
+        where float64 is slow. The diagonal of `F^-1` then has errors of 1e-5 to 1e-3
+        for a largest eigenvalue of 1e3 to 1e5 times the damping, instead of below 1e-6.
 
     Returns:
       A `KroneckerFisher`, for `ihvp`, `inverse_diagonal` and the scores.
 
     Raises:
       ValueError: no gradients, gradients with NaN or Inf (in eager use), a damping that
-        is not positive, a kernel of three axes that are not stated.
+        is not positive, a kernel of three axes whose layout is not stated.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

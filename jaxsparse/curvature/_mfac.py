@@ -46,9 +46,9 @@ class MFac:
       root: the triangle `R` with `R^T R = (m * damping * I + G G^T)^-1`, `[m, m]`.
       damping: the number added to the diagonal, a scalar.
       treedef: the structure of the gradients.
-      paths: of the parameters that take part.
+      paths: the paths of the parameters that take part.
       accurate: whether `R` was found in float64.
-      page_bytes: how much of gradients in the host's memory is fetched at once.
+      page_bytes: how many bytes of gradients in the host's memory are fetched at once.
     """
 
     grads: tuple[Any, ...]
@@ -73,16 +73,15 @@ def mfac(
     """Estimate the empirical Fisher matrix over all weights at once, matrix-free.
 
     `F = (1/m) G^T G + damping * I` with the gradients as rows of `G`, `[m, d]`. By
-    Woodbury `F^-1 x = (x - G^T S^-1 G x) / damping`, `S = m * damping * I + G G^T`:
-    the m x m matrix S is all that is factored, and no `d x d` or block matrix exists.
-    Frantar, Kurtic & Alistarh (2021, M-FAC, arXiv:2107.03356).
+    Woodbury `F^-1 x = (x - G^T S^-1 G x) / damping`, `S = m * damping * I + G G^T`.
+    Only the m x m matrix S is factored; no `d x d` or block matrix exists. Frantar,
+    Kurtic & Alistarh (2021, M-FAC, arXiv:2107.03356).
 
-    Differs from the reference implementation, which orthogonalises the gradients one
-    after another (m passes over what is there already, overwriting them): that is the
-    factorisation of S, found here from one matrix product and Cholesky, in float64
-    unless told otherwise. Its blocks run on over the ends of parameters; with
-    `block_size` they do not here. Up to some four times m weights a block is better
-    inverted itself (`block_fisher`).
+    Differs from the reference implementation, which orthogonalizes the gradients one
+    after another, in m passes, and overwrites them. Here one matrix product and
+    Cholesky factor S, in float64 unless told otherwise. Its blocks cross the ends of
+    parameters; with `block_size` they do not here. For blocks of up to four times m
+    weights `block_fisher` is cheaper.
 
     Cost: `m^2 d` multiply-adds once, `2 m d` for a product with `F^-1`, `m^2 d` for the
     whole diagonal. Memory: the gradients and `m^2` numbers. For 25e6 weights and
@@ -98,13 +97,13 @@ def mfac(
         parameters that take no part. They are kept, not copied.
       damping: added to the diagonal; the paper takes 1e-5 for pruning.
       rel_damping: instead of it a factor for the mean diagonal of F, of all weights.
-      block_size: None for one matrix over all weights; else each block of so many
-        neighbours on its own, cut as in `block_fisher` (with a copy of the gradients
-        in that order, and `m^2` numbers for each block).
+      block_size: None for one matrix over all weights; otherwise each block of so many
+        neighbors has a matrix of its own, as in `block_fisher`. That takes a copy of
+        the gradients, and `m^2` numbers for each block.
       axes: the axes of kernels whose layout is not flax's, for blocks.
       accurate: False forms and factors S in the gradients' type: right only where the
         gradients' largest squared norm is below some 1e4 times `m * damping`.
-      page_bytes: how much of gradients in the host's memory is fetched at once.
+      page_bytes: how many bytes of gradients in the host's memory are fetched at once.
 
     Returns:
       An `MFac`, for `ihvp`, `inverse_diagonal`, `span_ihvp`, the scores and solvers; a
@@ -112,7 +111,7 @@ def mfac(
 
     Raises:
       ValueError: no gradients, gradients with NaN or Inf (in eager use), a damping
-        that is not positive; a factorisation that fails.
+        that is not positive; a factorization that fails.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -158,10 +157,11 @@ def _mean_square(leaves) -> Array:
 def span_ihvp(fisher: MFac, coefficients: Array) -> PyTree:
     """Return `F^-1 G^T c`, the inverse times a combination of the gradients themselves.
 
-    As `m G^T S^-1 c`, without the difference in which `ihvp` of the same vector loses
-    its digits: exact to rounding at any damping, as long as the gradients are linearly
-    independent (many more weights than gradients). `c = ones(m) / m` gives the natural
-    gradient, a one-hot `c` the product with one gradient.
+    It computes `m G^T S^-1 c` directly, so it does not lose digits in a difference as
+    `ihvp` of the same vector does. The result is exact to rounding at any damping if
+    the gradients are linearly independent (many more weights than gradients). `c =
+    ones(m) / m` gives the natural gradient, a one-hot `c` the product with one
+    gradient.
 
     Args:
       fisher: what `mfac` returned.

@@ -39,8 +39,8 @@ class BlockMFac:
     """The inverse of a damped block-diagonal Fisher matrix, as gradients and factors.
 
     Attributes:
-      rows: for each parameter its gradients in blocks, `[*lead, m, b]`: the one copy
-        that is needed, the gradients themselves may be dropped.
+      rows: for each parameter its gradients in blocks, `[*lead, m, b]`. The gradients
+        themselves are no longer needed.
       roots: for each parameter triangles `R` with `R^T R = (m * damping * I + G
         G^T)^-1` of each block, `[*lead, m, m]`.
       damping: the number added to the diagonal, a scalar.

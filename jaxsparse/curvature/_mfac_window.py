@@ -36,7 +36,7 @@ from jaxsparse.tree import leaves_with_paths, like, map_with_path
 
 
 class MFacWindow(NamedTuple):
-    """The last m gradients and what makes their Fisher matrix quick to invert.
+    """The last m gradients, and a factor that inverts their Fisher matrix quickly.
 
     Attributes:
       grads: a tree like the parameters, leaves `[m, *shape]`: `G`, a ring. Rows that
@@ -65,13 +65,12 @@ def window_init(
     Args:
       params: a tree of arrays, or of their shapes; None and `optax.MaskedNode` are no
         parameters. Rows are sharded as the parameters are.
-      window: how many gradients it holds, m. All m rows count from the start, also
-        those which are still zeros: `F = damping I + (1/m) sum g g^T` as in the
-        reference implementation.
+      window: the number of gradients it holds, m. All m rows count from the start,
+        including those that are still zeros: `F = damping I + (1/m) sum g g^T`, as in
+        the reference implementation.
       damping: the number added to the diagonal of F.
-      dtype: that in which gradients are kept; that of their parameters if None.
-        Sums are made in float32 at least. (In 16 bits a step takes 1.5 times as long
-        on CPU.)
+      dtype: the type of the stored gradients; the parameters' by default. Sums are made
+        in float32 at least. (In 16 bits a step takes 1.5 times as long on CPU.)
 
     Returns:
       A window.
@@ -123,8 +122,7 @@ def window_update(
     One pass over `G` for the new inner products, `2 m d` FLOP, and `O(m^2)` for the
     factor. If the state is donated, the row is written in place.
 
-    A gradient that is not finite, or whose squared norm is not, is not entered: the
-    window stays as it is.
+    If a gradient or its squared norm is not finite, the window does not change.
 
     Args:
       state: a window.
@@ -164,17 +162,17 @@ def window_update_ihvp(
 
     In float32 the relative error is about 1e-7 times the condition number of `S`: at
     most 1e-6 where gradients point in different directions, whatever the damping. (The
-    formula with `1 / damping` loses all digits there.) Of a gradient that others
-    explain up to rounding no digit is left; the product is then neither NaN nor large.
-    On CPU XLA sums a parameter of 1e6 weights to 2e-5 of `|g|^2` only; the error is
-    then 1e-5 where gradients share half of their length, and still 2e-7 where they
-    share none.
+    formula with `1 / damping` loses all digits there.) If the other gradients explain a
+    gradient up to rounding, no digit of the product is right; it is then neither NaN
+    nor large. On CPU XLA sums a parameter of 1e6 weights to 2e-5 of `|g|^2` only; the
+    error is then 1e-5 where gradients share half of their length, and still 2e-7 where
+    they share none.
 
     Args:
       state: a window.
-      grads: a tree like the parameters. One with NaN or Inf is not entered, and its
-        product is NaN in the same places; of one whose squared norm alone is infinite
-        it is 0.
+      grads: a tree like the parameters. A gradient with NaN or Inf does not enter the
+        window, and its product is NaN in the same places. If only its squared norm is
+        infinite, the product is 0.
       damping: another damping from now on; None keeps that of the window.
 
     Returns:
@@ -203,8 +201,8 @@ def window_ihvp(state: MFacWindow, tree: PyTree, *, damping: Any = None) -> PyTr
     Args:
       state: a window.
       tree: x, a tree like the parameters.
-      damping: another damping, for this product: it costs a Cholesky factor of S. None
-        is that of the window.
+      damping: another damping, for this product: it costs a Cholesky factor of S. The
+        window's by default.
 
     Returns:
       A tree like `tree`.
@@ -226,8 +224,9 @@ def window_ihvp(state: MFacWindow, tree: PyTree, *, damping: Any = None) -> PyTr
 def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
     """Remove pruned coordinates from all gradients of a window.
 
-    It is then the window of the parameters that are left, as if the others had never
-    been there. It costs `2 m^2 d` FLOP, as many as m / 2 steps of `window_update_ihvp`.
+    The result is the window that training with the remaining parameters alone would
+    have filled. It costs `2 m^2 d` FLOP, as many as m / 2 steps of
+    `window_update_ihvp`.
 
     Args:
       state: a window.

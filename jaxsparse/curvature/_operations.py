@@ -17,7 +17,7 @@ def ihvp(fisher: Fisher, tree: PyTree) -> PyTree:
     Args:
       fisher: an approximation of the Fisher matrix.
       tree: x, with an array of the parameter's shape for each parameter that takes
-        part; others may be there too and are not looked at.
+        part; other arrays are ignored.
 
     Returns:
       A tree with the structure of the gradients: None for parameters that take no part.
@@ -59,16 +59,16 @@ def inverse_diagonal(fisher: Fisher) -> PyTree:
 def restrict(fisher: Any, masks: PyTree, *, donate: bool = False) -> Any:
     """Return the Fisher matrix of the weights that are kept.
 
-    Rows and columns of pruned weights are taken out of `F` (not of its inverse): what
-    is left is the curvature of a network in which they stay 0. Each of them is apart
-    from the rest from then on, with `1 / damping` in the inverse.
+    It removes the rows and columns of pruned weights from `F` (not from its inverse),
+    which gives the curvature of a network in which they stay 0. Pruned weights become
+    decoupled; their entry in the inverse is `1 / damping`.
 
     Args:
-      fisher: an approximation of the Fisher matrix. (`MFac` copies its gradients; in a
-        Kronecker form nothing can be taken out: take the gradients with `masks`.)
+      fisher: an approximation of the Fisher matrix. (`MFac` copies its gradients. A
+        Kronecker form cannot be restricted: compute the gradients with `masks`.)
       masks: a tree of bools with a mask for each parameter that takes part.
-      donate: whether a `BlockFisher` is restricted in its own memory; `fisher` is not
-        there any more afterwards. Others are small, or are copied in any case.
+      donate: whether a `BlockFisher` is restricted in its own memory, after which
+        `fisher` cannot be used. Other kinds are small, or are copied in any case.
 
     Returns:
       The same kind of approximation.
@@ -102,7 +102,7 @@ def eliminate(
         change.
       params: has an array for each parameter that takes part.
       removed: bools of the parameters' shapes, True = in Q.
-      kept: bools, True = may change; all but Q by default. What is in neither was
+      kept: bools, True = may change; all but Q by default. Weights in neither were
         pruned before, and `fisher` was restricted.
 
     Returns:
@@ -135,18 +135,18 @@ def inverse_blocks(fisher: Fisher, *, size: int | None = None) -> PyTree:
 
     Args:
       fisher: what `block_fisher` returned.
-      size: the weights of a group, a divisor of the block size: 4 for oBERT's groups.
-        None for the whole blocks.
+      size: the number of weights in a group, a divisor of the block size; 4 for oBERT's
+        groups. None for the whole blocks.
 
     Returns:
       A tree with the structure of the gradients, leaves `[*lead, block_size // size,
       size, size]` in the order of `fisher.layouts` (a kernel row by row as `[d_out,
-      d_in]`); for `size=None` without the axis of length 1. A last block that is
-      not full has `1 / damping` on the rest of its diagonal.
+      d_in]`); for `size=None` without the axis of length 1. If the last block is not
+      full, the rest of its diagonal is `1 / damping`.
 
     Raises:
       ValueError: `size` does not divide the block size.
-      TypeError: another approximation.
+      TypeError: an approximation of another kind.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -178,7 +178,7 @@ def group_scores(fisher: Fisher, params: PyTree) -> tuple[PyTree, PyTree]:
       `-F^-1` is the change that removes the unit alone.
 
     Raises:
-      TypeError: another approximation.
+      TypeError: an approximation of another kind.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -206,18 +206,18 @@ def greedy_scores(
 ) -> PyTree:
     """Return the loss at which greedy OBS removes each weight, block by block.
 
-    In each block the weight with the least `w_q^2 / (2 [F^-1]_qq)` goes, the others are
-    changed, `F^-1` is reduced by it, and so on until none is left: `ExactOBS` of
-    Frantar & Alistarh (2022, OBC, arXiv:2208.11580) on blocks of the Fisher matrix.
-    Removing the lowest scores over all blocks, and then `eliminate`, is the result of
-    stopping each block in time.
+    Each step removes the weight of a block with the least `w_q^2 / (2 [F^-1]_qq)`,
+    updates the others and takes the weight out of `F^-1`, until no weight is left. This
+    is `ExactOBS` of Frantar & Alistarh (2022, OBC, arXiv:2208.11580) on blocks of the
+    Fisher matrix. Removing the lowest scores over all blocks, and then `eliminate`, is
+    the result of stopping each block in time.
 
     Cost: `block_size^2` multiply-adds a weight in float64, one after another.
 
     Args:
       fisher: what `block_fisher` returned, restricted to the kept weights.
       params: has an array for each parameter that takes part.
-      masks: what is still there; all by default.
+      masks: True for weights that are not pruned yet; all by default.
       most: how many weights of each unit of the pattern may go (N:M: `of - keep`).
 
     Returns:
@@ -225,7 +225,7 @@ def greedy_scores(
       weight goes, or the largest so far if that was larger; Inf for what stays.
 
     Raises:
-      TypeError: another approximation.
+      TypeError: an approximation of another kind.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -43,9 +43,9 @@ def per_example_grads(
     `g_i = d/dw loss_fn(params, batch[i * average : (i + 1) * average])`: the loss of
     training, called with batches of `average` examples. The empirical Fisher matrix is
     defined by single examples. The papers that prune (oBERT, M-FAC) take mini-batches
-    of 8 to 32: less memory and time for as much data. A mean of k gradients is shorter,
-    its outer product some k times smaller near a minimum, so the damping has to follow
-    (`rel_damping` does).
+    of 8 to 32: less memory and time for as much data. Near a minimum the outer product
+    of a mean of k gradients is about k times smaller, so the damping has to be smaller,
+    too (`rel_damping` is).
 
     Batch norm should run on its stored statistics, dropout not at all.
 
@@ -55,12 +55,12 @@ def per_example_grads(
       params: a tree of arrays.
       batch: a tree of arrays whose leading axis numbers n examples.
       average: how many examples one gradient is the mean of; it divides n.
-      chunk: how many gradients are computed at once: the bound of the memory for
+      chunk: how many gradients are computed at once; it bounds the memory for
         activations. All by default. On a mesh it has to divide their number.
       where: which parameters take part; see `jaxsparse.tree.select`. The others get no
         gradient, and None in the result.
       masks: a tree of bools like `params`, True = kept: pruned weights get 0.
-      dtype: in which to store the gradients, for instance `jnp.bfloat16`; the
+      dtype: the type of the stored gradients, for instance `jnp.bfloat16`; the
         parameter's own by default.
 
     Returns:
@@ -233,12 +233,12 @@ def stream_grads(
       loss_fn: `loss_fn(params, batch) -> scalar`.
       params: a tree of arrays.
       batches: batches of any size.
-      count: how many gradients in all: the last chunk is cut there. All by default.
+      count: the number of gradients in all; the last chunk is cut. All by default.
       average: as for `per_example_grads`, like the arguments after it.
       chunk: how many gradients are computed at once.
       where: which parameters take part.
       masks: True = kept.
-      dtype: in which to store the gradients.
+      dtype: the type of the stored gradients.
 
     Yields:
       Trees with leaves `[m, *shape]`, for an estimator's `update`.
@@ -301,12 +301,12 @@ def _streamed(
 def collect_grads(stream: Iterable[PyTree], *, count: int) -> PyTree:
     """Collect streamed gradients in host memory, as NumPy arrays.
 
-    For `mfac`, whose gradients may then be larger than a device's memory: it fetches
-    them page by page.
+    Pass them to `mfac`, which fetches them page by page, so they may be larger than a
+    device's memory.
 
     Args:
       stream: trees with leaves `[m, *shape]`, as `stream_grads` yields them.
-      count: how many gradients in all.
+      count: the number of gradients in all.
 
     Returns:
       A tree with leaves `[count, *shape]`.

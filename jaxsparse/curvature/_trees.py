@@ -193,7 +193,7 @@ def check_factor(
     *,
     accurate: bool,
 ) -> None:
-    """Raises, in eager use, when a factorisation failed."""
+    """Raises, in eager use, when a factorization failed."""
     if not _checks.is_concrete(diagonal):
         return
     count = int(_not_finite(diagonal))

@@ -26,7 +26,7 @@ class Fisher(Protocol):
 
     @property
     def damping(self) -> Array:
-        """What is added to the diagonal, a scalar."""
+        """The number added to the diagonal, a scalar."""
         ...
 
     @property

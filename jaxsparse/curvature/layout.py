@@ -1,4 +1,4 @@
-"""How a parameter is cut into blocks of neighbouring weights."""
+"""How a parameter is cut into blocks of neighboring weights."""
 
 import dataclasses
 import math
@@ -140,7 +140,7 @@ def _check_divides(path, shape, pattern, size: int, count: int, name: str) -> No
 
 
 def _tiled(shape, axes: Axes, a: int, b: int):
-    """`split` and `order` in which the weights of an a x b tile are neighbours."""
+    """`split` and `order` in which the weights of an a x b tile are neighbors."""
     i, o = axes.input[-1], axes.output[-1]
     split, place = [], {}
     for axis, size in enumerate(shape):

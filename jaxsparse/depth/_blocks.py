@@ -21,12 +21,11 @@ class ResidualBlock:
       name: the common path of its kernels, "layers/0/attn"; where other parameters lie
         there too, with what follows, "layers/0/up+down"; in a scan over layers with
         the turn, "layers/attn[2]".
-      paths: the parameters that nothing but this block uses; slices of stacked ones
-        with the turn, "layers/attn/out/kernel[2]".
+      paths: the parameters that only this block uses; slices of stacked ones with the
+        turn, "layers/attn/out/kernel[2]".
       source: the line of the model where the branch is added.
-      parameters: how many numbers `paths` hold: the parameters that are removed with
-        the block.
-      additions: where it is added: one place, more for blocks that were joined.
+      parameters: the number of weights in `paths`, which are removed with the block.
+      additions: the places where it is added: one, or more for joined blocks.
     """
 
     name: str
@@ -37,7 +36,7 @@ class ResidualBlock:
 
 
 def residual_blocks(trace: Trace, *, join: Join = None) -> dict[str, ResidualBlock]:
-    """Find the residual branches of a model, which can go without changing any shape.
+    """Find the residual branches of a model, which can be removed at unchanged shapes.
 
     A branch is a value that is added to a value x of its own shape and depends on x
     through at least one contraction of a parameter: attention and feed-forward
@@ -65,7 +64,7 @@ def residual_blocks(trace: Trace, *, join: Join = None) -> dict[str, ResidualBlo
       By name, in the order in which they are added.
 
     Raises:
-      ValueError: there are none.
+      ValueError: the model has no residual branches.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -31,10 +31,10 @@ def knapsack(
     `output_losses`.
 
     Args:
-      losses: by block what its removal costs.
+      losses: by block the loss of its removal.
       sizes: by block its parameters (`ResidualBlock.parameters`), or any other whole
         number that adds up: bytes, FLOPs, microseconds.
-      at_least: how much to remove at least, in the unit of `sizes`.
+      at_least: the least amount to remove, in the unit of `sizes`.
       unit: counts sizes in multiples of this number, rounded up for kept blocks. At
         least `at_least` is still removed, but perhaps a little more than needed, and
         not at the smallest loss. By default the greatest common divisor; where that
@@ -106,8 +106,8 @@ def nm_options(keep: int, of: int) -> np.ndarray:
     """List all ways to keep `keep` of `of` layers.
 
     Args:
-      keep: how many layers stay.
-      of: how many there are.
+      keep: the number of layers to keep.
+      of: the number of layers.
 
     Returns:
       `[options, of]` bool, True = kept, in lexicographic order of the kept layers.
@@ -150,8 +150,8 @@ def nm_gates(
     Args:
       logits: `[groups, options]`, floating point.
       key: a typed key; another one at each step.
-      keep: how many layers of a group stay.
-      of: how many layers a group has.
+      keep: the number of layers to keep in each group.
+      of: the number of layers in a group.
       temperature: a positive number, or a traced one.
       scale: multiplies the logits, so that a usual learning rate moves them.
       hard: gates of 0 and 1, that of the option drawn, with the derivative of the soft

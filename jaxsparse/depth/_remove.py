@@ -44,7 +44,7 @@ def remove_blocks(
     Args:
       trace: from `js.trace`, of the whole model.
       params: its parameters: arrays or `jax.ShapeDtypeStruct`s.
-      names: of `residual_blocks`.
+      names: the names of blocks, from `residual_blocks`.
       join: as given to `residual_blocks`.
 
     Returns:
@@ -104,14 +104,14 @@ def share_blocks(
     Args:
       trace: from `js.trace`.
       params: the parameters: arrays or `jax.ShapeDtypeStruct`s.
-      followers: by the name of a block that of its leader, whose parameters it shall
-        read.
+      followers: by the name of a block the name of its leader, whose parameters it
+        reads.
       own: which parameters of a follower it keeps; see `jaxsparse.tree.select`; False
         for none. By default all that are not kernels: scales, biases.
       join: as given to `residual_blocks`.
 
     Returns:
-      As `remove_blocks`: what no block reads any more is gone.
+      As `remove_blocks`; parameters that no block reads any more are removed.
 
     Raises:
       ValueError: a name that no block has, a leader that follows itself, blocks whose

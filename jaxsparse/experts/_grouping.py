@@ -86,9 +86,9 @@ def group_experts(
         each layer.
       similarity: `[E, E]`, larger = more alike, as `router_similarity` makes; a tree of
         the same structure.
-      groups: how many experts are to remain over all layers together.
-      at_least: how many remain in each layer, whatever its usage. As many as the
-        router picks for a token is a good choice where the router is narrowed too.
+      groups: the number of experts to keep over all layers together.
+      at_least: the least number to keep in each layer, whatever its usage. As many as
+        the router picks for a token is a good choice where the router is narrowed too.
 
     Returns:
       A `Grouping`; for a tree of layers a tree of them. (It reads values, so it cannot

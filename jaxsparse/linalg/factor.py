@@ -1,7 +1,7 @@
-"""Small dense factorisations, many at once, of matrix products alone.
+"""Small dense factorizations, many at once, of matrix products alone.
 
 XLA's batched triangular solves take 10 to 100 times as long on CPU as the products of
-the same size; its batched Cholesky factorisation is good. So triangles are inverted by
+the same size; its batched Cholesky factorization is good. So triangles are inverted by
 products, level by level.
 """
 

@@ -1,6 +1,6 @@
 """The second moment of a layer's inputs, damped and factored, for layer-wise solvers.
 
-One factorisation serves every kernel that reads the same input.
+One factorization serves every kernel that reads the same input.
 """
 
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ class GramFactor(NamedTuple):
     """A factored gram matrix `G`, `[d_in, d_in]`.
 
     Attributes:
-      root: `R`, upper triangular, with `G + damping I = R R^T`. Its inverse
-        `U = R^-1`, upper triangular too, has `(G + damping I)^-1 = U^T U`; that is the
-        factor which SparseGPT's paper works with. What a diagonal block of `U` is, is
-        the inverse of that block of `R`, so that no solver needs all of `U`.
+      root: `R`, upper triangular, with `G + damping I = R R^T`. Its inverse `U = R^-1`,
+        upper triangular too, has `(G + damping I)^-1 = U^T U`; SparseGPT's paper uses
+        this factor. Each diagonal block of `U` is the inverse of the same block of `R`,
+        so solvers never form `U`.
       gram: `G` as it was given, without damping.
-      damping: what was added to the diagonal.
+      damping: the number added to the diagonal.
       dead: `[d_in]`, True for inputs that are always 0.
       failed: whether the damped matrix was not positive definite; then `root` holds
         NaN.
@@ -49,16 +49,16 @@ def factor_gram(
 
     Inputs that are always 0 (a zero on the diagonal) have their diagonal set to 1, and
     then `damping`, or `rel_damping` times the mean of the diagonal, is added to all of
-    it. The ones of dead inputs are part of that mean, as in SparseGPT's code.
+    it. The mean includes the ones of dead inputs, as in SparseGPT's code.
 
-    `R R^T` with `R` upper triangular is Cholesky's factorisation of the matrix with its
+    `R R^T` with `R` upper triangular is Cholesky's factorization of the matrix with its
     rows and columns in reverse: `n^3 / 3` multiplications and additions. SparseGPT's
-    code factors, inverts and factors again, four times as many; Frantar & Alistarh
-    (2023, arXiv:2301.00774).
+    code factors, inverts and factors again, which takes four times as many; Frantar &
+    Alistarh (2023, arXiv:2301.00774).
 
     Args:
-      gram: `G = X^T X / n`, `[d_in, d_in]`, symmetric; half the matrix is looked at.
-        Less than float32 is computed in float32. Batches by `jax.vmap`.
+      gram: `G = X^T X / n`, `[d_in, d_in]`, symmetric; only half of the matrix is read.
+        Narrower types are computed in float32. Batches by `jax.vmap`.
       damping: an absolute number. Give this or `rel_damping`.
       rel_damping: relative to the mean of the diagonal.
 
@@ -171,7 +171,7 @@ def _cholesky(matrix: Array) -> Array:
 def _by_slabs(matrix: Array) -> Array:
     """The same, a slab of columns at a time.
 
-    LAPACK's factorisation as XLA's CPU backend calls it takes three times as long as
+    LAPACK's factorization as XLA's CPU backend calls it takes three times as long as
     the products it is made of, once it is larger than a cache. So it does the diagonal
     blocks alone.
     """
@@ -241,7 +241,7 @@ def check_damping(value: Any, *, name: str) -> None:
 
 
 def check_factored(failed: Array, damping: Array, *, what: str) -> None:
-    """Raises where a factorisation is known to have failed."""
+    """Raises where a factorization is known to have failed."""
     if _checks.is_concrete(failed) and bool(failed):
         raise ValueError(
             f"{what} + {float(damping):g} I is not positive definite in "

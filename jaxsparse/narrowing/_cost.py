@@ -15,10 +15,10 @@ class Cost(NamedTuple):
     """The cost of a model.
 
     Attributes:
-      parameters: how many weights there are.
-      bytes: that they take, in the types that were traced.
-      flops: of all contractions of kernels for the example inputs, two for a
-        multiply-add; what `Trace.flops` counts.
+      parameters: the number of weights.
+      bytes: the memory that they take, in the traced types.
+      flops: the operations of all contractions of kernels for the example inputs, two
+        for a multiply-add, as `Trace.flops` counts them.
     """
 
     parameters: int

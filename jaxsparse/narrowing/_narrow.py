@@ -25,8 +25,8 @@ class Narrowed(NamedTuple):
       params: the parameters without the dropped channels.
       apply_fn: `apply_fn(params, *inputs)` runs them: a pure function, to be jitted,
         differentiated, mapped and sharded like the model's own.
-      sizes: for each axis that changed, by `(path, axis)`, its new size: for those who
-        build their module anew.
+      sizes: for each axis that changed, by `(path, axis)`, its new size: for rebuilding
+        the module.
     """
 
     params: PyTree
@@ -51,7 +51,7 @@ def narrow(
     at another width may compute something else; see `norms`.)
 
     Differs from Torch-Pruning, which changes modules in place: this is a pure function,
-    and each head, expert or scanned layer may lose indices of its own.
+    and each head, expert or scanned layer may lose channels of its own.
 
     Args:
       trace: from `js.trace`, of the model with all its channels.
@@ -77,12 +77,12 @@ def narrow(
       other shapes than the example's are traced anew, once for each.
 
     Raises:
-      ValueError: a group that is not one of this model, indices that it does not have,
+      ValueError: a group that is not one of this model, channels that it does not have,
         a group that loses all of them or may not lose any; with the group's name and,
         for the last, the line of the model that forbids it. Parameters of other shapes
-        than the traced ones. The function raises it for parameters of other shapes than
-        `params` has here, and for inputs of a shape for which the model uses parameters
-        otherwise.
+        than the traced ones. The returned function raises it for parameters of other
+        shapes, and for inputs of a shape for which the model uses its parameters
+        differently.
       NotImplementedError: where the function is differentiated, if the dropped channels
         cannot be followed through a `custom_jvp` or `custom_vjp` rule.
 
@@ -133,10 +133,10 @@ def widen(
     `widen` of narrowed parameters are the masked ones.
 
     Args:
-      trace: of the model with all its channels.
+      trace: the trace of the model with all its channels.
       params: narrowed parameters, maybe trained further; or `jax.ShapeDtypeStruct`s.
-      drop: what `narrow` was given.
-      allow: what `narrow` was given.
+      drop: as given to `narrow`.
+      allow: as given to `narrow`.
 
     Returns:
       Parameters for the original model.
@@ -185,8 +185,8 @@ def drop_masks(
       allow: see `groups`.
 
     Returns:
-      A mask tree, True = kept. A parameter's mask broadcasts to it: it is as long as
-      the parameter only along axes that lose something; a scalar True where none does.
+      A mask tree, True = kept. A parameter's mask broadcasts to it: it has size 1 on
+      axes that lose no channels, and is a scalar True if none does.
 
     Raises:
       ValueError: as `narrow`.

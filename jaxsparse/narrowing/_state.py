@@ -34,7 +34,7 @@ def narrow_like(
       trace: the trace of the model.
       tree: an optimizer's state, masks, averaged parameters, or all in one tree.
       drop: the channels to remove; see `narrow`.
-      allow: what `narrow` was given.
+      allow: as given to `narrow`.
 
     Returns:
       A tree of the same structure.

@@ -74,60 +74,60 @@ def layerwise(
     execution order. For each kernel the pass accumulates the second moments of its
     inputs (computed with all earlier layers already pruned), prunes the kernel, and
     continues. Frantar & Alistarh (2023, SparseGPT, arXiv:2301.00774) call it sequential
-    calibration and stop at decoder blocks; here every kernel is a stop, of any model.
-    Kernels that read the same numbers (query, key and value) share statistics and
-    factor. Layers that are stacked for a scan are pruned turn by turn, experts side by
-    side. A kernel that is read more than once (tied weights, a recurrent cell) is
+    calibration and stop at decoder blocks; here the pass stops at every kernel, of any
+    model. Kernels that read the same numbers (query, key and value) share statistics
+    and factor. Layers that are stacked for a scan are pruned turn by turn, experts side
+    by side. A kernel that is read more than once (tied weights, a recurrent cell) is
     solved with the inputs of all places. One that the model multiplies by something
     that does not depend on it (a mask, a scale of each output) is solved as that
-    product. One that it standardises, divides by its norm or quantises cannot be solved
-    so, nor one that the trace cannot follow: by default it stays dense, and the
-    result's `left_dense` says why; it is an error where `where` names it.
+    product. A kernel that the model standardizes, divides by its norm or quantizes
+    cannot be solved, nor one that the trace cannot follow. By default it stays dense,
+    and the result's `left_dense` says why; if `where` names it, that is an error.
 
-    Pieces of the program between stops are compiled once for equal blocks. On the
-    device there are the parameters, one input's statistics and the activations of one
-    batch; those of the other batches too, unless `host`.
+    Equal blocks share the compiled programs between stops. The device holds the
+    parameters, one input's statistics and the activations of one batch; without `host`
+    it also holds those of the other batches.
 
     With `directory` a checkpoint is written after each stop. The same call continues
-    from the last one, in another process too, and ends with the same bits. A call with
-    other weights, data or settings is refused: the checkpoint holds a fingerprint of
-    them.
+    from the last one, in another process too, and ends with the same bits. The
+    checkpoint holds a fingerprint of weights, data and settings; a call with others
+    raises an error.
 
     Args:
       apply_fn: `apply_fn(params, *inputs)`; see `jaxsparse.trace`.
       params: the parameters.
       batches: the calibration data: for each batch the model's inputs, a tuple where it
-        takes several. They are kept until the end. All of one shape compile once.
-      sparsity: the fraction to remove, what `masks` have removed included: one number;
-        a tree of numbers like `params` (see `jaxsparse.allocations`); or a mapping from
-        paths or regular expressions to numbers, of which the first that matches counts:
-        a kernel that none matches stays as it is. May be left out for `NM`.
+        takes several. They are kept until the end. Batches of one shape compile once.
+      sparsity: the total fraction to remove, including earlier removals (`masks`). A
+        number, a tree of numbers like `params` (see `jaxsparse.allocations`), or a
+        mapping from paths or regular expressions to numbers; the first that matches
+        counts, and a kernel that none matches stays as it is. May be left out for `NM`.
       solver: `solver(w, evidence, sparsity, pattern=pattern) -> Solved` for a matrix
         `[d_out, d_in]`, such as those of `jaxsparse.solvers`, or a
         `functools.partial` of one.
       pattern: the weights that are pruned together.
-      where: which parameters take part; by default those of `Trace.where`: what data is
-        contracted with, but not tied embeddings.
-      masks: the masks of earlier pruning. Removed weights stay removed, whatever the
-        solver, and count; the solver is called with `mask=` too. Parameters that take
-        no part keep their masks.
+      where: which parameters take part; by default those of `Trace.where`: kernels that
+        are contracted with data, but not tied embeddings.
+      masks: the masks of earlier pruning. Removed weights stay removed with any solver,
+        and count toward the sparsity; the solver is called with `mask=`, too.
+        Parameters that take no part keep their masks.
       share: applied once to each Gram matrix before it is passed to the solver, e.g. a
         factorization. By default `js.curvature.factor_gram` for `sparsegpt` as it is,
         and nothing for others.
       gram: False for solvers that only need the second moment of each input, `[d_in]`.
-      sequential: False takes all statistics from the model as it was.
-      weight: `weight(*inputs)` gives one number of at least 0 for each sample of a
-        batch (the first axis of its first input): the share of a diffusion timestep, 0
-        for a sample that does not count. Or for each index of more leading axes: for
-        batches of padded sequences `weight=lambda ids, mask: mask`, `[batch, tokens]`.
+      sequential: False takes all statistics from the dense model.
+      weight: `weight(*inputs)` returns a weight of at least 0 for each sample of a
+        batch (the first axis of its first input), for instance 0 for a sample that does
+        not count. It may have more leading axes: for padded sequences `weight=lambda
+        ids, mask: mask`, `[batch, tokens]`.
       host: keeps activations in host memory.
-      unseen: what becomes of a matrix (an expert) that no rows reached, or only zeros,
-        so that no solver knows anything of it: "magnitude" prunes it by the size of its
-        weights, "dense" leaves it as it is. Either way a warning names it, and its
-        errors are NaN.
+      unseen: how to treat a matrix (an expert) that no rows or only zeros reached, of
+        which no solver knows anything: "magnitude" prunes it by magnitude, "dense"
+        keeps it dense. Either way a warning names it, and its errors are NaN.
       rules: for foreign primitives, as for `jaxsparse.trace`.
       directory: where to write checkpoints.
-      show: a progress bar and a table at the end. By default in a terminal.
+      show: whether to show a progress bar and a table at the end; by default in a
+        terminal.
 
     Returns:
       The parameters, masks and infos; `left_dense` lists the parameters left out, with
@@ -136,10 +136,10 @@ def layerwise(
     Raises:
       ValueError: no batches or an empty one; a parameter that `where` names and the
         trace could not follow, or the model changes other than by a product; NaN or Inf
-        in a parameter, a batch or what the model makes of it, with the first place;
-        a factorisation that fails, with the parameter's path; a sparsity out of range,
-        or less than `masks` have removed of a matrix (or of a group of it);
-        a `directory` with a checkpoint of another run, with what differs.
+        in a parameter, a batch or an activation, with the first place; a factorization
+        that fails, with the parameter's path; a sparsity out of range, or less than
+        `masks` have removed of a matrix (or of a group of it); a `directory` with a
+        checkpoint of another run, with what differs.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

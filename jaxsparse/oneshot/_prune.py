@@ -48,22 +48,23 @@ def prune(
 
     Args:
       params: a tree of arrays.
-      sparsity: the fraction to remove, in [0, 1), what `masks` have removed included; a
-        number, a tree of numbers with the structure of `params` (see
+      sparsity: the total fraction to remove, in [0, 1), including earlier removals
+        (`masks`). A number, a tree of numbers with the structure of `params` (see
         `jaxsparse.allocations`), or a mapping from paths or regular expressions, as
-        `{"l0/kernel": 0.5, r"attn": 0.7}`: the first that matches counts, and what none
-        matches stays dense. May be left out for `NM`, which has its own.
+        `{"l0/kernel": 0.5, r"attn": 0.7}`; the first that matches counts, and
+        parameters that none matches stay dense. May be left out for `NM`, which has its
+        own.
       score: a function of `params`, larger = keep. For a score from gradients close
         over them: `lambda p: js.scores.taylor(p, jax.grad(loss)(p, batch))`. It may ask
         for `masks`, `step` (the number of the cut) and `sparsity` (after this cut) by
         name; see `jaxsparse.scores.Score`.
-      pattern: what lives or dies together, and who competes with whom.
+      pattern: which weights are removed together, and which compete.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
       trace: what `jaxsparse.trace` found in the model. It states the kernels' axes,
         which N:M groups and tiles follow, and which parameters are kernels, by use and
         not by name. `where` and `axes` come before it.
-      steps: in how many cuts.
+      steps: the number of cuts.
       min_keep: how many units (weights, tiles or channels) each group and each layer
         keeps at least; see `jaxsparse.patterns.masks`.
       masks: the masks of earlier pruning; see `jaxsparse.patterns.masks`. Parameters

@@ -10,16 +10,16 @@ class LayerInfo(NamedTuple):
     """The quality of one solved kernel: an entry for each of its matrices, `[*batch]`.
 
     Attributes:
-      error: `tr((W' - W) G (W' - W)^T)`, `G` the second moment of its inputs; NaN, as
-        the next two, where all inputs that were seen are 0, or none was seen.
+      error: `tr((W' - W) G (W' - W)^T)`, `G` the second moment of its inputs; NaN, like
+        the next two, if no input was seen or all are 0.
       relative_error: `error / tr(W G W^T)`.
-      masked_error: what the error would be with the same mask and without a change of
-        the weights that are left, relative too.
+      masked_error: the relative error with the same mask and unchanged remaining
+        weights.
       damping: what was added to the diagonal of `G`.
-      dead: how many of its inputs are always 0.
-      rows: how many rows of inputs were seen.
+      dead: the number of its inputs that are always 0.
+      rows: the number of rows of inputs seen.
       sparsity: the fraction removed.
-      seconds: what the solver took, for all matrices of the kernel.
+      seconds: the time of the solver, for all matrices of the kernel.
     """
 
     error: np.ndarray
@@ -45,8 +45,9 @@ class Layerwise(_Pruned):
       params: the pruned parameters.
       masks: True = kept; a scalar True where nothing was pruned.
       info: a `LayerInfo` for each kernel, by path, in the order of solving.
-      left_dense: by path why a parameter that looks like a kernel stayed dense. It is
-        no part of the tuple, and lost where JAX makes a new one (`jax.tree.map`).
+      left_dense: by path the reason why a parameter that looks like a kernel stayed
+        dense. It is not a part of the tuple and is lost when JAX makes a new one
+        (`jax.tree.map`).
     """
 
     left_dense: dict[str, str]

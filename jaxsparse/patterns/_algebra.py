@@ -33,7 +33,8 @@ def union(*masks: PyTree) -> PyTree:
 
     Args:
       *masks: trees of bools of one structure. Leaves at the same path broadcast
-        together, so a mask of channels, `(1, d_out)`, and one of weights may meet.
+        together, so a mask of channels, `(1, d_out)`, can be combined with one of
+        weights.
 
     Returns:
       A tree of bools with the structure of the first.
@@ -80,18 +81,18 @@ def overlap(first: PyTree, second: PyTree, params: PyTree) -> Overlap:
 
     `|A and B| / |A or B|` (Jaccard), where A and B are the weights that each mask
     keeps: 1 for equal masks, 0 for masks without a weight in common. Two independent
-    random masks of sparsity `s` have about `(1 - s) / (1 + s)`. Where neither keeps a
-    weight it is 1.
+    random masks of sparsity `s` overlap by about `(1 - s) / (1 + s)`. If neither keeps
+    a weight, the overlap is 1.
 
     Args:
       first: a tree of bools.
       second: a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
 
     Returns:
       The overlap of each parameter, and that of all parameters which either mask
-      prunes. Parameters that both keep whole would hide the difference, so they do not
-      count in the total; it is 1 if there are no others.
+      prunes. The total leaves out parameters that both keep whole, which would hide the
+      difference; it is 1 if there are no others.
 
     Raises:
       ValueError: masks of another structure, or that do not broadcast.
@@ -127,11 +128,11 @@ def count(masks: PyTree, params: PyTree) -> PyTree:
 
     Args:
       masks: a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
 
     Returns:
       A tree of Python integers with the structure of `params`;
-      `sum(jax.tree.leaves(...))` is the model's.
+      `sum(jax.tree.leaves(...))` gives the model's total.
 
     Raises:
       ValueError: masks of another structure, or that do not broadcast.
@@ -164,7 +165,7 @@ def indices(masks: PyTree, params: PyTree) -> PyTree:
 
     Args:
       masks: a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
 
     Returns:
       A tree of NumPy vectors of int64: flat indices in row-major order, increasing, so
@@ -197,9 +198,8 @@ def transfer(
 ) -> PyTree:
     """Move masks to another checkpoint of the model, parameter by parameter.
 
-    A parameter takes the mask at its own path, or at the path that `rename` gives. A
-    task's head that the masks do not know, or a head of theirs that is no longer there,
-    needs `strict=False`.
+    A parameter takes the mask at its own path, or at the path that `rename` gives. If
+    only one of the two has a head for a task, pass `strict=False`.
 
     Args:
       masks: a tree of bools.

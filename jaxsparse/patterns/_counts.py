@@ -15,16 +15,15 @@ from jaxsparse._typing import Array
 def removed_count(sparsity: float | Array, n: int) -> int | Array:
     """Return how many of `n` units a sparsity removes, `floor(s * n + 1/2)`.
 
-    The product is taken in float64, also where JAX's 64-bit mode is off. An array of
-    less precision (a schedule's value) that is the rounding of a decimal of up to six
-    digits means the float64 of that decimal: 0.9 is no float32, and what stands for it
-    times 1e8 is two weights off. So a traced sparsity counts as the Python number does.
-    One outside [0, 1], whose value is not known before the program runs, is cut to it,
-    and NaN removes nothing.
+    The product is taken in float64, also where JAX's 64-bit mode is off. If an array of
+    less precision (a schedule's value) is the rounding of a decimal of up to six
+    digits, that decimal is used: the float32 nearest to 0.9, times 1e8, is two weights
+    off. So a traced sparsity counts like the Python number. A traced sparsity outside
+    [0, 1] is clipped, and NaN removes nothing.
 
     Args:
       sparsity: a number in [0, 1), possibly traced.
-      n: how many compete.
+      n: the number of competing units.
 
     Returns:
       A Python int for a Python number, else an int32 array (int64 where `n` does not

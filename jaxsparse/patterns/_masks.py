@@ -71,8 +71,8 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
     """Raise an error unless `masks` are masks of `params`.
 
     Args:
-      masks: what should be a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      masks: a tree of bools to check.
+      params: the parameters; only their shapes are read.
 
     Raises:
       ValueError: another structure, or a mask that does not broadcast to its parameter.

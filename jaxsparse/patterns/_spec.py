@@ -1,7 +1,7 @@
 """Patterns: which weights live or die together, and who competes with whom.
 
 A pattern is a frozen, hashable value. It says two things: its *unit* (a weight, a
-tile, a channel) and the *scope* in which units compete. It holds no behaviour:
+tile, a channel) and the *scope* in which units compete. It holds no behavior:
 selection, formats and kernels each read it, and a type checker tells where one of
 them forgets a pattern.
 """
@@ -22,9 +22,9 @@ class Unstructured:
     """Single weights.
 
     Attributes:
-      scope: who competes: the weights of one parameter (`"layer"`; of one layer of it
-        where it has batch axes), all selected weights (`"global"`), or the weights of
-        one output unit (`"output"`, Wanda's choice).
+      scope: which weights compete: those of one parameter (`"layer"`; of one layer of
+        it where it has batch axes), all selected weights (`"global"`), or the weights
+        of one output unit (`"output"`, Wanda's choice).
 
     Example:
       >>> import jaxsparse as js
@@ -44,13 +44,11 @@ class NM:
 
     The count rule holds in each group: sparsity `s` removes `floor(s * of + 1/2)` of
     its weights, so that a schedule from 0 to `1 - keep/of` goes through 4:4, 3:4 and
-    2:4. A sparsity above `1 - keep/of` is an error (a traced one is cut there).
-
-    Several input axes (a convolution's window and channels) are taken as one, the
-    last fastest.
+    2:4. A sparsity above `1 - keep/of` is an error (a traced one is clipped). Several
+    input axes (a convolution's window and channels) count as one, the last fastest.
 
     Attributes:
-      keep: how many of a group stay.
+      keep: the number of weights kept in each group.
       of: the size of a group; it must divide the number of inputs.
 
     Example:
@@ -78,17 +76,17 @@ class NM:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Tiles of `shape = (inputs, outputs)` neighbouring weights.
+    """Tiles of `shape = (inputs, outputs)` neighboring weights.
 
     The tiles lie on the last input axis and the last output axis of a kernel: on
     `(in, out)` for a dense layer, on the channels of each tap for a convolution.
 
-    Tiles of a sharded parameter that lie on two devices each (4 of 12 outputs that are
-    sharded over 4 devices) make XLA gather its scores along that axis. Tiles that
-    divide what a device has exchange nothing but counts.
+    If tiles of a sharded parameter cross devices (4 of 12 outputs that are sharded over
+    4 devices), XLA gathers its scores along that axis. If no tile crosses devices, they
+    exchange only counts.
 
     Attributes:
-      shape: inputs and outputs of a tile; they must divide those axes.
+      shape: the inputs and outputs of a tile; they must divide the axes of the kernel.
       reduce: a tile's score from its weights' scores, their mean or their maximum.
       scope: tiles compete within a parameter or over all.
 
@@ -125,8 +123,8 @@ class Channel:
     d_out)` for stacked ones whose batch axis is stated.
 
     Attributes:
-      axis: the axis whose indices are units; the last one by default, which is the
-        output axis of a flax kernel.
+      axis: the axis of the channels; the last one by default, which is the output axis
+        of a flax kernel.
       reduce: a slice's score from its weights' scores, their mean or their maximum.
       scope: slices compete within a parameter or over all.
 

@@ -28,7 +28,7 @@ def sparsity_of(masks: PyTree, params: PyTree) -> PyTree:
 
     Args:
       masks: a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
 
     Returns:
       A tree of Python floats, the fraction of each parameter that is removed.
@@ -54,21 +54,22 @@ def verify(
     where: Where = None,
     axes: AxesRule = None,
 ) -> None:
-    """Raise an error unless the masks obey a pattern, naming the first that does not.
+    """Raise an error unless the masks follow a pattern, naming the first that does not.
 
-    A file from elsewhere, or a mask changed by hand, is checked with this before a
-    format or a kernel relies on it.
+    Use it on masks from elsewhere, or changed by hand, before a format or a compute
+    kernel relies on them.
 
     Args:
       masks: a tree of bools.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
       pattern: `NM`: at most `keep` of every `of` inputs are kept; `Block`: each tile is
-        kept or removed whole; `Channel`: each slice; `Unstructured`: nothing to obey.
-      where: which parameters are looked at.
+        kept or removed whole; `Channel`: each slice; `Unstructured`: any mask passes.
+      where: which parameters are checked.
       axes: as for `masks`.
 
     Raises:
-      ValueError: a mask does not obey; the message has its path and the first group.
+      ValueError: a mask violates the pattern; the message has its path and the first
+        group.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

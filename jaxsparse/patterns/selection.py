@@ -61,21 +61,21 @@ def masks(
     lowest scores first; among equal scores the one with the lower flat index is kept.
     The result is the same eager and jitted, on one device and on many.
 
-    No layer vanishes: `min_keep` of its units stay. In a group of one layer, or of one
-    output, fewer are removed where `floor(s * n + 1/2)` would leave less. Where all
-    layers compete, the best `min_keep` of each come first and the best of all others
-    after them, so that the total stays exact unless that many are more than it keeps.
+    No layer vanishes: `min_keep` of its units stay. A layer or an output where `floor(s
+    * n + 1/2)` would leave fewer loses fewer. Where all layers compete, the best
+    `min_keep` of each come first and the best of all others after them, so that the
+    total stays exact unless that many are more than it keeps.
 
     Args:
       scores: a tree of floating-point arrays, one score a weight, larger = keep.
-      sparsity: the fraction to remove, in [0, 1); a number, a traced scalar, or (not
-        in the global scope) a tree of them with the structure of `scores`, as
+      sparsity: the fraction to remove, in [0, 1); a number, a traced scalar, or (not in
+        the global scope) a tree of them with the structure of `scores`, as
         `jaxsparse.allocations` makes, or a mapping from paths or regular expressions,
         as `{"l0/kernel": 0.5, r"attn": 0.7}`: the first that matches counts, and what
         none matches stays dense (see `jaxsparse.tree.by_rules`). A traced one cannot be
-        looked at: outside of [0, 1] it is cut to it, and NaN removes nothing. May be
-        left out for `NM`, which has its own.
-      pattern: what lives or dies together, and who competes with whom.
+        checked: it is clipped to [0, 1], and NaN removes nothing. May be left out for
+        `NM`, which has its own.
+      pattern: which weights are removed together, and which compete.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: the input, output and batch axes of kernels whose layout is not flax's;
         one `jaxsparse.tree.Axes` for all or a mapping from regular expressions.
@@ -86,20 +86,20 @@ def masks(
       masks: the masks of earlier pruning. Removed weights stay removed whatever their
         score, and count toward the sparsity. A unit (tile, channel) counts as removed
         if all of it is; one that has lost some of its weights competes with the rest,
-        without them. A group of `NM` that has lost more than the pattern asks for keeps
+        without them. An N:M group that has lost more than the pattern removes keeps
         fewer than `keep`.
       axis_name: under `jax.shard_map`, where `scores` are shards: the mesh axes over
         which counts are added up, so that the masks are the shards of those that one
-        device would choose. A name or a tuple of names says that what differs along
-        them is split along its first axis (with `check_vma=False`, everything that
-        takes part); for other splits give the tree of `PartitionSpec` that `shard_map`
-        has as its `in_specs`. `()`: each device has a model of its own. Outside of
-        `shard_map`, where arrays are whole, it has no effect.
+        device would choose. A name or a tuple of names means that scores which differ
+        along them are split along their first axis (with `check_vma=False`, all scores
+        that take part). For other splits pass the tree of `PartitionSpec` that
+        `shard_map` has as its `in_specs`. `()`: each device has a model of its own.
+        Outside of `shard_map`, where arrays are whole, it has no effect.
 
     Returns:
       A tree of bools with the structure of `scores`, True = kept. Each leaf broadcasts
       to its parameter: full shape for weights and tiles, size 1 on the other axes (but
-      for batch axes) for `Channel`, a scalar True for what does not take part.
+      for batch axes) for `Channel`, a scalar True for parameters that do not take part.
 
     Raises:
       ValueError: a sparsity outside [0, 1), a group size that does not divide its axis,

@@ -35,14 +35,14 @@ def group_lasso(
     strength: Any,
     roles: Collection[str] = PRODUCERS,
 ) -> optax.GradientTransformationExtraArgs:
-    """Add the gradient of the group lasso: channels compete, whole ones become small.
+    """Add the gradient of the group lasso, which makes whole channels small.
 
     The penalty is `strength * sum_c sqrt(n_c) * ||w_c||_2`, where w_c are the n_c
-    entries of all slices of index c (for a batched group, of each copy's index), and
-    its gradient `strength * sqrt(n_c) * w_c / ||w_c||`, 0 at `w_c = 0`. Yuan & Lin
-    (2006); for the filters of a network Wen et al. (2016, arXiv:1608.03665).
+    entries of all slices of channel c (for a batched group, in each copy), and its
+    gradient `strength * sqrt(n_c) * w_c / ||w_c||`, 0 at `w_c = 0`. Yuan & Lin (2006);
+    for the filters of a network Wen et al. (2016, arXiv:1608.03665).
 
-    It stands before the optimizer, where its gradient is treated like the loss's::
+    Put it before the optimizer, which then treats its gradient like the loss's::
 
         tx = optax.chain(js.penalties.group_lasso(groups, strength=1e-4),
                          optax.sgd(0.1))
@@ -62,9 +62,9 @@ def group_lasso(
       groups: groups by name, all prunable: `js.coupling.groups(trace).prunable`, or a
         dictionary with some of them.
       strength: a number, or a schedule step -> number.
-      roles: which members of a group take part, of "input", "output", "batch",
-        "other". Statistics (of a BatchNorm) are members too: trace a function of the
-        trained parameters alone, and they are none.
+      roles: which members of a group take part, of "input", "output", "batch", "other".
+        Statistics (of a BatchNorm) are members, too, unless you trace a function of the
+        trained parameters alone.
 
     Returns:
       A gradient transformation. Its state is a `PenaltyState`.
@@ -116,21 +116,21 @@ def group_norm_decay(
     """Add a decay that is stronger for weaker channels (DepGraph's sparse training).
 
     `g <- g + strength * gamma_c * w_c`, `gamma_c = ratio^((max - I_c) / (max - min))`
-    with `I_c = ||w_c||_2` and the largest and least of it in the group (for a batched
-    group, in the copy): 1 for the strongest index, `ratio` for the weakest. gamma is
-    taken as constant. Fang et al. (2023, DepGraph, arXiv:2301.12900).
+    with `I_c = ||w_c||_2` and max and min over the group (for a batched group, over the
+    copy): 1 for the strongest channel, `ratio` for the weakest. gamma counts as a
+    constant. Fang et al. (2023, DepGraph, arXiv:2301.12900).
 
-    It stands before the optimizer, like `group_lasso`; see there.
+    Put it before the optimizer, like `group_lasso`.
 
-    Differs from Torch-Pruning's `GroupNormPruner`, which takes all members: here by
-    default those that make the channel. Give `roles=("input", "output", "batch",
+    Differs from Torch-Pruning's `GroupNormPruner`, which takes all members; here the
+    default is those that produce the channel. Pass `roles=("input", "output", "batch",
     "other")` for all. Equal norms give gamma = 1 instead of NaN.
 
     Args:
       groups: groups by name, all prunable.
       strength: a number, or a schedule step -> number.
-      ratio: how much stronger the weakest index is pulled than the strongest, 2^4 in
-        the paper.
+      ratio: the decay of the weakest channel over that of the strongest, 2^4 in the
+        paper.
       roles: as for `group_lasso`.
 
     Returns:
@@ -176,9 +176,9 @@ def prox_group_lasso(
 
     `params + u' = v * max(0, 1 - strength * sqrt(n_c) / ||v_c||)` with `v = params +
     u`, which minimizes `1/2 ||x - v||^2 + strength * sum_c sqrt(n_c) * ||x_c||`; w_c
-    and n_c as for `group_lasso`. After `optax.apply_updates` an index below the
-    threshold is exactly 0.0 in all its slices; it comes back if the gradient pulls it
-    beyond.
+    and n_c as for `group_lasso`. After `optax.apply_updates` a channel below the
+    threshold is exactly 0.0 in all its slices; it comes back if the gradient moves it
+    above the threshold.
 
     It stands LAST, where it sees the finished update. `strength` is the threshold
     itself: the step's learning rate times the penalty's weight::

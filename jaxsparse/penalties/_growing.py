@@ -20,9 +20,9 @@ class GrowingRegularizationState(NamedTuple):
     """The state of `growing_regularization`.
 
     Attributes:
-      step: how many updates were made, int32.
-      strengths: each index's penalty, `[*copies, size]` by the groups' names, float32
-        (float64 for float64 parameters).
+      step: the number of updates made, int32.
+      strengths: the penalty of each channel, `[*copies, size]` by the groups' names,
+        float32 (float64 for float64 parameters).
     """
 
     step: Array
@@ -40,13 +40,13 @@ def growing_regularization(
 ) -> optax.GradientTransformationExtraArgs:
     """Add a decay per channel that keeps growing, faster for weaker channels.
 
-    `g <- g + reg_c * w_c`; when `every` says yes, first `reg_c <- min(reg_c + increment
-    * (max - I_c) / (max - min), limit)`, `I_c = ||w_c||_2` and the largest and least of
-    it in the group (for a batched group, in the copy). The strongest index is never
-    pulled harder. Neural pruning via growing regularization: Wang et al. (2021,
+    `g <- g + reg_c * w_c`; in the steps of `every`, first `reg_c <- min(reg_c +
+    increment * (max - I_c) / (max - min), limit)`, `I_c = ||w_c||_2` and max and min
+    over the group (for a batched group, over the copy). The penalty of the strongest
+    channel does not grow. Neural pruning via growing regularization: Wang et al. (2021,
     arXiv:2012.09243), in the form of DepGraph (Fang et al. 2023, arXiv:2301.12900).
 
-    It stands before the optimizer, like `group_lasso`; see there.
+    Put it before the optimizer, like `group_lasso`.
 
     Differs from Wang et al., who choose the filters first and let one penalty of those
     grow (GReg-1), or let the penalty of all grow alike and choose by the norms that
@@ -55,10 +55,10 @@ def growing_regularization(
 
     Args:
       groups: groups by name, all prunable.
-      increment: by how much the weakest index's penalty grows each time.
+      increment: by how much the penalty of the weakest channel grows each time.
       every: when penalties grow: a number of steps, or a cadence of
         `jaxsparse.schedules`.
-      init: the penalty of all indices at the start.
+      init: the penalty of all channels at the start.
       limit: no penalty grows beyond it; 1 in the paper.
       roles: as for `group_lasso`.
 

@@ -30,9 +30,10 @@ class HessoState(NamedTuple):
     """The state of `hesso`.
 
     Attributes:
-      step: how many updates were made, int32.
-      shrinking: bools `[*copies, size]` by the groups' names: chosen in this period.
-      zero: the same for channels that are held at zero.
+      step: the number of updates made, int32.
+      shrinking: bools `[*copies, size]` by the groups' names, True for channels chosen
+        in this period.
+      zero: the same, True for channels that are held at zero.
       inner: the optimizer's state.
     """
 
@@ -57,9 +58,9 @@ def hesso(
     """Prune channels within one training: choose, shrink, hold at zero (HESSO).
 
     From `begin` on there are `periods` of `duration` steps each. The first step of a
-    period chooses the channels of lowest saliency over all groups, equally many each
-    period. After each of the optimizer's steps t = 0 ... duration - 1 their slices are
-    multiplied by `(duration - t - 1) / (duration - t)`, so they shrink linearly to
+    period chooses the channels of lowest saliency over all groups, the same number in
+    each period. After each of the optimizer's steps t = 0 ... duration - 1 their slices
+    are multiplied by `(duration - t - 1) / (duration - t)`, so they shrink linearly to
     exactly 0.0 in the period's last step. Then they are held at 0.0, and their
     gradients are hidden from the optimizer. Chen et al. (2024, OTO's hybrid efficient
     structured sparse optimizer, arXiv:2409.09085).
@@ -74,12 +75,12 @@ def hesso(
 
     Saliency is a weighted sum of `Criteria`. By default x are the slices of the
     producers (outputs of kernels, the biases and scales along them), as in OTO's
-    zero-invariant groups: once they are zero the index does nothing.
+    zero-invariant groups: once they are zero the channel has no effect.
 
-    How many: `floor(sparsity * n + 1/2)` of n, where n is the sum of the groups' sizes.
-    A group that is batched (the entries of each head) loses as many indices in every
-    copy, and one index of it counts once; its r-th weakest ones in all copies compete
-    together, with their mean saliency. Each group keeps at least one index.
+    It removes `floor(sparsity * n + 1/2)` channels, where n is the sum of the groups'
+    sizes. A batched group (the entries of each head) loses the same number of channels
+    in every copy, and they count once; the r-th weakest channels of all copies compete
+    together, with their mean saliency. Each group keeps at least one channel.
 
     Cost: in the first step of a period one pass over parameters and gradients; in
     others one multiply and select a parameter.
@@ -87,20 +88,19 @@ def hesso(
     Differs from the reference implementation: any optimizer (its own Adam starts its
     first moment at g instead of (1 - beta) g). The cosine counts as `1 - cos(x, g)`,
     not `1 + cos(x, g)`: where `x . g > 0` the descent step -g shrinks x, and removing x
-    lowers the loss to first order, so that index is the less important one (the
-    half-space intuition of the same authors). Shrinking starts in the step of the
-    choice, not one later. Gradients of zeroed indices are hidden, so they leave
-    clipping norms and moments.
+    lowers the loss to first order, so that channel is less important (the half-space
+    intuition of the same authors). Shrinking starts in the step of the choice, not one
+    later. Gradients of zeroed channels are hidden, so they leave clipping norms and
+    moments.
 
     Args:
-      optimizer: all of the optimizer: clipping, weight decay and so on inside.
+      optimizer: the whole optimizer, including clipping, weight decay and so on.
       groups: groups by name, all prunable: `js.coupling.groups(trace).prunable`, or a
-        dictionary with some of them. If heads and their entries are both there, an
-        index of the one may lie in one of the other.
+        dictionary with some of them. Heads and their entries may both be there.
       sparsity: the fraction of all channels to remove.
       begin: the first step of the first period.
-      periods: how many.
-      duration: the steps of each.
+      periods: the number of periods.
+      duration: the number of steps in each.
       criteria: weights of the saliency's parts.
       scores: fixed scores, `[*copies, size]` by the groups' names, larger = keep, in
         place of the saliency: from `js.contrib.cric`, or any others.
@@ -189,7 +189,7 @@ def dropped(opt_state: PyTree) -> Drop:
         `nnx.Optimizer`, with values.
 
     Returns:
-      For `js.narrowing.narrow`; groups that lost nothing are not in it.
+      Pass them to `js.narrowing.narrow`. Groups that lost nothing are left out.
 
     Raises:
       ValueError: no `HessoState` inside, or several.

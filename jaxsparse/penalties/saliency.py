@@ -15,8 +15,8 @@ from jaxsparse.channels.sums import entry_counts, sums
 class Criteria(NamedTuple):
     """The weight of each criterion in HESSO's saliency of a channel.
 
-    With x the entries of its slices, n of them, and g their gradients. Each criterion
-    is divided by its L2 norm over all indices of all groups first.
+    x are the n entries of its slices, and g their gradients. Each criterion is first
+    divided by its L2 norm over all channels of all groups.
 
     Attributes:
       magnitude: `||x||`.

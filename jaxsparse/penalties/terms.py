@@ -35,7 +35,7 @@ class PenaltyState(NamedTuple):
     """The state of `group_lasso`, `prox_group_lasso`, `group_norm_decay`, `wgsef_prox`.
 
     Attributes:
-      step: how many updates were made, int32.
+      step: the number of updates made, int32.
     """
 
     step: Array

@@ -31,9 +31,9 @@ def gmp(
     """Prune any model gradually by magnitude while it trains.
 
     Zhu & Gupta (2017, arXiv:1710.01878): the model trains dense until `begin`; then
-    every `interval` steps the smallest weights of each layer go, along `s = final +
-    (init - final) (1 - (t - t_0) / (t_1 - t_0))^3`, many at first and few in the end;
-    from `end` on the masks stay and the model recovers.
+    every `interval` steps it removes the smallest weights of each layer, along `s =
+    final + (init - final) (1 - (t - t_0) / (t_1 - t_0))^3`, many at first and few in
+    the end; from `end` on the masks stay and the model recovers.
 
     The paper prunes every 100 to 1,000 steps, from a sparsity of 0, and says to stop
     before the learning rate has become small. It leaves the rest to the task: here the
@@ -49,10 +49,10 @@ def gmp(
       interval: steps from one cut to the next; about a hundredth of the time between
         `begin` and `end` if left out, and 100 at most.
       learning_rate: its peak and its end.
-      weight_decay: of AdamW.
+      weight_decay: the weight decay of AdamW.
       hardness: the share of a dense teacher in the loss; none by default.
-      temperature: of the distillation.
-      pattern: which weights live or die together, and who competes with whom.
+      temperature: the temperature of the distillation.
+      pattern: which weights are removed together, and which compete.
       where: which parameters are pruned; see `jaxsparse.tree.select`.
 
     Returns:
@@ -126,18 +126,18 @@ def one_shot(
     trained model: the learning rate begins near the end of that of its training and
     falls along a cosine.
 
-    `recipe.optimizer()` cuts by magnitude; start with `js.init_sparse(tx, params)`. Any
-    other way to prune goes before it: `recipe.optimizer(masks=pruned.masks)` with what
+    `recipe.optimizer()` cuts by magnitude; start with `js.init_sparse(tx, params)`. To
+    prune in another way, pass `recipe.optimizer(masks=pruned.masks)` the masks that
     `js.prune`, `js.oneshot.layerwise` or `js.solvers.obs` returned.
 
     Args:
       total_steps: optimizer steps in the fine-tuning.
       sparsity: the fraction to remove.
       learning_rate: its peak and its end.
-      weight_decay: of AdamW.
+      weight_decay: the weight decay of AdamW.
       hardness: the share of a dense teacher in the loss; none by default.
-      temperature: of the distillation.
-      pattern: which weights live or die together, and who competes with whom.
+      temperature: the temperature of the distillation.
+      pattern: which weights are removed together, and which compete.
       where: which parameters are pruned; see `jaxsparse.tree.select`.
 
     Returns:

@@ -40,9 +40,9 @@ def obert_downstream(
     section 4.1 and appendix A.5) for 30 epochs: 2 epochs dense; then a cut every 4
     epochs, at 2, 6, ..., 26, the first to `init`, the rest along a cubic curve to
     `final`; 4 epochs of recovery. At each cut the learning rate is rewound to its peak.
-    The student learns from its dense, fine-tuned teacher alone. Pruned are the linear
-    layers of the blocks, in one ranking over all of them; embeddings, pooler, head,
-    norms and biases stay dense.
+    The student learns from its dense, fine-tuned teacher alone. The recipe prunes the
+    linear layers of the blocks, in one ranking over all of them; embeddings, pooler,
+    head, norms and biases stay dense.
 
     `epochs=10` is the paper's shorter training, which is not a scaled version of the
     longer one: 2 epochs dense, then two cuts per epoch, 13 from epoch 2 to 8, then 2
@@ -58,11 +58,11 @@ def obert_downstream(
     gradual magnitude pruning on the same schedules; GMP* (Kurtic & Alistarh, 2022,
     arXiv:2210.06384) is that, with rates and a temperature of its own.
 
-    Other settings of the paper: for GLUE `learning_rate=(5e-5, 5e-6)`, in 10 epochs
-    `(8e-5, 2e-5)`, and 16 examples per gradient; for students of 3 and 6 layers
-    `init=0.3`; for the 4-block pattern (four weights along the inputs of a kernel `(in,
-    out)`) `pattern=js.Block((4, 1), scope="global")`. Batches had 16 examples (SQuAD)
-    and 32 (GLUE).
+    The paper has other settings for GLUE (`learning_rate=(5e-5, 5e-6)`, in 10 epochs
+    `(8e-5, 2e-5)`, and 16 examples per gradient), for students of 3 and 6 layers
+    (`init=0.3`) and for the 4-block pattern, four weights along the inputs of a kernel
+    `(in, out)` (`pattern=js.Block((4, 1), scope="global")`). Batches had 16 examples
+    (SQuAD) and 32 (GLUE).
 
     Differs from SparseML's recipes: a cut between two steps is done in the nearest
     step, not in the next. The training of 10 epochs was not published as a recipe. Two

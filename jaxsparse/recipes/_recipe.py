@@ -25,9 +25,9 @@ class Recipe(NamedTuple):
       learning_rate: step -> learning rate.
       total_steps: the length of the training.
       where: which parameters are pruned.
-      pattern: which weights live or die together.
-      weight_decay: of AdamW.
-      temperature: of the distillation, see `jaxsparse.losses.distill`.
+      pattern: which weights are removed together.
+      weight_decay: the weight decay of AdamW.
+      temperature: the temperature of the distillation, see `jaxsparse.losses.distill`.
       hardness: the teacher's share of the loss; 0 trains on the labels alone.
       block_size: weights in a block of the Fisher matrix; None for a recipe that scores
         by magnitude.
@@ -58,7 +58,7 @@ class Recipe(NamedTuple):
         masks: PyTree = None,
         axes: AxesRule = None,
     ) -> optax.GradientTransformationExtraArgs:
-        """The optimizer that prunes on the recipe's schedule.
+        """Make the optimizer that prunes on the recipe's schedule.
 
         It is `js.prune_schedule(...).wrap(inner(learning_rate))`: pruned weights are
         exactly 0 after each `optax.apply_updates`.
@@ -67,9 +67,10 @@ class Recipe(NamedTuple):
           inner: the optimizer of a learning rate; `optax.adamw` with the recipe's
             weight decay if left out. For SGD `lambda rate: optax.sgd(rate, 0.9)`; the
             recipe's weight decay is not added to it.
-          score: in the place of the recipe's. That of a recipe with a Fisher matrix is
-            `jaxsparse.transforms.windowed_obs(summed=True)`, whose blocks take `2 *
-            (block_size + 1)` numbers a weight; `jaxsparse.scores.magnitude` takes none.
+          score: a score to use instead of the recipe's. The score of a recipe with a
+            Fisher matrix is `jaxsparse.transforms.windowed_obs(summed=True)`, whose
+            blocks take `2 * (block_size + 1)` numbers a weight;
+            `jaxsparse.scores.magnitude` takes none.
           masks: fixed masks, as `jaxsparse.prune` and `jaxsparse.oneshot.layerwise`
             return them. Then nothing else is pruned: the schedule and the score are
             left out.
@@ -124,7 +125,7 @@ class Recipe(NamedTuple):
         teacher_logits: Array | None = None,
         labels: Array | None = None,
     ) -> Array:
-        """The loss of each example: labels and teacher in the recipe's shares.
+        """Return each example's loss, from labels and teacher in the recipe's shares.
 
         Args:
           student_logits: `[..., classes]`.

@@ -37,7 +37,7 @@ def plot_sensitivity(
 ) -> "Figure":
     """Draw the loss over the sparsity of each parameter alone.
 
-    The parameters whose curves move farthest from the dense model have a colour, a mark
+    The parameters whose curves move farthest from the dense model have a color, a mark
     and a name; all others are gray lines. A dashed line is the dense model.
 
     Args:
@@ -140,7 +140,7 @@ def plot_tradeoff(
 
     Raises:
       TypeError: something else than a mapping to pairs of numbers.
-      ValueError: no runs, more than 7 (the colours that a reader can tell apart),
+      ValueError: no runs, more than 7 (the colors that a reader can tell apart),
         sequences of unequal lengths, x that is not positive on a logarithmic axis; a
         `path` that does not end in `.png`.
       ImportError: matplotlib is not installed.

@@ -35,16 +35,16 @@ def plot_weights(
 ) -> "Figure":
     """Draw histograms of each parameter's weights before and after pruning.
 
-    Zeros are not drawn, they would hide the rest: each title says how many there are.
-    So one sees the gap that magnitude pruning leaves around 0, and whether a solver or
-    a training moved the weights that are left.
+    Each title states the fraction of zeros, which are not drawn because they would hide
+    the rest. The picture shows the gap that magnitude pruning leaves around 0, and
+    whether a solver or a training moved the remaining weights.
 
     Args:
       before: the dense parameters.
       after: the pruned parameters, of the same structure.
       where: which parameters are drawn; see `jaxsparse.tree.select`. Parameters that
         are not pruned by default are left out.
-      bins: how many bars.
+      bins: the number of bars.
       path: where to save it as PNG; a file of this name is replaced in one step.
 
     Returns:

@@ -47,11 +47,11 @@ def write_html(
     The file is complete or not there: it is written beside `path` and then moved.
 
     Args:
-      path: where to; a file of this name is replaced.
+      path: where to save it; a file of this name is replaced.
       *parts: in their order: a `Table`; a matplotlib figure, which is embedded as PNG;
         or text, where an empty line begins a paragraph and `# ` or `## ` at the start
-        of a paragraph makes it a heading. Text is shown as it is: HTML in it is not
-        obeyed.
+        of a paragraph makes it a heading. Text is shown as it is: HTML in it is
+        escaped.
       title: the page's title and first heading.
 
     Returns:

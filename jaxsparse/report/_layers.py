@@ -73,7 +73,7 @@ def mean_of_known(errors: np.ndarray) -> float:
     """Return the mean of the errors that are not NaN.
 
     Args:
-      errors: of a kernel's matrices.
+      errors: the errors of a kernel's matrices.
 
     Returns:
       A number, NaN if none is known.

@@ -41,9 +41,9 @@ def table(
         None: the masks in `opt_state`; without one, weights that are not exactly 0
         count as kept in the parameters of `jaxsparse.tree.select(params)`, and the
         other parameters count as not pruned.
-      asked: what sparsity was asked for: a number, shown against each pruned parameter,
-        a tree of numbers with the structure of `params` (see `jaxsparse.allocations`),
-        or a mapping from paths or regular expressions.
+      asked: the requested sparsity: a number, shown against each pruned parameter, a
+        tree of numbers with the structure of `params` (see `jaxsparse.allocations`), or
+        a mapping from paths or regular expressions.
       opt_state: the state of any chain with a pruning transformation: where masks come
         from if none are given, and the count of weights that leaked in training.
       title: the heading.

@@ -37,16 +37,15 @@ def plot(
 ) -> "Figure":
     """Draw the sparsity of each pruned parameter, and what happened in training.
 
-    The left panel has a bar for each pruned parameter, with a tick at the sparsity that
-    was asked for. The right panel shows sparsity and loss over steps if there is a
-    history. It needs matplotlib, but no display, and changes none of pyplot's global
-    state.
+    The left panel has a bar for each pruned parameter, with a tick at the requested
+    sparsity. The right panel shows sparsity and loss over steps if there is a history.
+    It needs matplotlib, but no display, and changes none of pyplot's global state.
 
     Args:
       table_or_tables: a table, or a dictionary from a run's name to its table.
       history: for one run a mapping with the keys "step", "sparsity" (fractions) and
         "loss", each a sequence of the same length; for several a mapping from a run's
-        name to such a mapping. A run has the color of the table of its name.
+        name to such a mapping. A table and a run of the same name have the same color.
       path: where to save it as PNG; a file of this name is replaced in one step.
 
     Returns:

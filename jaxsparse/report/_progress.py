@@ -39,7 +39,7 @@ class Progress(Generic[T]):
         return self._shown
 
     def say(self, text: str) -> None:
-        """Shows a text beside the bar, in place of the one before.
+        """Show a text beside the bar, in place of the one before.
 
         Args:
           text: for instance a layer's name and its error; shown as it is.
@@ -82,14 +82,14 @@ def progress(
 ) -> Progress[T]:
     """Show a progress bar on stderr while iterating.
 
-    The bar has the description, how many of how many, and the time left. A loop inside
-    such a loop shows its bar below, and takes it away when it is done.
+    The bar shows the description, the count and the time left. An inner loop shows its
+    bar below and removes it at its end.
 
     Args:
-      iterable: what to iterate over.
+      iterable: the items to iterate over.
       description: the text before the bar.
-      total: how many items there are; None asks `len(iterable)`, and if it has none,
-        the bar only shows that work goes on.
+      total: the number of items; None takes `len(iterable)`, and without a length the
+        bar only shows that work goes on.
       show: True or False; None shows it when stderr is a terminal or a notebook, unless
         the environment variable JAXSPARSE_PROGRESS is "0". Hidden, it prints nothing
         and the loop runs over `iterable` itself.

@@ -22,22 +22,22 @@ class Row(NamedTuple):
       path: the parameter's path as text.
       shape: its shape; `()` in a sum.
       dtype: the name of its type; "mixed" in a sum over several types.
-      asked: the sparsity that was asked for; None where nothing was said. In a sum the
-        mean over all its weights; weights without a stated sparsity count as 0.
+      asked: the requested sparsity, or None. In a sum the mean over all its weights;
+        weights without a stated sparsity count as 0.
       reached: the fraction that the mask removes.
-      kept: how many weights the mask keeps.
-      size: how many weights there are.
-      dense_bytes: what all weights take.
-      packed_bytes: what a bitmap takes: the kept weights and one bit for each weight;
+      kept: the number of weights that the mask keeps.
+      size: the number of weights.
+      dense_bytes: the bytes of all weights.
+      packed_bytes: the bytes of a bitmap: the kept weights and one bit for each weight;
         for a parameter that is not pruned the same as `dense_bytes`.
-      leaked: how many weights under a False mask are not zero; 0 too where there are no
-        values to look at (`jax.ShapeDtypeStruct`).
+      leaked: the number of nonzero weights under a False mask; 0 if there are no values
+        (`jax.ShapeDtypeStruct`).
       pruned: whether it takes part: its mask is not a mere scalar True.
       nearly_empty: whether the mask keeps next to nothing: of n units (weights, or
         channels where the mask has one number for each) 1, or `sqrt(n) / 10` at most.
         It is what `min_keep` of `jaxsparse.patterns.masks` alone may have kept.
-      why: for a dense array of two axes or more, why the default selection leaves it
-        so, as `jaxsparse.tree.why_dense` says; else empty.
+      why: for an array of two axes or more, why the default selection leaves it dense
+        (see `jaxsparse.tree.why_dense`); else empty.
     """
 
     path: str
@@ -66,11 +66,11 @@ class Table:
     Attributes:
       rows: one for each parameter, in the order of the tree. (What is shown has block 2
         before block 10.)
-      pruned: the sum of those that take part.
-      total: the sum of all.
+      pruned: the sum of the rows that take part.
+      total: the sum of all rows.
       title: the heading.
-      state_leaked: the most pruned weights that the optimizer's state ever found
-        nonzero at once; 0 without a state.
+      state_leaked: the largest number of pruned weights that the optimizer's state
+        found nonzero at once; 0 without a state.
     """
 
     rows: tuple[Row, ...]
@@ -81,7 +81,7 @@ class Table:
 
     @property
     def warning(self) -> str:
-        """What is wrong, and what to do; empty when pruned weights are zero."""
+        """The warning about nonzero pruned weights, with a remedy; else empty."""
         said = []
         if n := self.total.leaked:
             are = "weight is" if n == 1 else "weights are"
@@ -101,7 +101,7 @@ class Table:
 
     @property
     def note(self) -> str:
-        """Which layers keep next to nothing; empty when there are none."""
+        """The note on layers that keep almost no weights; empty without any."""
         few = [row for row in self.rows if row.nearly_empty]
         if not few:
             return ""
@@ -181,7 +181,7 @@ class Table:
 
     @property
     def legend(self) -> str:
-        """What the column "packed" means; empty where nothing is pruned."""
+        """The meaning of the column "packed"; empty if nothing is pruned."""
         if not self.pruned.size:
             return ""
         return (
@@ -191,7 +191,7 @@ class Table:
 
     @property
     def left_dense(self) -> str:
-        """What the default selection leaves though it has two axes, and why."""
+        """The arrays of two axes or more that stay dense by default, and why."""
         left = [f"{row.path} ({row.why})" for row in self.rows if row.why]
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         return f"Left dense: {', '.join(left[:_NAMED])}{more}." if left else ""

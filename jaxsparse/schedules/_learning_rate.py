@@ -17,9 +17,9 @@ def rewinding(
 ) -> Schedule:
     """Lower a rate linearly from `peak` to `end`, and restart at the steps listed.
 
-    Pruning hurts, and a learning rate that has already decayed cannot repair it: the
-    recipes of oBERT (Kurtic et al., 2022, arXiv:2203.07259) rewind it at every pruning
-    step. With the rewinds `a, b, ...` of `at` the learning rate is::
+    A learning rate that has already decayed cannot repair the loss of a pruning step:
+    the recipes of oBERT (Kurtic et al., 2022, arXiv:2203.07259) rewind it at every
+    pruning step. With the rewinds `a, b, ...` of `at` the learning rate is::
 
         0 <= t < a:    peak + (end - peak) * t / a                  a first phase
         a <= t < b:    peak + (end - peak) * (t - a) / (b - a - 1)  a cycle

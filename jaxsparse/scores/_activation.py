@@ -84,8 +84,8 @@ def gblm(
       params: a tree of arrays.
       stats: the statistics of the inputs of the selected parameters.
       gradients: `G`, from `js.calibration.gradient_norms`; None for the others.
-      alpha: what the gradients are multiplied by.
-      where: which parameters have to have both; see `jaxsparse.tree.select`.
+      alpha: the factor of the gradients.
+      where: which parameters must have both; see `jaxsparse.tree.select`.
 
     Returns:
       A tree of arrays of the same shapes, in float32 at least, larger = keep; zeros

@@ -54,8 +54,8 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
 def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
     """Score by connection sensitivity at initialization, `|w * g| / sum |w * g|`.
 
-    The derivative of the loss with respect to a gate on each weight, at gate 1,
-    normalized over the selected parameters. Lee, Ajanthan & Torr (2019,
+    The score is the derivative of the loss with respect to a gate on each weight, at
+    gate 1, normalized over the selected parameters. Lee, Ajanthan & Torr (2019,
     arXiv:1810.02340). The order is that of `taylor`; the normalization makes scores of
     different batches comparable, so that they may be averaged. The sum is the same bits
     however the parameters are sharded.
@@ -112,10 +112,10 @@ def grasp(
 ) -> PyTree:
     """Score by `w * (H g)`, a weight's part in the gradient flow at initialization.
 
-    Removing weight i changes `|g|^2` by `-2 w_i (H g)_i` to first order; what is kept
-    is what the gradient flow would lose most. `H g` costs two gradients
-    (forward-over-reverse), and no Hessian is formed. Wang, Zhang & Grosse (2020,
-    arXiv:2002.07376).
+    Removing weight i changes `|g|^2` by `-2 w_i (H g)_i` to first order; the kept
+    weights are those that the gradient flow would lose most by. `H g` costs two
+    gradients (forward-over-reverse), and no Hessian is formed. Wang, Zhang & Grosse
+    (2020, arXiv:2002.07376).
 
     Differs from the reference implementation, whose score is the negative (it removes
     the largest), divided by the sum of magnitudes (no matter for the order), and which

@@ -57,7 +57,7 @@ def random(params: PyTree, *, key: Array) -> PyTree:
     a weight back.
 
     Args:
-      params: a tree of arrays; their shapes and dtypes are looked at.
+      params: a tree of arrays; only their shapes and dtypes are read.
       key: a typed key, `jax.random.key(seed)`.
 
     Returns:

@@ -14,9 +14,9 @@ from jaxsparse.tree import leaves_with_paths, map_with_path, select
 def obd(params: PyTree, diagonal: PyTree, *, where: Where = None) -> PyTree:
     """Score by Optimal Brain Damage, `1/2 H_qq w_q^2`.
 
-    The increase of the loss when a weight is removed and no other changes, at a
-    minimum, with a diagonal Hessian. LeCun, Denker & Solla (1989). The papers on
-    language models put the diagonal of the Fisher matrix for `H_qq`.
+    The score is the increase of the loss, at a minimum and with a diagonal Hessian,
+    when a weight is removed and no other changes. LeCun, Denker & Solla (1989). The
+    papers on language models put the diagonal of the Fisher matrix for `H_qq`.
 
     Args:
       params: a tree of arrays.
@@ -50,10 +50,11 @@ def obd(params: PyTree, diagonal: PyTree, *, where: Where = None) -> PyTree:
 def obs(params: PyTree, inverse_diagonal: PyTree, *, where: Where = None) -> PyTree:
     """Score by Optimal Brain Surgeon, `w_q^2 / (2 [H^-1]_qq)`.
 
-    The increase of the loss when a weight is removed and all others are changed for the
-    best, at a minimum. Hassibi & Stork (1992); with blocks of the empirical Fisher
-    matrix for H: WoodFisher (arXiv:2004.14340), oBERT (arXiv:2203.07259), M-FAC
-    (arXiv:2107.03356). `js.solvers.obs` makes that change as well.
+    The score is the increase of the loss, at a minimum, when a weight is removed and
+    all others take their best values. Hassibi & Stork (1992); with blocks of the
+    empirical Fisher matrix for H: WoodFisher (arXiv:2004.14340), oBERT
+    (arXiv:2203.07259), M-FAC (arXiv:2107.03356). `js.solvers.obs` makes that change as
+    well.
 
     Differs from WoodFisher, which leaves the 1/2 out and adds 1e-10 to the score and
     to the diagonal, and from oBERT's implementation, which adds 1.2e-7 to the latter:

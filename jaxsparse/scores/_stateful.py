@@ -20,8 +20,8 @@ class Score(NamedTuple):
     parameters: `masks`, those before this choice (True = kept); `step`, the number of
     updates so far; `sparsity`, the schedule's at this step (a number, or a tree like
     the parameters). A plain score function may ask for them too. So RigL (Evci et al.,
-    2020, arXiv:1911.11134) is a function: of the weights that are there the largest
-    stay, and those with the largest gradients grow in place of the others:
+    2020, arXiv:1911.11134) is a function: it keeps the largest of the present weights
+    and grows those with the largest gradients in place of the others:
 
       >>> import jax, jax.numpy as jnp, jaxsparse as js
       >>> def rigl(params, grads, *, masks, step, sparsity):
@@ -46,8 +46,8 @@ class Score(NamedTuple):
       init: `init(params) -> state`, a tree of arrays.
       update: `update(grads, state, params) -> state`, in every step.
       score: `score(params, grads, state) -> scores`, in steps that change masks.
-      needs_grads: whether `score` makes use of gradients; where there are none (at
-        init, last in a chain) such a score cannot be asked.
+      needs_grads: whether `score` uses gradients; without gradients (at init, last in a
+        chain) such a score is not called.
       prune: None, or `prune(params, grads, state, select) -> (masks, change)` in place
         of `score`, for methods that also change the weights they keep: `select(scores)`
         gives the masks, `change` is added to the parameters in the step that chooses

@@ -34,13 +34,13 @@ def admm(
 
     In inputs scaled so that the gram matrix has a diagonal of ones, `H = G + damping
     I`: `Z <- (W + U) * mask`, `U <- U + W - Z`, `W <- (H W_0 + rho (Z - U)) (H + rho
-    I)^-1`, and in the first iterations the mask keeps what is largest in `W + U`. Boza
-    (2024, "Fast and Effective Weight Update for Pruned Large Language Models",
+    I)^-1`, and in the first iterations the mask keeps the largest entries of `W + U`.
+    Boza (2024, "Fast and Effective Weight Update for Pruned Large Language Models",
     arXiv:2401.02938).
 
     Differs from the reference implementation: counts are exact, groups are of any size,
-    and there is no schedule of the sparsity (in the reference it has no effect but for
-    masks by output).
+    and there is no schedule of the sparsity (in the reference it affects only masks by
+    output).
 
     Args:
       w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.
@@ -48,12 +48,12 @@ def admm(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: the mask of earlier pruning; True = kept. Removed weights stay removed, and
-        count.
-      rho: how hard the copies pull, relative to a diagonal of ones.
-      iterations: of them all.
-      mask_iterations: those in which the mask may still change.
-      rel_damping: added to the diagonal of ones.
+      mask: the mask of earlier pruning; True = kept. Removed weights stay removed and
+        count toward the sparsity.
+      rho: the penalty, relative to a diagonal of ones.
+      iterations: the number of iterations.
+      mask_iterations: the number of first iterations that may change the mask.
+      rel_damping: the number added to the diagonal of ones.
 
     Returns:
       The weights, mask and info. Weights of dead inputs are the first to go, the
@@ -61,7 +61,7 @@ def admm(
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, options out of range, a mask that
-        has removed more than asked for.
+        has already removed more than requested.
       TypeError: other patterns, types that are not floating point.
 
     Example:
@@ -110,12 +110,12 @@ def alps(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: the mask of earlier pruning; True = kept. Removed weights stay removed, and
-        count.
+      mask: the mask of earlier pruning; True = kept. Removed weights stay removed and
+        count toward the sparsity.
       rho: the first penalty, relative to a diagonal of ones.
-      iterations: the most there may be.
-      refit_iterations: of conjugate gradients.
-      rel_damping: added to the diagonal of ones.
+      iterations: the largest number of iterations.
+      refit_iterations: the number of iterations of conjugate gradients.
+      rel_damping: the number added to the diagonal of ones.
 
     Returns:
       The weights, mask and info. Weights of dead inputs are the first to go, the
@@ -123,7 +123,7 @@ def alps(
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, options out of range, a mask that
-        has removed more than asked for.
+        has already removed more than requested.
       TypeError: other patterns, types that are not floating point.
 
     Example:

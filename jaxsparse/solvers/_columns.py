@@ -43,28 +43,29 @@ def sparsegpt(
     With `(G + damping I)^-1 = U^T U`, `U` upper triangular: at the start of a block of
     columns the weights with the smallest `w_ij^2 / U_jj^2` are chosen (for N:M at the
     start of each group). Then column after column, `e = (w_j - q_j) / U_jj`, where
-    `q_j` has zeros for what was chosen, and `w_k -= e U_jk` for all `k > j`. Frantar &
-    Alistarh (2023, SparseGPT, arXiv:2301.00774).
+    `q_j` has zeros for the chosen weights, and `w_k -= e U_jk` for all `k > j`. Frantar
+    & Alistarh (2023, SparseGPT, arXiv:2301.00774).
 
     The count rule holds for the whole layer (`scope="output"`: for each row). Each
-    block gets its share in proportion to its weights, by rounding what all blocks so
-    far should have lost. Among equal scores of a block the weight of the lower column
-    is kept, then that of the lower row: the order of a flax kernel `[d_in, d_out]`.
+    block loses a share in proportion to its weights; the running total over blocks is
+    rounded. Among equal scores of a block the weight of the lower column is kept, then
+    that of the lower row: the order of a flax kernel `[d_in, d_out]`.
 
     Weights of dead inputs are the first to go, the smallest of the whole layer (or
-    group) first, and count towards the sparsity; those that are kept (when there are
-    more of them than are to be removed, or in N:M groups) stay what they are. Weights
-    that `mask` has removed stay removed, and count; a group of N:M that has lost more
-    than the pattern asks for keeps fewer.
+    group) first, and count toward the sparsity; those that are kept (when there are
+    more of them than are to be removed, or in N:M groups) do not change. Weights that
+    `mask` has removed stay removed and count toward the sparsity; an N:M group that has
+    lost more than the pattern removes keeps fewer.
 
-    Rows do not depend on each other but for the scope of a layer: shard `w` over its
-    outputs, with the gram matrix on every device. Then one integer a pass is exchanged.
+    Rows depend on each other only with the scope of a layer. Shard `w` over its
+    outputs, with the Gram matrix on every device; then devices exchange one integer a
+    pass.
 
     Differs from the reference implementation, which removes one weight too many in each
     block, sets all weights of dead inputs to zero, needs a block size that `of` divides
     (here groups are chosen one by one, so the block size says nothing), and multiplies
     by `U` row by row: here blocks take `(W - Q) R` with `R = U^-1`, the same numbers
-    from half the factorisation.
+    from half the factorization.
 
     Args:
       w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.
@@ -74,17 +75,18 @@ def sparsegpt(
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
       mask: the mask of earlier pruning; True = kept.
-      block_size: columns of which the weights compete, 128 in the paper.
-      rel_damping: relative to the mean of the gram's diagonal. Not used for a factor.
-      damping: an absolute one in its place.
+      block_size: the number of columns whose weights compete, 128 in the paper.
+      rel_damping: the damping relative to the mean diagonal of the Gram matrix. Not
+        used for a factor.
+      damping: an absolute damping instead.
 
     Returns:
       The weights, mask and info.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, a sparsity or a group size out of
-        range, a mask that has removed more than asked for, a gram matrix that is not
-        positive definite (in eager use; under jit see `info.failed`).
+        range, a mask that has already removed more than requested, a gram matrix that
+        is not positive definite (in eager use; under jit see `info.failed`).
       TypeError: other patterns, types that are not floating point.
 
     Example:

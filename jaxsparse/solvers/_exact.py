@@ -35,12 +35,12 @@ def exact_obs(
     `C`: `C -= C_:j C_j: / C_jj`. Frantar & Alistarh (2022, ExactOBS of "Optimal Brain
     Compression", arXiv:2208.11580).
 
-    - `scope="layer"`: all rows are taken apart to the end, and the cheapest steps of
-      the layer are done. A step costs no less than those before it in its row: the
-      largest of them counts. Between equal costs the earlier step goes first, then the
+    - `scope="layer"`: each row removes all of its weights in turn, and the cheapest
+    steps of the layer are taken. The cost of a step is the largest cost in its row so
+    far. Between equal costs the earlier step goes first, then the
       higher row.
-    - `scope="output"`: each row loses as many.
-    - `NM`: a group that has lost enough is left alone.
+    - `scope="output"`: each row loses the same number. - `NM`: a group that has lost
+    enough is left alone.
 
     The weights are the least-squares solution on the kept weights, to which the steps
     lead.
@@ -48,8 +48,8 @@ def exact_obs(
     Cost: `d_in` passes over `d_out` matrices `[d_in, d_in]`: for layers of up to a
     thousand inputs. Memory: `chunk d_in^2`.
 
-    Differs from the reference implementation, which cuts at a loss, so that the count
-    is not exact and a row's later, cheaper step can count for an earlier one.
+    Differs from the reference implementation, which cuts at a loss. There the count is
+    not exact, and a row's later, cheaper step can count for an earlier one.
 
     Args:
       w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.
@@ -57,11 +57,12 @@ def exact_obs(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: the mask of earlier pruning; True = kept. Its removed weights go first, and
-        count.
-      rel_damping: relative to the mean of the gram's diagonal. Not used for a factor.
-      damping: an absolute one in its place.
-      chunk: how many rows at once; by default what fits in a cache.
+      mask: the mask of earlier pruning; True = kept. Its removed weights stay removed
+        and count toward the sparsity.
+      rel_damping: the damping relative to the mean diagonal of the Gram matrix. Not
+        used for a factor.
+      damping: an absolute damping instead.
+      chunk: how many rows are solved at once; by default as many as fit in a cache.
 
     Returns:
       The weights, mask and info. Weights of dead inputs are the first to go, the
@@ -69,8 +70,8 @@ def exact_obs(
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, a sparsity or a group size out of
-        range, a mask that has removed more than asked for, a gram matrix that is not
-        positive definite (in eager use; under jit see `info.failed`).
+        range, a mask that has already removed more than requested, a gram matrix that
+        is not positive definite (in eager use; under jit see `info.failed`).
       TypeError: other patterns, types that are not floating point.
 
     Example:

@@ -26,20 +26,20 @@ def wanda(
     Args:
       w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.
       gram: `X^T X / n`, `[d_in, d_in]`, or what `js.curvature.factor_gram` made of it;
-        or only its diagonal `[d_in]`, which is all that it looks at. Then the error in
-        the info is that for inputs without correlations.
+        or only its diagonal `[d_in]`, which is all that it reads. With the diagonal the
+        error in the info assumes inputs without correlations.
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("output" or "layer")`, or `NM`.
-      mask: the mask of earlier pruning; True = kept. Removed weights stay removed, and
-        count.
+      mask: the mask of earlier pruning; True = kept. Removed weights stay removed and
+        count toward the sparsity.
 
     Returns:
       The weights, mask and info.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, a sparsity or group out of range,
-        a mask that has removed more than asked for.
+        a mask that has already removed more than requested.
       TypeError: other patterns, types that are not floating point.
 
     Example:
@@ -66,15 +66,15 @@ def magnitude(
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
       pattern: `Unstructured("layer" or "output")`, or `NM`.
-      mask: the mask of earlier pruning; True = kept. Removed weights stay removed, and
-        count.
+      mask: the mask of earlier pruning; True = kept. Removed weights stay removed and
+        count toward the sparsity.
 
     Returns:
       The weights, mask and info.
 
     Raises:
       ValueError: shapes that do not fit, NaN or Inf, a sparsity or group out of range,
-        a mask that has removed more than asked for.
+        a mask that has already removed more than requested.
       TypeError: other patterns, types that are not floating point.
 
     Example:

@@ -42,7 +42,8 @@ def obs(
 ) -> patterns.Pruned:
     """Prune by second-order scores, and update the weights that remain.
 
-    To second order, at a minimum, removing the weights Q costs `1/2 dw^T F dw`.
+    At a minimum, to second order, removing the weights Q increases the loss by `1/2
+    dw^T F dw`.
 
     - Scores: `w_q^2 / (2 [F^-1]_qq)` for single weights, channels and N:M, for tiles
       `1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q` (the Fisher matrix has to be made for them:
@@ -60,8 +61,8 @@ def obs(
 
     Differs from the reference implementations, which add up the updates for each weight
     (or group of 4) removed alone, `update="independent"`, and then set what should be
-    zero to zero: for more than one weight in a block that is not the best, and can be
-    worse than no update at all. No epsilon is added to the diagonal. M-FAC's pruner
+    zero to zero: for more than one weight in a block that update is not the best one,
+    and can be worse than none. No epsilon is added to the diagonal. M-FAC's pruner
     takes the removed weights out before it cuts the rest into blocks; here blocks stay
     where they are, and have rows of zeros.
 
@@ -69,23 +70,23 @@ def obs(
       params: a tree of arrays.
       fisher: from `js.curvature.block_fisher`, `mfac`, `diagonal_fisher` or
         `kronecker_fisher`, made with the same `where`.
-      sparsity: the fraction to remove in the end, weights pruned before included; a
-        number, a tree of them, or a mapping from paths or regular expressions, of which
-        the first that matches counts (what none matches stays dense). May be left out
-        for `NM`.
-      pattern: what lives or dies together, and who competes with whom.
+      sparsity: the total fraction to remove, including weights pruned before. A number,
+        a tree of numbers, or a mapping from paths or regular expressions; the first
+        that matches counts, and parameters that none matches stay dense. May be left
+        out for `NM`.
+      pattern: which weights are removed together, and which compete.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
-      masks: what was pruned before: it stays 0, and leaves the Fisher matrix; see
-        `jaxsparse.patterns.masks`.
+      masks: the masks of earlier pruning. Pruned weights stay 0 and leave the Fisher
+        matrix; see `jaxsparse.patterns.masks`.
       update: `"joint"`; `"independent"`, as the papers' code; or `"none"`. A Kronecker
         Fisher matrix has no joint update.
-      greedy: whether to choose weights one after another inside of blocks (a
+      greedy: whether to choose weights one after another within each block (a
         `BlockFisher`; single weights and N:M).
-      steps: in how many cuts.
+      steps: the number of cuts.
       refresh: `refresh(params, masks) -> fisher`, called before every cut but the
         first, with fresh gradients of the pruned network. A Kronecker Fisher matrix
-        needs it: no weights can be taken out of one.
+        needs it, because it cannot be restricted.
 
     Returns:
       The pruned parameters and their masks. Removed weights are exactly 0; parameters
@@ -303,7 +304,7 @@ def _check_units(
     rules: _Rules,
     stated: dict[str, Axes],
 ) -> None:
-    """Raises unless the weights of each unit are neighbours within a block."""
+    """Raises unless the weights of each unit are neighbors within a block."""
     layouts = {layout.path: layout for layout in fisher.layouts}
     for path, w in selected:
         layout = layouts[path]

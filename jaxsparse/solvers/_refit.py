@@ -26,15 +26,16 @@ def refit(
 ) -> Solved:
     """Find the kept weights that come closest to the dense layer's outputs.
 
-    They minimise `tr((W' - W) (G + damping I) (W' - W)^T)` where `W'` is 0 outside of
-    the mask: for each row `[G + damping I]_KK w'_K = [(G + damping I) w]_K`, with `K`
-    what the row keeps.
+    They minimize `tr((W' - W) (G + damping I) (W' - W)^T)` where `W'` is 0 outside of
+    the mask. For each row `[G + damping I]_KK w'_K = [(G + damping I) w]_K`, with `K`
+    the weights that the row keeps.
 
-    Without `iterations` exactly: a Cholesky factorisation for each row, `d_out d_in^3 /
-    3` multiplications, which is for small layers. With them by conjugate gradients on
-    all rows at once, preconditioned by the diagonal, one product `[d_out, d_in] x
-    [d_in, d_in]` each: 10 of them bring most of it (ALPS, Meng et al. 2024,
-    arXiv:2406.07831, ends so). That needs no damping: a singular matrix is fine.
+    Without `iterations` the solution is exact: a Cholesky factorization for each row,
+    `d_out d_in^3 / 3` multiplications, for small layers. With `iterations` conjugate
+    gradients solve all rows at once, preconditioned by the diagonal, with one product
+    `[d_out, d_in] x [d_in, d_in]` an iteration. 10 iterations bring most of the gain
+    (ALPS, Meng et al. 2024, arXiv:2406.07831, ends with them). That needs no damping: a
+    singular matrix is fine.
 
     Args:
       w: `[d_out, d_in]`, the dense weights, for outputs `x @ w.T`. Batches by
@@ -42,11 +43,12 @@ def refit(
       mask: what to keep, by whatever method it was chosen.
       gram: `X^T X / n`, `[d_in, d_in]`, or what `js.curvature.factor_gram` made of it
         (its damping is used).
-      iterations: of conjugate gradients; None: exact.
+      iterations: the number of iterations of conjugate gradients; None: exact.
       start: weights to start from, by default `w`; the result of `sparsegpt` saves a
         few iterations.
-      rel_damping: relative to the mean of the gram's diagonal. Not used for a factor.
-      damping: an absolute one in its place.
+      rel_damping: the damping relative to the mean diagonal of the Gram matrix. Not
+        used for a factor.
+      damping: an absolute damping instead.
 
     Returns:
       The weights, mask and info. Kept weights of dead inputs keep their values in `w`.

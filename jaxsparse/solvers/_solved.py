@@ -28,14 +28,14 @@ class SolveInfo(NamedTuple):
 
     Attributes:
       error: `tr((W' - W) G (W' - W)^T)`, the mean square error of the layer's outputs,
-        summed over them; `G` is the gram matrix without damping. NaN where all of it is
+        summed over them; `G` is the gram matrix without damping. NaN where `G` is all
         0: nothing is known of a layer that never saw an input.
       relative_error: `error / tr(W G W^T)`: 1 is as bad as no layer at all. 0 where
         there is no output, NaN where the error is.
-      damping: what was added to the gram's diagonal (`admm`, `alps`: to that of the
-        gram scaled to a diagonal of ones).
-      dead: how many inputs are always 0.
-      failed: whether a factorisation failed; the weights are NaN then.
+      damping: the number added to the diagonal of the Gram matrix (`admm`, `alps`: of
+        the Gram matrix scaled to a diagonal of ones).
+      dead: the number of inputs that are always 0.
+      failed: whether a factorization failed; the weights are NaN then.
     """
 
     error: Array

@@ -23,14 +23,16 @@ class Kernel:
 
     Attributes:
       path: its path.
-      view: its input, output and batch axes: how it is read as matrices.
+      view: its input, output and batch axes, which say how to read it as matrices.
       readings: every place where it is contracted; more than one for tied weights.
-      input: the name of its input: kernels of the same name read the same numbers.
-      flops: of all its contractions for the example inputs, two for a multiply-add.
+      input: the name of its input; kernels with the same input name read the same
+        numbers.
+      flops: the operations of all its contractions for the example inputs, two for a
+        multiply-add.
       via: the primitives that changed its entries before it was contracted: masks,
-        scales, quantisation. Empty for a plain kernel.
-      changes: the equations that did so, with their lines, and whether each is a
-        product with something that does not depend on the kernel.
+        scales, quantization. Empty for a plain kernel.
+      changes: the equations that changed its entries, with their lines, and whether
+        each is a product with a factor that does not depend on the kernel.
     """
 
     path: str
@@ -52,9 +54,9 @@ class Unfollowed(NamedTuple):
 
     Attributes:
       paths: the parameters concerned; empty where only activations are.
-      primitive: the primitive at which their trail ends.
+      primitive: the primitive that the trace could not follow.
       source: the line of the model.
-      reason: in words, with what to state by hand.
+      reason: the reason in words, and what to state by hand.
     """
 
     paths: tuple[str, ...]

@@ -15,7 +15,7 @@ def retrace(trace_: Trace, params: PyTree, inputs: tuple[Any, ...]) -> Trace:
 
     Args:
       trace_: a trace.
-      params: the parameters; only their shapes are looked at.
+      params: the parameters; only their shapes are read.
       inputs: arrays.
 
     Returns:

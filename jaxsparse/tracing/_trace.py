@@ -35,23 +35,23 @@ class Trace:
     Attributes:
       kernels: by path, in the order in which the model first reads them.
       lookups: for each parameter that is indexed (an embedding) the lines of the model.
-      unfollowed: what the walk could not follow.
+      unfollowed: the uses that the trace could not follow.
       apply_fn: the function that was traced.
       program: its jaxpr.
       paths: the parameters' paths, in the order of the program's first variables.
       treedef: the structure of the parameters.
       out_shape: the abstract result.
       inputs: the abstract example inputs.
-      leading: the axes of the first input, of which the first counts samples.
-      rules: what was given for foreign primitives.
+      leading: the axes of the first input; the first one numbers the samples.
+      rules: the rules given for foreign primitives.
       dims: each parameter's axes as expressions: axes that must have the same indices,
         in any parameters, share their leaves.
       input_dims: the same for each array of the example inputs, in their flat order.
-      nodes: and for the operands and results of every equation.
-      constants: and for the constants of every jaxpr.
+      nodes: the same for the operands and results of every equation.
+      constants: the same for the constants of every jaxpr.
       layers: the axis that each scan runs over.
       sites: the equations that contract parameters with data.
-      kept: what analyses found, see `once`.
+      kept: the results of analyses, see `once`.
     """
 
     kernels: Mapping[str, Kernel]
@@ -76,7 +76,7 @@ class Trace:
     )
 
     def once(self, look: Callable[["Trace"], Found]) -> Found:
-        """What a function finds in this trace. It is called once, and kept with it.
+        """Return what a function finds in this trace, and call the function only once.
 
         Args:
           look: a function of a trace alone.
@@ -93,7 +93,7 @@ class Trace:
         """Each kernel's axes, in the form that `axes=` takes everywhere.
 
         Grouped convolutions are left out: their groups are a part of an axis, which
-        `Axes` cannot say.
+        `Axes` cannot describe.
         """
         return {
             f"^{re.escape(path)}$": kernel.view.axes
@@ -102,17 +102,17 @@ class Trace:
         }
 
     def where(self, path: str, leaf: Any) -> bool:
-        """The default selection, by use: what data is contracted with.
+        """The default selection: kernels, by their use in the model.
 
-        Takes the kernels of two axes and more. What is looked up by index stays dense,
-        also where it is contracted at another place (tied embeddings), and so does what
-        its own name calls an embedding, a token, a position or a LoRA factor. Names of
+        It selects kernels of two axes and more. Parameters that are indexed stay dense,
+        even if they are also contracted elsewhere (tied embeddings), and so do
+        parameters named as an embedding, a token, a position or a LoRA factor. Names of
         modules, and the names of plain weights, do not count. It is what `where=None`
         means wherever there is a trace; elsewhere pass `where=trace.where`.
 
         Args:
           path: the parameter's path.
-          leaf: the parameter; only its shape and dtype are looked at.
+          leaf: the parameter; only its shape and dtype are read.
 
         Returns:
           Whether it takes part.
@@ -133,7 +133,7 @@ class Trace:
 
     @property
     def flops(self) -> int:
-        """Of all contractions of kernels, for the example inputs."""
+        """The operations of all contractions of kernels, for the example inputs."""
         return sum(kernel.flops for kernel in self.kernels.values())
 
     def __str__(self) -> str:
@@ -174,8 +174,8 @@ def trace(
     inputs as a batch of matrices.
 
     Differs from Torch-Pruning's and OTO's graphs: they hook module classes or walk
-    autograd nodes, and take what they do not know for elementwise. Here nothing depends
-    on classes or names, and `Trace.unfollowed` lists unknown uses.
+    autograd nodes, and assume that unknown operations are elementwise. Here nothing
+    depends on classes or names, and `Trace.unfollowed` lists unknown uses.
 
     Args:
       apply_fn: `apply_fn(params, *example_inputs)`: a Linen module's `apply`, a
@@ -192,7 +192,7 @@ def trace(
       A `Trace`.
 
     Raises:
-      TypeError: `params` have no arrays, or hold something else; a TypeError of
+      TypeError: `params` hold no arrays, or leaves that are not arrays; a TypeError of
         `apply_fn` itself, with the shapes that it was called on.
       ValueError: an equation in `rules` cannot be read or does not fit, or is for a
         primitive that the model does not have; a ValueError of `apply_fn` itself.

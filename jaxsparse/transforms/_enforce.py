@@ -30,15 +30,15 @@ def enforce(
 
     After `optax.apply_updates` every pruned coordinate is exactly 0.0: the final update
     is projected onto the masks in the parameter's dtype, `u <- u where mask, else -w`.
-    So momentum, weight decay and noise cannot bring a weight back. And what the
-    optimizer remembers of coordinates that were pruned or came back is reset
-    (a weight that comes back starts at 0 with first moment 0 and second moment `g^2`).
+    So momentum, weight decay and noise cannot bring a weight back. The optimizer's
+    moments of weights that were pruned or came back are reset (a weight that comes back
+    starts at 0 with first moment 0 and second moment `g^2`).
 
     The state is that of `tx` itself. The training loop, flax's `TrainState` and
     `nnx.Optimizer` stay as they are.
 
-    It has to be outermost among all that changes parameters. A wrapper outside of it
-    that averages them (`optax.ema` of updates, `optax.lookahead`,
+    It has to be the outermost transformation that changes parameters. A wrapper outside
+    of it that averages them (`optax.ema` of updates, `optax.lookahead`,
     `optax.contrib.schedule_free`, an average kept by hand) mixes steps with different
     masks and breaks the zeros: apply the masks to the average,
     `js.patterns.apply(average, js.masks_of(opt_state))`. Around or inside it,

@@ -17,11 +17,11 @@ from jaxsparse.tree import like
 def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationExtraArgs:
     """Hold pruned weights at exactly zero, as the LAST member of a chain.
 
-    `u <- u where mask, else -w`. For masks that are fixed (fine-tuning a pruned model),
-    or chosen on a schedule by a score that needs no gradients. It sees the finished
-    update, so every optimizer keeps exact zeros; but not raw gradients, so those of
-    pruned weights still enter clipping norms and the optimizer's statistics, and its
-    moments are not reset. `enforce` does all of that.
+    `u <- u where mask, else -w`. Use it for fixed masks (fine-tuning a pruned model),
+    or for masks chosen on a schedule by a score that needs no gradients. It sees the
+    finished update, so every optimizer keeps exact zeros; but not raw gradients, so
+    those of pruned weights still enter clipping norms and the optimizer's statistics,
+    and its moments are not reset. `enforce` does all of that.
 
     Args:
       masks: a tree of bools with the structure of the parameters, or with leaves at the

@@ -47,21 +47,21 @@ def scale_by_mfac(
     by a factor of m / steps, and steps are larger: the first is `g m / (m damping +
     |g|^2)`.
 
-    A gradient with NaN or Inf is not entered into the window, and its product is NaN,
-    for `optax.apply_if_finite` to see. (That wrapper selects between two states in
-    each step, which costs more passes over the window.)
+    A gradient with NaN or Inf does not enter the window, and its product is NaN, which
+    `optax.apply_if_finite` detects. (That wrapper selects between two states in each
+    step, which costs more passes over the window.)
 
-    Under `enforce` with a `prune_schedule`, what is pruned leaves the window when masks
+    Under `enforce` with a `prune_schedule`, pruned weights leave the window when masks
     change: the sparse mode of the reference implementation.
 
-    Differs from the reference implementation: any pytree, any shape of window, any
-    device, and its window is in the state, so a training can be resumed; products by
-    `F^-1 g_j = m G^T S^-1 e_j`, which loses no digits at small damping.
+    Differs from the reference implementation: it works on any pytree, window and
+    device; its window is in the state, so a training can be resumed; it computes `F^-1
+    g_j = m G^T S^-1 e_j`, which loses no digits at small damping.
 
     Args:
-      window: how many gradients, m.
-      damping: what is added to the diagonal of F; the paper takes 1e-5 to 1e-6.
-      dtype: that in which gradients are kept; that of their parameters if None.
+      window: the number of gradients, m.
+      damping: the number added to the diagonal of F; the paper takes 1e-5 to 1e-6.
+      dtype: the type of the stored gradients; the parameters' by default.
 
     Returns:
       A gradient transformation. Its state is a `ScaleByMFacState`.
@@ -113,12 +113,12 @@ def mfac(
     Args:
       learning_rate: a number or a schedule; 1e-3 in the reference implementation,
         1e-4 for its BERT models.
-      window: how many gradients.
+      window: the number of gradients.
       damping: the number added to the diagonal of F.
-      momentum: of the average of the products, in [0, 1); none by default, as in the
-        reference implementation.
-      weight_decay: L2 regularisation.
-      dtype: that in which gradients are kept.
+      momentum: the decay of the average of the products, in [0, 1); none by default, as
+        in the reference implementation.
+      weight_decay: L2 regularization.
+      dtype: the type of the stored gradients.
 
     Returns:
       An optimizer.

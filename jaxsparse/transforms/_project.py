@@ -60,7 +60,7 @@ def apply_updates(params: Tree, updates: PyTree, opt_state: PyTree) -> Tree:
 
     It completes the literal chain `optax.chain(prune_schedule, optimizer)`, whose first
     member cannot undo what the optimizer adds after it. Under `enforce` it changes
-    nothing. Here also NaN and Inf become 0 where they are pruned.
+    nothing. NaN and Inf of pruned weights become 0, too.
 
     Args:
       params: the parameters.
@@ -97,7 +97,7 @@ def init_sparse(
 
     Where the schedule starts sparse (a constant, a mask that was adopted) the state
     holds masks before the first step. A train state keeps the parameters it is given,
-    so its first forward pass would still be dense; with these it is not.
+    so give it these: with others its first forward pass would be dense.
 
     Args:
       tx: a transformation with a pruning transformation inside.
@@ -108,8 +108,8 @@ def init_sparse(
 
     Raises:
       ValueError: `tx` holds no pruning transformation.
-      TypeError: `tx` is no transformation, or `params` holds a leaf that is no array;
-        as when the two are swapped.
+      TypeError: `tx` is no transformation, or `params` holds a leaf that is no array
+        (perhaps the two are swapped).
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js

@@ -72,10 +72,10 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
         step: int = 0,
         masks: PyTree = None,
     ) -> optax.OptState:
-        """The state of `self.wrap(tx)` from that of a dense run of `tx`.
+        """Make the state of `self.wrap(tx)` from the state of a dense run of `tx`.
 
-        Pruning can so begin in the middle of a training, with the optimizer's moments
-        as they are.
+        Pruning can then begin in the middle of a training and keep the optimizer's
+        moments.
 
         Args:
           opt_state: the state of `tx`, from a dense run or its checkpoint.
@@ -86,9 +86,10 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
             to be zero where they are False.
 
         Returns:
-          The state of `self.wrap(tx)`, which is that of `optax.chain(self, tx)`.
-          Exact zeros of a model that is sparse already are held, as `zeros` of
-          `prune_schedule` says; a schedule that begins below its sparsity is warned of.
+          The state of `self.wrap(tx)`, which is that of `optax.chain(self, tx)`. It
+          holds exact zeros of a model that is sparse already, as `zeros` of
+          `prune_schedule` says, and warns if the schedule begins below the model's
+          sparsity.
 
         Raises:
           ValueError: masks that do not fit `params`, or params that are not masked.
@@ -126,19 +127,19 @@ def prune_schedule(
 ) -> PruneSchedule:
     """Choose masks on a schedule, and hide pruned coordinates from the optimizer.
 
-    In a step in which `every` says yes, it takes the schedule's sparsity at this step,
-    scores `(params, gradients)` and makes the masks. In every step it zeroes the
-    gradients of pruned weights, so that they leave clipping norms, moments and factored
-    statistics. It stands FIRST in a chain, where it sees raw gradients; from there it
-    cannot hold weights at zero, since the optimizer's step comes after it. So::
+    In the steps of `every` it takes the schedule's sparsity, scores `(params,
+    gradients)` and makes masks. In every step it zeroes the gradients of pruned
+    weights, so that they leave clipping norms, moments and factored statistics. It
+    stands FIRST in a chain, where it sees raw gradients; from there it cannot hold
+    weights at zero, since the optimizer's step comes after it. So::
 
         tx = js.enforce(optax.chain(prune_schedule, optax.adam(1e-3)))  # all of it
         tx = prune_schedule.wrap(optax.adam(1e-3))                      # the same
         tx = optax.chain(prune_schedule, optax.adam(1e-3))              # literal: with
         params = js.apply_updates(params, updates, opt_state)           #   this call
 
-    Gradual pruning is Zhu & Gupta (2017, arXiv:1710.01878). A step without a choice of
-    masks costs one select a gradient.
+    Gradual pruning is Zhu & Gupta (2017, arXiv:1710.01878). A step that does not change
+    masks costs one select for each gradient.
 
     Differs from JaxPruner: the guarantee needs no call in the training loop; gradients
     are masked; N:M follows the schedule and runs along the input axes; the schedule is
@@ -150,25 +151,25 @@ def prune_schedule(
         0.9)` or `jax.tree.map(lambda s: js.schedules.polynomial(final=s, ...), tree)`;
         or a mapping of either from paths or regular expressions: the first that matches
         counts, and what none matches stays dense (see `jaxsparse.tree.by_rules`).
-      every: when masks change: a cadence of `jaxsparse.schedules`, a function step ->
-        bool, or an integer for every so many steps without end.
+      every: when masks change; a cadence of `jaxsparse.schedules`, a function step ->
+        bool, or an integer, the number of steps from one change to the next.
       score: a function of `params`, or of `params, grads`, larger = keep; or a
         `jaxsparse.scores.Score`. It sees the parameters before the step, and what it
         asks for by name: `masks`, `step`, `sparsity`.
-      pattern: what lives or dies together, and who competes with whom.
+      pattern: which weights are removed together, and which compete.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
       min_keep: how many units (weights, tiles or channels) each group and each layer
         keeps at least, as there.
       axis_name: where `update` runs under `jax.shard_map` on shards of the parameters:
         the mesh axes or the tree of `PartitionSpec`, as there. `init` may run outside.
-        In the state `regrew` and `leaked` are then of all shards.
+        In the state `regrew` and `leaked` then cover all shards.
       total_steps: the length of the training, if known; then a schedule that would not
         end within it is an error too.
-      zeros: what becomes of exact zeros in kernels that take part, in a model that is
-        sparse already when `init` or `adopt` sees it: "hold" keeps them at zero until
-        masks are first chosen, and says so in a warning; "train" lets them grow, for
-        kernels that begin as an identity. Kernels of zeros alone are always trained.
+      zeros: how `init` and `adopt` treat exact zeros in kernels of a model that is
+        sparse already. "hold" keeps them at zero until masks are first chosen, and
+        warns; "train" lets them grow, for kernels that begin as an identity. Kernels of
+        zeros alone are always trained.
 
     Returns:
       A gradient transformation with the methods `wrap` and `adopt`. Its state is a

@@ -21,16 +21,16 @@ class PruneScheduleState(NamedTuple):
     effect after a restore.
 
     Attributes:
-      step: how many updates were made, int32.
+      step: the number of updates made, int32.
       masks: a tree of bools like the parameters, True = kept.
       score_state: what the score remembers.
-      updated: whether the last update chose masks anew. (None inside of `enforce`,
-        which runs the optimizer when the masks of this step are already there.)
+      updated: whether the last update chose masks anew. (None in the second `update`
+        call made by `enforce`, which reuses this step's masks.)
       regrew: whether it brought a weight back.
-      leaked: the most pruned weights that were ever found nonzero at once, int32;
-        looked for after each choice of masks and in every 100th step.
-      change: what the last choice of masks adds to the parameters, in that step alone;
-        None for scores that change none.
+      leaked: the largest number of pruned weights found nonzero at once, int32; counted
+        after each choice of masks and in every 100th step.
+      change: the update that the last choice of masks adds to the parameters, in that
+        step alone; None for scores that change none.
     """
 
     step: Array
@@ -163,8 +163,8 @@ def assert_sparse(opt_state: PyTree, params: PyTree = None) -> None:
     `optax.ema`, `optax.lookahead`, `optax.contrib.schedule_free`). Both are found
     here. It reads values: call it now and then, outside jit.
 
-    It warns when nothing is pruned yet, which before a schedule begins is as it should
-    be, and after a training means that the schedule lies outside of it.
+    It warns when nothing is pruned yet. Before a schedule begins that is expected;
+    after a training it means that the schedule lies outside of it.
 
     Args:
       opt_state: the state of any chain with a pruning transformation.

@@ -39,7 +39,7 @@ def straight_through(
       sparsity: the fraction to remove, in [0, 1), possibly traced, or a tree or mapping
         of them, as for `jaxsparse.patterns.masks`.
       score: a function of `params`, larger = keep; it may ask for `sparsity` by name.
-      pattern: what lives or dies together, and who competes with whom.
+      pattern: which weights are removed together, and which compete.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
       min_keep: how many units each group and each layer keeps at least, as there.

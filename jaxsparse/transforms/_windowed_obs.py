@@ -21,8 +21,8 @@ class GradientSums(NamedTuple):
     """Outer products of a training's last gradients, summed up in blocks.
 
     Attributes:
-      recent: of the last gradients, of fewer than `window`.
-      before: of the `window` gradients before these.
+      recent: the sums of the last gradients, fewer than `window`.
+      before: the sums of the `window` gradients before these.
     """
 
     recent: curvature.Sums
@@ -35,7 +35,7 @@ class GradientWindow(NamedTuple):
     Attributes:
       grads: for each parameter that takes part `[window, *shape]`, a ring; None for
         the others.
-      step: how many gradients came, int32.
+      step: the number of gradients seen, int32.
     """
 
     grads: PyTree
@@ -59,9 +59,9 @@ def windowed_obs(
     The last `window` gradients of the training stand for the Fisher matrix, in blocks
     (`js.curvature.block_fisher`). In a step that chooses masks the scores are `w_q^2 /
     (2 [F^-1]_qq)`, for tiles `1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q`, and the weights that are
-    kept change by `-F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q`, Q what is newly removed, together
-    with the optimizer's own step. Gradual pruning as in Kurtic et al. (2022, oBERT,
-    arXiv:2203.07259); see `js.recipes.obert_downstream` for the schedules::
+    kept change by `-F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q`, Q the newly removed weights,
+    together with the optimizer's own step. Gradual pruning as in Kurtic et al. (2022,
+    oBERT, arXiv:2203.07259); see `js.recipes.obert_downstream` for the schedules::
 
         score = js.transforms.windowed_obs(window=256, damping=1e-7, pattern=pattern)
         prune_schedule = js.prune_schedule(schedule, every=..., score=score,
@@ -72,22 +72,21 @@ def windowed_obs(
     with `optax.apply_updates` leaves it out.
 
     Differs from the reference implementation, which stops the training at a pruning
-    step and takes m = 1,024 fresh gradients of the same weights: here they are those of
-    the last steps, some of slightly older weights, and cost nothing. Where that matters
-    call `js.solvers.obs` between steps, and `adopt` its masks.
+    step and takes m = 1,024 fresh gradients of the same weights: this one takes the
+    gradients of the last steps, some of slightly older weights, which cost nothing.
+    Where that matters call `js.solvers.obs` between steps, and `adopt` its masks.
 
     Memory: `window` times the parameters that take part, and while it prunes
     `block_size + 1` times. For the 85 million weights in the blocks of BERT-base and
     1,024 gradients that is 348 GB; half of it with `dtype=jnp.bfloat16`. With `summed`
-    the gradients' outer products are added up in blocks, at once, and no gradient is
-    kept: `2 * (block_size + 1)` times the parameters whatever the window, 35 GB with
-    blocks of 50, 11 GB with blocks of 15. It is an error to ask for more than there is.
-
-    A quiet step writes one gradient; with `summed` it reads and writes `block_size + 1`
-    numbers a weight.
+    each gradient's outer products are added to blocks and no gradient is kept. That
+    takes `2 * (block_size + 1)` times the parameters, whatever the window: 35 GB with
+    blocks of 50, 11 GB with blocks of 15. Asking for more memory than there is raises
+    an error. A step that does not prune writes one gradient; with `summed` it reads and
+    writes `block_size + 1` numbers a weight.
 
     Args:
-      window: how many gradients to keep. Until there are so many, those that came are
+      window: how many gradients to keep. Before that many have come, all of them are
         used. With `summed` the last `window` to twice as many count.
       block_size: the weights of a block.
       damping: added to the diagonal.
@@ -95,16 +94,16 @@ def windowed_obs(
       pattern: that of `prune_schedule`.
       where: that of `prune_schedule`.
       axes: those of `prune_schedule`.
-      dtype: in which to keep gradients; the parameter's own by default.
-      summed: adds blocks up in place of keeping gradients.
+      dtype: the type of the stored gradients; the parameter's own by default.
+      summed: whether to add up blocks instead of keeping gradients.
 
     Returns:
       A `Score`.
 
     Raises:
       ValueError: a window below 1, a damping that is not positive, a `dtype` with
-        `summed`; at `init`, what `js.curvature.block_fisher` raises, and with the
-        number of bytes where they are more than there are (under `jit` a warning).
+        `summed`; at `init`, what `js.curvature.block_fisher` raises, and too little
+        memory, with the number of bytes needed (under `jit` a warning).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js

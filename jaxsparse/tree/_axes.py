@@ -83,14 +83,14 @@ def default_axes(path: str, leaf: Any) -> Axes:
 
     Args:
       path: the parameter's path, for the message.
-      leaf: the parameter; only its number of axes is looked at.
+      leaf: the parameter; only its number of axes is read.
 
     Returns:
       All axes but the last as input, the last as output.
 
     Raises:
       ValueError: three axes, which may be a one-dimensional convolution, an attention
-        kernel or a stack of matrices: it has to be stated.
+        kernel or a stack of matrices; state them.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -120,8 +120,8 @@ def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
 
     Args:
       params: the parameters, or anything of their structure and shapes.
-      axes: see `AxesRule`; in a mapping the first rule that matches wins, and one that
-        is a path is that one alone.
+      axes: see `AxesRule`; in a mapping the first rule that matches wins, and a rule
+        that is a path matches that path alone.
 
     Returns:
       A dictionary from path to axes with an entry where the caller stated something, or
@@ -130,7 +130,7 @@ def resolve_axes(params: PyTree, axes: AxesRule) -> dict[str, Axes]:
     Raises:
       ValueError: an expression matches no path or cannot be read, or axes do not fit
         their parameter.
-      TypeError: neither `Axes` nor a mapping from expressions to such.
+      TypeError: neither `Axes` nor a mapping from expressions to `Axes`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -166,8 +166,8 @@ def _outputs_first(ndim: int, own: int) -> Axes:
 def kernel_axes(path: str, leaf: Any, stated: Mapping[str, Axes]) -> Axes:
     """Return the stated axes of a parameter, or the default with a warning.
 
-    Nothing in an array says which of its axes are inputs. Where nobody else does
-    either, it is taken for flax's, and that is said once.
+    An array does not say which of its axes are inputs. Without stated axes the layout
+    of flax is assumed, and a warning says so once.
 
     Args:
       path: the parameter's path.

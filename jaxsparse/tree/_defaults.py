@@ -41,7 +41,7 @@ def default_where(path: str, leaf: Any) -> bool:
 
     Args:
       path: the parameter's path as text.
-      leaf: the parameter; only its shape and dtype are looked at.
+      leaf: the parameter; only its shape and dtype are read.
 
     Returns:
       Whether the parameter takes part.
@@ -61,8 +61,8 @@ def why_dense(path: str, leaf: Any) -> str | None:
 
     Args:
       path: the parameter's path as text.
-      leaf: the parameter; only its shape and dtype are looked at. A leaf without a
-        shape counts as having fewer than two axes.
+      leaf: the parameter; only its shape and dtype are read. A leaf without a shape
+        counts as having fewer than two axes.
 
     Returns:
       A few words, such as "an embedding"; None for a parameter that takes part.

@@ -42,9 +42,9 @@ def path_str(key_path: tuple[Any, ...]) -> str:
 def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     """List the leaves of a tree with their paths as text.
 
-    A path is what `path_str` makes of a leaf's keys. Keys may have a `/` of their own
-    (Haiku's module names do), and where two leaves would so get one path, each `/`
-    within a key of theirs is written as `%2F`.
+    `path_str` makes a path from a leaf's keys. Keys may contain a `/` (Haiku's module
+    names do); where two leaves would get the same path, each `/` within their keys is
+    written as `%2F`.
 
     Args:
       tree: any pytree.

@@ -21,15 +21,15 @@ def matching(
 ) -> dict[str, Any]:
     """Return the value of each path, by the first rule that matches it.
 
-    A rule that is one of the paths is that one alone; any other is a regular expression
+    A rule that is one of the paths matches it alone; any other is a regular expression
     that is searched in the paths.
 
     Args:
       rules: values by path or regular expression.
       paths: the paths that may match.
-      name: what a message calls the rules.
-      none: what it says of a rule that matches none of the paths.
-      hint: what it says in the end.
+      name: the name of the rules in messages.
+      none: the message about a rule that matches none of the paths.
+      hint: the end of the message.
 
     Returns:
       Values by path, in the order of `paths`; none where no rule matches.
@@ -86,8 +86,8 @@ def by_rules(
 ) -> tuple[Any, Where]:
     """Turn a mapping from paths or regular expressions into a tree of values.
 
-    Parameters that no rule matches take no part. Anything but such a mapping is
-    returned as it is: a single value, and a mapping that has the structure of `params`.
+    Parameters that no rule matches take no part. It returns other values unchanged: a
+    single value, and a mapping that has the structure of `params`.
 
     JAX sorts the keys of a mapping that passes through `jax.jit` or `jax.tree.map`;
     where several rules match one path, call this before.
@@ -95,9 +95,9 @@ def by_rules(
     Args:
       params: the parameters, or anything of their structure and shapes.
       values: for instance `{"l0/kernel": 0.5, r"attn": 0.7}`. The first rule that
-        matches a path counts. A rule that is a path is that one alone.
+        matches a path counts. A rule that is a path matches that path alone.
       where: which parameters take part; see `select`.
-      name: what a message calls the values.
+      name: the name of the values in messages.
       rest: the value of parameters that take no part.
 
     Returns:
@@ -134,7 +134,7 @@ def is_rules(params: PyTree, values: Any) -> bool:
 
     Args:
       params: the parameters.
-      values: what `by_rules` may be given.
+      values: the values, as for `by_rules`.
 
     Returns:
       True for a flat mapping whose keys are text, but for one like `params`: of their

@@ -106,7 +106,7 @@ def nearest(wanted: str, paths: list[str], *, most: int = 5) -> list[str]:
     Args:
       wanted: a path, or a regular expression on paths.
       paths: the paths that exist.
-      most: how many to give.
+      most: the largest number of paths to return.
 
     Returns:
       At most `most` of `paths`.

@@ -39,14 +39,14 @@ def unwrap_variables(tree: PyTree) -> PyTree:
 def like(tree: PyTree, params: PyTree, *, name: str, of: str = "params") -> PyTree:
     """Put leaves into the containers of another tree that has leaves at the same paths.
 
-    Masks of `nnx.as_pure(state)` so fit `state`, whose arrays are held by variables,
-    and those of unboxed Linen parameters fit boxed ones.
+    For example, masks of `nnx.as_pure(state)` then fit `state`, whose variables hold
+    the arrays, and masks of unboxed Linen parameters fit boxed ones.
 
     Args:
       tree: masks, scores or the like.
       params: the parameters.
-      name: what the message calls `tree`.
-      of: what the message calls `params`.
+      name: the name of `tree` in messages.
+      of: the name of `params` in messages.
 
     Returns:
       The leaves of `tree` in the structure of `params`.

@@ -21,9 +21,9 @@ class MatrixView:
 
     Attributes:
       shape: the parameter's shape.
-      split: the shape in which its axes are told apart. It is `shape` but where only a
-        part of an axis is carried along: the groups of a grouped convolution
-        `(*window, in/g, out)` are read from `(*window, in/g, g, out/g)`.
+      split: the shape to which `axes` refer. It differs from `shape` only where a part
+        of an axis is a batch: a grouped convolution `(*window, in/g, out)` is read as
+        `(*window, in/g, g, out/g)`.
       axes: the input, output and batch axes of `split`.
 
     Example:
@@ -50,7 +50,7 @@ class MatrixView:
 
     @property
     def d_in(self) -> int:
-        """The columns of a matrix: what one row of inputs holds."""
+        """The columns of a matrix: the length of a row of inputs."""
         return math.prod(self.split[a] for a in self.axes.input)
 
     @property
