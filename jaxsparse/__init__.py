@@ -65,8 +65,10 @@ def __dir__() -> list[str]:
         "Any",
         "TYPE_CHECKING",
         "importlib",
+        "linalg",
         "primitives",
         "program",
+        "ranking",
         "structured",
     }
     public = {name for name in globals() if not name.startswith("_")}

@@ -16,10 +16,10 @@ from jax import lax
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import when
 from jaxsparse._typing import Array
-from jaxsparse.patterns._counting import count
-from jaxsparse.patterns._keys import ordered_keys, positions
-from jaxsparse.patterns._shards import Split, names_along, pieces, total, varying_as
-from jaxsparse.patterns.threshold import First, held_keys, masks_by_keys
+from jaxsparse.ranking.counting import count
+from jaxsparse.ranking.keys import ordered_keys, positions
+from jaxsparse.ranking.shards import Split, names_along, pieces, total, varying_as
+from jaxsparse.ranking.threshold import First, held_keys, masks_by_keys
 
 
 def top_k_with_floor(

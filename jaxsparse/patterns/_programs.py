@@ -16,7 +16,6 @@ from jaxsparse._sharded import each_sharded_like, sharded_like
 from jaxsparse._typing import Array
 from jaxsparse.patterns._floor import top_k_with_floor
 from jaxsparse.patterns._rows import together, top_k_masks_of_each
-from jaxsparse.patterns._shards import Split
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
 from jaxsparse.patterns._units import (
     batch_axes,
@@ -25,7 +24,8 @@ from jaxsparse.patterns._units import (
     expand_blocks,
 )
 from jaxsparse.patterns.nm import nm_mask
-from jaxsparse.patterns.threshold import top_k_masks
+from jaxsparse.ranking.shards import Split
+from jaxsparse.ranking.threshold import top_k_masks
 from jaxsparse.tree import Axes
 
 

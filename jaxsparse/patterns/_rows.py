@@ -21,9 +21,9 @@ from jaxsparse._checks import is_concrete
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._sharded import manual_axes
 from jaxsparse._typing import Array
-from jaxsparse.patterns._counting import Competing
-from jaxsparse.patterns._keys import ordered_keys
-from jaxsparse.patterns.threshold import masks_by_keys
+from jaxsparse.ranking.counting import Competing
+from jaxsparse.ranking.keys import ordered_keys
+from jaxsparse.ranking.threshold import masks_by_keys
 
 _LANES = 512  # what rows are filled up to a multiple of
 _TOGETHER = 2**18  # entries of a matrix

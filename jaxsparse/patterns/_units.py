@@ -5,8 +5,8 @@ from jax import lax
 
 from jaxsparse._typing import Array
 from jaxsparse.linalg.ordered import ordered_mean
-from jaxsparse.patterns._shards import Split, names_along, pieces
 from jaxsparse.patterns._spec import Block, Channel, Pattern
+from jaxsparse.ranking.shards import Split, names_along, pieces
 from jaxsparse.tree import Axes
 
 

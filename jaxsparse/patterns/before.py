@@ -13,9 +13,9 @@ from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Sparsity
 from jaxsparse.patterns._counts import removed_count
 from jaxsparse.patterns._masks import kept_count
-from jaxsparse.patterns._shards import Split
 from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
 from jaxsparse.patterns._units import block_scores, channel_scores, expand_blocks
+from jaxsparse.ranking.shards import Split
 from jaxsparse.tree import Axes, AxesRule, kernel_axes, map_with_path, resolve_axes
 
 Revived = list[tuple[str, Any, Array]]

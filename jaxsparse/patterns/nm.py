@@ -9,8 +9,8 @@ from jax import lax
 from jaxsparse import _checks
 from jaxsparse._typing import Array
 from jaxsparse.patterns._counts import removed_count
-from jaxsparse.patterns._keys import ordered_keys
 from jaxsparse.patterns._spec import NM
+from jaxsparse.ranking.keys import ordered_keys
 from jaxsparse.tree import Axes
 
 

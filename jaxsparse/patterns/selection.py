@@ -22,16 +22,11 @@ from jaxsparse.patterns._programs import (
     split_of_units,
     units_of,
 )
-from jaxsparse.patterns._shards import (
-    AxisName,
-    Split,
-    names_along,
-    pieces,
-    splits_of,
-)
+from jaxsparse.patterns._shards import AxisName, splits_of
 from jaxsparse.patterns._spec import NM, Block, Pattern, Unstructured
 from jaxsparse.patterns.before import Revived, check_budget, sink, without_gone
 from jaxsparse.patterns.nm import group_inputs
+from jaxsparse.ranking.shards import Split, names_along, pieces
 from jaxsparse.tree import (
     Axes,
     AxesRule,

@@ -13,7 +13,7 @@ from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import in_parts
 from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.gram import GramFactor
-from jaxsparse.patterns.threshold import ordered_keys, top_k_masks
+from jaxsparse.ranking.threshold import ordered_keys, top_k_masks
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
 from jaxsparse.solvers._sweep import (

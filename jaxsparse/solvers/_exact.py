@@ -11,7 +11,7 @@ from jaxsparse import _checks, patterns
 from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import over_blocks, scratch_bytes
 from jaxsparse.linalg.gram import GramFactor, damped_inverse
-from jaxsparse.patterns.threshold import top_k_masks
+from jaxsparse.ranking.threshold import top_k_masks
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._refit import least_squares
 from jaxsparse.solvers._solved import Solved

@@ -12,7 +12,7 @@ from jaxsparse._platform import on_cpu
 from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import in_parts
 from jaxsparse.linalg.factor import matmul
-from jaxsparse.patterns.threshold import ordered_keys
+from jaxsparse.ranking.threshold import ordered_keys
 from jaxsparse.solvers import _solved
 
 TILE = 4  # columns in one pass over the memory; earlier ones act by a product

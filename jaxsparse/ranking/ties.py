@@ -16,10 +16,10 @@ from jax import lax
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import after
 from jaxsparse._typing import Array
-from jaxsparse.patterns._counting import count
-from jaxsparse.patterns._keys import positions
-from jaxsparse.patterns._search import Cut
-from jaxsparse.patterns._shards import Split, names_along, pieces, total
+from jaxsparse.ranking.counting import count
+from jaxsparse.ranking.keys import positions
+from jaxsparse.ranking.search import Cut
+from jaxsparse.ranking.shards import Split, names_along, pieces, total
 
 _LANES = 512
 

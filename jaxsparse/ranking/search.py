@@ -22,8 +22,8 @@ from jaxsparse._loops import after
 from jaxsparse._platform import on_cpu
 from jaxsparse._sharded import manual_axes
 from jaxsparse._typing import Array
-from jaxsparse.patterns._counting import Competing, count_reaching
-from jaxsparse.patterns._shards import Split, names_along, pieces, total, varying_as
+from jaxsparse.ranking.counting import Competing, count_reaching
+from jaxsparse.ranking.shards import Split, names_along, pieces, total, varying_as
 
 _DIGIT = 8  # bits
 _TOP = 2**_DIGIT - 1

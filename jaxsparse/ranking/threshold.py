@@ -1,7 +1,7 @@
 """The exact top-k mask without a sort.
 
 The k-th largest score is found on a key that has the order of the scores; see
-`_search`. That runs on any device, under `vmap`, with a traced k, and over sharded
+`search`. That runs on any device, under `vmap`, with a traced k, and over sharded
 arrays at the cost of a scalar all-reduce a pass; nothing is gathered, sorted or copied.
 Ties are settled by position, in two more passes, and in none when no tie is cut.
 """
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._typing import Array
-from jaxsparse.patterns._counting import Competing
-from jaxsparse.patterns._keys import ordered_keys, positions
-from jaxsparse.patterns._search import search
-from jaxsparse.patterns._shards import Split
-from jaxsparse.patterns._ties import tie_ends, tie_ends_of_groups
+from jaxsparse.ranking.counting import Competing
+from jaxsparse.ranking.keys import ordered_keys, positions
+from jaxsparse.ranking.search import search
+from jaxsparse.ranking.shards import Split
+from jaxsparse.ranking.ties import tie_ends, tie_ends_of_groups
 
 
 class First(NamedTuple):

@@ -6,8 +6,8 @@ from jax import lax
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import after
 from jaxsparse._typing import Array
-from jaxsparse.patterns._counting import Competing
-from jaxsparse.patterns._shards import Split, index_along, names_along, pieces
+from jaxsparse.ranking.counting import Competing
+from jaxsparse.ranking.shards import Split, index_along, names_along, pieces
 
 
 def ordered_keys(x: Array) -> Array:
