@@ -496,6 +496,7 @@ def test_every_public_score_and_allocation_has_a_row():
     helpers = {"as_score", "bias_compensation"}
     assert functions_of(js.scores) - helpers == set(SCORES) == set(TINY)
     allocations = functions_of(js.allocations) | {"als"}  # that is in contrib
-    assert allocations - {"level_sparsities"} == set(ALLOCATIONS)
+    measures = {"level_sparsities", "sensitivity"}  # what allocations are made from
+    assert allocations - measures == set(ALLOCATIONS)
     kinds = {type(p) for p in PATTERNS.values()}
     assert kinds == set(js.patterns.Pattern.__args__)
