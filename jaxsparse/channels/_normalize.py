@@ -136,15 +136,15 @@ def normalize_quantile(
       Scores of the same shapes; those that are all 0 stay so.
 
     Raises:
-      ValueError: `q` is not between 0 and 1.
+      ValueError: `q` is not in [0, 1].
+      TypeError: `q` is no number.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> js.channels.normalize_quantile({"up[1]": jnp.array([4.0, 1.0, 2.0])})
       {'up[1]': Array([2. , 0.5, 1. ], dtype=float32)}
     """
-    if not 0 <= q <= 1:
-        raise ValueError(f"q must be between 0 and 1, got {q!r}.")
+    _checks.check_number(least=0, most=1, q=q)
 
     def one(x: Array) -> Array:
         at = min(math.floor(q * x.shape[-1]), x.shape[-1] - 1)

@@ -69,7 +69,7 @@ def test_a_quantile_of_zero_is_not_divided_by():
     np.testing.assert_array_equal(found["a"], [0, 0, 2, 1])
     np.testing.assert_array_equal(found["b"], 0)
     assert float(js.channels.normalize_quantile(scores, q=1.0)["a"][2]) == 1
-    with pytest.raises(ValueError, match=r"q must be between 0 and 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"q must lie in \[0, 1\], got 1\.5"):
         js.channels.normalize_quantile(scores, q=1.5)
 
 
