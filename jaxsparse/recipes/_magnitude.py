@@ -1,5 +1,7 @@
 """Trainings that score by magnitude: gradual pruning, or one cut and fine-tuning."""
 
+from typing import Any
+
 import optax
 
 from jaxsparse import _checks, schedules
@@ -74,8 +76,6 @@ def gmp(
       >>> loss_fn = lambda logits, labels: recipe.loss(logits, labels=labels).mean()
     """
     _checks.check_positive_int(total_steps, name="total_steps")
-    _checks.check_pattern(Pattern, pattern)
-    _checks.check_where(where)
     check_sparsities(init, final)
     _checks.check_number(begin=begin, end=end)
     if not 0 <= begin < end <= 1:
@@ -94,18 +94,16 @@ def gmp(
             "a smaller interval or more steps."
         )
     last -= (last - first) % interval  # the last cut is the one that reaches `final`
-    check_rates(learning_rate)
-    _check_share(hardness, temperature)
-    return Recipe(
-        sparsity=dense_before(first, init=init, final=final, end=last),
-        every=schedules.every(interval, begin=first, end=last),
-        learning_rate=_cosine(learning_rate, total_steps),
+    return _by_magnitude(
+        dense_before(first, init=init, final=final, end=last),
+        schedules.every(interval, begin=first, end=last),
         total_steps=total_steps,
-        where=where,
-        pattern=pattern,
+        learning_rate=learning_rate,
         weight_decay=weight_decay,
-        temperature=temperature,
         hardness=hardness,
+        temperature=temperature,
+        pattern=pattern,
+        where=where,
     )
 
 
@@ -154,34 +152,39 @@ def one_shot(
       >>> tx = recipe.optimizer(masks=masks)
       >>> state = tx.init(params)
     """
-    _checks.check_positive_int(total_steps, name="total_steps")
-    _checks.check_pattern(Pattern, pattern)
-    _checks.check_where(where)
-    check_rates(learning_rate)
-    _check_share(hardness, temperature)
-    return Recipe(
-        sparsity=schedules.constant(sparsity),
-        every=schedules.at(0),
-        learning_rate=_cosine(learning_rate, total_steps),
+    return _by_magnitude(
+        schedules.constant(sparsity),
+        schedules.at(0),
         total_steps=total_steps,
-        where=where,
-        pattern=pattern,
+        learning_rate=learning_rate,
         weight_decay=weight_decay,
-        temperature=temperature,
         hardness=hardness,
+        temperature=temperature,
+        pattern=pattern,
+        where=where,
     )
 
 
-def _cosine(learning_rate: tuple[float, float], total_steps: int) -> Schedule:
-    """From the peak to the end along half a cosine."""
+def _by_magnitude(
+    sparsity: Schedule,
+    every: schedules.At | schedules.Every,
+    *,
+    total_steps: int,
+    learning_rate: tuple[float, float],
+    **settings: Any,
+) -> Recipe:
+    """A recipe without a Fisher matrix, whose learning rate falls along a cosine."""
+    _checks.check_positive_int(total_steps, name="total_steps")
+    _checks.check_pattern(Pattern, settings["pattern"])
+    _checks.check_where(settings["where"])
+    _checks.check_number(least=0, weight_decay=settings["weight_decay"])
+    _checks.check_number(least=0, most=1, hardness=settings["hardness"])
+    _checks.check_number(above=0, temperature=settings["temperature"])
+    check_rates(learning_rate)
     peak, end = learning_rate
     _checks.check_number(least=0, end=end)
     _checks.check_number(above=0, peak=peak)
     if end > peak:
         raise ValueError(f"learning_rate falls: 0 <= end <= peak; got {learning_rate}.")
-    return optax.cosine_decay_schedule(peak, total_steps, alpha=end / peak)
-
-
-def _check_share(hardness: float, temperature: float) -> None:
-    _checks.check_number(least=0, most=1, hardness=hardness)
-    _checks.check_number(above=0, temperature=temperature)
+    rate = optax.cosine_decay_schedule(peak, total_steps, alpha=end / peak)
+    return Recipe(sparsity, every, rate, total_steps, **settings)

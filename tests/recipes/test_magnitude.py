@@ -169,6 +169,7 @@ def test_the_loss_has_the_shares_of_the_recipe():
         ("gmp", {"learning_rate": (1e-4, 1e-3)}, ValueError, "learning_rate falls"),
         ("gmp", {"hardness": 1.5}, ValueError, "hardness"),
         ("one_shot", {"sparsity": 50}, ValueError, r"write 0\.5"),
+        ("one_shot", {"weight_decay": -1.0}, ValueError, "weight_decay"),
         ("one_shot", {"temperature": 0.0}, ValueError, "temperature"),
         ("one_shot", {"total_steps": 0}, ValueError, "total_steps"),
     ],
