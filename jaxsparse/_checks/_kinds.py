@@ -55,7 +55,12 @@ def check_callable(takes: int | None, *keywords: str, **functions: Any) -> None:
 def check_score(score: Any) -> None:
     """Raises unless `score` is a function of params, and of what it may ask for."""
     check_callable(None, score=score)
-    check_callable(1, *sorted(asked_for(score, 1)), score=score)
+    try:
+        check_callable(1, *sorted(asked_for(score, 1)), score=score)
+    except TypeError as error:
+        raise TypeError(
+            f"{error} A score of gradients: lambda p: score(p, jax.grad(loss_fn)(p))."
+        ) from None
 
 
 @contextlib.contextmanager

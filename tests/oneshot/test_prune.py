@@ -134,3 +134,9 @@ def test_nan_in_the_weights_raises_with_its_path():
 def test_steps_are_a_positive_integer(steps, error):
     with pytest.raises(error, match="steps"):
         js.prune(model(), 0.5, steps=steps)
+
+
+def test_a_score_of_gradients_is_told_how_to_get_them():
+    params = {"kernel": jnp.ones((2, 2))}
+    with pytest.raises(TypeError, match=r"signature \(p, g\).*jax\.grad\(loss_fn\)"):
+        js.prune(params, 0.5, score=lambda p, g: p)
