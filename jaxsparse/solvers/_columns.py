@@ -118,7 +118,7 @@ class _Problem(NamedTuple):
     """
 
     x: Array  # [n, d_out]
-    lower: Array  # the root, transposed, [n, n]
+    root: Array  # upper triangular, [n, n]
     dead: Array  # [n]
     before: Array | None  # the mask of what was pruned before, [n, d_out]
     removed: Array
@@ -154,7 +154,7 @@ def _solve(
     more = -d_in % block_size
     problem = _Problem(
         longer(x, more),
-        lax.optimization_barrier(larger(factor.root, more).T),
+        larger(factor.root, more),
         longer(dead, more),
         None if before is None else longer(before, more),
         removed,
@@ -278,10 +278,10 @@ def _block(
     start = jnp.asarray(start, jnp.int32)
     cut = lambda a: lax.dynamic_slice_in_dim(a, start, size, 0)
     number = start // size
-    corner = lax.dynamic_slice(problem.lower, (start, start), (size, size))
+    corner = lax.dynamic_slice(problem.root, (start, start), (size, size))
     eye = jnp.eye(size, dtype=corner.dtype)
-    lower = lax.linalg.triangular_solve(corner, eye, left_side=True, lower=True)
-    passed = _solved.product_before(problem.lower, swept.change, start, size, size)
+    lower = lax.linalg.triangular_solve(corner.T, eye, left_side=True, lower=True)
+    passed = _solved.product_before(problem.root, swept.change, start, size, size)
     own = cut(problem.x)
     now = own + matmul(lower, passed)
     before = None if problem.before is None else cut(problem.before)

@@ -127,17 +127,17 @@ def below_zero(w: Array) -> Array:
 def product_before(
     matrix: Array, x: Array, start: Array, size: int, step: int
 ) -> Array:
-    """`matrix[start:start+size, :start] @ x[:start]`, in a loop over what is there.
+    """`matrix[:start, start:start+size]^T @ x[:start]`, in a loop over what is there.
 
-    A product of the full width would do twice the work. Rows and not columns of the
-    matrix: XLA's products on CPU take twice as long where the first one is transposed.
+    A product of the full width would do twice the work. Columns of the matrix as it is,
+    and not rows of its transpose: that would be copied in each turn of a caller's loop.
     """
 
     def add(wide: int, first: Any) -> Callable[[Any, Array], Array]:
         def turn(i: Any, total: Array) -> Array:
             at = first + i * wide
-            part = lax.dynamic_slice(matrix, (start, at), (size, wide))
-            return total + matmul(part, lax.dynamic_slice_in_dim(x, at, wide, 0))
+            part = lax.dynamic_slice(matrix, (at, start), (wide, size))
+            return total + matmul(part.T, lax.dynamic_slice_in_dim(x, at, wide, 0))
 
         return turn
 
