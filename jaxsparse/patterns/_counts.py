@@ -42,14 +42,27 @@ def removed_count(sparsity: float | Array, n: int) -> int | Array:
     low = jax.Array | np.ndarray | np.generic
     if isinstance(sparsity, float) or not isinstance(sparsity, low):
         return min(math.floor(float(sparsity) * n + 0.5), n)
-    dtype = count_dtype(n)
     with jax.enable_x64(True):
-        short = jnp.asarray(sparsity)
-        wide = short.astype(jnp.float64)
-        wide = jnp.clip(jnp.where(jnp.isnan(wide), 0, wide), 0, 1)
-        millionths = jnp.round(wide * 1e6)
-        # Without the barrier XLA multiplies by 1e-6 instead, which is not the same.
-        decimal = millionths / lax.optimization_barrier(jnp.full((), 1e6))
-        is_decimal = decimal.astype(short.dtype) == wide.astype(short.dtype)
-        exact = jnp.where(is_decimal, decimal, wide)
-        return jnp.floor(exact * n + 0.5).astype(dtype)
+        return jnp.floor(_exact(sparsity) * n + 0.5).astype(count_dtype(n))
+
+
+def freed_count(fraction: float | Array, kept: Array) -> Array:
+    """How many of those that are kept a drop fraction frees, `floor(f * kept)`.
+
+    The product is taken as `removed_count` takes it.
+    """
+    with jax.enable_x64(True):
+        many = kept.astype(jnp.float64)
+        return jnp.floor(_exact(fraction) * many).astype(kept.dtype)
+
+
+def _exact(fraction: float | Array) -> Array:
+    """A fraction in float64; or the decimal that it is a rounding of, if it is one."""
+    short = jnp.asarray(fraction)
+    wide = short.astype(jnp.float64)
+    wide = jnp.clip(jnp.where(jnp.isnan(wide), 0, wide), 0, 1)
+    millionths = jnp.round(wide * 1e6)
+    # Without the barrier XLA multiplies by 1e-6 instead, which is not the same.
+    decimal = millionths / lax.optimization_barrier(jnp.full((), 1e6))
+    is_decimal = decimal.astype(short.dtype) == wide.astype(short.dtype)
+    return jnp.where(is_decimal, decimal, wide)

@@ -12,7 +12,7 @@ from jaxsparse import _checks
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
 from jaxsparse.patterns._asked import keep_of, sparsities_of
-from jaxsparse.patterns._counts import removed_count
+from jaxsparse.patterns._counts import freed_count, removed_count
 from jaxsparse.patterns._masks import check_masks
 from jaxsparse.patterns._programs import (
     Part,
@@ -149,8 +149,13 @@ def choose(
     masks: PyTree = None,
     axis_name: AxisName | None = None,
     of: Callable[[PyTree], PyTree] | None = None,
+    free: float | Array | None = None,
 ) -> tuple[PyTree, Revived]:
-    """`masks`, and what would have come back if `masks` had let it."""
+    """`masks`, and what would have come back if `masks` had let it.
+
+    `free` leaves a fraction of what each competing group keeps free, for others to take
+    its place: that many are removed besides.
+    """
     _checks.check_pattern(Pattern, pattern)
     _checks.check_arrays(scores=scores)
     sparsity, where = by_rules(scores, sparsity, where)
@@ -198,7 +203,9 @@ def choose(
                 for (i, path, x), split in zip(chosen, splits, strict=True)
                 for kernel in [_axes_for(path, x, pattern, stated)]
                 for n in [_group_size(path, x, pattern, kernel, split)]
-                for keep in [keep_of(path, n, sparsities[i], pattern, min_keep)]
+                for keep in [
+                    _less(keep_of(path, n, sparsities[i], pattern, min_keep), free)
+                ]
             ],
             pattern,
         )
@@ -212,7 +219,7 @@ def choose(
             for (_, p, x), a, split in zip(chosen, leaf_axes, splits, strict=True)
         )
         keep = n - removed_count(sparsities[chosen[0][0]], n)
-        keep = jnp.asarray(keep, count_dtype(n))
+        keep = _less(jnp.asarray(keep, count_dtype(n)), free)
         static = pattern, leaf_axes, tuple(splits), min_keep, of
         together = masks_of_all(arrays, keep, *static)
         for (i, _, _), mask in zip(chosen, together, strict=True):
@@ -224,6 +231,10 @@ def choose(
             revived.append((path, sparsities[i], back))
         result = [kept if i in gone else before[i] for i, kept in enumerate(result)]
     return jax.tree.unflatten(jax.tree.structure(scores), result), revived
+
+
+def _less(keep: Array, free: float | Array | None) -> Array:
+    return keep if free is None else keep - freed_count(free, keep)
 
 
 def _read_often(scores: PyTree, selected: list[bool], pattern: Pattern) -> bool:

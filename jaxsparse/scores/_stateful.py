@@ -52,6 +52,9 @@ class Score(NamedTuple):
         of `score`, for methods that also change the weights they keep: `select(scores)`
         gives the masks, `change` is added to the parameters in the step that chooses
         them (a tree like the parameters; None where nothing changes).
+      first: None, or `first(params) -> scores` in place of `score` for the masks that
+        `init` chooses, for methods that begin sparse and need gradients later. Exact
+        zeros of a model that is sparse already come after all other weights.
     """
 
     init: Callable[[PyTree], Any]
@@ -59,6 +62,7 @@ class Score(NamedTuple):
     score: Callable[..., PyTree]
     needs_grads: bool = True
     prune: Callable[..., tuple[PyTree, PyTree]] | None = None
+    first: Callable[..., PyTree] | None = None
 
 
 def as_score(score: Score | Callable[..., PyTree]) -> Score:

@@ -3,13 +3,15 @@
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from jaxsparse import _checks
-from jaxsparse._typing import PyTree
+from jaxsparse._typing import Array, PyTree
 from jaxsparse.transforms._mfac import forget_pruned, hide_pruned
 from jaxsparse.transforms._moments import reset_moments
+from jaxsparse.transforms._order import check_sees_gradients
 from jaxsparse.transforms._project import add_change, project
 from jaxsparse.transforms._state import (
     NO_STATE,
@@ -24,7 +26,7 @@ Look = Callable[..., list[PruneScheduleState]]
 
 
 def enforce(
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation, *, skip_updates: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Keep what `prune_schedule` pruned at exactly zero, whatever the optimizer does.
 
@@ -48,6 +50,9 @@ def enforce(
     Args:
       tx: a transformation with `prune_schedule` somewhere inside, first in its chain,
         where it sees raw gradients.
+      skip_updates: whether the optimizer rests in the steps that choose masks, as RigL
+        has it: kept weights stay what they are, and so does its memory of them. Its
+        counters go on, so that learning rates stay in step.
 
     Returns:
       A transformation with the same state.
@@ -71,11 +76,13 @@ def enforce(
              [ True, False]], dtype=bool)
     """
     _checks.check_transformation(tx=tx)
-    return _enforced(tx, _look_at(tx))
+    return _enforced(tx, _look_at(tx), skip_updates)
 
 
 def enforce_chain(
-    schedule: optax.GradientTransformationExtraArgs, tx: optax.GradientTransformation
+    schedule: optax.GradientTransformationExtraArgs,
+    tx: optax.GradientTransformation,
+    skip_updates: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """`enforce(optax.chain(schedule, tx))`, in which an update runs `tx` once."""
     _checks.check_transformation(tx=tx)
@@ -88,7 +95,7 @@ def enforce_chain(
             return look_at_all(updates, state, params, **extra_args)
         return [schedule.update(updates, own, params, **extra_args)[1]]
 
-    return _enforced(chain, look)
+    return _enforced(chain, look, skip_updates)
 
 
 def _look_at(tx: optax.GradientTransformation) -> Look:
@@ -106,15 +113,17 @@ def _look_at(tx: optax.GradientTransformation) -> Look:
 
 
 def _enforced(
-    tx: optax.GradientTransformation, look: Look
+    tx: optax.GradientTransformation, look: Look, skip_updates: bool
 ) -> optax.GradientTransformationExtraArgs:
     """`enforce`, with a way to the masks of a step."""
+    _checks.check_bool(skip_updates=skip_updates)
     inner = optax.with_extra_args_support(tx)
 
     def init_fn(params: PyTree) -> optax.OptState:
         state = inner.init(params)
         if not find_states(state):
             raise ValueError(f"enforce: nothing to enforce. {NO_STATE}")
+        check_sees_gradients(state)
         return state
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -131,7 +140,22 @@ def _enforced(
         held = forget_pruned(held, masks, changed)
         shown = hide_pruned(params, masks, held)
         updates, state = inner.update(updates, held, shown, **extra_args)
+        if skip_updates:
+            updates, state = _rest(changed, updates, state, held)
         updates = add_change(updates, chosen)
         return project(updates, masks, params), put_states(state, chosen)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _rest(
+    resting: Array, updates: PyTree, new: PyTree, old: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Nothing to add, and the optimizer's memory as it was; counters go on."""
+
+    def one(new: Array, old: Array) -> Array:
+        inexact = jnp.issubdtype(new.dtype, jnp.inexact) and new.shape == old.shape
+        return jnp.where(resting, old, new) if inexact else new
+
+    none = lambda u: jnp.where(resting, jnp.zeros((), u.dtype), u)
+    return jax.tree.map(none, updates), jax.tree.map(one, new, old)

@@ -45,7 +45,7 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
         return self
 
     def wrap(
-        self, tx: optax.GradientTransformation
+        self, tx: optax.GradientTransformation, *, skip_updates: bool = False
     ) -> optax.GradientTransformationExtraArgs:
         """`enforce(optax.chain(self, tx))`, shorter.
 
@@ -54,6 +54,7 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
 
         Args:
           tx: an optimizer.
+          skip_updates: as for `enforce`.
 
         Returns:
           An optimizer that keeps pruned weights at zero.
@@ -62,7 +63,7 @@ class PruneSchedule(optax.GradientTransformationExtraArgs):
           >>> import optax, jaxsparse as js
           >>> tx = js.prune_schedule(0.9, every=100).wrap(optax.adam(1e-3))
         """
-        return enforce_chain(self, tx)
+        return enforce_chain(self, tx, skip_updates)
 
     def adopt(
         self,
@@ -289,8 +290,12 @@ def prune_schedule(
                     params,
                     select_by(score_shapes(params), taken),
                 )
-            given = (params, None, score_state)
-            scored = ask(scorer.score, given, params, masks, 0)
+            if scorer.first is not None:
+                scored = ask(scorer.first, (params,), params, masks, 0)
+                scored = jax.tree.map(_last_where_gone, scored, masks)
+            else:
+                given = (params, None, score_state)
+                scored = ask(scorer.score, given, params, masks, 0)
             _checks.check_like(params, scores=scored)
             return select(scored, 0)
         if adopted is None and zeros == "hold":
@@ -302,10 +307,11 @@ def prune_schedule(
         if not leaves or any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
             return False
         with jax.ensure_compile_time_eval():
-            due = bool(cadence(0))
+            due = scorer.first is not None or bool(cadence(0))
             asked = jax.tree.leaves(at(score_shapes(params), 0)[0])
             positive = sparsity is None or any(float(s) > 0 for s in asked)
-        return due and positive and not scorer.needs_grads
+        known = scorer.first is not None or not scorer.needs_grads
+        return due and positive and known
 
     def update_fn(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         del extra_args
@@ -370,6 +376,11 @@ def prune_schedule(
         return _hide(updates, masks), state
 
     return PruneSchedule(lambda params: start(params, 0, None), update_fn, start)
+
+
+def _last_where_gone(score: Array, mask: Array) -> Array:
+    """Scores of which those of exact zeros that are held come last."""
+    return jnp.where(mask, score, -jnp.inf) if jnp.ndim(mask) else score
 
 
 def _hide(grads: PyTree, masks: PyTree) -> PyTree:

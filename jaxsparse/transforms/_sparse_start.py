@@ -95,7 +95,7 @@ def warn_of_regrowth(
     masks: PyTree, params: PyTree, sparsity: Sparsity, cadence: Cadence, step: int
 ) -> None:
     """Warns where the schedule's first masks keep more than those that are there."""
-    first = _first_choice(cadence, step)
+    first = first_choice(cadence, step)
     pairs = _pairs(masks, params)
     if first is None or not pairs or not all(is_concrete(m) for m, _ in pairs):
         return
@@ -124,7 +124,7 @@ def warn_of_regrowth(
         )
 
 
-def _first_choice(cadence: Cadence, step: int) -> int | None:
+def first_choice(cadence: Cadence, step: int) -> int | None:
     """The first step from here on in which masks change; None if that is far off."""
     match cadence:
         case Every(interval, begin, end):

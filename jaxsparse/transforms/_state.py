@@ -42,6 +42,19 @@ class PruneScheduleState(NamedTuple):
     change: PyTree = None
 
 
+class DropAndGrowState(NamedTuple):
+    """What `drop_and_grow` remembers besides the masks.
+
+    Attributes:
+      grow: the state of the score by which weights grow.
+      ever: a tree of bools, True where a weight was active in some earlier step; None
+        unless it is tracked.
+    """
+
+    grow: Any
+    ever: PyTree
+
+
 def find_states(opt_state: PyTree) -> list[PruneScheduleState]:
     """Find the pruning states anywhere inside an optimizer state.
 

@@ -63,6 +63,10 @@ def schedule(**options):
     return js.prune_schedule(gradual, every=1, **options)
 
 
+def moving(method):
+    return method(0.5, every=2, key=jax.random.key(0), track=True)
+
+
 def masked(params, state):
     """Where a mask says that a parameter is zero."""
     return js.masks_of(state)
@@ -135,6 +139,13 @@ TRANSFORMS = {
         ).wrap,
         masked,
     ),
+    "rigl": Row(
+        lambda optimizer: moving(transforms.rigl).wrap(optimizer, skip_updates=True),
+        masked,
+    ),
+    "set_": Row(lambda optimizer: moving(transforms.set_).wrap(optimizer), masked),
+    "snfs": Row(lambda optimizer: moving(transforms.snfs).wrap(optimizer), masked),
+    "static": Row(transforms.static(0.5, key=jax.random.key(0)).wrap, masked),
     "keep_sparse": Row(
         lambda optimizer: optax.chain(optimizer, js.keep_sparse(fixed_masks())), masked
     ),
@@ -201,7 +212,7 @@ WRAPPERS = {
 
 # The others are parts of `enforce`, or add up slices as `prox_group_lasso` does.
 REPRESENTATIVES = {
-    *("enforce", "windowed_obs", "scale_by_mfac", "keep_sparse", "hesso"),
+    *("enforce", "windowed_obs", "scale_by_mfac", "keep_sparse", "hesso", "rigl"),
     *("growing_regularization", "prox_group_lasso"),
 }
 representatives = pytest.mark.parametrize(
@@ -352,7 +363,8 @@ def test_every_public_transformation_has_a_row():
     # Those that are none: they read states, or are called in place of one.
     others = {
         *("apply_updates", "assert_sparse", "dropped", "find_states", "init_sparse"),
-        *("masks_of", "straight_through"),
+        *("masks_of", "straight_through", "explored"),
+        "drop_and_grow",  # by rigl, set_ and snfs
         "mfac",  # a chain of scale_by_mfac and optax's members
     }
     every = {**vars(js.transforms), **vars(js.penalties)}
