@@ -1,6 +1,7 @@
 """Pruning while a model trains, as optax gradient transformations."""
 
 from jaxsparse import _renamed
+from jaxsparse.transforms._cram import cram as cram
 from jaxsparse.transforms._drop_and_grow import drop_and_grow as drop_and_grow
 from jaxsparse.transforms._dynamic import explored as explored
 from jaxsparse.transforms._dynamic import rigl as rigl
