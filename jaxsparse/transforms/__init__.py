@@ -10,6 +10,9 @@ from jaxsparse.transforms._dynamic import snfs as snfs
 from jaxsparse.transforms._dynamic import static as static
 from jaxsparse.transforms._enforce import enforce as enforce
 from jaxsparse.transforms._keep_sparse import keep_sparse as keep_sparse
+from jaxsparse.transforms._learned import init_scores as init_scores
+from jaxsparse.transforms._learned import masked_by_scores as masked_by_scores
+from jaxsparse.transforms._learned import soft_threshold as soft_threshold
 from jaxsparse.transforms._mfac import ScaleByMFacState as ScaleByMFacState
 from jaxsparse.transforms._mfac import mfac as mfac
 from jaxsparse.transforms._mfac import scale_by_mfac as scale_by_mfac

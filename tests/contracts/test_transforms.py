@@ -365,6 +365,7 @@ def test_every_public_transformation_has_a_row():
         *("apply_updates", "assert_sparse", "dropped", "find_states", "init_sparse"),
         *("masks_of", "straight_through", "explored"),
         "cram",  # a gradient
+        *("init_scores", "masked_by_scores", "soft_threshold"),  # within a loss
         "drop_and_grow",  # by rigl, set_ and snfs
         "mfac",  # a chain of scale_by_mfac and optax's members
     }
