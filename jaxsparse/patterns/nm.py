@@ -50,7 +50,7 @@ def nm_mask(path: str, scores: Array, keep: Array, pattern: NM, axes: Axes) -> A
 
     kept = [rank(i) < keep for i in range(pattern.of)]
     mask = lax.concatenate(kept, axis)
-    return _ungroup_inputs(mask, scores.shape, pattern, axes)
+    return ungroup_inputs(mask, scores.shape, pattern, axes)
 
 
 def group_inputs(path: str, x: Array, pattern: NM, axes: Axes) -> tuple[Array, int]:
@@ -74,9 +74,10 @@ def group_inputs(path: str, x: Array, pattern: NM, axes: Axes) -> tuple[Array, i
     return moved.reshape(d_in // of, of, *(shape[a] for a in rest)), 1
 
 
-def _ungroup_inputs(
+def ungroup_inputs(
     grouped: Array, shape: tuple[int, ...], pattern: NM, axes: Axes
 ) -> Array:
+    """Undoes `group_inputs`, for a kernel of that shape."""
     if shape[axes.input[-1]] % pattern.of == 0:
         return grouped.reshape(shape)
     order = (*axes.input, *axes.output, *axes.batch)

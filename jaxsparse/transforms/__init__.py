@@ -13,6 +13,9 @@ from jaxsparse.transforms._keep_sparse import keep_sparse as keep_sparse
 from jaxsparse.transforms._learned import init_scores as init_scores
 from jaxsparse.transforms._learned import masked_by_scores as masked_by_scores
 from jaxsparse.transforms._learned import soft_threshold as soft_threshold
+from jaxsparse.transforms._maskllm import init_mask_logits as init_mask_logits
+from jaxsparse.transforms._maskllm import masked_by_logits as masked_by_logits
+from jaxsparse.transforms._maskllm import masks_of_logits as masks_of_logits
 from jaxsparse.transforms._mfac import ScaleByMFacState as ScaleByMFacState
 from jaxsparse.transforms._mfac import mfac as mfac
 from jaxsparse.transforms._mfac import scale_by_mfac as scale_by_mfac

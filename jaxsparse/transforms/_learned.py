@@ -14,8 +14,8 @@ from jaxsparse.tree import AxesRule, leaves_with_paths, select
 
 def init_scores(
     params: PyTree,
-    init: Callable[[Array], Array] = jnp.zeros_like,
     *,
+    init: Callable[[Array], Array] = jnp.zeros_like,
     where: Where = None,
 ) -> PyTree:
     """Make scores for the parameters that take part, to be trained beside them.

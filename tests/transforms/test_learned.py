@@ -56,7 +56,7 @@ def test_a_threshold_keeps_what_is_above_it_and_the_best_few():
 
 def test_patterns_and_parameters_without_scores():
     params = problems.params()
-    scores = transforms.init_scores(params, jnp.abs, where=r"dense_0/kernel")
+    scores = transforms.init_scores(params, init=jnp.abs, where=r"dense_0/kernel")
     assert scores["dense_1"]["kernel"] is None
     masked = transforms.masked_by_scores(params, scores, pattern=js.NM(2, 4))
     expected = js.prune(params, pattern=js.NM(2, 4), where=r"dense_0/kernel").params
