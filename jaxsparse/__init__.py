@@ -15,6 +15,7 @@ from jaxsparse import contrib as contrib
 from jaxsparse import coupling as coupling
 from jaxsparse import curvature as curvature
 from jaxsparse import depth as depth
+from jaxsparse import exchange as exchange
 from jaxsparse import experts as experts
 from jaxsparse import losses as losses
 from jaxsparse import narrowing as narrowing

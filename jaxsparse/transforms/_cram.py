@@ -78,10 +78,13 @@ def cram(
     _checks.check_callable(None, loss_fn=loss_fn)
     _checks.check_number(least=0, rho=rho)
     _checks.check_bool(plus=plus, sparse_grads=sparse_grads, has_aux=has_aux)
-    if not sparsities or not choices:
+    _checks.check_where(where)
+    _checks.check_axes(axes)
+    given = isinstance(sparsities, Sequence) and isinstance(choices, Sequence)
+    if not given or not sparsities or not choices:
         raise ValueError(
-            f"cram draws a sparsity and a pattern in each call: got {sparsities=}, "
-            f"{choices=}."
+            "cram draws one of `sparsities` and one of `choices` in each call: they "
+            f"are tuples with at least one; got {sparsities=}, {choices=}."
         )
     for sparsity in sparsities:
         _checks.check_sparsity(sparsity, name="sparsities: a sparsity")

@@ -9,7 +9,7 @@ from jax import lax
 from jaxsparse import _checks, patterns
 from jaxsparse._dtypes import widen
 from jaxsparse._typing import Array, PyTree, Sparsity, Tree, Where
-from jaxsparse.tree import AxesRule, leaves_with_paths, select
+from jaxsparse.tree import AxesRule, leaves_with_paths, map_with_path, select
 
 
 def init_scores(
@@ -86,8 +86,8 @@ def masked_by_scores(
 
     Args:
       params: the parameters.
-      scores: a tree with their structure, None for those that stay dense; larger =
-        keep.
+      scores: by the parameters' paths, as `init_scores` makes; larger = keep.
+        Parameters without scores stay dense.
       sparsity: the fraction to remove, possibly traced, or a tree or mapping of them,
         as for `jaxsparse.patterns.masks`. Give this, or `threshold`, or an `NM`.
       threshold: keep the scores above it, and the best `min_keep` of each parameter;
@@ -131,11 +131,13 @@ def masked_by_scores(
         )
     else:
         masks = jax.tree.map(lambda s: _above(s, threshold, min_keep), frozen)
-    none = lambda x: x is None
-    product = lambda s, w, m: w if s is None else _product(w, s, m)
-    # Where there are no scores `masks` has no leaf: it is laid out like them.
-    masks = jax.tree.map(lambda s, m: m, scores, masks, is_leaf=none)
-    return jax.tree.map(product, scores, params, masks, is_leaf=none)
+    found = dict(leaves_with_paths(scores))
+    chosen = dict(leaves_with_paths(masks))
+
+    def one(path: str, w: Array) -> Array:
+        return _product(w, found[path], chosen[path]) if path in found else w
+
+    return map_with_path(one, params)
 
 
 def _check_scores(params: PyTree, scores: PyTree) -> None:
@@ -193,8 +195,8 @@ def soft_threshold(params: Tree, thresholds: PyTree) -> Tree:
 
     Args:
       params: the parameters.
-      thresholds: a tree with their structure of the `s`, arrays that broadcast to the
-        parameters (scalars for one a layer), None for those that stay dense.
+      thresholds: the `s` by the parameters' paths, arrays that broadcast to them
+        (scalars for one a layer); parameters without one stay dense.
 
     Returns:
       Parameters of the same structure. `jax.tree.map(lambda w: w != 0, ...)` of those
@@ -206,24 +208,27 @@ def soft_threshold(params: Tree, thresholds: PyTree) -> Tree:
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> params = {"kernel": jnp.array([[-2.0, 0.25]]), "bias": jnp.ones(2)}
-      >>> thresholds = {"kernel": jnp.zeros(()), "bias": None}
+      >>> thresholds = {"kernel": jnp.zeros(())}
       >>> js.transforms.soft_threshold(params, thresholds)["kernel"]
       Array([[-1.5,  0. ]], dtype=float32)
     """
     _checks.check_arrays(params=params, thresholds=thresholds)
-    owners = dict(leaves_with_paths(params))
-    for path, s in leaves_with_paths(thresholds):
-        fits = path in owners and _checks.broadcasts(s.shape, owners[path].shape)
-        if not fits:
+    owners, found = (dict(leaves_with_paths(x)) for x in (params, thresholds))
+    for path, s in found.items():
+        if path not in owners or not _checks.broadcasts(s.shape, owners[path].shape):
             raise ValueError(
-                f"{path or 'thresholds'}: a threshold of shape {s.shape} does not "
-                "broadcast to a parameter of that path."
+                f"thresholds: {path or 'that'} has shape {s.shape}, which does not "
+                f"broadcast to a parameter of that path, {_shape_of(owners.get(path))}."
             )
 
-    def shrink(s: Array | None, w: Array) -> Array:
-        if s is None:
+    def shrink(path: str, w: Array) -> Array:
+        if path not in found:
             return w
-        t = jax.nn.sigmoid(s).astype(w.dtype)
+        t = jax.nn.sigmoid(found[path]).astype(w.dtype)
         return jnp.sign(w) * jax.nn.relu(jnp.abs(w) - t)
 
-    return jax.tree.map(shrink, thresholds, params, is_leaf=lambda x: x is None)
+    return map_with_path(shrink, params)
+
+
+def _shape_of(w: Array | None) -> str:
+    return "which does not exist" if w is None else f"of shape {w.shape}"

@@ -188,6 +188,22 @@ def opt_state():
     return optimizer().init(params())
 
 
+def moving():
+    return {"sparsity": 0.5, "every": 2, "key": jax.random.key(0)}
+
+
+@functools.cache
+def explored_state():
+    return js.transforms.set_(**moving(), track=True).init(params())
+
+
+@functools.cache
+def mask_logits():
+    return js.transforms.init_mask_logits(
+        params(), pattern=js.NM(2, 4), key=jax.random.key(0)
+    )
+
+
 @functools.cache
 def hesso():
     tx = js.penalties.hesso(
@@ -698,6 +714,48 @@ CALLS = {
         "sparsity": 0.5,
         "strength": 0.1,
     },
+    "transforms.rigl": moving,
+    "transforms.set_": moving,
+    "transforms.snfs": lambda: {**moving(), "decay": 0.5},
+    "transforms.static": lambda: {"sparsity": 0.5, "key": jax.random.key(0)},
+    "transforms.drop_and_grow": lambda: {
+        **moving(),
+        "grow": js.scores.taylor,
+        "drop_fraction": 0.5,
+    },
+    "transforms.explored": lambda: {"opt_state": explored_state()},
+    "transforms.cram": lambda: {"loss_fn": loss_fn, "sparsities": (0.5,), "rho": 0.1},
+    "transforms.init_scores": lambda: {"params": params()},
+    "transforms.masked_by_scores": lambda: {
+        "params": params(),
+        "scores": js.transforms.init_scores(params()),
+        "sparsity": 0.5,
+    },
+    "transforms.soft_threshold": lambda: {
+        "params": params(),
+        "thresholds": {"up": {"kernel": draw(9, ())}},
+    },
+    "transforms.init_mask_logits": lambda: {
+        "params": params(),
+        "pattern": js.NM(2, 4),
+        "key": jax.random.key(0),
+    },
+    "transforms.masked_by_logits": lambda: {
+        "params": params(),
+        "logits": mask_logits(),
+        "pattern": js.NM(2, 4),
+        "key": jax.random.key(0),
+    },
+    "transforms.masks_of_logits": lambda: {
+        "logits": mask_logits(),
+        "params": params(),
+        "pattern": js.NM(2, 4),
+    },
+    "exchange.top_k": lambda: {"fraction": 0.1, "axis_name": "data", "workers": 2},
+    "exchange.dgc": lambda: {"fraction": 0.1, "axis_name": "data", "workers": 2},
+    "exchange.ef21": lambda: {"fraction": 0.1, "axis_name": "data", "workers": 2},
+    "exchange.specs": lambda: {"opt_state": opt_state(), "axis_name": "data"},
+    "exchange.largest": lambda: {"x": matrix(), "count": 3},
     "transforms.windowed_obs": lambda: {"window": 2, "damping": 1e-3},
     "tree.default_axes": lambda: {
         "path": "up/kernel",

@@ -229,6 +229,12 @@ SWITCH = {"a string": "yes", "a number": 3, "a list": [True]}
 NAMES = {"None": None, "a number": 3, "another": ["nothing_like_it"], "numbers": [1.5]}
 
 # By the name of an argument; of one function alone as `function.argument`.
+LOGITS = {
+    "None": None,
+    "a string": "l",
+    "another": {"left": np.ones((2, 6, 16), np.float32)},
+    "another shape": {"up": {"kernel": np.ones((3, 3), np.float32)}},
+}
 KINDS = {
     "params": TREE,
     "scores": TREE,
@@ -458,7 +464,29 @@ KINDS = {
     "before": TREE,
     "after": LIKE,
     "history": OBJECT,
+    "grow": OBJECT,
+    "drop_fraction": POSITIVE | {"one": 1.5},
+    "thresholds": {
+        "None": None,
+        "a string": "t",
+        "another": {"left": np.float32(0)},
+        "another shape": {"up": {"kernel": np.ones((3, 3), np.float32)}},
+    },
+    "axis_name": {"None": None, "a number": 0, "a list": ["data"]},
+    "workers": INTEGER,
+    "fraction": POSITIVE | {"one": 1.5},
     # Of one function.
+    "transforms.cram.sparsities": {
+        "None": None,
+        "nothing": (),
+        "percent": (50.0,),
+        "text": ("half",),
+        "a number": 0.5,
+    },
+    "transforms.masked_by_logits.logits": LOGITS,
+    "transforms.masks_of_logits.logits": LOGITS,
+    "exchange.specs.opt_state": {},  # anything may hold no memory
+    "exchange.largest.x": {"None": None, "a string": "x", "integers": np.ones(4, int)},
     "allocations.sensitivity.sparsities": {
         "None": None,
         "a string": "half",
@@ -576,7 +604,8 @@ MORE = {
 
 # What is taken in spite of it: the function, the argument, the value, and the reason.
 LATER = (
-    "(curvature.*_estimator|prune_schedule|recipes.*|transforms.windowed_obs)",
+    "(curvature.*_estimator|prune_schedule|recipes.*|transforms.windowed_obs|"
+    "transforms.(rigl|set_|snfs|static|drop_and_grow|cram))",
     "its parameters come at init",
 )
 TAKEN = [
@@ -584,7 +613,8 @@ TAKEN = [
     (".*", "params", "an abstract leaf", "only shapes are looked at, it says"),
     (LATER[0], "where", "(no match|another tree)", LATER[1]),
     (LATER[0], "axes", "(no match|too many)", LATER[1]),
-    ("prune_schedule", "sparsity", "a list", LATER[1]),
+    (LATER[0], "sparsity", "a list", LATER[1]),
+    ("transforms.cram", "loss_fn", "no arguments", "it is called later"),
     ("curvature.mfac", "axes", "(no match|too many)", "of blocks alone, it says"),
     ("curvature.stream_grads", "batches", ".*", "they are looked at as they come"),
     (".*.(update|atomic_update.*)", "(x|g|down)", "NaN", "not looked for, it says"),
@@ -610,6 +640,7 @@ OF_SHAPES = {
     *("channels.per_parameter", "depth.remove_blocks"),
     *("depth.share_blocks", "trace", "tracing.retrace", "tree.select"),
     "report.table",
+    *("transforms.init_mask_logits", "transforms.masks_of_logits"),
 }
 
 

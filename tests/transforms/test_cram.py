@@ -130,7 +130,7 @@ def test_one_shot_pruning_costs_less_after_it():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="draws a sparsity"):
+    with pytest.raises(ValueError, match="draws one of"):
         transforms.cram(loss_fn, sparsities=())
     with pytest.raises(ValueError, match="sparsities: a sparsity"):
         transforms.cram(loss_fn, sparsities=(1.5,))
