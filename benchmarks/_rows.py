@@ -39,7 +39,7 @@ class Rows:
         old = []
         if self.target.is_file():
             old = json.loads(self.target.read_text())["rows"]
-        key = lambda row: tuple(row[name] for name in self.key)
+        key = lambda row: tuple(row.get(name) for name in self.key)
         done = set(map(key, self.rows))
         rows = [row for row in old if key(row) not in done] + self.rows
         content = {"environment": environment("cpu"), "rows": rows}
