@@ -36,7 +36,7 @@ from _data import find  # noqa: E402
 from _rows import Rows  # noqa: E402
 
 import jaxsparse as js  # noqa: E402
-from jaxsparse import exchange, transforms  # noqa: E402
+from jaxsparse import exchange, masking, transforms  # noqa: E402
 
 RESULTS = HERE / "results" / "sparse_training_quality.json"
 SEEDS, BATCH, WORKERS = 3, 128, 4
@@ -189,7 +189,7 @@ def measure_masks(rows: Rows, steps: int, seeds: int) -> None:
 
 
 def measure_cram(rows: Rows, steps: int, seeds: int) -> None:
-    aware = transforms.cram(loss_fn, sparsities=(0.5, 0.7, 0.9, 0.95))
+    aware = masking.cram(loss_fn, sparsities=(0.5, 0.7, 0.9, 0.95))
     for name, gradient in (("SGD", None), ("CrAM+", aware)):
         trained = [
             train(init(seed), sgd(steps), steps, seed, gradient)[0]

@@ -9,7 +9,7 @@ import optax
 from test_training_step import WIDTHS, Run, init, loss
 
 import jaxsparse as js
-from jaxsparse import exchange, transforms
+from jaxsparse import exchange, masking, transforms
 
 NEVER = 10**6
 
@@ -49,7 +49,7 @@ class Aware:
     pruned = False
 
     def __init__(self, tx, batch, large):
-        value_and_grad = transforms.cram(loss, sparsities=(0.5, 0.7, 0.9))
+        value_and_grad = masking.cram(loss, sparsities=(0.5, 0.7, 0.9))
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state, key):
@@ -73,10 +73,10 @@ def test_learned_patterns(large, compare):
     w = jnp.asarray(rng.standard_normal((d_in, d_out), np.float32))
     x = jnp.asarray(rng.standard_normal((4096, d_in), np.float32))
     key, pattern = jax.random.key(0), js.NM(2, 4)
-    logits = transforms.init_mask_logits({"w": w}, pattern=pattern, key=key)
+    logits = masking.init_mask_logits({"w": w}, pattern=pattern, key=key)
 
     def masked(at_once, logits):
-        soft = transforms.masked_by_logits(
+        soft = masking.masked_by_logits(
             {"w": w}, logits, pattern=pattern, key=key, groups_at_once=at_once
         )
         return x @ soft["w"]

@@ -18,6 +18,7 @@ from jaxsparse import depth as depth
 from jaxsparse import exchange as exchange
 from jaxsparse import experts as experts
 from jaxsparse import losses as losses
+from jaxsparse import masking as masking
 from jaxsparse import narrowing as narrowing
 from jaxsparse import oneshot as oneshot
 from jaxsparse import patterns as patterns
@@ -30,6 +31,7 @@ from jaxsparse import tracing as tracing
 from jaxsparse import transforms as transforms
 from jaxsparse import tree as tree
 from jaxsparse._version import __version__ as __version__
+from jaxsparse.masking import straight_through as straight_through
 from jaxsparse.oneshot import Pruned as Pruned
 from jaxsparse.oneshot import prune as prune
 from jaxsparse.patterns import NM as NM
@@ -45,7 +47,6 @@ from jaxsparse.transforms import init_sparse as init_sparse
 from jaxsparse.transforms import keep_sparse as keep_sparse
 from jaxsparse.transforms import masks_of as masks_of
 from jaxsparse.transforms import prune_schedule as prune_schedule
-from jaxsparse.transforms import straight_through as straight_through
 from jaxsparse.tree import Axes as Axes
 
 if TYPE_CHECKING:

@@ -33,6 +33,7 @@ _TRANSFORMS = {
         "group_lasso group_norm_decay growing_regularization hesso prox_group_lasso"
     ),
     "contrib": "Redundancy cric wgsef_prox",
+    "masking": "straight_through",
 }
 
 

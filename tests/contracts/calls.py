@@ -199,7 +199,7 @@ def explored_state():
 
 @functools.cache
 def mask_logits():
-    return js.transforms.init_mask_logits(
+    return js.masking.init_mask_logits(
         params(), pattern=js.NM(2, 4), key=jax.random.key(0)
     )
 
@@ -724,29 +724,29 @@ CALLS = {
         "drop_fraction": 0.5,
     },
     "transforms.explored": lambda: {"opt_state": explored_state()},
-    "transforms.cram": lambda: {"loss_fn": loss_fn, "sparsities": (0.5,), "rho": 0.1},
-    "transforms.init_scores": lambda: {"params": params()},
-    "transforms.masked_by_scores": lambda: {
+    "masking.cram": lambda: {"loss_fn": loss_fn, "sparsities": (0.5,), "rho": 0.1},
+    "masking.init_scores": lambda: {"params": params()},
+    "masking.masked_by_scores": lambda: {
         "params": params(),
-        "scores": js.transforms.init_scores(params()),
+        "scores": js.masking.init_scores(params()),
         "sparsity": 0.5,
     },
-    "transforms.soft_threshold": lambda: {
+    "masking.soft_threshold": lambda: {
         "params": params(),
         "thresholds": {"up": {"kernel": draw(9, ())}},
     },
-    "transforms.init_mask_logits": lambda: {
+    "masking.init_mask_logits": lambda: {
         "params": params(),
         "pattern": js.NM(2, 4),
         "key": jax.random.key(0),
     },
-    "transforms.masked_by_logits": lambda: {
+    "masking.masked_by_logits": lambda: {
         "params": params(),
         "logits": mask_logits(),
         "pattern": js.NM(2, 4),
         "key": jax.random.key(0),
     },
-    "transforms.masks_of_logits": lambda: {
+    "masking.masks_of_logits": lambda: {
         "logits": mask_logits(),
         "params": params(),
         "pattern": js.NM(2, 4),

@@ -363,10 +363,7 @@ def test_every_public_transformation_has_a_row():
     # Those that are none: they read states, or are called in place of one.
     others = {
         *("apply_updates", "assert_sparse", "dropped", "find_states", "init_sparse"),
-        *("masks_of", "straight_through", "explored"),
-        "cram",  # a gradient
-        *("init_scores", "masked_by_scores", "soft_threshold"),  # within a loss
-        *("init_mask_logits", "masked_by_logits", "masks_of_logits"),
+        *("masks_of", "explored"),
         "drop_and_grow",  # by rigl, set_ and snfs
         "mfac",  # a chain of scale_by_mfac and optax's members
     }

@@ -476,15 +476,15 @@ KINDS = {
     "workers": INTEGER,
     "fraction": POSITIVE | {"one": 1.5},
     # Of one function.
-    "transforms.cram.sparsities": {
+    "masking.cram.sparsities": {
         "None": None,
         "nothing": (),
         "percent": (50.0,),
         "text": ("half",),
         "a number": 0.5,
     },
-    "transforms.masked_by_logits.logits": LOGITS,
-    "transforms.masks_of_logits.logits": LOGITS,
+    "masking.masked_by_logits.logits": LOGITS,
+    "masking.masks_of_logits.logits": LOGITS,
     "exchange.specs.opt_state": {},  # anything may hold no memory
     "exchange.largest.x": {"None": None, "a string": "x", "integers": np.ones(4, int)},
     "allocations.sensitivity.sparsities": {
@@ -605,7 +605,7 @@ MORE = {
 # What is taken in spite of it: the function, the argument, the value, and the reason.
 LATER = (
     "(curvature.*_estimator|prune_schedule|recipes.*|transforms.windowed_obs|"
-    "transforms.(rigl|set_|snfs|static|drop_and_grow|cram))",
+    "transforms.(rigl|set_|snfs|static|drop_and_grow)|masking.cram)",
     "its parameters come at init",
 )
 TAKEN = [
@@ -614,7 +614,7 @@ TAKEN = [
     (LATER[0], "where", "(no match|another tree)", LATER[1]),
     (LATER[0], "axes", "(no match|too many)", LATER[1]),
     (LATER[0], "sparsity", "a list", LATER[1]),
-    ("transforms.cram", "loss_fn", "no arguments", "it is called later"),
+    ("masking.cram", "loss_fn", "no arguments", "it is called later"),
     ("curvature.mfac", "axes", "(no match|too many)", "of blocks alone, it says"),
     ("curvature.stream_grads", "batches", ".*", "they are looked at as they come"),
     (".*.(update|atomic_update.*)", "(x|g|down)", "NaN", "not looked for, it says"),
@@ -640,7 +640,7 @@ OF_SHAPES = {
     *("channels.per_parameter", "depth.remove_blocks"),
     *("depth.share_blocks", "trace", "tracing.retrace", "tree.select"),
     "report.table",
-    *("transforms.init_mask_logits", "transforms.masks_of_logits"),
+    *("masking.init_mask_logits", "masking.masks_of_logits"),
 }
 
 

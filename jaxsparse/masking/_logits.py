@@ -73,7 +73,7 @@ def init_mask_logits(
       >>> import jax, jax.numpy as jnp, jaxsparse as js
       >>> params = {"kernel": jnp.arange(8.0).reshape(4, 2)}
       >>> masks = js.prune(params, pattern=js.NM(2, 4)).masks
-      >>> logits = js.transforms.init_mask_logits(
+      >>> logits = js.masking.init_mask_logits(
       ...     params, pattern=js.NM(2, 4), key=jax.random.key(0), masks=masks)
       >>> logits["kernel"].shape
       (1, 6, 2)
@@ -133,7 +133,7 @@ def masked_by_logits(
     1. Its gradient trains the logits `pi`; the weights are frozen, so close over them::
 
         def loss_fn(logits, batch, key, step):
-            masked = js.transforms.masked_by_logits(
+            masked = js.masking.masked_by_logits(
                 params, logits, pattern=js.NM(2, 4), key=key,
                 temperature=optax.linear_schedule(4.0, 0.05, steps)(step),
                 scale=optax.linear_schedule(1e2, 5e2, steps)(step))
@@ -173,7 +173,7 @@ def masked_by_logits(
       >>> import jax, jax.numpy as jnp, jaxsparse as js
       >>> params = {"kernel": jnp.arange(1.0, 5.0)[:, None]}
       >>> logits = {"kernel": jnp.array([[[0.0], [0], [0], [0], [0], [9]]])}
-      >>> js.transforms.masked_by_logits(
+      >>> js.masking.masked_by_logits(
       ...     params, logits, pattern=js.NM(2, 4), key=jax.random.key(0))
       {'kernel': Array([[0.],
              [0.],
@@ -228,7 +228,7 @@ def masks_of_logits(
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> params = {"kernel": jnp.ones((4, 1))}
       >>> logits = {"kernel": jnp.array([[[0.0], [0], [0], [0], [0], [9]]])}
-      >>> masks = js.transforms.masks_of_logits(logits, params, pattern=js.NM(2, 4))
+      >>> masks = js.masking.masks_of_logits(logits, params, pattern=js.NM(2, 4))
       >>> masks["kernel"][:, 0].tolist()
       [False, False, True, True]
     """
@@ -335,7 +335,7 @@ def _map(
     if strange or not named:
         raise ValueError(
             f"Logits for {strange or 'nothing'}: they have the structure of the "
-            "parameters; js.transforms.init_mask_logits(params, ...) makes them."
+            "parameters; js.masking.init_mask_logits(params, ...) makes them."
         )
     stated = resolve_axes(params, axes)
 

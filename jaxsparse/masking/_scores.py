@@ -37,7 +37,7 @@ def init_scores(
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> params = {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}
-      >>> js.transforms.init_scores(params)
+      >>> js.masking.init_scores(params)
       {'bias': None, 'kernel': Array([[0., 0.]], dtype=float32)}
     """
     _checks.check_arrays(params=params)
@@ -65,9 +65,9 @@ def masked_by_scores(
     with `optax.partition`, at rates of their own::
 
         def loss_fn(trained, batch):
-            return task_loss(js.transforms.masked_by_scores(*trained, 0.9), batch)
+            return task_loss(js.masking.masked_by_scores(*trained, 0.9), batch)
 
-        trained = params, js.transforms.init_scores(params)
+        trained = params, js.masking.init_scores(params)
         tx = optax.partition(
             {"weights": optax.adamw(3e-5), "scores": optax.adamw(1e-2)},
             ("weights", "scores"))
@@ -107,7 +107,7 @@ def masked_by_scores(
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
       >>> w, s = jnp.array([[3.0, -2.0]]), jnp.array([[0.0, 1.0]])
-      >>> f = lambda w, s: jnp.sum(js.transforms.masked_by_scores(w, s, 0.5) * 2)
+      >>> f = lambda w, s: jnp.sum(js.masking.masked_by_scores(w, s, 0.5) * 2)
       >>> jax.grad(f, argnums=(0, 1))(w, s)
       (Array([[0., 2.]], dtype=float32), Array([[ 6., -4.]], dtype=float32))
     """
@@ -145,13 +145,13 @@ def _check_scores(params: PyTree, scores: PyTree) -> None:
     shapes = {path: jnp.shape(w) for path, w in leaves_with_paths(params)}
     named = leaves_with_paths(scores)
     if not named:
-        raise ValueError("No scores: js.transforms.init_scores(params) makes them.")
+        raise ValueError("No scores: js.masking.init_scores(params) makes them.")
     for path, score in named:
         if shapes.get(path) != jnp.shape(score):
             raise ValueError(
                 f"{path or 'scores'}: scores of shape {jnp.shape(score)} for a "
                 f"parameter of shape {shapes.get(path, 'none')}. "
-                "js.transforms.init_scores(params) makes scores that fit."
+                "js.masking.init_scores(params) makes scores that fit."
             )
 
 
@@ -191,7 +191,7 @@ def soft_threshold(params: Tree, thresholds: PyTree) -> Tree:
     asked for but found. All derivatives are those of the formula.
 
         loss_fn = lambda trained, batch: task_loss(
-            js.transforms.soft_threshold(*trained), batch)
+            js.masking.soft_threshold(*trained), batch)
 
     Args:
       params: the parameters.
@@ -209,7 +209,7 @@ def soft_threshold(params: Tree, thresholds: PyTree) -> Tree:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> params = {"kernel": jnp.array([[-2.0, 0.25]]), "bias": jnp.ones(2)}
       >>> thresholds = {"kernel": jnp.zeros(())}
-      >>> js.transforms.soft_threshold(params, thresholds)["kernel"]
+      >>> js.masking.soft_threshold(params, thresholds)["kernel"]
       Array([[-1.5,  0. ]], dtype=float32)
     """
     _checks.check_arrays(params=params, thresholds=thresholds)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxsparse as js
-from jaxsparse import transforms
+from jaxsparse import masking
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -29,7 +29,7 @@ def patterns_of(keep, of):
 
 def test_patterns_come_in_the_order_of_the_paper():
     logits = {"w": jnp.eye(6)[None]}  # output i prefers pattern i
-    masks = transforms.masks_of_logits(
+    masks = masking.masks_of_logits(
         logits, {"w": jnp.ones((4, 6))}, pattern=TWO_OF_FOUR
     )
     found = ["".join(str(int(x)) for x in row) for row in masks["w"].T]
@@ -40,7 +40,7 @@ def test_patterns_come_in_the_order_of_the_paper():
 def test_soft_masks_are_softmaxes_over_patterns(at_once):
     w, pi = numbers(0, 16, 5), numbers(1, 4, 6, 5)
     f = functools.partial(
-        transforms.masked_by_logits,
+        masking.masked_by_logits,
         pattern=TWO_OF_FOUR,
         key=KEY,
         temperature=0.7,
@@ -68,7 +68,7 @@ def test_soft_masks_are_softmaxes_over_patterns(at_once):
 
 def test_hard_masks_forward_and_the_soft_derivative():
     w, pi = numbers(0, 8, 3), numbers(1, 2, 6, 3)
-    f = lambda hard, pi: transforms.masked_by_logits(
+    f = lambda hard, pi: masking.masked_by_logits(
         {"w": w}, {"w": pi}, pattern=TWO_OF_FOUR, key=KEY, scale=1.0, hard=hard
     )["w"]
     hard, back = jax.vjp(functools.partial(f, True), pi)
@@ -96,13 +96,13 @@ def test_a_prior_is_the_first_choice(pattern, shape, axes):
     where = lambda path, leaf: path == "w"
     options = {"pattern": pattern, "axes": axes}
     masks = js.prune(params, where=where, **options).masks
-    logits = transforms.init_mask_logits(
+    logits = masking.init_mask_logits(
         params, key=KEY, masks=masks, strength=8.0, where=where, **options
     )
-    found = transforms.masks_of_logits(logits, params, **options)
+    found = masking.masks_of_logits(logits, params, **options)
     np.testing.assert_array_equal(found["w"], masks["w"])
     assert found["bias"].shape == ()
-    drawn = transforms.masked_by_logits(
+    drawn = masking.masked_by_logits(
         params, logits, key=KEY, scale=1e4, temperature=0.05, **options
     )
     np.testing.assert_allclose(drawn["w"], params["w"] * masks["w"], atol=1e-6)
@@ -113,9 +113,7 @@ def test_learned_masks_beat_their_prior_under_frozen_weights():
     x, w = numbers(0, 128, 16) @ numbers(1, 16, 16), numbers(2, 16, 8)
     params, target = {"kernel": jnp.asarray(w)}, x @ w
     masks = js.prune(params, pattern=TWO_OF_FOUR).masks
-    start = transforms.init_mask_logits(
-        params, pattern=TWO_OF_FOUR, key=KEY, masks=masks
-    )
+    start = masking.init_mask_logits(params, pattern=TWO_OF_FOUR, key=KEY, masks=masks)
     loss = lambda params: jnp.mean((x @ params["kernel"] - target) ** 2)
     tx, steps = optax.adam(0.02), 300
     cold = optax.linear_schedule(4.0, 0.05, steps)
@@ -125,7 +123,7 @@ def test_learned_masks_beat_their_prior_under_frozen_weights():
         logits, state = carry
 
         def soft(logits):
-            masked = transforms.masked_by_logits(
+            masked = masking.masked_by_logits(
                 params,
                 logits,
                 pattern=TWO_OF_FOUR,
@@ -140,7 +138,7 @@ def test_learned_masks_beat_their_prior_under_frozen_weights():
 
     run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps))[0])
     logits, _ = run((start, tx.init(start)))
-    learned = transforms.masks_of_logits(logits, params, pattern=TWO_OF_FOUR)
+    learned = masking.masks_of_logits(logits, params, pattern=TWO_OF_FOUR)
     js.patterns.verify(learned, params, pattern=TWO_OF_FOUR)
     error = lambda masks: float(loss(js.patterns.apply(params, masks)))
     assert error(learned) < 0.7 * error(masks)
@@ -148,21 +146,21 @@ def test_learned_masks_beat_their_prior_under_frozen_weights():
 
 def test_errors():
     params = {"w": jnp.ones((8, 3))}
-    make = functools.partial(transforms.init_mask_logits, params, key=KEY)
+    make = functools.partial(masking.init_mask_logits, params, key=KEY)
     with pytest.raises(TypeError, match="over N:M patterns"):
         make(pattern=js.Unstructured())
     with pytest.raises(ValueError, match="12,870 patterns"):
-        transforms.init_mask_logits(
+        masking.init_mask_logits(
             {"w": jnp.ones((16, 1))}, key=KEY, pattern=js.NM(8, 16)
         )
     with pytest.raises(ValueError, match=r"w: .*needs a number of inputs"):
         make(pattern=js.NM(1, 16))
     logits = make(pattern=TWO_OF_FOUR)
-    draw = functools.partial(transforms.masked_by_logits, params, key=KEY)
+    draw = functools.partial(masking.masked_by_logits, params, key=KEY)
     with pytest.raises(ValueError, match=r"w: logits of shape \(2, 6, 3\)"):
         draw(logits, pattern=js.NM(1, 4))
     with pytest.raises(ValueError, match="groups_at_once=3"):
-        transforms.masked_by_logits(
+        masking.masked_by_logits(
             {"w": jnp.ones((16, 3))},
             {"w": jnp.ones((4, 6, 3))},
             key=KEY,

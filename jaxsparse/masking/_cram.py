@@ -33,7 +33,7 @@ def cram(
     is drawn anew in each call. Peste et al. (2022, CrAM, arXiv:2207.14200). Any
     optimizer takes the result, and no mask is kept::
 
-        value_and_grad = js.transforms.cram(loss_fn, sparsities=(0.5, 0.7, 0.9))
+        value_and_grad = js.masking.cram(loss_fn, sparsities=(0.5, 0.7, 0.9))
         loss, grads = value_and_grad(params, batch, key=step_key)
         updates, opt_state = optimizer.update(grads, opt_state, params)
 
@@ -69,7 +69,7 @@ def cram(
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
       >>> loss_fn = lambda params, x: jnp.sum((x @ params["w"]) ** 2)
-      >>> value_and_grad = js.transforms.cram(loss_fn, sparsities=(0.5,), rho=0.0)
+      >>> value_and_grad = js.masking.cram(loss_fn, sparsities=(0.5,), rho=0.0)
       >>> params = {"w": jnp.array([[3.0], [1.0]])}
       >>> value_and_grad(params, jnp.eye(2), key=jax.random.key(0))
       (Array(10., dtype=float32), {'w': Array([[12.],

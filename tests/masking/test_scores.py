@@ -8,7 +8,7 @@ import pytest
 from transforms import problems
 
 import jaxsparse as js
-from jaxsparse import transforms
+from jaxsparse import masking
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -26,7 +26,7 @@ def pulled(f, *args):
 def test_scores_get_the_gradient_of_the_product_and_kept_weights_theirs():
     w, s, ct = numbers(0, 6, 8), numbers(1, 6, 8), numbers(9, 6, 8)
     mask = s >= np.sort(s.ravel())[-12]
-    f = lambda w, s: transforms.masked_by_scores(w, s, 0.75)
+    f = lambda w, s: masking.masked_by_scores(w, s, 0.75)
     out, dw, ds = pulled(f, w, s)
     np.testing.assert_array_equal(out, np.where(mask, w, 0))
     np.testing.assert_array_equal(dw, np.where(mask, ct, 0))
@@ -40,7 +40,7 @@ def test_scores_get_the_gradient_of_the_product_and_kept_weights_theirs():
 
 def test_forward_mode_too():
     w, s, dw, ds = (numbers(i, 3, 4) for i in range(4))
-    f = lambda w, s: transforms.masked_by_scores(w, s, 0.5)
+    f = lambda w, s: masking.masked_by_scores(w, s, 0.5)
     _, moved = jax.jvp(f, (w, s), (dw, ds))
     mask = s >= np.sort(s.ravel())[-6]
     np.testing.assert_allclose(moved, np.where(mask, dw, 0) + w * ds, rtol=1e-5)
@@ -48,7 +48,7 @@ def test_forward_mode_too():
 
 def test_a_threshold_keeps_what_is_above_it_and_the_best_few():
     w, s = numbers(0, 6, 8), numbers(1, 6, 8)
-    f = jax.jit(lambda t: transforms.masked_by_scores(w, s, threshold=t, min_keep=3))
+    f = jax.jit(lambda t: masking.masked_by_scores(w, s, threshold=t, min_keep=3))
     np.testing.assert_array_equal(f(0.5), np.where(s > 0.5, w, 0))
     best = s >= np.sort(s.ravel())[-3]
     np.testing.assert_array_equal(f(99.0), np.where(best, w, 0))
@@ -56,9 +56,9 @@ def test_a_threshold_keeps_what_is_above_it_and_the_best_few():
 
 def test_patterns_and_parameters_without_scores():
     params = problems.params()
-    scores = transforms.init_scores(params, init=jnp.abs, where=r"dense_0/kernel")
+    scores = masking.init_scores(params, init=jnp.abs, where=r"dense_0/kernel")
     assert scores["dense_1"]["kernel"] is None
-    masked = transforms.masked_by_scores(params, scores, pattern=js.NM(2, 4))
+    masked = masking.masked_by_scores(params, scores, pattern=js.NM(2, 4))
     expected = js.prune(params, pattern=js.NM(2, 4), where=r"dense_0/kernel").params
     for path, w in js.tree.leaves_with_paths(masked):
         np.testing.assert_array_equal(
@@ -76,14 +76,14 @@ def test_movement_trains_both_and_its_masks_are_any_masks():
     @jax.jit
     def step(trained, state, x, t):
         def loss(trained):
-            masked = transforms.masked_by_scores(*trained, sparsity(t))
+            masked = masking.masked_by_scores(*trained, sparsity(t))
             return problems.loss(masked, x)
 
         value, grads = jax.value_and_grad(loss)(trained)
         updates, state = tx.update(grads, state, trained)
         return optax.apply_updates(trained, updates), state, value
 
-    trained = params, transforms.init_scores(params)
+    trained = params, masking.init_scores(params)
     state = tx.init(trained)
     values = []
     for t in range(40):
@@ -94,7 +94,7 @@ def test_movement_trains_both_and_its_masks_are_any_masks():
     masks = js.patterns.masks(scores, 0.75, where=lambda path, leaf: True)
     for name, n in (("dense_0", 48), ("dense_1", 24)):
         assert int(masks[name]["kernel"].sum()) == n
-    final = transforms.masked_by_scores(weights, scores, 0.75)
+    final = masking.masked_by_scores(weights, scores, 0.75)
     for name in masks:
         np.testing.assert_array_equal(final[name]["kernel"] != 0, masks[name]["kernel"])
 
@@ -111,7 +111,7 @@ def test_decay_pulls_pruned_weights_alone():
 def test_soft_threshold_and_its_derivatives():
     w, ct = numbers(0, 5, 6), numbers(9, 5, 6).astype(np.float64)
     s = jnp.float32(-0.3)
-    out, dw, ds = pulled(transforms.soft_threshold, w, s)
+    out, dw, ds = pulled(masking.soft_threshold, w, s)
     t = 1 / (1 + np.exp(0.3))
     active = np.abs(w) > t
     np.testing.assert_allclose(
@@ -124,13 +124,13 @@ def test_soft_threshold_and_its_derivatives():
 
 def test_errors_name_the_parameter():
     params = problems.params()
-    scores = transforms.init_scores(params)
+    scores = masking.init_scores(params)
     wrong = {**scores, "dense_1": {"kernel": jnp.zeros((2, 2))}}
     with pytest.raises(ValueError, match=r"dense_1/kernel: scores of shape \(2, 2\)"):
-        transforms.masked_by_scores(params, wrong, 0.5)
+        masking.masked_by_scores(params, wrong, 0.5)
     with pytest.raises(ValueError, match="in place of a sparsity"):
-        transforms.masked_by_scores(params, scores, 0.5, threshold=0.0)
+        masking.masked_by_scores(params, scores, 0.5, threshold=0.0)
     with pytest.raises(ValueError, match="No scores"):
-        transforms.masked_by_scores(params, jax.tree.map(lambda _: None, params), 0.5)
+        masking.masked_by_scores(params, jax.tree.map(lambda _: None, params), 0.5)
     with pytest.raises(ValueError, match=r"dense_0/bias has shape \(3,\)"):
-        transforms.soft_threshold(params, {"dense_0": {"bias": jnp.zeros(3)}})
+        masking.soft_threshold(params, {"dense_0": {"bias": jnp.zeros(3)}})

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxsparse as js
-from jaxsparse import transforms
+from jaxsparse import masking
 
 KEY = jax.random.key(0)
 
@@ -50,9 +50,7 @@ def test_the_gradient_at_the_compressed_point(plus, sparse_grads):
     if plus:
         expected = {k: expected[k] + g[k] for k in g}
     value_and_grad = jax.jit(
-        transforms.cram(
-            loss_fn, sparsities=(0.75,), plus=plus, sparse_grads=sparse_grads
-        )
+        masking.cram(loss_fn, sparsities=(0.75,), plus=plus, sparse_grads=sparse_grads)
     )
     value, found = value_and_grad(params, x, y, key=KEY)
     np.testing.assert_allclose(value, loss_fn(params, x, y), rtol=1e-6)
@@ -62,7 +60,7 @@ def test_the_gradient_at_the_compressed_point(plus, sparse_grads):
 
 def test_without_compression_it_is_the_plain_gradient():
     params, x, y = problem()
-    f = transforms.cram(loss_fn, sparsities=(0.0,), rho=0.0, plus=False)
+    f = masking.cram(loss_fn, sparsities=(0.0,), rho=0.0, plus=False)
     found = f(params, x, y, key=KEY)[1]
     expected = gradient(params, x, y)
     for k in expected:
@@ -76,7 +74,7 @@ def test_sparsities_and_patterns_are_drawn_anew():
 
     @jax.jit
     def zeros(params, x, y, key):
-        f = transforms.cram(count, sparsities=(0.25, 0.5), plus=False, has_aux=True)
+        f = masking.cram(count, sparsities=(0.25, 0.5), plus=False, has_aux=True)
         (_, aux), grads = f(params, x, y, key=key)
         del aux
         return sum(jnp.sum(grads[k] == 0) for k in ("a", "b"))
@@ -84,7 +82,7 @@ def test_sparsities_and_patterns_are_drawn_anew():
     params, x, y = problem()
     seen = {int(zeros(params, x, y, jax.random.key(i))) for i in range(12)}
     assert seen == {20, 40}
-    f = transforms.cram(
+    f = masking.cram(
         lambda w, x: jnp.sum(x @ w), choices=(js.NM(2, 4), js.NM(1, 4)), plus=False
     )
     w = jnp.asarray(np.random.default_rng(1).standard_normal((8, 5)), jnp.float32)
@@ -124,17 +122,17 @@ def test_one_shot_pruning_costs_less_after_it():
 
     dense = jax.value_and_grad(loss_fn)
     plain = train(lambda params, x, y, key: dense(params, x, y))
-    aware = train(transforms.cram(loss_fn, sparsities=(0.5, 0.8), rho=0.05))
+    aware = train(masking.cram(loss_fn, sparsities=(0.5, 0.8), rho=0.05))
     assert aware[1] < 0.25 * plain[1]
     assert aware[0] < 2 * plain[0] + 0.02
 
 
 def test_errors():
     with pytest.raises(ValueError, match="draws one of"):
-        transforms.cram(loss_fn, sparsities=())
+        masking.cram(loss_fn, sparsities=())
     with pytest.raises(ValueError, match="sparsities: a sparsity"):
-        transforms.cram(loss_fn, sparsities=(1.5,))
+        masking.cram(loss_fn, sparsities=(1.5,))
     mixed = (js.Unstructured("global"), js.Channel(axis=1))
     params, x, y = problem()
     with pytest.raises(ValueError, match="different shapes"):
-        transforms.cram(loss_fn, choices=mixed)(params, x, y, key=KEY)
+        masking.cram(loss_fn, choices=mixed)(params, x, y, key=KEY)

@@ -1,0 +1,10 @@
+"""Masks within the loss, of dense weights that go on learning."""
+
+from jaxsparse.masking._cram import cram as cram
+from jaxsparse.masking._logits import init_mask_logits as init_mask_logits
+from jaxsparse.masking._logits import masked_by_logits as masked_by_logits
+from jaxsparse.masking._logits import masks_of_logits as masks_of_logits
+from jaxsparse.masking._scores import init_scores as init_scores
+from jaxsparse.masking._scores import masked_by_scores as masked_by_scores
+from jaxsparse.masking._scores import soft_threshold as soft_threshold
+from jaxsparse.masking._straight_through import straight_through as straight_through
