@@ -217,7 +217,7 @@ def measure_exchange(rows: Rows, steps: int, seeds: int) -> None:
         exchange.top_k(fraction, **at), heavy
     )
     methods["DGC"] = lambda fraction: optax.chain(exchange.dgc(fraction, **at), plain)
-    methods["EF21"] = lambda fraction: optax.chain(exchange.ef21(fraction, **at), heavy)
+    methods["EF21"] = lambda fraction: optax.chain(exchange.ef21(fraction, **at), plain)
     for fraction in (0.01, 0.001):
         for name, make in methods.items():
             found, moved = zip(

@@ -1,9 +1,13 @@
 """Masks within the loss, of dense weights that go on learning."""
 
+from jaxsparse.masking._bip import bip as bip
 from jaxsparse.masking._cram import cram as cram
 from jaxsparse.masking._logits import init_mask_logits as init_mask_logits
 from jaxsparse.masking._logits import masked_by_logits as masked_by_logits
 from jaxsparse.masking._logits import masks_of_logits as masks_of_logits
+from jaxsparse.masking._pst import LowRank as LowRank
+from jaxsparse.masking._pst import init_low_rank as init_low_rank
+from jaxsparse.masking._pst import masked_by_low_rank as masked_by_low_rank
 from jaxsparse.masking._scores import init_scores as init_scores
 from jaxsparse.masking._scores import masked_by_scores as masked_by_scores
 from jaxsparse.masking._scores import soft_threshold as soft_threshold

@@ -1,6 +1,7 @@
 """Pruning while a model trains, as optax gradient transformations."""
 
 from jaxsparse import _renamed
+from jaxsparse.transforms._acdc import acdc as acdc
 from jaxsparse.transforms._drop_and_grow import drop_and_grow as drop_and_grow
 from jaxsparse.transforms._dynamic import explored as explored
 from jaxsparse.transforms._dynamic import rigl as rigl
@@ -16,6 +17,7 @@ from jaxsparse.transforms._project import apply_updates as apply_updates
 from jaxsparse.transforms._project import init_sparse as init_sparse
 from jaxsparse.transforms._prune_schedule import PruneSchedule as PruneSchedule
 from jaxsparse.transforms._prune_schedule import prune_schedule as prune_schedule
+from jaxsparse.transforms._soft_shrink import soft_shrink as soft_shrink
 from jaxsparse.transforms._state import DropAndGrowState as DropAndGrowState
 from jaxsparse.transforms._state import PruneScheduleState as PruneScheduleState
 from jaxsparse.transforms._state import assert_sparse as assert_sparse

@@ -751,6 +751,27 @@ CALLS = {
         "params": params(),
         "pattern": js.NM(2, 4),
     },
+    "masking.bip": lambda: {"loss_fn": loss_fn, "sparsity": 0.5},
+    "masking.init_low_rank": lambda: {
+        "params": params(),
+        "key": jax.random.key(0),
+        "rank": 2,
+    },
+    "masking.masked_by_low_rank": lambda: {
+        "params": params(),
+        "factors": js.masking.init_low_rank(
+            params(), key=jax.random.key(0), rank=2, where=r"up/kernel"
+        ),
+        "sparsity": 0.5,
+    },
+    "transforms.soft_shrink": lambda: {"sparsity": 0.5},
+    "transforms.acdc": lambda: {
+        "sparsity": 0.5,
+        "begin": 1,
+        "end": 6,
+        "sparse": 2,
+        "dense": 1,
+    },
     "exchange.top_k": lambda: {"fraction": 0.1, "axis_name": "data", "workers": 2},
     "exchange.dgc": lambda: {"fraction": 0.1, "axis_name": "data", "workers": 2},
     "exchange.ef21": lambda: {"fraction": 0.1, "axis_name": "data", "workers": 2},

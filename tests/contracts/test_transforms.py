@@ -146,6 +146,13 @@ TRANSFORMS = {
     "set_": Row(lambda optimizer: moving(transforms.set_).wrap(optimizer), masked),
     "snfs": Row(lambda optimizer: moving(transforms.snfs).wrap(optimizer), masked),
     "static": Row(transforms.static(0.5, key=jax.random.key(0)).wrap, masked),
+    "acdc": Row(
+        transforms.acdc(
+            0.5, begin=0, end=3, sparse=1, dense=1, pattern=js.NM(2, 4)
+        ).wrap,
+        masked,
+    ),
+    "soft_shrink": after(lambda groups: transforms.soft_shrink(0.5)),
     "keep_sparse": Row(
         lambda optimizer: optax.chain(optimizer, js.keep_sparse(fixed_masks())), masked
     ),

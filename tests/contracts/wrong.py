@@ -465,6 +465,10 @@ KINDS = {
     "after": LIKE,
     "history": OBJECT,
     "grow": OBJECT,
+    "rank": INTEGER,
+    "gamma": POSITIVE,
+    "transforms.soft_shrink.factor": POSITIVE | {"one": 1.5},
+    "factors": {"None": None, "a string": "f", "a number": 3},
     "drop_fraction": POSITIVE | {"one": 1.5},
     "thresholds": {
         "None": None,
@@ -605,7 +609,7 @@ MORE = {
 # What is taken in spite of it: the function, the argument, the value, and the reason.
 LATER = (
     "(curvature.*_estimator|prune_schedule|recipes.*|transforms.windowed_obs|"
-    "transforms.(rigl|set_|snfs|static|drop_and_grow)|masking.cram)",
+    "transforms.(rigl|set_|snfs|static|drop_and_grow|acdc|soft_shrink)|masking.cram)",
     "its parameters come at init",
 )
 TAKEN = [
@@ -614,7 +618,8 @@ TAKEN = [
     (LATER[0], "where", "(no match|another tree)", LATER[1]),
     (LATER[0], "axes", "(no match|too many)", LATER[1]),
     (LATER[0], "sparsity", "a list", LATER[1]),
-    ("masking.cram", "loss_fn", "no arguments", "it is called later"),
+    ("masking.bip", "axes", "(no match|too many)", LATER[1]),
+    ("masking.(cram|bip)", "loss_fn", "no arguments", "it is called later"),
     ("curvature.mfac", "axes", "(no match|too many)", "of blocks alone, it says"),
     ("curvature.stream_grads", "batches", ".*", "they are looked at as they come"),
     (".*.(update|atomic_update.*)", "(x|g|down)", "NaN", "not looked for, it says"),
