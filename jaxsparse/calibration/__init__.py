@@ -1,5 +1,6 @@
 """What kernels see: statistics of their inputs, and of their gradients."""
 
+from jaxsparse.calibration._batch_norm import batch_statistics as batch_statistics
 from jaxsparse.calibration._gradients import gradient_norms as gradient_norms
 from jaxsparse.calibration._run import run as run
 from jaxsparse.calibration._stats import RunningStats as RunningStats

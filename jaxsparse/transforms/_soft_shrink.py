@@ -90,7 +90,7 @@ def soft_shrink(
         whole = widen(w) + widen(u)
         return jnp.where(mask, widen(u), factor * whole - widen(w)).astype(u.dtype)
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update_fn)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
 
 
 def _add(w: Array, u: Array) -> Array:

@@ -751,6 +751,13 @@ CALLS = {
         "params": params(),
         "pattern": js.NM(2, 4),
     },
+    "calibration.batch_statistics": lambda: {
+        "update": lambda stats, x: jax.tree.map(
+            lambda s: 0.5 * s + 0.5 * x.mean(), stats
+        ),
+        "stats": {"up": np.zeros(2, np.float32)},
+        "batches": [np.ones((4, 8), np.float32)],
+    },
     "masking.bip": lambda: {"loss_fn": loss_fn, "sparsity": 0.5},
     "masking.init_low_rank": lambda: {
         "params": params(),
