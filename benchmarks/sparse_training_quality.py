@@ -216,7 +216,9 @@ def measure_exchange(rows: Rows, steps: int, seeds: int) -> None:
     methods["top-k, error feedback"] = lambda fraction: optax.chain(
         exchange.top_k(fraction, **at), heavy
     )
-    methods["DGC"] = lambda fraction: optax.chain(exchange.dgc(fraction, **at), plain)
+    methods["DGC"] = lambda fraction: optax.chain(
+        exchange.dgc(fraction, warmup_steps=steps // 5, **at), plain
+    )
     methods["EF21"] = lambda fraction: optax.chain(exchange.ef21(fraction, **at), plain)
     for fraction in (0.01, 0.001):
         for name, make in methods.items():

@@ -128,12 +128,13 @@ def _part(
     named: tuple[str, Array], number: float, zero: Array, one: Array, two: Array
 ) -> float:
     """`1 - m` of one array; raises where the update has another form."""
-    zero, one, two = (np.asarray(x, np.float64) / number for x in (zero, one, two))
-    if not zero.size:
+    values = (np.asarray(x, np.float64) / number for x in (zero, one, two))
+    at_zero, at_one, at_two = values
+    if not at_zero.size:
         return 1.0
     tolerance = 32 * float(jnp.finfo(named[1].dtype).eps)
-    m = np.mean(one - zero)
-    off = np.abs(np.stack([one - zero - m, two - one - m]))
+    m = np.mean(at_one - at_zero)
+    off = np.abs(np.stack([at_one - at_zero - m, at_two - at_one - m]))
     if not np.all(off <= tolerance) or not m < 1 - tolerance:
         raise ValueError(
             f"{named[0]}: it does not follow s <- m s + (1 - m) b with m < 1. Does "

@@ -1,5 +1,7 @@
 """Published trainings, each one value: schedules, optimizer and loss."""
 
+from jaxsparse.recipes._lottery import Ticket as Ticket
+from jaxsparse.recipes._lottery import lottery_tickets as lottery_tickets
 from jaxsparse.recipes._magnitude import gmp as gmp
 from jaxsparse.recipes._magnitude import one_shot as one_shot
 from jaxsparse.recipes._obert import obert_downstream as obert_downstream

@@ -758,6 +758,13 @@ CALLS = {
         "stats": {"up": np.zeros(2, np.float32)},
         "batches": [np.ones((4, 8), np.float32)],
     },
+    "recipes.lottery_tickets": lambda: {
+        "train": lambda params, masks, round: params,
+        "params": params(),
+        "rounds": 1,
+        "rewind_to": params(),
+        "fraction": 0.5,
+    },
     "masking.bip": lambda: {"loss_fn": loss_fn, "sparsity": 0.5},
     "masking.init_low_rank": lambda: {
         "params": params(),

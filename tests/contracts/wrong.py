@@ -465,6 +465,9 @@ KINDS = {
     "after": LIKE,
     "history": OBJECT,
     "grow": OBJECT,
+    "train": FUNCTION,
+    "rounds": INTEGER,
+    "rewind_to": LIKE,
     "update": FUNCTION,
     "calibration.batch_statistics.stats": TREE,
     "calibration.batch_statistics.batches": {
