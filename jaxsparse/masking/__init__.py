@@ -1,5 +1,9 @@
 """Masks within the loss, of dense weights that go on learning."""
 
+from jaxsparse.masking._adapters import Adapter as Adapter
+from jaxsparse.masking._adapters import adapter_importance as adapter_importance
+from jaxsparse.masking._adapters import init_adapters as init_adapters
+from jaxsparse.masking._adapters import with_adapters as with_adapters
 from jaxsparse.masking._bip import bip as bip
 from jaxsparse.masking._cram import cram as cram
 from jaxsparse.masking._logits import init_mask_logits as init_mask_logits

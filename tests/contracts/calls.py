@@ -198,6 +198,11 @@ def explored_state():
 
 
 @functools.cache
+def adapters():
+    return js.masking.init_adapters(params(), key=jax.random.key(0), rank=2)
+
+
+@functools.cache
 def mask_logits():
     return js.masking.init_mask_logits(
         params(), pattern=js.NM(2, 4), key=jax.random.key(0)
@@ -764,6 +769,17 @@ CALLS = {
         "rounds": 1,
         "rewind_to": params(),
         "fraction": 0.5,
+    },
+    "masking.init_adapters": lambda: {
+        "params": params(),
+        "key": jax.random.key(0),
+        "rank": 2,
+    },
+    "masking.with_adapters": lambda: {"params": params(), "adapters": adapters()},
+    "masking.adapter_importance": lambda: {
+        "params": params(),
+        "adapters": adapters(),
+        "grads": adapters(),
     },
     "masking.bip": lambda: {"loss_fn": loss_fn, "sparsity": 0.5},
     "masking.init_low_rank": lambda: {

@@ -465,6 +465,8 @@ KINDS = {
     "after": LIKE,
     "history": OBJECT,
     "grow": OBJECT,
+    "adapters": OBJECT,
+    "masking.adapter_importance.grads": OBJECT,
     "train": FUNCTION,
     "rounds": INTEGER,
     "rewind_to": LIKE,
