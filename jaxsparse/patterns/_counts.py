@@ -42,8 +42,9 @@ def removed_count(sparsity: float | Array, n: int) -> int | Array:
     low = jax.Array | np.ndarray | np.generic
     if isinstance(sparsity, float) or not isinstance(sparsity, low):
         return min(math.floor(float(sparsity) * n + 0.5), n)
+    dtype = count_dtype(n)
     with jax.enable_x64(True):
-        return jnp.floor(_exact(sparsity) * n + 0.5).astype(count_dtype(n))
+        return jnp.floor(_exact(sparsity) * n + 0.5).astype(dtype)
 
 
 def freed_count(fraction: float | Array, kept: Array) -> Array:
