@@ -142,6 +142,7 @@ def obs_greedy(
       array([2])
     """
     _check(groups, params, stats)
+    _checks.check_known("js.channels.obs_greedy", params=params)
     factors = _Factors(stats, rel_damping)
     readers = _readers(groups, params, stats, where)
     drop = Drop({}, {})

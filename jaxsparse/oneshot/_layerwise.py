@@ -164,6 +164,7 @@ def layerwise(
     _checks.check_pattern(patterns.Pattern, pattern)
     _checks.check_choice(("magnitude", "dense"), unseen=unseen)
     data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    _checks.check_known("js.oneshot.layerwise", params=params, batches=data)
     if not data:
         raise ValueError("batches: there are none. Was the iterator used up before?")
     if masks is not None:

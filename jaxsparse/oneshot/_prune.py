@@ -86,6 +86,8 @@ def prune(
     """
     _checks.check_score(score)
     _checks.check_arrays(params=params)
+    if not jax.tree.leaves(params):
+        raise TypeError("params: there are no arrays in them.")
     _checks.check_pattern(patterns.Pattern, pattern)
     check_positive_int(steps, name="steps")
     if trace is not None:

@@ -26,7 +26,7 @@ from jaxsparse.transforms._sparse_start import (
     warn_of_regrowth,
     warn_of_zeros,
 )
-from jaxsparse.transforms._state import PruneScheduleState
+from jaxsparse.transforms._state import PruneScheduleState, check_state
 from jaxsparse.tree import AxesRule, by_rules, like
 from jaxsparse.tree import select as select_by
 
@@ -231,6 +231,7 @@ def prune_schedule(
         )[0]
 
     def start(params: PyTree, step: int, masks: PyTree) -> PruneScheduleState:
+        _checks.check_arrays(abstract=True, params=params)
         score_state = scorer.init(params)
         first = _initial_masks(params, score_state, step, masks)
         return PruneScheduleState(
@@ -310,6 +311,7 @@ def prune_schedule(
     def update_fn(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         del extra_args
         _checks.check_has_params(params)
+        check_state(state)
         if updates is None and scorer.needs_grads:
             raise ValueError(
                 "This score needs raw gradients, which the last member of a chain does "
@@ -319,6 +321,7 @@ def prune_schedule(
             return _hide(updates, state.masks), state
         if updates is not None:
             _checks.check_like(params, updates=updates)
+        patterns.check_masks(state.masks, params)
         # Masks have no derivative; without this, one could not differentiate through
         # a training step.
         frozen, grads = lax.stop_gradient((params, updates))
