@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 
 from jaxsparse import _checks
 from jaxsparse.depth._branches import flat_of, line
-from jaxsparse.depth._flat import Addition, Flat, own_units, unit_size
+from jaxsparse.depth._flat_program import Addition, Flat, own_units, unit_size
 from jaxsparse.program import Address, Step
 from jaxsparse.tracing import Trace
 from jaxsparse.tree import nearest

@@ -13,8 +13,8 @@ from jaxsparse import _checks, patterns, solvers
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats
-from jaxsparse.calibration.finite import check_params
-from jaxsparse.calibration.selected import selected_kernels
+from jaxsparse.calibration.first_nan import check_params
+from jaxsparse.calibration.selection import selected_kernels
 from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._before import check_takes_mask, masks_before
 from jaxsparse.oneshot._effective import (

@@ -11,7 +11,6 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
-from jaxsparse.patterns._asked import keep_of, sparsities_of
 from jaxsparse.patterns._counts import removed_count
 from jaxsparse.patterns._masks import check_masks
 from jaxsparse.patterns._programs import (
@@ -23,8 +22,9 @@ from jaxsparse.patterns._programs import (
     units_of,
 )
 from jaxsparse.patterns._shards import AxisName, splits_of
+from jaxsparse.patterns._sparsities import keep_of, sparsities_of
 from jaxsparse.patterns._spec import NM, Block, Pattern, Unstructured
-from jaxsparse.patterns.before import Revived, check_budget, sink, without_gone
+from jaxsparse.patterns.earlier_masks import Revived, check_budget, sink, without_gone
 from jaxsparse.patterns.nm import group_inputs
 from jaxsparse.ranking.shards import Split, names_along, pieces
 from jaxsparse.tree import (

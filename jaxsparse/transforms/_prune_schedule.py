@@ -13,7 +13,7 @@ from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._loops import when
 from jaxsparse._parts import in_parts
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
-from jaxsparse.patterns.before import score_shapes
+from jaxsparse.patterns.earlier_masks import score_shapes
 from jaxsparse.patterns.selection import choose as choose_masks
 from jaxsparse.schedules.horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._enforce import enforce_chain
