@@ -4,8 +4,10 @@ Each was a raw error of JAX before, or passed without a word.
 """
 
 import re
+import warnings
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,6 +184,23 @@ def test_a_gram_that_a_jitted_function_closes_over_is_looked_at_no_more_than_a_t
     solve = lambda w: js.solvers.sparsegpt(w, gram, 0.5).mask
     shape = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     assert jax.eval_shape(solve, shape).shape == (4, 4)
+
+
+def test_channels_of_a_layer_with_outputs_first_are_not_its_inputs_without_a_word():
+    linear = eqx.nn.Linear(4, 3, key=jax.random.key(0))
+    stated = {"kernel": js.Axes(input=(1,), output=(0,))}
+    with pytest.warns(
+        UserWarning, match=r"weight: .*output channels.*Channel\(axis=0\)"
+    ):
+        masks = js.prune(linear, 0.5, pattern=js.Channel()).masks
+    assert masks.weight.shape == (1, 4)
+    with pytest.warns(UserWarning, match=r"kernel: the last axis, of which"):
+        js.prune(ROOT, 0.5, pattern=js.Channel(), axes=stated)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert js.prune(linear, 0.5, pattern=js.Channel(0)).masks.weight.shape == (3, 1)
+        js.prune(linear, 0.5, pattern=js.Channel(1))
+        js.prune(ROOT, 0.5, pattern=js.Channel())
 
 
 class Unbound(Exception):
