@@ -66,13 +66,16 @@ def check_score(score: Any) -> None:
 @contextlib.contextmanager
 def explained(name: str, **inputs: Any) -> Iterator[None]:
     """Says, where a function of the caller's fails, on what it was called."""
+    on = lambda: "; ".join(f"{key}: {_shapes(value)}" for key, value in inputs.items())
     try:
         yield
     except (TypeError, ValueError) as error:
-        shapes = "; ".join(f"{key}: {_shapes(value)}" for key, value in inputs.items())
         kind = TypeError if isinstance(error, TypeError) else ValueError
         said = str(error) or type(error).__name__
-        raise kind(f"{name} fails on {shapes}. It says: {said}") from error
+        raise kind(f"{name} fails on {on()}. It says: {said}") from error
+    except Exception as error:  # of another library, whose kind may be waited for
+        error.add_note(f"{name} fails on {on()}.")
+        raise
 
 
 def check_key(key: Any, *, name: str = "key") -> None:

@@ -19,9 +19,51 @@ def check_arrays(*, abstract: bool = False, **trees: PyTree) -> None:
     for name, tree in trees.items():
         if tree is None:
             raise TypeError(f"{name} must be a tree of arrays, got None.")
+        check_is_part(name, tree)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if not _is_array(leaf, abstract):
                 raise TypeError(_no_array(name, keys, leaf))
+            if _is_gone(leaf):
+                raise ValueError(
+                    f"{_path(keys) or name}: this array of {name} was deleted. A "
+                    "jitted function that it was donated to (`donate_argnums`) has "
+                    "overwritten it: pass what that function returned."
+                )
+
+
+def check_is_part(name: str, tree: PyTree) -> None:
+    """Raises where a training state or a result is passed for one of its parts.
+
+    Both are trees of arrays: moments of an optimizer would be pruned without a word.
+    """
+    kind = type(tree).__name__
+    if hasattr(tree, "opt_state"):
+        raise TypeError(
+            f"{name}: {kind} holds the state of an optimizer too. Pass one part of it "
+            "alone: state.params of a TrainState, nnx.state(model, nnx.Param) of the "
+            "model of an nnx.Optimizer."
+        )
+    if {"params", "masks"} <= set(getattr(tree, "_fields", ())):
+        part = "masks" if name == "masks" else "params"
+        raise TypeError(
+            f"{name}: {kind} holds parameters and masks. Pass one of them: .{part}"
+        )
+
+
+def check_known(caller: str, **trees: PyTree) -> None:
+    """Raises where arrays are traced, whose values a function on the host reads."""
+    for name, tree in trees.items():
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if isinstance(leaf, jax.core.Tracer):
+                raise TypeError(
+                    f"{_path(keys) or name}: {name} is traced, and {caller} reads its "
+                    "values on the host. Call it outside of jit, vmap and grad."
+                )
+
+
+def _is_gone(x: Any) -> bool:
+    traced = isinstance(x, jax.core.Tracer)
+    return isinstance(x, jax.Array) and not traced and x.is_deleted()
 
 
 def _is_array(x: Any, abstract: bool) -> bool:
@@ -94,6 +136,7 @@ def check_bools(masks: PyTree, *, name: str = "masks") -> None:
     """Raises unless `masks` is a tree of arrays of bools."""
     if masks is None:
         raise TypeError(f"{name} must be a tree of arrays of bools, got None.")
+    check_is_part("masks", masks)
     for keys, mask in jax.tree_util.tree_leaves_with_path(masks):
         said = f"{_path(keys) or name}: a mask holds bools, True = kept; got"
         if isinstance(mask, bool):

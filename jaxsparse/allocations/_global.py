@@ -51,6 +51,7 @@ def from_global_scores(
     if getattr(pattern, "scope", None) != "global":
         raise ValueError(f"{pattern} does not compete globally: give scope='global'.")
     options = {"pattern": pattern, "where": where, "axes": axes}
+    _checks.check_known("js.allocations.from_global_scores", scores=scores)
     masks = patterns.masks(scores, sparsity, **options, min_keep=min_keep)
     reached = patterns.sparsity_of(masks, scores)
     return jax.tree.map(_below_one, reached)

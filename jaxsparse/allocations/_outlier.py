@@ -61,6 +61,7 @@ def owl(
       {'a': 0.58, 'b': 0.42}
     """
     _checks.check_arrays(scores=scores)
+    _checks.check_known("js.allocations.owl", scores=scores)
     _checks.check_number(above=0, outlier=outlier, spread=spread)
     blocks = grouped(scores, sparsity, where, groups)
     _check_scores(blocks)
@@ -110,6 +111,7 @@ def dsa(
       {'a': 0.43, 'b': 0.57}
     """
     _checks.check_arrays(scores=scores)
+    _checks.check_known("js.allocations.dsa", scores=scores)
     _checks.check_number(above=0, spread=spread)
     blocks = grouped(scores, sparsity, where, groups)
     _check_scores(blocks)

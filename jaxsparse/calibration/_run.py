@@ -14,7 +14,7 @@ from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration._stats import RunningStats, finalize, merge, unseen
 from jaxsparse.calibration.capture import capture
-from jaxsparse.calibration.finite import (
+from jaxsparse.calibration.first_nan import (
     check_batch,
     check_params,
     finite,
@@ -22,7 +22,7 @@ from jaxsparse.calibration.finite import (
     not_finite,
 )
 from jaxsparse.calibration.rows import contribution, flattened, placed, reading_key
-from jaxsparse.calibration.selected import selected_kernels
+from jaxsparse.calibration.selection import selected_kernels
 from jaxsparse.calibration.statistics import Statistics
 from jaxsparse.calibration.weights import batch_weight, weight_of_rows
 from jaxsparse.program import flatten, key_of

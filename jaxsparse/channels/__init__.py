@@ -5,7 +5,6 @@ from jaxsparse.channels._budget import drop_to_budget as drop_to_budget
 from jaxsparse.channels._channel_scores import bn_scale as bn_scale
 from jaxsparse.channels._channel_scores import fpgm as fpgm
 from jaxsparse.channels._channel_scores import gate_scores as gate_scores
-from jaxsparse.channels._emptied import zero_indices as zero_indices
 from jaxsparse.channels._flap import flap_compensation as flap_compensation
 from jaxsparse.channels._flap import flap_scores as flap_scores
 from jaxsparse.channels._normalize import lamp as lamp
@@ -22,3 +21,4 @@ from jaxsparse.channels._obs import obs_refit as obs_refit
 from jaxsparse.channels._score import channel_scores as channel_scores
 from jaxsparse.channels._select import drop_lowest as drop_lowest
 from jaxsparse.channels._select import dropped_fraction as dropped_fraction
+from jaxsparse.channels._zero_indices import zero_indices as zero_indices

@@ -143,7 +143,7 @@ def _concrete(group: Group, scores: Any) -> np.ndarray:
     if not _checks.is_concrete(scores):
         raise TypeError(
             f"{name}: what goes changes shapes, so the scores have to be known: call "
-            "select outside of jit."
+            "js.channels.drop_lowest outside of jit."
         )
     x = on_host(scores)
     if x.shape != shape:

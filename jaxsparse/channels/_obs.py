@@ -14,7 +14,7 @@ import numpy as np
 from jaxsparse import _checks, solvers
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import Statistics
-from jaxsparse.calibration.finite import check_params
+from jaxsparse.calibration.first_nan import check_params
 from jaxsparse.calibration.statistics import check_statistics
 from jaxsparse.channels._score import slices_that_count
 from jaxsparse.channels._select import drop_lowest
@@ -142,6 +142,7 @@ def obs_greedy(
       array([2])
     """
     _check(groups, params, stats)
+    _checks.check_known("js.channels.obs_greedy", params=params)
     factors = _Factors(stats, rel_damping)
     readers = _readers(groups, params, stats, where)
     drop = Drop({}, {})

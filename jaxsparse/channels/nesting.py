@@ -20,21 +20,21 @@ def nesting(
     shapes = {path: np.shape(x) for path, x in leaves_with_paths(params)}
     rank = {name: i for i, name in enumerate(order)}
     shared: dict[tuple[str, str], np.ndarray] = {}
-    for (a, p), (b, q) in _meetings(slices, rank):
-        if p.path not in shapes:
+    for (one, part), (other, met) in _meetings(slices, rank):
+        if part.path not in shapes:
             continue
-        if a == b or disjoint or not set(p.axes) & set(q.axes):
-            if _meet(p, q):
-                raise ValueError(_OVERLAP.format(a, b, p.path))
+        if one == other or disjoint or not set(part.axes) & set(met.axes):
+            if _meet(part, met):
+                raise ValueError(_OVERLAP.format(one, other, part.path))
             continue
-        shape = shapes[p.path]
-        found = shared.setdefault((a, b), np.zeros((0, 3), np.int64))
-        shared[a, b] = np.concatenate([found, _common(p, q, shape)])
-    for (a, b), rows in shared.items():
+        found = shared.setdefault((one, other), np.zeros((0, 3), np.int64))
+        both = _common(part, met, shapes[part.path])
+        shared[one, other] = np.concatenate([found, both])
+    for (one, other), rows in shared.items():
         pairs, place = np.unique(rows[:, :2], axis=0, return_inverse=True)
         common = np.bincount(place.ravel(), rows[:, 2], minlength=len(pairs))
-        if np.any(common != counts[a].ravel()[pairs[:, 0]]):
-            raise ValueError(_OVERLAP.format(a, b, "their parameters"))
+        if np.any(common != counts[one].ravel()[pairs[:, 0]]):
+            raise ValueError(_OVERLAP.format(one, other, "their parameters"))
     return order
 
 

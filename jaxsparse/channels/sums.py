@@ -20,7 +20,7 @@ from jaxsparse.channels.slices import (
     paths_of,
     wide_leaves,
 )
-from jaxsparse.linalg.ordered import largest, ordered_sum
+from jaxsparse.linalg.ordered_sums import largest, ordered_sum
 from jaxsparse.tree import leaves_with_paths
 
 Reduce = Literal["sum", "mean", "max", "prod", "first"]

@@ -163,6 +163,11 @@ def load_export(
 
 
 def _checked(path: str | os.PathLike[str]) -> pathlib.Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"path must be the name of a file, got {_checks.shown(path)}. The order is "
+            "export(path, params)."
+        )
     path = pathlib.Path(path)
     if path.suffix not in {".npz", ".safetensors"}:
         raise ValueError(f"{path}: expected a name ending with .npz or .safetensors.")

@@ -12,8 +12,8 @@ from jaxsparse import _checks
 from jaxsparse._dtypes import as_wide
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
+from jaxsparse.experts.checks import at, check_labels, check_total, count_experts
 from jaxsparse.experts.merging import group_means, merge_experts
-from jaxsparse.experts.stacked import at, check_labels, check_total, count_experts
 from jaxsparse.tree import leaves_with_paths
 
 Merge = tuple[float, int, int]

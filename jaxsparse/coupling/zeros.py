@@ -21,7 +21,7 @@ from jaxsparse.coupling._finite import (
     same,
 )
 from jaxsparse.coupling._points import Numbers, number
-from jaxsparse.coupling._vanishing import Effect, Leaf, Leaves, vanishing
+from jaxsparse.coupling._zero_rules import Effect, Leaf, Leaves, vanishing
 from jaxsparse.coupling.uniform import (
     INLINED,
     Operand,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 
 from jaxsparse import _checks
 from jaxsparse.depth._branches import flat_of, line
-from jaxsparse.depth._flat import Addition, Flat, own_units, unit_size
+from jaxsparse.depth._flat_program import Addition, Flat, own_units, unit_size
 from jaxsparse.program import Address, Step
 from jaxsparse.tracing import Trace
 from jaxsparse.tree import nearest
@@ -152,25 +152,25 @@ def _between(found: Flat, addition: Addition) -> list[Step]:
     """The steps that lead from the stream to the branch."""
     end = found.additions[addition]
     last = found.steps.steps[end]
-    x, y = last.ins[addition.stream], last.ins[1 - addition.stream]
-    wanted, back = {y}, []
-    # Backwards to what makes x, or for branches side by side, the stream before it.
+    stream, branch = last.ins[addition.stream], last.ins[1 - addition.stream]
+    wanted, back = {branch}, []
+    # Backwards to what makes the stream, or for branches side by side the one before.
     for i in range(end - 1, -1, -1):
         step = found.steps.steps[i]
         if not wanted.isdisjoint(step.outs):
-            if x in step.outs or not step.data:
+            if stream in step.outs or not step.data:
                 continue
             back.append(step)
             wanted.update(z for z in step.ins if isinstance(z, int))
-    reached, between = {x}, []
-    for start in line(x, found.before):
+    reached, between = {stream}, []
+    for start in line(stream, found.before):
         reached = {start}
         between = []
         for step in back[::-1]:
             if any(z in reached for z in step.ins if isinstance(z, int)):
                 reached.update(step.outs)
                 between.append(step)
-        if y in reached:
+        if branch in reached:
             break
     return between
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxsparse.depth._flat import Addition, Flat, Held, Unit, used
+from jaxsparse.depth._flat_program import Addition, Flat, Held, Unit, used
 from jaxsparse.program import Address, Step, Steps, called, equations, flatten
 from jaxsparse.tracing import Trace
 

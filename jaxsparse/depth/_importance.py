@@ -13,10 +13,10 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.calibration.finite import check_batch
+from jaxsparse.calibration.first_nan import check_batch
 from jaxsparse.depth._blocks import Join, ResidualBlock, residual_blocks
 from jaxsparse.depth._branches import flat_of
-from jaxsparse.depth._flat import Flat
+from jaxsparse.depth._flat_program import Flat
 from jaxsparse.depth._gates import with_gates
 from jaxsparse.depth._rewrite import runnable
 from jaxsparse.narrowing.retracing import by_shape

@@ -13,7 +13,7 @@ from jaxsparse import _checks
 from jaxsparse._typing import PyTree, Where
 from jaxsparse.depth._blocks import Join, ResidualBlock, chosen
 from jaxsparse.depth._branches import flat_for
-from jaxsparse.depth._flat import Flat, Unit, own_units, units_read, without
+from jaxsparse.depth._flat_program import Flat, Unit, own_units, units_read, without
 from jaxsparse.depth._rewrite import runnable
 from jaxsparse.narrowing import Narrowed
 from jaxsparse.narrowing.retracing import as_sharded, by_shape, model_of

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsparse.depth._flat import Flat, final, used
+from jaxsparse.depth._flat_program import Flat, final, used
 from jaxsparse.program import Step, Steps
 
 

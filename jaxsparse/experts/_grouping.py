@@ -10,7 +10,7 @@ from jaxsparse import _checks
 from jaxsparse._dtypes import as_wide
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.experts.stacked import at, check_total
+from jaxsparse.experts.checks import at, check_total
 from jaxsparse.linalg.factor import HIGHEST
 from jaxsparse.tree import leaves_with_paths
 

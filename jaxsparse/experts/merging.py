@@ -11,7 +11,7 @@ from jaxsparse import _checks
 from jaxsparse._dtypes import as_wide
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.experts.stacked import check_labels, count_experts
+from jaxsparse.experts.checks import check_labels, count_experts
 from jaxsparse.linalg.factor import HIGHEST
 from jaxsparse.tree import leaves_with_paths, map_with_path
 

@@ -214,13 +214,14 @@ def check_gram(gram: Array, *, d_in: int | None = None) -> None:
         raise TypeError(f"gram must be real floating point, got {gram.dtype}.")
     if not _checks.is_concrete(gram):
         return
-    bad = count_not_finite(gram)  # traced, where gram is a constant of what is traced
-    if _checks.is_concrete(bad) and bad:
+    bad, low = count_not_finite(gram), count_negative(jnp.diagonal(gram))
+    if not _checks.is_concrete(bad):  # gram is a constant of a function that is traced
+        return
+    if bad:
         raise ValueError(
             f"gram: {bad} of {gram.size} entries are NaN or Inf. Look for them in the "
             "layer's inputs; an Inf may be the overflow of sums in a narrow type."
         )
-    low = int(jnp.sum(jnp.diagonal(gram) < 0))
     if low:
         raise ValueError(
             f"gram: {low} entries of the diagonal are negative, so it is no second "
@@ -232,6 +233,12 @@ def check_gram(gram: Array, *, d_in: int | None = None) -> None:
 def count_not_finite(x: Array) -> Array:
     """How many numbers are NaN or Inf, in one pass."""
     return jnp.sum(~jnp.isfinite(x))
+
+
+@jax.jit
+def count_negative(x: Array) -> Array:
+    """How many numbers are below 0."""
+    return jnp.sum(x < 0)
 
 
 def check_damping(value: Any, *, name: str) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse import patterns
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.patterns.before import may_have_lost_more, most_lost
+from jaxsparse.patterns.earlier_masks import may_have_lost_more, most_lost
 from jaxsparse.tracing import Kernel
 from jaxsparse.tree import leaves_with_paths, to_matrices
 

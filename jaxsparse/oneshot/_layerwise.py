@@ -13,8 +13,8 @@ from jaxsparse import _checks, patterns, solvers
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats
-from jaxsparse.calibration.finite import check_params
-from jaxsparse.calibration.selected import selected_kernels
+from jaxsparse.calibration.first_nan import check_params
+from jaxsparse.calibration.selection import selected_kernels
 from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._before import check_takes_mask, masks_before
 from jaxsparse.oneshot._effective import (
@@ -164,6 +164,7 @@ def layerwise(
     _checks.check_pattern(patterns.Pattern, pattern)
     _checks.check_choice(("magnitude", "dense"), unseen=unseen)
     data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    _checks.check_known("js.oneshot.layerwise", params=params, batches=data)
     if not data:
         raise ValueError("batches: there are none. Was the iterator used up before?")
     if masks is not None:

@@ -12,7 +12,7 @@ from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.calibration import InputStats, RunningStats, finalize, merge
 from jaxsparse.calibration.capture import capture_at
-from jaxsparse.calibration.finite import (
+from jaxsparse.calibration.first_nan import (
     check_batch,
     finite,
     input_flags,

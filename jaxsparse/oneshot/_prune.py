@@ -10,7 +10,7 @@ from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._checks import check_positive_int
 from jaxsparse._parts import in_parts
 from jaxsparse._typing import PyTree, Sparsity, Where
-from jaxsparse.patterns.before import gone_before, score_shapes, targets
+from jaxsparse.patterns.earlier_masks import gone_before, score_shapes, targets
 from jaxsparse.patterns.selection import check_further, choose
 from jaxsparse.tracing import Trace
 from jaxsparse.tree import AxesRule, by_rules, like, select
@@ -86,6 +86,8 @@ def prune(
     """
     _checks.check_score(score)
     _checks.check_arrays(params=params)
+    if not jax.tree.leaves(params):
+        raise TypeError("params: there are no arrays in them.")
     _checks.check_pattern(patterns.Pattern, pattern)
     check_positive_int(steps, name="steps")
     if trace is not None:

@@ -149,7 +149,9 @@ def count(masks: PyTree, params: PyTree) -> PyTree:
     check_masks(masks, params)
     leaves, treedef = jax.tree.flatten(params)
     kept = jax.tree.leaves(masks)
-    found = jax.device_get(each(_kept, kept))
+    counted = each(_kept, kept)
+    _checks.check_known("a count of masks", masks=treedef.unflatten(counted))
+    found = jax.device_get(counted)
     # Each entry of a mask stands for as many weights as it broadcasts to.
     return treedef.unflatten([
         int(n) * (np.size(w) // max(1, np.size(mask)))

@@ -124,7 +124,8 @@ class Channel:
 
     Attributes:
       axis: the axis of the channels; the last one by default, which is the output axis
-        of a flax kernel.
+        of a flax kernel. Where it is known to be an input axis (of Equinox's layers, or
+        with `axes` or a trace) the default warns.
       reduce: a slice's score from its weights' scores, their mean or their maximum.
       scope: slices compete within a parameter or over all.
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._typing import Array
-from jaxsparse.linalg.ordered import ordered_mean
+from jaxsparse.linalg.ordered_sums import ordered_mean
 from jaxsparse.patterns._spec import Block, Channel, Pattern
 from jaxsparse.ranking.shards import Split, names_along, pieces
 from jaxsparse.tree import Axes

@@ -1,6 +1,7 @@
 """Selection: scores, a sparsity and a pattern become masks."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 from jaxsparse import _checks
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
-from jaxsparse.patterns._asked import keep_of, sparsities_of
 from jaxsparse.patterns._counts import freed_count, removed_count
 from jaxsparse.patterns._masks import check_masks
 from jaxsparse.patterns._programs import (
@@ -23,8 +23,9 @@ from jaxsparse.patterns._programs import (
     units_of,
 )
 from jaxsparse.patterns._shards import AxisName, splits_of
-from jaxsparse.patterns._spec import NM, Block, Pattern, Unstructured
-from jaxsparse.patterns.before import Revived, check_budget, sink, without_gone
+from jaxsparse.patterns._sparsities import keep_of, sparsities_of
+from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
+from jaxsparse.patterns.earlier_masks import Revived, check_budget, sink, without_gone
 from jaxsparse.patterns.nm import group_inputs
 from jaxsparse.ranking.shards import Split, names_along, pieces
 from jaxsparse.tree import (
@@ -252,7 +253,22 @@ def _axes_for(path: str, x: Array, pattern: Pattern, stated) -> Axes | None:
     needed = isinstance(pattern, NM | Block) or (
         isinstance(pattern, Unstructured) and pattern.scope == "output"
     )
-    return kernel_axes(path, x, stated) if needed else stated.get(path)
+    axes = kernel_axes(path, x, stated) if needed else stated.get(path)
+    if isinstance(pattern, Channel) and pattern.axis == -1 and axes is not None:
+        _warn_of_inputs(path, x.ndim - 1, axes)
+    return axes
+
+
+def _warn_of_inputs(path: str, last: int, axes: Axes) -> None:
+    """Warns where the default axis of `Channel` is an input axis."""
+    if last not in axes.input or not axes.output:
+        return
+    warnings.warn(
+        f"{path}: the last axis, of which Channel() removes slices, is an input axis "
+        f"here ({axes}). For output channels write Channel(axis={axes.output[0]}); "
+        f"Channel(axis={last}) removes inputs without this warning.",
+        stacklevel=2,
+    )
 
 
 def _group_size(

@@ -3,10 +3,10 @@
 from jaxsparse.penalties._group_lasso import group_lasso as group_lasso
 from jaxsparse.penalties._group_lasso import group_norm_decay as group_norm_decay
 from jaxsparse.penalties._group_lasso import prox_group_lasso as prox_group_lasso
-from jaxsparse.penalties._growing import (
+from jaxsparse.penalties._growing_regularization import (
     GrowingRegularizationState as GrowingRegularizationState,
 )
-from jaxsparse.penalties._growing import (
+from jaxsparse.penalties._growing_regularization import (
     growing_regularization as growing_regularization,
 )
 from jaxsparse.penalties._hesso import HessoState as HessoState

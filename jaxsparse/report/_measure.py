@@ -70,6 +70,7 @@ def table(
       [('bias', 0.0, 8), ('kernel', 0.5, 9)]
     """
     params, asked = unwrap_variables(params), unwrap_variables(asked)
+    _checks.check_is_part("params", params)
     named = leaves_with_paths(params)
     for path, w in named:
         _check_parameter(path, w)

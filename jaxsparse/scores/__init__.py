@@ -10,9 +10,9 @@ from jaxsparse.scores._gradient import snip as snip
 from jaxsparse.scores._gradient import taylor as taylor
 from jaxsparse.scores._magnitude import magnitude as magnitude
 from jaxsparse.scores._magnitude import random as random
+from jaxsparse.scores._score import Score as Score
+from jaxsparse.scores._score import as_score as as_score
+from jaxsparse.scores._score import moving_average as moving_average
 from jaxsparse.scores._second_order import obd as obd
 from jaxsparse.scores._second_order import obs as obs
-from jaxsparse.scores._stateful import Score as Score
-from jaxsparse.scores._stateful import as_score as as_score
-from jaxsparse.scores._stateful import moving_average as moving_average
 from jaxsparse.scores._synflow import synflow as synflow

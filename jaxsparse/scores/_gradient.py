@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxsparse import _checks
 from jaxsparse._dtypes import wide_dtype, widen
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.linalg.ordered import largest, ordered_sum
+from jaxsparse.linalg.ordered_sums import largest, ordered_sum
 from jaxsparse.scores._range import fourth_root, lifted, product
 from jaxsparse.tree import like, select
 

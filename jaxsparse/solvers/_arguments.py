@@ -14,7 +14,7 @@ from jaxsparse.linalg.gram import (
     check_gram,
     count_not_finite,
 )
-from jaxsparse.patterns.before import group_size, may_have_lost_more, most_lost
+from jaxsparse.patterns.earlier_masks import group_size, may_have_lost_more, most_lost
 from jaxsparse.patterns.nm import check_removable
 
 

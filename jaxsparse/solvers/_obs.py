@@ -10,7 +10,7 @@ from jaxsparse import _checks, curvature, patterns, scores
 from jaxsparse._typing import Array, PyTree, Sparsity, Where
 from jaxsparse.curvature import dispatch
 from jaxsparse.curvature.layout import block_layout
-from jaxsparse.patterns.before import gone_before, targets
+from jaxsparse.patterns.earlier_masks import gone_before, targets
 from jaxsparse.patterns.selection import check_further, choose
 from jaxsparse.tree import (
     Axes,

@@ -107,8 +107,9 @@ class Trace:
         It selects kernels of two axes and more. Parameters that are indexed stay dense,
         even if they are also contracted elsewhere (tied embeddings), and so do
         parameters named as an embedding, a token, a position or a LoRA factor. Names of
-        modules, and the names of plain weights, do not count. It is what `where=None`
-        means wherever there is a trace; elsewhere pass `where=trace.where`.
+        modules (but `lora`), and the names of plain weights, do not count. It is what
+        `where=None` means wherever there is a trace; elsewhere pass
+        `where=trace.where`.
 
         Args:
           path: the parameter's path.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._loops import when
 from jaxsparse._typing import Array, Cadence, PyTree, Schedule, Sparsity, Where
-from jaxsparse.patterns.before import score_shapes
+from jaxsparse.patterns.earlier_masks import score_shapes
 from jaxsparse.patterns.selection import choose as choose_masks
 from jaxsparse.schedules.horizon import as_cadence, evaluate
 from jaxsparse.transforms._prune_schedule import PruneSchedule, prune_schedule

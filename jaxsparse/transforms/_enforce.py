@@ -15,6 +15,7 @@ from jaxsparse.transforms._order import check_sees_gradients
 from jaxsparse.transforms._project import add_change, project
 from jaxsparse.transforms._state import (
     NO_STATE,
+    NOT_A_STATE,
     PruneScheduleState,
     find_states,
     masks_like,
@@ -128,6 +129,9 @@ def _enforced(
 
     def update_fn(updates, state, params=None, **extra_args):
         _checks.check_has_params(params)
+        if not find_states(state):
+            found = f"a {type(state).__name__} without masks"
+            raise TypeError(NOT_A_STATE.format(found))
         # With the masks of this step in place the optimizer's memory is put in order
         # before it is used: afterwards would cost a copy of all moments in every step.
         chosen = look(updates, state, params, **extra_args)

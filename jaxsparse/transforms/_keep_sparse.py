@@ -10,7 +10,7 @@ from jaxsparse import _checks, patterns
 from jaxsparse._typing import PyTree
 from jaxsparse.transforms._project import project
 from jaxsparse.transforms._prune_schedule import PruneSchedule
-from jaxsparse.transforms._state import PruneScheduleState
+from jaxsparse.transforms._state import PruneScheduleState, check_state
 from jaxsparse.tree import like
 
 
@@ -47,6 +47,7 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
     inner: Any = masks if isinstance(masks, PruneSchedule) else _fixed(masks)
 
     def init_fn(params: PyTree) -> Any:
+        _checks.check_arrays(abstract=True, params=params)
         state = inner.init(params)
         # A score that needs gradients says so here and not in the first step.
         jax.eval_shape(lambda p: inner.update(None, state, p), params)
@@ -55,6 +56,7 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         _checks.check_has_params(params)
+        check_state(state)
         _checks.check_like(params, updates=updates)
         _, state = inner.update(None, state, params)
         return project(updates, state.masks, params), state

@@ -13,7 +13,7 @@ from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._loops import when
 from jaxsparse._parts import in_parts
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
-from jaxsparse.patterns.before import score_shapes
+from jaxsparse.patterns.earlier_masks import score_shapes
 from jaxsparse.patterns.selection import choose as choose_masks
 from jaxsparse.schedules.horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._enforce import enforce_chain
@@ -26,7 +26,7 @@ from jaxsparse.transforms._sparse_start import (
     warn_of_regrowth,
     warn_of_zeros,
 )
-from jaxsparse.transforms._state import PruneScheduleState
+from jaxsparse.transforms._state import PruneScheduleState, check_state
 from jaxsparse.tree import AxesRule, by_rules, like
 from jaxsparse.tree import select as select_by
 
@@ -232,6 +232,7 @@ def prune_schedule(
         )[0]
 
     def start(params: PyTree, step: int, masks: PyTree) -> PruneScheduleState:
+        _checks.check_arrays(abstract=True, params=params)
         score_state = scorer.init(params)
         first = _initial_masks(params, score_state, step, masks)
         return PruneScheduleState(
@@ -316,6 +317,7 @@ def prune_schedule(
     def update_fn(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         del extra_args
         _checks.check_has_params(params)
+        check_state(state)
         if updates is None and scorer.needs_grads:
             raise ValueError(
                 "This score needs raw gradients, which the last member of a chain does "
@@ -325,6 +327,7 @@ def prune_schedule(
             return _hide(updates, state.masks), state
         if updates is not None:
             _checks.check_like(params, updates=updates)
+        patterns.check_masks(state.masks, params)
         # Masks have no derivative; without this, one could not differentiate through
         # a training step.
         frozen, grads = lax.stop_gradient((params, updates))

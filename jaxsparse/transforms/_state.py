@@ -80,6 +80,18 @@ def _is_state(x: Any) -> bool:
     return isinstance(x, PruneScheduleState)
 
 
+def check_state(state: Any) -> None:
+    """Raises where `update` was called with something else in place of the state."""
+    if not isinstance(state, PruneScheduleState):
+        raise TypeError(NOT_A_STATE.format(f"a {type(state).__name__}"))
+
+
+NOT_A_STATE = (
+    "state must be what `tx.init(params)` or the last `update` returned, got {}. The "
+    "order is `tx.update(updates, state, params)`."
+)
+
+
 def put_states(opt_state: PyTree, states: list[PruneScheduleState]) -> PyTree:
     """Replaces the pruning states inside an optimizer state."""
     leaves, treedef = jax.tree.flatten(opt_state, is_leaf=_is_state)
@@ -203,6 +215,7 @@ def assert_sparse(opt_state: PyTree, params: PyTree = None) -> None:
     states = find_states(opt_state)
     if not states:
         raise ValueError(NO_STATE)
+    _checks.check_known("js.assert_sparse", opt_state=states, params=params)
     where = ""
     leaked = max(int(jnp.max(s.leaked)) for s in states)
     if params is not None:

@@ -53,6 +53,8 @@ def like(tree: PyTree, params: PyTree, *, name: str, of: str = "params") -> PyTr
 
     Raises:
       ValueError: leaves at other paths.
+      TypeError: a function, a whole training state, or the result of `js.prune`, where
+        one part of it is meant.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -63,6 +65,9 @@ def like(tree: PyTree, params: PyTree, *, name: str, of: str = "params") -> PyTr
     """
     if jax.tree.structure(tree) == jax.tree.structure(params):
         return tree
+    _checks.check_is_part(name, tree)
+    if callable(tree) and jax.tree_util.all_leaves([tree]):
+        raise TypeError(f"{name} must be a tree of arrays, got the function {tree!r}.")
     found = dict(leaves_with_paths(tree))
     if set(found) != {path for path, _ in leaves_with_paths(params)}:
         _checks.same_structure(tree, params, name=name, of=of)

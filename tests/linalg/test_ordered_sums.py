@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsparse.linalg.ordered import largest, ordered_mean, ordered_sum
+from jaxsparse.linalg.ordered_sums import largest, ordered_mean, ordered_sum
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
