@@ -1,13 +1,12 @@
 """Work that most steps do not do, at no cost in those."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse._platform import on_cpu
 from jaxsparse._typing import Array, Tree
 
 Carry = TypeVar("Carry")
@@ -60,22 +59,3 @@ def behind(count: Array, flags: Tree) -> Tree:
         return flags
     there = jnp.minimum(count.astype(jnp.int32), 0) == 0
     return jax.tree.map(lambda flag: flag & there, flags)
-
-
-def unknown(count: Array, numbers: Sequence[int], dtype: Any) -> list[Array]:
-    """Numbers that XLA does not know; `count` is any number that is not negative.
-
-    XLA on CPU compiles one kernel for all that do the same to arrays of one shape, but
-    not for those that differ in a constant, as the place of an array in a buffer. Most
-    of the time to compile a step is that of its kernels.
-    """
-
-    def known(count: Array) -> list[Array]:
-        del count
-        return [jnp.asarray(n, dtype) for n in numbers]
-
-    def hidden(count: Array) -> list[Array]:
-        zeros = lambda count: [jnp.zeros((), dtype) for _ in numbers]
-        return lax.cond(count >= 0, known, zeros, count)
-
-    return on_cpu(hidden, known, count)

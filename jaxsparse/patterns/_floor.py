@@ -32,14 +32,13 @@ def top_k_with_floor(
     of: Callable[[Array], Array] | None = None,
 ) -> list[Array]:
     """Masks of the `keep` largest scores of all arrays, and of some of each layer."""
-    if of is None:
-        arrays, key_of = held_keys(scores, keep)
-    else:
-        arrays = lax.stop_gradient(list(scores))
-        key_of = lambda x: ordered_keys(of(x))
+    arrays = lax.stop_gradient(list(scores))
+    key_of = ordered_keys if of is None else lambda x: ordered_keys(of(x))
     if fits(scores, layers):
         least = [min(min_keep, x.size) for x in scores]
         return joint_masks(arrays, key_of, keep, least)
+    if of is None:
+        arrays, key_of = held_keys(scores, keep)
     masks = masks_by_keys(arrays, key_of, keep, splits=splits)
     sizes = [
         math.prod(x.shape[a] for a in axes) * pieces(names_along(split, axes))

@@ -20,7 +20,7 @@ from jax import lax
 
 from jaxsparse._checks import is_concrete
 from jaxsparse._dtypes import count_dtype
-from jaxsparse._loops import unknown
+from jaxsparse._platform import unknown
 from jaxsparse._sharded import manual_axes
 from jaxsparse._typing import Array
 from jaxsparse.ranking.counting import Competing

@@ -25,7 +25,8 @@ import numpy as np
 from jax import lax
 
 from jaxsparse._dtypes import count_dtype
-from jaxsparse._loops import after, unknown, when
+from jaxsparse._loops import after, when
+from jaxsparse._platform import unknown
 from jaxsparse._sharded import manual_axes
 from jaxsparse._typing import Array
 from jaxsparse.ranking.counting import count_reaching
@@ -59,22 +60,25 @@ class _Layout(NamedTuple):
         rows = np.diff([*self.begins, self.rows])
         return np.repeat(np.arange(len(rows), dtype=np.int32), rows)
 
-    def count(self, codes: Array, least: Array) -> Array:
+    def reaching(
+        self, codes: Array, least: Array, strips: Array | None = None
+    ) -> Array:
         """How many codes of each row are at least what is given for its array.
 
-        It goes through the rows in narrow strips, whose sums take little memory.
+        It goes through the rows in narrow strips, whose sums take little memory, and
+        stops after so many of them.
         """
         rows = codes.reshape(self.rows, self.lanes)
         bound = least[self.owners()][:, None]
-        strips = self.lanes // _STRIP
-        narrow = jnp.uint8 if strips < 2**8 else jnp.int32
+        in_all = self.lanes // _STRIP
+        narrow = jnp.uint8 if in_all < 2**8 else jnp.int32
 
         def add(i: Array, sums: Array) -> Array:
             strip = lax.dynamic_slice_in_dim(rows, i * _STRIP, _STRIP, axis=1)
             return sums + (strip >= bound).astype(narrow)
 
         sums = jnp.zeros((self.rows, _STRIP), narrow)
-        sums = lax.fori_loop(0, strips, add, sums)
+        sums = lax.fori_loop(0, in_all if strips is None else strips, add, sums)
         return jnp.sum(sums, axis=1, dtype=jnp.int32)
 
     def sums(self, rows: Array) -> Array:
@@ -267,7 +271,7 @@ def _find_code(
         return zero + count_reaching(codes, candidate[0], None, zero.dtype)
 
     def in_each(zero: Array, codes: Array, candidate: Array) -> Array:
-        return zero + layout.sums(layout.count(codes, candidate))
+        return zero + layout.sums(layout.reaching(codes, candidate))
 
     def try_bit(i: Array, carry: tuple[Array, Array, Array]):
         code, reach, above = carry
@@ -315,7 +319,7 @@ def _without_ties(
         codes, ends = state
         rows = codes.reshape(layout.rows, layout.lanes)
         owners = layout.owners()
-        tied = layout.count(codes, cut.code) - layout.count(codes, cut.code + 1)
+        tied = layout.reaching(codes, cut.code) - layout.reaching(codes, cut.code + 1)
         longest = max(rows.shape)  # of one length, they share their kernels
         place_in = lambda x, need: place(jnp.pad(x, (0, longest - x.size)), need)
 
@@ -343,8 +347,17 @@ def _is_short(
     layout: _Layout, codes: Array, code: Array, least: Sequence[int]
 ) -> Array:
     """Whether an array keeps fewer than it has to, where all compete."""
-    found = layout.sums(layout.count(codes, code))
-    return jnp.any(found < np.asarray(least, found.dtype))
+    # Mostly the first strip has enough of each.
+    turns = np.asarray([1, layout.lanes // _STRIP], np.int32)
+
+    def look(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        turn, _ = state
+        strips = jnp.asarray(turns)[turn]
+        found = layout.sums(layout.reaching(codes, code, strips))
+        return turn + 1, jnp.any(found < np.asarray(least, found.dtype))
+
+    start = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    return lax.while_loop(lambda s: (s[0] < 2) & s[1], look, start)[1]
 
 
 def _kept(codes: Array, code: Array, at: _Place, size: int) -> Array:
