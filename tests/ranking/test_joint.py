@@ -36,7 +36,7 @@ def low_layers(x):
 
 RNG = np.random.default_rng(0)
 DRAWS = {
-    "normal": lambda shape: RNG.standard_normal(shape),
+    "normal": RNG.standard_normal,
     "ties": lambda shape: RNG.integers(-2, 3, shape),
     "zeros": np.zeros,
     "infinite": lambda shape: np.where(RNG.random(shape) < 0.3, np.inf, -1),
