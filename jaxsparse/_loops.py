@@ -47,3 +47,15 @@ def after(first: Any, x: Tree) -> Tree:
         # there on, as far as types say.
         return jax.tree.map(one, x)
     return one(x)
+
+
+def behind(count: Array, flags: Tree) -> Tree:
+    """Flags that wait for a count, a number that is not negative, but do not change.
+
+    What is read for the count is read by then, so that the flags may take its place:
+    XLA copies what it does not see to be read in time. (Without jit all is in order.)
+    """
+    if not isinstance(count, jax.core.Tracer):
+        return flags
+    there = jnp.minimum(count.astype(jnp.int32), 0) == 0
+    return jax.tree.map(lambda flag: flag & there, flags)

@@ -12,11 +12,14 @@ which JAX puts what it is not told to put elsewhere. Sizes change only how fast 
 program is, so a program that runs elsewhere is still right.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+from jaxsparse._typing import Array
 
 
 def on_cpu(cpu: Callable[..., Any], other: Callable[..., Any], *args: Any) -> Any:
@@ -33,3 +36,22 @@ def size(*, cpu: int, other: int) -> int:
     else:
         platform = getattr(device, "platform", device)  # a device, or its platform
     return cpu if platform == "cpu" else other
+
+
+def unknown(count: Array, numbers: Sequence[int], dtype: Any) -> list[Array]:
+    """Numbers that XLA does not know; `count` is any number that is not negative.
+
+    XLA on CPU compiles one kernel for all that do the same to arrays of one shape, but
+    not for those that differ in a constant, as the place of an array in a buffer. Most
+    of the time to compile a step is that of its kernels.
+    """
+
+    def known(count: Array) -> list[Array]:
+        del count
+        return [jnp.asarray(n, dtype) for n in numbers]
+
+    def hidden(count: Array) -> list[Array]:
+        zeros = lambda count: [jnp.zeros((), dtype) for _ in numbers]
+        return lax.cond(count >= 0, known, zeros, count)
+
+    return on_cpu(hidden, known, count)

@@ -17,6 +17,7 @@ from jaxsparse._dtypes import count_dtype
 from jaxsparse._loops import when
 from jaxsparse._typing import Array
 from jaxsparse.ranking.counting import count
+from jaxsparse.ranking.joint import fits, joint_masks
 from jaxsparse.ranking.keys import ordered_keys, positions
 from jaxsparse.ranking.shards import Split, names_along, pieces, total, varying_as
 from jaxsparse.ranking.threshold import First, held_keys, masks_by_keys
@@ -31,11 +32,13 @@ def top_k_with_floor(
     of: Callable[[Array], Array] | None = None,
 ) -> list[Array]:
     """Masks of the `keep` largest scores of all arrays, and of some of each layer."""
+    arrays = lax.stop_gradient(list(scores))
+    key_of = ordered_keys if of is None else lambda x: ordered_keys(of(x))
+    if fits(scores, layers):
+        least = [min(min_keep, x.size) for x in scores]
+        return joint_masks(arrays, key_of, keep, least)
     if of is None:
         arrays, key_of = held_keys(scores, keep)
-    else:
-        arrays = lax.stop_gradient(list(scores))
-        key_of = lambda x: ordered_keys(of(x))
     masks = masks_by_keys(arrays, key_of, keep, splits=splits)
     sizes = [
         math.prod(x.shape[a] for a in axes) * pieces(names_along(split, axes))

@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxsparse._checks import is_concrete
 from jaxsparse._dtypes import count_dtype
+from jaxsparse._platform import unknown
 from jaxsparse._sharded import manual_axes
 from jaxsparse._typing import Array
 from jaxsparse.ranking.counting import Competing
@@ -74,7 +76,11 @@ def top_k_masks_of_each(scores: Sequence[Array], keep: Sequence[Array]) -> list[
         kept = lax.map(_mask_of_row, (rows, most)).reshape(keys.shape)
     else:
         kept = _masks(keys, most[:, None], (1,))
-    return [row[: x.size].reshape(x.shape) for row, x in zip(kept, scores, strict=True)]
+    numbers = unknown(most[0], range(len(scores)), np.int32)
+    return [
+        lax.dynamic_slice(kept, (n, 0), (1, x.size)).reshape(x.shape)
+        for n, x in zip(numbers, scores, strict=True)
+    ]
 
 
 def _mask_of_row(row: tuple[Array, Array]) -> Array:

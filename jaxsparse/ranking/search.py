@@ -74,9 +74,11 @@ def search(
     need = varying_as(jnp.broadcast_to(keep, groups), some, names)
     low = jnp.zeros_like(need, keys[0].dtype)
     whole = Cut(low, ~low, need, jnp.full_like(need, size))
-    start = whole, _shift(~low)
-    if begin_near and axes is None and size >= _LARGE and _whole(some):
-        start = _near(arrays, keys_of, whole, size)
+    start = whole, shift_of(~low)
+    if begin_near and axes is None and _whole(some):
+        found = near(arrays, keys_of, need, size)
+        if found is not None:
+            start = whole._replace(low=found[0], width=~found[0]), found[1]
 
     def turn(state: tuple[Cut, Array]) -> tuple[Cut, Array]:
         cut, shift = state
@@ -87,11 +89,11 @@ def search(
         digit, need, inside = _find_digit(digits, cut, axes, names)
         width = (jnp.ones_like(shift) << shift) - 1
         low = cut.low + (digit.astype(cut.low.dtype) << shift)
-        found = Cut(low, jnp.full_like(low, width), need, inside), _shift(width)
+        found = Cut(low, jnp.full_like(low, width), need, inside), shift_of(width)
         # Where there are more parts than digits, the outer digits stand for the rest.
         outer = (digit == 0) | (digit == _TOP)
         missed = jnp.any(((cut.width >> shift) > _TOP) & outer)
-        again = whole, _shift(~jnp.zeros_like(low))
+        again = whole, shift_of(~jnp.zeros_like(low))
         return jax.tree.map(lambda a, b: jnp.where(missed, a, b), again, found)
 
     def unfinished(state: tuple[Cut, Array]) -> Array:
@@ -101,7 +103,7 @@ def search(
     return lax.while_loop(unfinished, turn, start)[0]
 
 
-def _shift(width: Array, bits: int = _DIGIT) -> Array:
+def shift_of(width: Array, bits: int = _DIGIT) -> Array:
     """By how many bits to shift what is at most `width`, so that so many are left."""
     most = jnp.max(width)
     all_bits = jnp.asarray(jnp.iinfo(most.dtype).bits, most.dtype)
@@ -155,17 +157,22 @@ def _whole(arrays: Sequence[Array]) -> bool:
     return not spread and not manual_axes()
 
 
-def _near(
+def near(
     arrays: Sequence[Array],
     keys_of: Sequence[Callable[[Array], Array]],
-    whole: Cut,
+    need: Array,
     size: int,
-) -> tuple[Cut, Array]:
-    """An interval of which most digits hold the cut's surroundings, from a sample.
+) -> tuple[Array, Array] | None:
+    """Where an interval begins of which most digits hold the cut's surroundings.
+
+    Gives its lowest key and by how many bits keys are shifted, from a sample; None
+    where there are too few entries.
 
     It is for CPUs. A pass of an accelerator takes less time than it takes to start the
     passes over the sample.
     """
+    if size < _LARGE:
+        return None
     least, most = _SAMPLE
     stride = size // min(max(size // _SHARE, least), most)
     stride = stride | 1  # odd: else it may never leave some columns
@@ -175,11 +182,11 @@ def _near(
         runs = lax.slice(flat, (0,), (x.size - x.size % _RUN,)).reshape(-1, _RUN)
         return lax.slice(runs, (0, 0), runs.shape, (stride, 1)).reshape(-1)
 
-    def sampled(whole: Cut, *arrays: Array) -> tuple[Cut, Array]:
+    def sampled(need: Array, *arrays: Array) -> tuple[Array, Array]:
         pairs = zip(keys_of, arrays, strict=True)
         sample = jnp.concatenate([f(some(x)) for f, x in pairs])
         n = sample.size
-        share = whole.need.astype(jnp.float32) / size
+        share = need.astype(jnp.float32) / size
         margin = _DEVIATIONS * jnp.sqrt(share * (1 - share) * n) + 1
         ranks = share * n + jnp.stack([-margin, margin])
         keep = jnp.clip(ranks, 0, n).astype(jnp.int32)[:, None]
@@ -189,10 +196,13 @@ def _near(
         high = jnp.where(ranks[0] < 1, ~nothing, (found.low + found.width)[0, 0])
         low = jnp.where(ranks[1] > n, nothing, found.low[1, 0])
         # A half of the digits or fewer are between the two, the others around them.
-        shift = _shift(high - low, _DIGIT - 1)
+        shift = shift_of(high - low, _DIGIT - 1)
         below = jnp.asarray(2 ** (_DIGIT - 2), sample.dtype) << shift
-        low = low - jnp.minimum(low, below)
-        return whole._replace(low=low, width=~low), shift
+        return low - jnp.minimum(low, below), shift
 
-    everything = lambda whole, *_: (whole, _shift(whole.width))
-    return on_cpu(sampled, everything, whole, *arrays)
+    def everything(need: Array, *arrays: Array) -> tuple[Array, Array]:
+        del need
+        key = jax.eval_shape(keys_of[0], arrays[0]).dtype
+        return jnp.zeros((), key), shift_of(~jnp.zeros((), key))
+
+    return on_cpu(sampled, everything, need, *arrays)

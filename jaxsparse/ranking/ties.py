@@ -51,12 +51,12 @@ def tie_ends(
             narrow = jnp.int16 if tied.shape[-1] < 2**15 else need.dtype
             rows = jnp.sum(tied, axis=-1, dtype=narrow).astype(need.dtype)
             here = jnp.minimum(need, jnp.sum(rows, dtype=need.dtype))
-            row, left = _place(rows, here)
+            row, left = place(rows, here)
             chosen = tied & (positions(rows)[..., None] == row)
             columns = jnp.max(
                 chosen.astype(jnp.uint8), axis=tuple(range(tied.ndim - 1)), initial=0
             )
-            column, _ = _place(columns.astype(need.dtype), left)
+            column, _ = place(columns.astype(need.dtype), left)
             last = row.astype(end.dtype) * tied.shape[-1] + column.astype(end.dtype)
             found.append(jnp.where(here > 0, last + 1, jnp.zeros_like(end)))
             need = need - here
@@ -95,12 +95,12 @@ def _tie_ends_of_rows(x: Any, key_of: KeyOf, cut: Cut, size: int) -> Array:
     def find(turn: Array, end: Array) -> Array:
         tied = (key_of(after(turn, x)) == cut.low).reshape(len(end), -1, _LANES)
         rows = count(tied, (2,), end.dtype)[..., 0]
-        row, left = _place(rows, cut.need, (1,))
+        row, left = place(rows, cut.need, (1,))
         chosen = tied & (
             lax.broadcasted_iota(row.dtype, tied.shape, 1) == row[..., None]
         )
         columns = jnp.max(chosen.astype(jnp.uint8), axis=1, initial=0)
-        column, _ = _place(columns.astype(end.dtype), left, (1,))
+        column, _ = place(columns.astype(end.dtype), left, (1,))
         last = jnp.where(cut.need > 0, row * _LANES + column + 1, jnp.zeros_like(end))
         return jnp.where(partly, last, end)
 
@@ -124,7 +124,7 @@ def _tie_end_of_shards(
     return here, found
 
 
-def _place(
+def place(
     counts: Array, need: Array, axes: tuple[int, ...] | None = None
 ) -> tuple[Array, Array]:
     """Where the `need`-th of things counted in order lies, and its number in there."""

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from jaxsparse import _calls, _checks, patterns, scores
-from jaxsparse._loops import when
+from jaxsparse._loops import behind, when
 from jaxsparse._parts import in_parts
 from jaxsparse._typing import Array, Cadence, PyTree, Sparsity, Where
 from jaxsparse.patterns.earlier_masks import score_shapes
@@ -348,7 +348,9 @@ def prune_schedule(
                 given = (*given, select_now)
                 new, change = ask(scorer.prune, given, params, old, step)
             new = jax.tree.map(lambda n, o: n.reshape(o.shape), new, old)
-            return new, regrew_in(new, old, axis_name), change
+            regrew = regrew_in(new, old, axis_name)
+            # Then the new masks can lie where the old ones are.
+            return behind(regrew, new), regrew, change
 
         def look_and_choose(carry, updated, params, grads, score_state, step):
             chosen, leaked = carry
@@ -356,6 +358,7 @@ def prune_schedule(
             found = most_leaked(leaked, params, chosen[0], axis_name)
             leaked = jnp.where(step > 0, found, leaked)
             read = params, grads, score_state, step
+            updated = behind(found, updated)  # which nothing below has to be held for
             return when(updated, choose, chosen, *read), leaked
 
         updated = jnp.asarray(cadence(state.step), bool)

@@ -406,3 +406,22 @@ def test_complex_kernels_are_pruned_by_magnitude(pattern):
         assert new["w"].dtype == jnp.complex64
         assert not np.asarray(new["w"])[~np.asarray(expected["w"])].any()
         js.assert_sparse(state, new)
+
+
+def test_a_global_scope_takes_little_more_memory_than_the_optimizer():
+    params = {f"kernel_{i}": jnp.zeros((256, 512)) for i in range(6)}
+    size = sum(w.nbytes for w in params.values())
+
+    def scratch(tx):
+        def step(params, state, scale):
+            grads = jax.tree.map(lambda w: scale * w, params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, 2.0)
+        return lowered.compile().memory_analysis().temp_size_in_bytes / size
+
+    prune_schedule = js.prune_schedule(0.9, every=2, pattern=js.Unstructured("global"))
+    more = scratch(prune_schedule.wrap(optax.adam(1e-3))) - scratch(optax.adam(1e-3))
+    assert more < 0.6  # a byte for each weight of four, and what is small
