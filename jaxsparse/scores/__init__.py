@@ -16,3 +16,22 @@ from jaxsparse.scores._stateful import Score as Score
 from jaxsparse.scores._stateful import as_score as as_score
 from jaxsparse.scores._stateful import moving_average as moving_average
 from jaxsparse.scores._synflow import synflow as synflow
+
+__all__ = [
+    "Score",
+    "as_score",
+    "bias_compensation",
+    "flap",
+    "gblm",
+    "gradient_norm",
+    "grasp",
+    "magnitude",
+    "moving_average",
+    "obd",
+    "obs",
+    "random",
+    "snip",
+    "synflow",
+    "taylor",
+    "wanda",
+]
