@@ -81,7 +81,7 @@ def obert_downstream(
         has blocks of 32 weights, which 4 divides, otherwise of 50.
 
     Returns:
-      The schedules and settings.
+      A `Recipe`.
 
     Raises:
       TypeError: steps that are no integer.
@@ -155,7 +155,7 @@ def obert_upstream(
       pattern: as for `obert_downstream`.
 
     Returns:
-      The schedules and settings, as from `obert_downstream`.
+      A `Recipe`.
 
     Raises:
       TypeError: steps that are no integer.

@@ -113,9 +113,9 @@ def grasp(
     """Score by `w * (H g)`, a weight's part in the gradient flow at initialization.
 
     Removing weight i changes `|g|^2` by `-2 w_i (H g)_i` to first order; GraSP keeps
-    the weights whose removal would reduce the gradient flow most. `H g` costs two gradients
-    (forward-over-reverse), and no Hessian is formed. Wang, Zhang & Grosse (2020,
-    arXiv:2002.07376).
+    the weights whose removal would reduce the gradient flow most. `H g` costs two
+    gradients (forward-over-reverse), and no Hessian is formed. Wang, Zhang & Grosse
+    (2020, arXiv:2002.07376).
 
     Differs from the reference implementation, whose score is the negative (it removes
     the largest), divided by the sum of magnitudes (no matter for the order), and which
