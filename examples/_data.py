@@ -4,7 +4,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,3 +87,24 @@ def decode(file: Mapping[str, np.ndarray], count: int) -> tuple[np.ndarray, np.n
         for i, j in itertools.pairwise(cuts)
     )
     return np.stack([np.asarray(image) for image in opened]), file["y"][:count]
+
+
+def augmented(
+    x: np.ndarray, y: np.ndarray, size: int, *, shift: int = 4
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Random batches without end: each shifted, every other image mirrored.
+
+    Args:
+      x: images [n, side, side, 3].
+      y: labels.
+      size: of a batch.
+      shift: by at most so many pixels; what comes in is black.
+    """
+    rng, side = np.random.default_rng(0), x.shape[1]
+    while True:
+        rows = rng.integers(0, len(x), size)
+        images = np.pad(x[rows], [(0, 0), (shift, shift), (shift, shift), (0, 0)])
+        i, j = rng.integers(0, 2 * shift + 1, 2)
+        images = images[:, i : i + side, j : j + side]
+        images[::2] = images[::2, :, ::-1]
+        yield images, y[rows].astype(np.int32)

@@ -288,6 +288,13 @@ def batches(
         yield batch(file, group, multiple=multiple)
 
 
+def epochs(file: File, *, size: int, multiple: int) -> Iterator[Batch]:
+    """Batches of one epoch after another, each mixed anew."""
+    rng = np.random.default_rng(0)
+    while True:
+        yield from batches(file, size=size, multiple=multiple, rng=rng)
+
+
 def embed(
     params: Params,
     texts: Sequence[np.ndarray],

@@ -15,12 +15,17 @@ families are among them, and a network's names tell which it is of:
     grads = jax.grad(cross_entropy(stats))(params, {"x": images, "y": labels})
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import _training
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _data import decode, find
+from _training import trainer
 
 Flat = dict[str, jax.Array]
 
@@ -145,3 +150,104 @@ def accuracy(
     starts = range(0, len(x), size)
     found = [predict(params, stats, x[i : i + size]) for i in starts]
     return float(np.mean(np.concatenate(found) == y))
+
+
+def hits(apply_fn: Callable, variables: Any, x: np.ndarray, y: np.ndarray) -> float:
+    """The same of any function of variables and images that gives logits."""
+    run = jax.jit(lambda v, images: jnp.argmax(apply_fn(v, images), -1))
+    found = [run(variables, x[i : i + 200]) for i in range(0, len(x), 200)]
+    return float(np.mean(np.concatenate(found) == y))
+
+
+# What the examples share
+
+
+class Setting(NamedTuple):
+    """A pretrained ResNet-20, images to test it, and images to train it."""
+
+    params: Flat
+    stats: Flat
+    x: np.ndarray
+    y: np.ndarray
+    x_train: np.ndarray
+    y_train: np.ndarray
+
+
+def setting(*, test: int, train: int | None, skip_missing: bool = False) -> Setting:
+    """The network that was adapted to jpeg images, and such images.
+
+    Args:
+      test: how many test images.
+      train: how many jpeg images to train with, 4,000 png ones if it is None or pillow
+        is missing.
+      skip_missing: leave with exit code 0 and not with 2 where a file is missing.
+    """
+    names = ["weights/resnet20_cifar10_jpeg_adapted.npz"]
+    names += [f"images/cifar10_{n}.npz" for n in ("jpeg_test8k", "png_train4k")]
+    names += ["images/cifar10_jpeg_train.npz"] if train else []
+    weights, images, png, *jpeg = map(np.load, find(*names, skip_missing=skip_missing))
+    trained = png["x"], png["y"]
+    try:
+        trained = decode(jpeg[0], train) if jpeg and train else trained
+    except ImportError:
+        print("Without pillow: 4,000 png images to train with, not jpeg ones.")
+    return Setting(*load(weights), images["x"][:test], images["y"][:test], *trained)
+
+
+def batches(x: np.ndarray, y: np.ndarray, size: int = 64) -> Iterator[dict]:
+    """Random batches without end, as `cross_entropy` takes them."""
+    rng = np.random.default_rng(0)
+    while True:
+        rows = rng.integers(0, len(x), size)
+        yield {"x": x[rows], "y": y[rows].astype(np.int32)}
+
+
+def training_loss(params: Flat, stats: Flat, batch: tuple) -> tuple[jax.Array, Flat]:
+    """The mean cross entropy by the batch's statistics, and the moved statistics."""
+    logits, moved = forward(params, stats, batch[0], train=True)
+    return _training.cross_entropy(logits, batch[1]), moved
+
+
+def sgd(steps: int) -> optax.GradientTransformation:
+    """The optimizer that trains it a little more."""
+    rate = optax.cosine_decay_schedule(0.02, steps)
+    return optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rate, momentum=0.9))
+
+
+def tune(apply_fn: Callable, variables: Any, images: Iterator, steps: int) -> Any:
+    """Trains variables for a function that gives logits and moved statistics.
+
+    Args:
+      apply_fn: of variables `{"params": ..., "stats": ...}` and images.
+      variables: where to start.
+      images: batches of images and labels.
+      steps: how many.
+    """
+
+    def loss_fn(params, stats, batch):
+        logits, moved = apply_fn({"params": params, "stats": stats}, batch[0])
+        return _training.cross_entropy(logits, batch[1]), moved
+
+    fit, start = trainer(loss_fn, sgd(steps)), variables["stats"]
+    found = fit(variables["params"], images, steps, state=start)
+    return {"params": found.params, "stats": found.state}
+
+
+def milliseconds(
+    networks: Sequence[tuple[Callable, Any]], images: np.ndarray, *, turns: int
+) -> np.ndarray:
+    """The median times of a batch of images, compiled; all networks in turn.
+
+    Args:
+      networks: functions of variables and images, and the variables.
+      images: one batch.
+      turns: the first one compiles, and is left out.
+    """
+    runs = [(jax.jit(apply_fn), variables) for apply_fn, variables in networks]
+    times = np.zeros((turns, len(runs)))
+    for turn in times:
+        for i, (run, variables) in enumerate(runs):
+            start = time.perf_counter()
+            run(variables, images).block_until_ready()
+            turn[i] = 1e3 * (time.perf_counter() - start)
+    return np.median(times[1:], axis=0)

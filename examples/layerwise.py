@@ -8,29 +8,20 @@
 # part of jaxsparse: `_data.py` says where they are looked for.
 
 # %%
-
 import jax.numpy as jnp
 import numpy as np
-import rich
-from _common import arguments
+from _common import arguments, show
 from _data import find
+from _pictures import draw_errors
 from _stories import MATRICES, load, logits, perplexity, windows
-from matplotlib.figure import Figure
-from rich.table import Table
 
 import jaxsparse as js
 
-args = arguments(
-    "Prune a language model layer by layer.",
-    small="one layer, few stories",
-    out="out/layerwise",
-    needs_files=True,
-)
-
+small = "one layer, few stories"
+args = arguments("Layer by layer.", small=small, out="out/layerwise", needs_files=True)
 names = ("weights/stories260K.npz", "text/tinystories_dev_tok512.npz")
 weights, texts = map(np.load, find(*names, skip_missing=args.skip_missing))
 params = load(weights)
-
 COUNT, SIZE, LAST = (8, 8, 1720) if args.small else (128, 16, 2015)
 WHERE = r"^layers/4/.*/w[123qkvo]/weight$" if args.small else MATRICES
 calibration = windows(texts, 0, 1715)[:COUNT, :-1]
@@ -39,11 +30,9 @@ dev = windows(texts, 1716, LAST)
 print(f"dense: perplexity {perplexity(params, dev):.3f}")
 
 # %% [markdown]
-# ## What the model does with its parameters
-#
-# Nothing is computed for that, and nothing depends on names: these kernels are read
-# as `x @ w.T`, so their inputs are the last axis. `wq`, `wk` and `wv` read the same
-# numbers.
+# The trace says what the model does with its parameters; nothing is computed for that,
+# and nothing depends on names. These kernels are read as `x @ w.T`, so their inputs are
+# the last axis. `wq`, `wk` and `wv` read the same numbers.
 
 # %%
 trace = js.trace(logits, params, batches[0])
@@ -51,8 +40,6 @@ print("\n".join(str(trace).splitlines()[:8]))
 assert trace.kernels["layers/0/attention/wk/weight"].input.endswith("wq/weight")
 
 # %% [markdown]
-# ## Solvers
-#
 # Magnitude and Wanda only choose; SparseGPT goes column by column and corrects what
 # follows; ALPS looks for the weights that stay by ADMM and then finds their best
 # values.
@@ -64,48 +51,15 @@ SOLVERS = {
     "sparsegpt": (js.solvers.sparsegpt, js.Unstructured()),
     "alps": (js.solvers.alps, js.Unstructured()),
 }
-if args.small:
-    SOLVERS = {name: SOLVERS[name] for name in ("magnitude", "sparsegpt")}
-pruned = {
-    name: js.oneshot.layerwise(
-        logits,
-        params,
-        batches,
-        sparsity=0.5,
-        solver=solver,
-        pattern=pattern,
-        where=WHERE,
-        show=False,
-    )
-    for name, (solver, pattern) in SOLVERS.items()
-}
-
-# %% [markdown]
-# ## What is left
-
-# %%
-table = Table(title="half of the weights pruned")
-table.add_column("solver")
-for column in ("perplexity", "mean relative error of a kernel"):
-    table.add_column(column, justify="right")
-for name, result in pruned.items():
-    errors = [float(info.relative_error) for info in result.info.values()]
-    cells = f"{perplexity(result.params, dev):.3f}", f"{np.mean(errors):.4f}"
-    table.add_row(name, *cells)
-rich.print(table)
-print(js.report.layer_table(pruned["sparsegpt"].info))
-
-# %%
-figure = Figure(figsize=(8, 4), layout="constrained")
-plot = figure.subplots()
-for name, result in pruned.items():
-    errors = [float(info.relative_error) for info in result.info.values()]
-    plot.plot(errors, marker=".", label=name)
-plot.set(
-    xlabel="kernel, in the order of the pass",
-    ylabel="relative error of its outputs",
-    yscale="log",
-)
-plot.legend()
-figure.savefig(args.out / "errors.png", dpi=150)
-print(f"plot: {args.out / 'errors.png'}")
+rows, errors = [], {}
+for name in ("magnitude", "sparsegpt") if args.small else SOLVERS:
+    solver, pattern = SOLVERS[name]
+    how = {"solver": solver, "pattern": pattern, "where": WHERE, "show": False}
+    pruned = js.oneshot.layerwise(logits, params, batches, sparsity=0.5, **how)
+    errors[name] = [float(info.relative_error) for info in pruned.info.values()]
+    found = f"{perplexity(pruned.params, dev):.3f}", f"{np.mean(errors[name]):.4f}"
+    rows.append((name, *found))
+columns = ("solver", "perplexity", "mean relative error of a kernel")
+show("half of the weights pruned", columns, rows)
+print(js.report.layer_table(pruned.info))
+draw_errors(errors, args.out / "errors.png")

@@ -4,27 +4,22 @@
 # `nnx.Optimizer` takes any optax transformation, so it takes one that prunes.
 
 # %%
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
 from _common import arguments
 from _data import digits
+from _training import History, batches, cross_entropy
 from flax import nnx
 
 import jaxsparse as js
 
-args = arguments(
-    "Gradual pruning with flax NNX.", small="few steps", out="out/nnx_training"
-)
-
-STEPS, BATCH = (100 if args.small else 1_000), 64
+args = arguments("Prune with NNX.", small="few steps", out="out/nnx_training")
+STEPS, data = (100 if args.small else 1_000), digits()
 EVERY = STEPS // 50
-data = digits()
 
 
-# %%
 class Net(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.conv = nnx.Conv(1, 32, (3, 3), rngs=rngs)
@@ -34,99 +29,52 @@ class Net(nnx.Module):
         self.out = nnx.Linear(128, 10, rngs=rngs)
 
     def __call__(self, x):
-        x = nnx.relu(self.norm(self.conv(x)))
-        x = nnx.relu(self.down(x))
-        x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
-        return self.out(x)
-
-
-def loss_fn(model: Net, x, y):
-    return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+        x = nnx.relu(self.down(nnx.relu(self.norm(self.conv(x)))))
+        return self.out(nnx.relu(self.hidden(x.reshape(x.shape[0], -1))))
 
 
 @nnx.jit
-def train_step(model: Net, optimizer: nnx.Optimizer, x, y):
-    loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)
+def train_step(model, optimizer, x, y):
+    loss, grads = nnx.value_and_grad(lambda m: cross_entropy(m(x), y))(model)
     optimizer.update(model, grads)
     return loss
 
 
-@nnx.jit
-def predict(model: Net, x):
-    return model(x)
-
-
-def accuracy(model: Net) -> float:
+def train(tx, name):
+    model, history = Net(nnx.Rngs(0)), History(EVERY)
+    optimizer, draws = nnx.Optimizer(model, tx, wrt=nnx.Param), batches(data.x, data.y)
+    for step in js.report.progress(range(STEPS), description=name):
+        loss = train_step(model, optimizer, *next(draws))
+        layers = (model.down, model.hidden, model.out)
+        history.note(step, loss, [layer.kernel[...] for layer in layers])
     model.eval()
-    found = np.mean(np.argmax(predict(model, data.x_test), -1) == data.y_test)
-    model.train()
-    return float(found)
+    accuracy = np.mean(np.argmax(nnx.jit(model)(data.x_test), -1) == data.y_test)
+    return nnx.as_pure(nnx.state(model, nnx.Param)), optimizer, history.found, accuracy
 
 
 # %% [markdown]
-# Sparsity rises from 0 to 90 %, quickly at first. The first layer, 288 weights, stays
-# dense: regular expressions on paths say who takes part.
+# The first layer stays dense: a regular expression on paths says who takes part. The
+# masks are in the state of the optimizer, under the paths of the parameters.
 
 # %%
-begin, end = 10 * EVERY, 35 * EVERY
+when = {"begin": 10 * EVERY, "end": 35 * EVERY}
 prune_schedule = js.prune_schedule(
-    js.schedules.polynomial(final=0.9, begin=begin, end=end),
-    every=js.schedules.every(EVERY, begin=begin, end=end),
+    js.schedules.polynomial(final=0.9, **when),
+    every=js.schedules.every(EVERY, **when),
     where=r"^(down|hidden|out)/kernel",
     pattern=js.Unstructured(scope="global"),
-    total_steps=STEPS,
 )
 adam = optax.adam(optax.cosine_decay_schedule(2e-3, STEPS))
-
-
-def train(tx: optax.GradientTransformation, name: str):
-    model = Net(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    history = {"step": [], "sparsity": [], "loss": []}
-    rng = np.random.default_rng(0)
-    for step in js.report.progress(range(STEPS), description=name):
-        rows = rng.integers(0, len(data.x), BATCH)
-        loss = train_step(model, optimizer, data.x[rows], data.y[rows])
-        if step % EVERY == 0:
-            history["step"].append(step)
-            pruned = (model.down, model.hidden, model.out)
-            history["sparsity"].append(zeros([m.kernel[...] for m in pruned]))
-            history["loss"].append(float(loss))
-    return model, optimizer, history
-
-
-@jax.jit
-def _zeros(kernels):
-    return sum(jnp.sum(w == 0) for w in kernels)
-
-
-def zeros(kernels) -> float:
-    return float(_zeros(kernels)) / sum(w.size for w in kernels)
-
-
-dense, _, dense_history = train(adam, "dense")
-model, optimizer, history = train(js.enforce(optax.chain(prune_schedule, adam)), "90 %")
-
-# %% [markdown]
-# The masks are in the optimizer's state, under the paths of the model's parameters.
+_, _, dense_history, dense = train(adam, "dense")
+sparse_adam = js.enforce(optax.chain(prune_schedule, adam))
+params, optimizer, history, sparse = train(sparse_adam, "90 %")
 
 # %%
-params = nnx.as_pure(nnx.state(model, nnx.Param))
 masks = js.masks_of(optimizer.opt_state)
 js.assert_sparse(optimizer.opt_state, params)
-assert (
-    float(jnp.sum(jnp.where(masks["hidden"]["kernel"], 0, params["hidden"]["kernel"])))
-    == 0
-)
-
+assert not jnp.any(params["hidden"]["kernel"][~masks["hidden"]["kernel"]])
 table = js.report.table(params, masks, title="90 % of three kernels together")
 rich.print(table)
-print(f"test accuracy, {len(data.y_test)} images, one seed:")
-print(f"  dense {accuracy(dense):.2%}")
-print(f"  90 %  {accuracy(model):.2%}")
-js.report.plot(
-    {"90 %": table},
-    history={"dense": dense_history, "90 %": history},
-    path=args.out / "nnx_training.png",
-)
-print(f"Wrote nnx_training.png to {args.out}")
+print(f"test accuracy, one seed:\n  dense {dense:.2%}\n  90 %  {sparse:.2%}")
+histories = {"dense": dense_history, "90 %": history}
+js.report.plot({"90 %": table}, history=histories, path=args.out / "nnx_training.png")

@@ -8,34 +8,20 @@
 
 # %%
 import jax
-import numpy as np
 import optax
-import rich
-from _common import arguments
-from _data import find
-from _resnet import accuracy, forward, load
-from rich.table import Table
+from _common import arguments, show
+from _data import augmented
+from _resnet import accuracy, forward, setting
+from _training import trainer
 
 import jaxsparse as js
 
-args = arguments(
-    "Prune ResNet-20 by recipes.", small="few images, few steps", needs_files=True
-)
-
-files = find(
-    "weights/resnet20_cifar10_jpeg_adapted.npz",
-    "images/cifar10_png_train4k.npz",
-    "images/cifar10_jpeg_test8k.npz",
-    skip_missing=args.skip_missing,
-)
-weights, train_set, test = map(np.load, files)
-dense, stats = load(weights)
+text = "Prune ResNet-20 by recipes."
+args = arguments(text, small="few images, few steps", needs_files=True)
 STEPS, BATCH, IMAGES = (6, 32, 200) if args.small else (200, 128, 2_000)
-x_test, y_test = test["x"][:IMAGES], test["y"][:IMAGES]
+resnet = setting(test=IMAGES, train=None, skip_missing=args.skip_missing)
 
 # %% [markdown]
-# ## Recipes
-#
 # The student learns from labels and from the dense network, half each. SGD in the place
 # of AdamW is one argument.
 
@@ -48,38 +34,26 @@ RECIPES = {
 }
 
 
-def train(recipe: js.recipes.Recipe):
+def train(recipe):
+    def loss_fn(params, stats, batch):
+        logits, moved = forward(params, stats, batch[0], train=True)
+        teacher, _ = forward(resnet.params, resnet.stats, batch[0])
+        return recipe.loss(logits, teacher, batch[1]).mean(), moved
+
     tx = recipe.optimizer(lambda rate: optax.sgd(rate, momentum=0.9))
-    params, opt_state = jax.jit(lambda p: js.init_sparse(tx, p))(dense)
-
-    @jax.jit
-    def step(params, moved, opt_state, x, y):
-        def loss_fn(params):
-            logits, new = forward(params, moved, x, train=True)
-            teacher, _ = forward(dense, stats, x)
-            return recipe.loss(logits, teacher, y).mean(), new
-
-        grads, moved = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), moved, opt_state
-
-    rng, moved = np.random.default_rng(0), stats
-    for _ in range(recipe.total_steps):
-        rows = rng.integers(0, len(train_set["x"]), BATCH)
-        x, y = train_set["x"][rows], train_set["y"][rows].astype(np.int32)
-        x[::2] = x[::2, :, ::-1]  # mirrored
-        params, moved, opt_state = step(params, moved, opt_state, x, y)
-    js.assert_sparse(opt_state, params)
-    return params, moved
+    params, opt_state = jax.jit(lambda p: js.init_sparse(tx, p))(resnet.params)
+    start = {"state": resnet.stats, "opt_state": opt_state}
+    images = augmented(resnet.x_train, resnet.y_train, BATCH, shift=0)
+    found = trainer(loss_fn, tx)(params, images, recipe.total_steps, **start)
+    js.assert_sparse(found.opt_state, found.params)
+    return found.params, found.state
 
 
 # %%
-table = Table(title=f"ResNet-20 at 90 %, {STEPS} steps, {IMAGES:,} test images")
-table.add_column("")
-table.add_column("accuracy", justify="right")
-cut = js.prune(dense, 0.9, pattern=options["pattern"]).params
-networks = {"dense": (dense, stats), "cut, not trained": (cut, stats)}
+cut = js.prune(resnet.params, 0.9, pattern=options["pattern"]).params
+networks = {"dense": (resnet.params, resnet.stats)}
+networks |= {"cut, not trained": (cut, resnet.stats)}
 networks |= {name: train(recipe) for name, recipe in RECIPES.items()}
-for name, network in networks.items():
-    table.add_row(name, f"{accuracy(*network, x_test, y_test):.4f}")
-rich.print(table)
+found = {n: accuracy(*network, resnet.x, resnet.y) for n, network in networks.items()}
+title = f"ResNet-20 at 90 %, {STEPS} steps, {IMAGES:,} test images"
+show(title, ("", "accuracy"), ((name, f"{a:.4f}") for name, a in found.items()))

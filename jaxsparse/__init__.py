@@ -53,6 +53,48 @@ if TYPE_CHECKING:
     from jaxsparse import checkpoint as checkpoint
     from jaxsparse import report as report
 
+__all__ = [
+    "NM",
+    "Axes",
+    "Block",
+    "Channel",
+    "Pruned",
+    "Trace",
+    "Unstructured",
+    "allocations",
+    "apply_updates",
+    "assert_sparse",
+    "calibration",
+    "channels",
+    "checkpoint",
+    "contrib",
+    "coupling",
+    "curvature",
+    "depth",
+    "enforce",
+    "experts",
+    "init_sparse",
+    "keep_sparse",
+    "losses",
+    "masks_of",
+    "narrowing",
+    "oneshot",
+    "patterns",
+    "penalties",
+    "prune",
+    "prune_schedule",
+    "recipes",
+    "report",
+    "schedules",
+    "scores",
+    "solvers",
+    "straight_through",
+    "trace",
+    "tracing",
+    "transforms",
+    "tree",
+]
+
 
 def __getattr__(name: str) -> Any:
     # They bring rich, matplotlib and orbax, which not every program needs; the last is
@@ -63,15 +105,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    hidden = {
-        "Any",
-        "TYPE_CHECKING",
-        "importlib",
-        "linalg",
-        "primitives",
-        "program",
-        "ranking",
-        "structured",
-    }
-    public = {name for name in globals() if not name.startswith("_")}
-    return sorted((public - hidden) | {"report", "checkpoint"})
+    return sorted(__all__)

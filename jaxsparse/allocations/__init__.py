@@ -16,4 +16,19 @@ from jaxsparse.allocations._search import level_sparsities as level_sparsities
 from jaxsparse.allocations._sensitivity import Sensitivity as Sensitivity
 from jaxsparse.allocations._sensitivity import sensitivity as sensitivity
 
+__all__ = [
+    "Sensitivity",
+    "arithmetic_progression",
+    "dsa",
+    "ecoflap",
+    "erk",
+    "evolve",
+    "from_global_scores",
+    "level_sparsities",
+    "owl",
+    "round_to_weights",
+    "sensitivity",
+    "uniform",
+]
+
 __getattr__ = _renamed.old_names(__name__)

@@ -11,3 +11,16 @@ from jaxsparse.calibration._stats import unseen as unseen
 from jaxsparse.calibration._stats import update as update
 from jaxsparse.calibration.statistics import InputStats as InputStats
 from jaxsparse.calibration.statistics import Statistics as Statistics
+
+__all__ = [
+    "InputStats",
+    "RunningStats",
+    "Statistics",
+    "finalize",
+    "gradient_norms",
+    "init",
+    "merge",
+    "run",
+    "unseen",
+    "update",
+]

@@ -22,3 +22,28 @@ from jaxsparse.channels._score import channel_scores as channel_scores
 from jaxsparse.channels._select import drop_lowest as drop_lowest
 from jaxsparse.channels._select import dropped_fraction as dropped_fraction
 from jaxsparse.channels._zero_indices import zero_indices as zero_indices
+
+__all__ = [
+    "Selected",
+    "bn_scale",
+    "channel_scores",
+    "drop_lowest",
+    "drop_to_budget",
+    "dropped_fraction",
+    "flap_compensation",
+    "flap_scores",
+    "fpgm",
+    "gate_scores",
+    "lamp",
+    "normalize_max",
+    "normalize_mean",
+    "normalize_norm",
+    "normalize_quantile",
+    "normalize_range",
+    "obs_errors",
+    "obs_greedy",
+    "obs_refit",
+    "per_parameter",
+    "standardize",
+    "zero_indices",
+]

@@ -30,8 +30,9 @@ Scores = Mapping[str, Array]
 def normalize_mean(scores: Scores, *, per_copy: bool = False) -> dict[str, Array]:
     """Divide scores by their mean magnitude: an average channel has 1.
 
-    Torch-Pruning's default (Fang et al. 2023, arXiv:2301.12900). Differs from it by the
-    magnitude in the mean, without which scores of either sign could change their order.
+    This is Torch-Pruning's default (Fang et al. 2023, arXiv:2301.12900). It differs by
+    the magnitude in the mean, without which scores of either sign could change their
+    order.
 
     Args:
       scores: `[*copies, size]` by name.
@@ -247,7 +248,7 @@ def per_parameter(
         as for `channel_scores`.
 
     Returns:
-      Scores of the same shapes. An index without weights that count keeps its score.
+      Scores of the same shapes. A channel without weights that count keeps its score.
 
     Raises:
       ValueError: scores of a group that is not prunable or has no weights; parameters

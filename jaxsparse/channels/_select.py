@@ -120,7 +120,7 @@ def dropped_fraction(drop: Drop) -> float:
     """Return the fraction of the channels of its groups that a `Drop` removes.
 
     Args:
-      drop: a specification.
+      drop: the channels to remove.
 
     Returns:
       A number in [0, 1); each copy of a group counts its own channels. 0 for no groups.

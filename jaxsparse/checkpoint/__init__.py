@@ -8,3 +8,14 @@ from jaxsparse.checkpoint._orbax import restore as restore
 from jaxsparse.checkpoint._orbax import save as save
 from jaxsparse.checkpoint._steps import latest_step as latest_step
 from jaxsparse.checkpoint._steps import steps as steps
+
+__all__ = [
+    "Exported",
+    "Restored",
+    "export",
+    "latest_step",
+    "load_export",
+    "restore",
+    "save",
+    "steps",
+]

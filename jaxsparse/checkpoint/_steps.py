@@ -71,7 +71,7 @@ def latest_step(directory: Directory) -> int | None:
       directory: where `save` puts them. It need not exist.
 
     Returns:
-      The step, or None if there is none. "Whole" is what `steps` says.
+      The step, or None if there is none. `steps` says what counts as complete.
 
     Raises:
       ValueError: an address such as `gs://...`, which is not a directory.

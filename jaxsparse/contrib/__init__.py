@@ -23,3 +23,23 @@ from jaxsparse.contrib._stun import expert_distances as expert_distances
 from jaxsparse.contrib._stun import medoids as medoids
 from jaxsparse.contrib._stun import merge_clusters as merge_clusters
 from jaxsparse.contrib._wgsef import wgsef_prox as wgsef_prox
+
+__all__ = [
+    "AtomicSums",
+    "GatePenalty",
+    "MergedExperts",
+    "Redundancy",
+    "als",
+    "atomic_init",
+    "atomic_merge",
+    "atomic_scores",
+    "atomic_update",
+    "atomic_update_ragged",
+    "cluster_experts",
+    "cric",
+    "expert_distances",
+    "gate_penalty",
+    "medoids",
+    "merge_clusters",
+    "wgsef_prox",
+]

@@ -249,7 +249,7 @@ def atomic_scores(sums: AtomicSums, *, joint: bool = False) -> Array:
 
       `s[e, k] = E[x_k^2] * w_k^T C_e w_k`,  `C_e = E[g g^T]`,
 
-    means over the tokens that reached e. This assumes that `x_k` and `g` are
+    with means over the tokens that reached e. This assumes that `x_k` and `g` are
     independent; with `joint=True` the score is `s[e, k] = E[x_k^2 (g . w_k)^2]`
     instead. Li et al. (2025, arXiv:2509.22299).
 
@@ -262,7 +262,7 @@ def atomic_scores(sums: AtomicSums, *, joint: bool = False) -> Array:
 
     Differs from the reference implementation, which forms `C_e` (`d^2` numbers for
     each expert) in a first pass and sums `x^2` in a second one. As `w_k^T g g^T w_k =
-    (g . w_k)^2`, sums of `f` numbers and one pass do.
+    (g . w_k)^2`, sums of `f` numbers and one pass suffice.
 
     Args:
       sums: the sums over the calibration set.

@@ -37,9 +37,9 @@ def wgsef_prox(
 
         GS_k(x) = 1/2 min_u sum_c ||x_c||^2 / u_c,  0 <= u_c <= 1,  sum_c d_c u_c <= k
 
-    with x_c the entries of all slices of index c, d_c its cost and `k = (1 - sparsity)
-    * sum_c d_c`: one budget over all groups. Unlike the group lasso it knows how much
-    to keep, and all channels well within the budget decay alike, by `1 / (1 +
+    with x_c the entries of all slices of channel c, d_c its cost and `k = (1 -
+    sparsity) * sum_c d_c`: one budget over all groups. Unlike the group lasso it knows
+    how much to keep, and all channels well within the budget decay alike, by `1 / (1 +
     strength)`. Beck & Refael (2022, arXiv:2212.12921).
 
     The step is `params + u' = argmin_x  strength * GS_k(x) + 1/2 ||x - v||^2`, `v =

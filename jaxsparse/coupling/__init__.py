@@ -6,3 +6,12 @@ from jaxsparse.coupling.grouping import Groups as Groups
 from jaxsparse.coupling.grouping import Member as Member
 from jaxsparse.coupling.grouping import Reason as Reason
 from jaxsparse.coupling.grouping import groups as groups
+
+__all__ = [
+    "Drop",
+    "Group",
+    "Groups",
+    "Member",
+    "Reason",
+    "groups",
+]

@@ -65,8 +65,8 @@ def per_example_grads(
 
     Returns:
       A tree like `params` with leaves `[n // average, *shape]`, sharded as the batch
-      and the parameters are. (Within a jit of the caller's the compiler decides, and
-      the gradient itself may gather parameters: those that a plain gradient does.)
+      and the parameters are. (Under a caller's jit the compiler decides, and the
+      gradient may gather the parameters that a plain gradient gathers.)
 
     Raises:
       ValueError: an empty batch, one that `average` does not divide, a loss that is no

@@ -10,3 +10,16 @@ from jaxsparse.depth._importance import block_similarity as block_similarity
 from jaxsparse.depth._importance import output_losses as output_losses
 from jaxsparse.depth._remove import remove_blocks as remove_blocks
 from jaxsparse.depth._remove import share_blocks as share_blocks
+
+__all__ = [
+    "ResidualBlock",
+    "block_similarity",
+    "gated",
+    "knapsack",
+    "nm_gates",
+    "nm_options",
+    "output_losses",
+    "remove_blocks",
+    "residual_blocks",
+    "share_blocks",
+]

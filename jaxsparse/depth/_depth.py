@@ -27,8 +27,8 @@ def knapsack(
     It minimizes the sum of the losses over the removed blocks S subject to `sum(sizes
     of S) >= at_least`, by dynamic programming over the kept sizes. The solution is
     exact if sizes are counted in their greatest common divisor. LAPTOP-Diff (Zhang et
-    al., 2024, arXiv:2404.11098) adds up the losses of blocks removed one at a time, of
-    `output_losses`.
+    al., 2024, arXiv:2404.11098) adds up the losses that `output_losses` measures, of
+    one removed block at a time.
 
     Args:
       losses: by block the loss of its removal.

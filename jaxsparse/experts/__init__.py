@@ -6,3 +6,12 @@ from jaxsparse.experts._grouping import router_similarity as router_similarity
 from jaxsparse.experts.merging import align_experts as align_experts
 from jaxsparse.experts.merging import merge_experts as merge_experts
 from jaxsparse.experts.merging import merge_gates as merge_gates
+
+__all__ = [
+    "Grouping",
+    "align_experts",
+    "group_experts",
+    "merge_experts",
+    "merge_gates",
+    "router_similarity",
+]

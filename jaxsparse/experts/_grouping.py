@@ -32,7 +32,7 @@ def router_similarity(logits: Array) -> Array:
     """Compare experts by the router: cosines of their logits over tokens.
 
     `cos_ij = l_i . l_j / (|l_i| |l_j|)`, with the logits `l_i` of expert i for all
-    tokens; no mean is taken off. Li et al. (2023, arXiv:2310.01334).
+    tokens; the mean is not subtracted. Li et al. (2023, arXiv:2310.01334).
 
     Differs from the reference implementation, which maps it to `(cos + 1) / 2` (no
     matter for the order).

@@ -28,13 +28,13 @@ def distill(
     teacher's `p_T = softmax(teacher_logits / T)` and the student's `q_T` likewise
     (Hinton et al., 2015, arXiv:1503.02531). The factor `T^2` keeps the size of the
     gradients when the temperature `T` changes. oBERT (arXiv:2203.07259) uses
-    `hardness=1.0` with temperature 2.0 on a task and 5.5 in pre-training; the bundles
-    of `jaxsparse.recipes` hold these numbers.
+    `hardness=1.0` with temperature 2.0 on a task and 5.5 in pre-training;
+    `jaxsparse.recipes` has these numbers.
 
     No gradient flows into the teacher. Classes that the teacher excludes with a logit
     of -inf add nothing, whatever the student's logit; a class that the student alone
-    excludes costs infinity, as the definition has it. Computed in float32 (float64 for
-    float64 logits), also for bfloat16 logits.
+    excludes costs infinity, as the definition has it. It computes in float32 (float64
+    for float64 logits), also for bfloat16 logits.
 
     Differs from the reference implementation (SparseML), which returns a mean over the
     batch: here one number for each example or token comes back, so that padding can be

@@ -26,10 +26,10 @@ def straight_through(
 ) -> Tree:
     """Return the pruned parameters, with the derivative of the identity.
 
-    Forward `w * mask(w)`, with masks chosen anew at each call; backward the gradient of
-    the sparse network with respect to all weights, so a pruned weight continues to
-    learn and may return. Call it in the loss, on the dense parameters that are
-    trained::
+    The forward pass computes `w * mask(w)`, with masks chosen anew at each call. The
+    backward pass gives the gradient of the sparse network with respect to all weights,
+    so a pruned weight continues to learn and may return. Call it in the loss, on the
+    dense parameters that are trained::
 
         loss = lambda params, batch: task_loss(js.straight_through(params, 0.9), batch)
 

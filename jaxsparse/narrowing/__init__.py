@@ -7,3 +7,13 @@ from jaxsparse.narrowing._narrow import drop_masks as drop_masks
 from jaxsparse.narrowing._narrow import narrow as narrow
 from jaxsparse.narrowing._narrow import widen as widen
 from jaxsparse.narrowing._state import narrow_like as narrow_like
+
+__all__ = [
+    "Cost",
+    "Narrowed",
+    "cost",
+    "drop_masks",
+    "narrow",
+    "narrow_like",
+    "widen",
+]

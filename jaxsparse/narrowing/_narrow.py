@@ -67,8 +67,9 @@ def narrow(
       positions: the positions along a shortened axis (a `jnp.arange`, a one-hot).
         "slice" keeps the old numbers, so rotary embeddings stay right; "renumber"
         counts 0, 1, 2, ..., as for experts that are chosen by number. Random numbers
-        follow the same choice: those of the whole model, cut; or as many as needed,
-        which is less work for dropout but no longer gives the masked model's numbers.
+        follow the same choice: "slice" draws those of the whole model and cuts them;
+        "renumber" draws as many as needed, which is less work for dropout but no longer
+        gives the masked model's numbers.
       allow: flags of groups that do not forbid narrowing; see `groups`. With "input"
         the function takes inputs without the dropped channels.
 

@@ -63,7 +63,7 @@ def prune(
       axes: as for `jaxsparse.patterns.masks`.
       trace: what `jaxsparse.trace` found in the model. It states the kernels' axes,
         which N:M groups and tiles follow, and which parameters are kernels, by use and
-        not by name. `where` and `axes` come before it.
+        not by name. `where` and `axes` take precedence over it.
       steps: the number of cuts.
       min_keep: how many units (weights, tiles or channels) each group and each layer
         keeps at least; see `jaxsparse.patterns.masks`.

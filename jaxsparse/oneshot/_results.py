@@ -39,7 +39,7 @@ class _Pruned(NamedTuple):
 
 
 class Layerwise(_Pruned):
-    """The result of `layerwise`: three things, and what was left out.
+    """The result of `layerwise`.
 
     Attributes:
       params: the pruned parameters.

@@ -24,3 +24,30 @@ from jaxsparse.patterns._spec import Unstructured as Unstructured
 from jaxsparse.patterns._verify import sparsity_of as sparsity_of
 from jaxsparse.patterns._verify import verify as verify
 from jaxsparse.patterns.selection import masks as masks
+
+__all__ = [
+    "NM",
+    "AxisName",
+    "Block",
+    "Channel",
+    "Overlap",
+    "Packed",
+    "Pattern",
+    "Pruned",
+    "Unstructured",
+    "apply",
+    "check_masks",
+    "count",
+    "indices",
+    "intersection",
+    "kept_count",
+    "masks",
+    "overlap",
+    "pack",
+    "removed_count",
+    "sparsity_of",
+    "transfer",
+    "union",
+    "unpack",
+    "verify",
+]

@@ -14,3 +14,16 @@ from jaxsparse.penalties._hesso import dropped as dropped
 from jaxsparse.penalties._hesso import hesso as hesso
 from jaxsparse.penalties.saliency import Criteria as Criteria
 from jaxsparse.penalties.terms import PenaltyState as PenaltyState
+
+__all__ = [
+    "Criteria",
+    "GrowingRegularizationState",
+    "HessoState",
+    "PenaltyState",
+    "dropped",
+    "group_lasso",
+    "group_norm_decay",
+    "growing_regularization",
+    "hesso",
+    "prox_group_lasso",
+]

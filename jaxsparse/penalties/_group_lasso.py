@@ -193,7 +193,7 @@ def prox_group_lasso(
     Slices have to be disjoint, or one has to lie in the other: heads and the entries of
     heads. Then one step after the other, the smaller slices first, is the step of the
     sum of both penalties (Jenatton et al. 2011, arXiv:1009.2139). Slices of consumers
-    (role "input") cross those of the next layer's producers: an error.
+    (role "input") cross slices of the next layer's producers, which is an error.
 
     `js.channels.zero_indices(params, groups)` finds the channels that are zero.
 

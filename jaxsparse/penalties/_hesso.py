@@ -85,13 +85,13 @@ def hesso(
     Cost: in the first step of a period one pass over parameters and gradients; in
     others one multiply and select a parameter.
 
-    Differs from the reference implementation: any optimizer (its own Adam starts its
-    first moment at g instead of (1 - beta) g). The cosine counts as `1 - cos(x, g)`,
-    not `1 + cos(x, g)`: where `x . g > 0` the descent step -g shrinks x, and removing x
-    lowers the loss to first order, so that channel is less important (the half-space
-    intuition of the same authors). Shrinking starts in the step of the choice, not one
-    later. Gradients of zeroed channels are hidden, so they leave clipping norms and
-    moments.
+    Differs from the reference implementation, whose own Adam starts its first moment at
+    g instead of (1 - beta) g: here any optimizer is wrapped. The cosine counts as `1 -
+    cos(x, g)`, not `1 + cos(x, g)`: where `x . g > 0` the descent step -g shrinks x,
+    and removing x lowers the loss to first order, so that channel is less important
+    (the half-space intuition of the same authors). Shrinking starts in the step of the
+    choice, not one later. Gradients of zeroed channels are hidden, so they leave
+    clipping norms and moments.
 
     Args:
       optimizer: the whole optimizer, including clipping, weight decay and so on.

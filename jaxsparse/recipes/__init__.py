@@ -7,3 +7,11 @@ from jaxsparse.recipes._magnitude import one_shot as one_shot
 from jaxsparse.recipes._obert import obert_downstream as obert_downstream
 from jaxsparse.recipes._obert import obert_upstream as obert_upstream
 from jaxsparse.recipes._recipe import Recipe as Recipe
+
+__all__ = [
+    "Recipe",
+    "gmp",
+    "obert_downstream",
+    "obert_upstream",
+    "one_shot",
+]

@@ -58,7 +58,7 @@ def gmp(
       where: which parameters are pruned; see `jaxsparse.tree.select`.
 
     Returns:
-      The schedules and settings.
+      A `Recipe`.
 
     Raises:
       TypeError: steps that are no integers, fractions that are no numbers.
@@ -120,9 +120,9 @@ def one_shot(
 ) -> Recipe:
     """Cut once before the first step, then fine-tune the remaining weights.
 
-    The oldest recipe (Han et al., 2015, arXiv:1506.02626, prune and retrain). For a
-    trained model: the learning rate begins near the end of that of its training and
-    falls along a cosine.
+    This is the oldest recipe (Han et al., 2015, arXiv:1506.02626, prune and retrain),
+    for a trained model. The learning rate begins near the end of that of its training
+    and falls along a cosine.
 
     `recipe.optimizer()` cuts by magnitude; start with `js.init_sparse(tx, params)`. To
     prune in another way, pass `recipe.optimizer(masks=pruned.masks)` the masks that
@@ -139,7 +139,7 @@ def one_shot(
       where: which parameters are pruned; see `jaxsparse.tree.select`.
 
     Returns:
-      The schedules and settings.
+      A `Recipe`.
 
     Raises:
       TypeError: steps that are no integer.

@@ -81,7 +81,7 @@ def obert_downstream(
         has blocks of 32 weights, which 4 divides, otherwise of 50.
 
     Returns:
-      The schedules and settings.
+      A `Recipe`.
 
     Raises:
       TypeError: steps that are no integer.
@@ -134,7 +134,7 @@ def obert_upstream(
     arXiv:2203.07259, section 4.2 and appendix A.6): 3 epochs of masked language
     modeling with a dense teacher, from a dense, pre-trained student; a cut and a
     rewound learning rate every quarter of an epoch, 12 from the first step to 2.75
-    epochs. Other lengths are scaled. The batch was of 256.
+    epochs. Other lengths are scaled. The batch size was 256.
 
     Afterwards a task is learned with the masks as they are: in the paper 8 epochs with
     `js.keep_sparse(masks)`, a learning rate that falls in a line from 1.5e-4 to 1.5e-6,
@@ -143,8 +143,8 @@ def obert_upstream(
     The paper's table 10 has a rewind every half epoch; its section 4.2 and the recipes
     published with SparseML rewind at each cut, and so does this one.
 
-    The first cut is in step 0. A score without gradients is asked for it before the
-    first step; use `jaxsparse.init_sparse`.
+    The first cut is in step 0. With a score that needs no gradients,
+    `jaxsparse.init_sparse` makes this cut before the first step.
 
     Args:
       steps_per_epoch: optimizer steps in an epoch.
@@ -155,7 +155,7 @@ def obert_upstream(
       pattern: as for `obert_downstream`.
 
     Returns:
-      The schedules and settings, as from `obert_downstream`.
+      A `Recipe`.
 
     Raises:
       TypeError: steps that are no integer.

@@ -14,3 +14,20 @@ from jaxsparse.report._progress import Progress as Progress
 from jaxsparse.report._progress import progress as progress
 from jaxsparse.report._tables import Row as Row
 from jaxsparse.report._tables import Table as Table
+
+__all__ = [
+    "Progress",
+    "Row",
+    "Table",
+    "layer_table",
+    "mean_of_known",
+    "plot",
+    "plot_errors",
+    "plot_sensitivity",
+    "plot_sparsity",
+    "plot_tradeoff",
+    "plot_weights",
+    "progress",
+    "table",
+    "write_html",
+]

@@ -9,3 +9,15 @@ from jaxsparse.schedules._sparsity import alternating as alternating
 from jaxsparse.schedules._sparsity import constant as constant
 from jaxsparse.schedules._sparsity import one_shot as one_shot
 from jaxsparse.schedules._sparsity import polynomial as polynomial
+
+__all__ = [
+    "At",
+    "Every",
+    "alternating",
+    "at",
+    "constant",
+    "every",
+    "one_shot",
+    "polynomial",
+    "rewinding",
+]

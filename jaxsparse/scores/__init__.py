@@ -16,3 +16,22 @@ from jaxsparse.scores._score import moving_average as moving_average
 from jaxsparse.scores._second_order import obd as obd
 from jaxsparse.scores._second_order import obs as obs
 from jaxsparse.scores._synflow import synflow as synflow
+
+__all__ = [
+    "Score",
+    "as_score",
+    "bias_compensation",
+    "flap",
+    "gblm",
+    "gradient_norm",
+    "grasp",
+    "magnitude",
+    "moving_average",
+    "obd",
+    "obs",
+    "random",
+    "snip",
+    "synflow",
+    "taylor",
+    "wanda",
+]

@@ -112,8 +112,8 @@ def grasp(
 ) -> PyTree:
     """Score by `w * (H g)`, a weight's part in the gradient flow at initialization.
 
-    Removing weight i changes `|g|^2` by `-2 w_i (H g)_i` to first order; the kept
-    weights are those that the gradient flow would lose most by. `H g` costs two
+    Removing weight i changes `|g|^2` by `-2 w_i (H g)_i` to first order; GraSP keeps
+    the weights whose removal would reduce the gradient flow most. `H g` costs two
     gradients (forward-over-reverse), and no Hessian is formed. Wang, Zhang & Grosse
     (2020, arXiv:2002.07376).
 

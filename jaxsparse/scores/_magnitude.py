@@ -14,8 +14,8 @@ from jaxsparse.tree import keys_like
 def magnitude(params: PyTree) -> PyTree:
     """Score weights by their magnitude, `|w|`.
 
-    The plainest score, and with gradual pruning a strong one: Zhu & Gupta (2017,
-    arXiv:1710.01878), Han et al. (2015, arXiv:1506.02626).
+    This is the plainest score, and with gradual pruning a strong one: Zhu & Gupta
+    (2017, arXiv:1710.01878), Han et al. (2015, arXiv:1506.02626).
 
     Differs from JaxPruner's `global_magnitude`, which divides each parameter by its L2
     norm unless told otherwise: here the global scope compares plain magnitudes.

@@ -14,3 +14,20 @@ from jaxsparse.solvers._obs import obs as obs
 from jaxsparse.solvers._refit import refit as refit
 from jaxsparse.solvers._solved import Solved as Solved
 from jaxsparse.solvers._solved import SolveInfo as SolveInfo
+
+__all__ = [
+    "RemovedChannels",
+    "SolveInfo",
+    "Solved",
+    "admm",
+    "alps",
+    "channel_errors",
+    "exact_obs",
+    "magnitude",
+    "obs",
+    "refit",
+    "refit_channels",
+    "remove_channels",
+    "sparsegpt",
+    "wanda",
+]

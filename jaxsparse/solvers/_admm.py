@@ -95,10 +95,10 @@ def alps(
 ) -> Solved:
     """Prune a layer by ADMM with a growing penalty, then refit the kept weights.
 
-    As `admm`, but `rho` starts small and grows, by 1.3 while more than a tenth of the
-    kept weights changed in three iterations, by 1.2 while more than one in 200 did,
-    else by 1.1, until no mask changes any more. One eigendecomposition serves every
-    `rho`. Then conjugate gradients find the weights for this mask. It leaves the
+    It works as `admm`, but `rho` starts small and grows, by 1.3 while more than a tenth
+    of the kept weights changed in three iterations, by 1.2 while more than one in 200
+    did, else by 1.1, until no mask changes any more. One eigendecomposition serves
+    every `rho`. Then conjugate gradients find the weights for this mask. It leaves the
     smallest error of the solvers here. Meng et al. (2024, ALPS, arXiv:2406.07831).
 
     Differs from the reference implementation: counts are exact and hold for every

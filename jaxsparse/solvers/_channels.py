@@ -143,8 +143,9 @@ def remove_channels(
     inputs as float64 up to a condition number of the damped Gram matrix of 5e5. At 4e6
     it chose 94 % of them, with an objective 0.2 % higher.
 
-    Differs from SlimGPT as OBS-Diff codes it: errors are exact within a head; nothing
-    is factored again; channels need no groups to be quick.
+    Differs from the implementation of SlimGPT in OBS-Diff: errors are exact within a
+    head, no matrix is factored again, and single channels need not be grouped for
+    speed.
 
     Args:
       w: `[d_out, d_in]`, for outputs `x @ w.T`. Batches by `jax.vmap`.

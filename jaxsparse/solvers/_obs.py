@@ -47,14 +47,14 @@ def obs(
 
     - Scores: `w_q^2 / (2 [F^-1]_qq)` for single weights, channels and N:M, for tiles
       `1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q` (the Fisher matrix has to be made for them:
-      `block_fisher(..., pattern=pattern)`). With `greedy`, inside of blocks, one after
-      another, as in OBC.
-    - Update: `dw = -F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q`, the exact one for all that is
-      removed from a block (or, with `mfac`, from the whole network) together.
-    - With `steps > 1` a part at a time, each cut leaving the same fraction of what was
-      there: `(1 - s)^(k / n)` of a dense network after cut k. The curvature is taken
-      anew in between: by `refresh`, or from the same gradients without the weights that
-      are gone.
+      `block_fisher(..., pattern=pattern)`). With `greedy` it chooses weights one after
+      another within each block, as in OBC.
+    - Update: `dw = -F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q`, the exact update for all weights
+      that a block (with `mfac`: the whole network) loses together.
+    - With `steps > 1` it prunes in several cuts, and each leaves the same fraction of
+      the weights: `(1 - s)^(k / n)` of a dense network after cut k. Between cuts
+      `refresh` computes the curvature anew; without it the same gradients are used,
+      without the removed weights.
 
     Kurtic et al. (2022, oBERT, arXiv:2203.07259), Frantar et al. (2021, M-FAC,
     arXiv:2107.03356), Singh & Alistarh (2020, WoodFisher, arXiv:2004.14340).

@@ -165,14 +165,14 @@ def trace(
 ) -> Trace:
     """Find where and how each parameter of any model is contracted.
 
-    The model is traced once, with abstract values: nothing is computed. From the jaxpr
-    follow, for each kernel, which of its axes are contracted with data (input axes),
-    which are produced (output), and which are carried along (batch: experts, layers
-    stacked for a scan, groups of a convolution); through reshapes, transposes, slices,
-    reversals, concatenations and casts, and through jit, remat, custom derivatives,
-    scan, while, cond and vmap. `w[i]` counts as a layer where `i` counts the turns of a
-    loop, `(x * a).sum(-1)` as a contraction, and parts of a kernel that read different
-    inputs as a batch of matrices.
+    The model is traced once, with abstract values: nothing is computed. The jaxpr tells
+    for each kernel which of its axes are contracted with data (input axes), which are
+    produced (output), and which are carried along (batch: experts, layers stacked for a
+    scan, groups of a convolution). Axes are followed through reshapes, transposes,
+    slices, reversals, concatenations and casts, and through jit, remat, custom
+    derivatives, scan, while, cond and vmap. `w[i]` counts as a layer where `i` counts
+    the turns of a loop, `(x * a).sum(-1)` as a contraction, and parts of a kernel that
+    read different inputs as a batch of matrices.
 
     Differs from Torch-Pruning's and OTO's graphs: they hook module classes or walk
     autograd nodes, and assume that unknown operations are elementwise. Here nothing

@@ -27,4 +27,24 @@ from jaxsparse.transforms._windowed_obs import GradientSums as GradientSums
 from jaxsparse.transforms._windowed_obs import GradientWindow as GradientWindow
 from jaxsparse.transforms._windowed_obs import windowed_obs as windowed_obs
 
+__all__ = [
+    "GradientSums",
+    "GradientWindow",
+    "PruneSchedule",
+    "PruneScheduleState",
+    "ScaleByMFacState",
+    "apply_updates",
+    "assert_sparse",
+    "enforce",
+    "find_states",
+    "init_sparse",
+    "keep_sparse",
+    "masks_of",
+    "mfac",
+    "prune_schedule",
+    "scale_by_mfac",
+    "straight_through",
+    "windowed_obs",
+]
+
 __getattr__ = _renamed.old_names(__name__)

@@ -19,9 +19,10 @@ def keep_sparse(masks: PyTree | PruneSchedule) -> optax.GradientTransformationEx
 
     `u <- u where mask, else -w`. Use it for fixed masks (fine-tuning a pruned model),
     or for masks chosen on a schedule by a score that needs no gradients. It sees the
-    finished update, so every optimizer keeps exact zeros; but not raw gradients, so
-    those of pruned weights still enter clipping norms and the optimizer's statistics,
-    and its moments are not reset. `enforce` does all of that.
+    finished update, so zeros stay exact under every optimizer. It does not see raw
+    gradients: the gradients of pruned weights still enter clipping norms and the
+    optimizer's statistics, and its moments are not reset. `enforce` hides these
+    gradients and resets the moments.
 
     Args:
       masks: a tree of bools with the structure of the parameters, or with leaves at the

@@ -103,7 +103,7 @@ def mfac(
     weight_decay: float = 0.0,
     dtype: Any = None,
 ) -> optax.GradientTransformation:
-    """The M-FAC optimizer.
+    """Return the M-FAC optimizer.
 
     `g <- g + weight_decay * w`; `u = F^-1 g`, see `scale_by_mfac`; `v <- momentum * v +
     (1 - momentum) * u`; `w <- w - learning_rate * v`. The decay goes into the window

@@ -144,7 +144,8 @@ def prune_schedule(
 
     Differs from JaxPruner: the guarantee needs no call in the training loop; gradients
     are masked; N:M follows the schedule and runs along the input axes; the schedule is
-    checked against the training's length; any optax optimizer, wrapper and pytree.
+    checked against the training's length; and it takes any optax optimizer, wrapper and
+    pytree.
 
     Args:
       sparsity: a number, a schedule (step -> sparsity; optax's work too), or a tree of

@@ -23,3 +23,29 @@ from jaxsparse.tree._views import MatrixView as MatrixView
 from jaxsparse.tree._views import from_matrices as from_matrices
 from jaxsparse.tree._views import matrix_view as matrix_view
 from jaxsparse.tree._views import to_matrices as to_matrices
+
+__all__ = [
+    "Axes",
+    "AxesRule",
+    "MatrixView",
+    "by_rules",
+    "default_axes",
+    "default_where",
+    "from_matrices",
+    "has_plain_name",
+    "is_rules",
+    "kernel_axes",
+    "keys_like",
+    "leaves_with_paths",
+    "like",
+    "map_with_path",
+    "matching",
+    "matrix_view",
+    "nearest",
+    "path_str",
+    "resolve_axes",
+    "select",
+    "to_matrices",
+    "unwrap_variables",
+    "why_dense",
+]

@@ -137,8 +137,8 @@ def is_rules(params: PyTree, values: Any) -> bool:
       values: the values, as for `by_rules`.
 
     Returns:
-      True for a flat mapping whose keys are text, but for one like `params`: of their
-        structure, or with just their paths.
+      True for a flat mapping whose keys are text, unless it has the structure of
+      `params` or exactly their paths.
 
     Example:
       >>> import jaxsparse as js

@@ -1,8 +1,11 @@
 """What all public names have in common: docstrings, signatures, a place."""
 
+import ast
 import inspect
 import pathlib
 import pkgutil
+import pydoc
+import re
 import tomllib
 import types
 
@@ -49,6 +52,30 @@ def test_dir_has_public_names_alone():
         value = getattr(js, name)
         where = getattr(value, "__module__", getattr(value, "__name__", ""))
         assert where.startswith("jaxsparse"), name
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.__name__)
+def test_help_lists_the_public_names(package):
+    """What a package imports `as` itself is public; `help` knows only `__all__`."""
+    tree = ast.parse(pathlib.Path(package.__file__).read_text())
+    exported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name and not alias.name.startswith("_")
+    }
+    assert len(package.__all__) == len(set(package.__all__))
+    assert set(package.__all__) == exported
+    text = pydoc.plain(pydoc.render_doc(package))
+    short = [name.rpartition(".")[2] for name in FUNCTIONS if _place(name) == package]
+    for name in short:
+        assert re.search(rf"^    {name}\(", text, flags=re.MULTILINE), name
+
+
+def _place(name):
+    """The package of a public name."""
+    return next(p for p in PACKAGES if p.__name__ == name.rpartition(".")[0])
 
 
 def test_help_says_what_is_faster():

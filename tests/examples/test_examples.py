@@ -85,6 +85,11 @@ def is_picture(path: pathlib.Path) -> bool:
     return image.shape[0] > 300 and image.shape[1] > 500 and image.std() > 0.05
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 80
+
+
 def test_each_example_has_a_test():
     assert {p.stem for p in EXAMPLES.glob("[!_]*.py")} == set(NAMES)
 
@@ -184,11 +189,11 @@ def test_nnx_training(run, tmp_path):
 
 def test_train_state(run, tmp_path):
     said = run("train_state", "--small", "--out", str(tmp_path))
-    assert re.search(r"first/kernel: .* has 9", said)
+    assert re.search(r"Conv_0/kernel: .* has 9", said)
     for path, size in (
-        ("down/kernel", 18_432),
-        ("hidden/kernel", 131_072),
-        ("out/kernel", 1_280),
+        ("Conv_1/kernel", 18_432),
+        ("Dense_0/kernel", 131_072),
+        ("Dense_1/kernel", 1_280),
     ):
         assert {0.5, size / 2, size} <= set(row(said, path))
     assert all_within(row(said, "dense"), 0.94)
@@ -198,7 +203,7 @@ def test_train_state(run, tmp_path):
 
 def assert_says_what_is_missing(said: str, folder: pathlib.Path) -> None:
     assert "Missing:" in said
-    assert str(folder / "weights" / "resnet20_cifar10.npz") in said
+    assert str(folder / "weights" / "resnet20_cifar10_jpeg_adapted.npz") in said
     assert "set JAXSPARSE_DATA to a folder" in said
 
 
@@ -221,22 +226,22 @@ def test_without_its_data_it_says_what_is_missing(run, tmp_path, name, arguments
         assert_says_what_is_missing(said, tmp_path)
 
 
+MEASURED = (0.8805, 0.8135, 0.19)  # at 0, 50 and 80 %
+
+
 @pytest.mark.exhaustive
 def test_pretrained(run, tmp_path):
     beside = EXAMPLES.parents[1] / "shared" / "data"
     folder = pathlib.Path(os.environ.get("JAXSPARSE_DATA") or beside)
     arguments = ("--small", "--out", str(tmp_path))
-    if not (folder / "weights" / "resnet20_cifar10.npz").is_file():
+    if not (folder / "weights" / "resnet20_cifar10_jpeg_adapted.npz").is_file():
         said = run("pretrained", *arguments, code=2)
         assert_says_what_is_missing(said, folder)
         return
     said = run("pretrained", *arguments)
-    errors = re.findall(r"logits within (\S+) of the reference", said)
-    assert len(errors) == 2
-    assert all(float(error) < 1e-3 for error in errors)
-    for percent in (0, 50, 80):
-        per_layer, _, reference = row(said, f"{percent}%")
-        assert abs(per_layer - reference) < 0.06  # 200 images against 2,000
+    # Of 2,000 images as measured where the weights are from; here they are 200.
+    for found, reference in zip(row(said, "per layer"), MEASURED, strict=True):
+        assert abs(found - reference) < 0.06
     for name, sparsity in (
         ("80 % per layer", 0.8),
         ("80 % global", 0.8),
