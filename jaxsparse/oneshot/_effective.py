@@ -15,7 +15,10 @@ import numpy as np
 from jaxsparse import solvers
 from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array
+from jaxsparse.linalg.chunks import is_spread
+from jaxsparse.linalg.energy import energy
 from jaxsparse.oneshot._segments import Segments
+from jaxsparse.oneshot._unseen import over_places
 from jaxsparse.tracing import Kernel
 from jaxsparse.tracing.changes import check_solvable
 from jaxsparse.tree import MatrixView, to_matrices
@@ -119,6 +122,8 @@ def _joined(a: Array, b: Array) -> Array | None:
 def matrices_at(w: Array, places: np.ndarray, view: MatrixView) -> Array:
     """Some of a kernel's matrices."""
     matrices = to_matrices(w, view)
+    if not view.batch:  # there is no other
+        return matrices[None]
     return matrices.reshape(-1, *matrices.shape[-2:])[places]
 
 
@@ -152,4 +157,6 @@ def unscaled(
 
 def energies(matrices: Array, gram: Array) -> Array:
     """`tr(W G W^T)` of each matrix `[p, d_out, d_in]`, whatever of it is sharded."""
-    return jnp.sum((matrices @ gram) * matrices, axis=(1, 2))
+    if is_spread(matrices, gram):
+        return jnp.sum((matrices @ gram) * matrices, axis=(1, 2))
+    return over_places(lambda w, gram: energy(w.T, gram), matrices, gram)
