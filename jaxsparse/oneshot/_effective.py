@@ -4,13 +4,11 @@ With `E = S * W` entry by entry, and `S` not dependent on `W`, a zero of `E` is 
 `W`. What the solver makes of `E` is divided by `S` again.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsparse import solvers
 from jaxsparse._dtypes import wide_dtype
@@ -21,7 +19,6 @@ from jaxsparse.oneshot._segments import Segments
 from jaxsparse.oneshot._unseen import over_places
 from jaxsparse.tracing import Kernel
 from jaxsparse.tracing.changes import check_solvable
-from jaxsparse.tree import MatrixView, to_matrices
 
 
 class NoScale(ValueError):
@@ -116,15 +113,6 @@ def _joined(a: Array, b: Array) -> Array | None:
     if jnp.any(both & (jnp.abs(a - b) > 1e-5 * jnp.abs(a))):
         return None
     return jnp.where(a != 0, a, b)
-
-
-@functools.partial(jax.jit, static_argnames="view")
-def matrices_at(w: Array, places: np.ndarray, view: MatrixView) -> Array:
-    """Some of a kernel's matrices."""
-    matrices = to_matrices(w, view)
-    if not view.batch:  # there is no other
-        return matrices[None]
-    return matrices.reshape(-1, *matrices.shape[-2:])[places]
 
 
 @jax.jit

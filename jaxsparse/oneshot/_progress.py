@@ -54,18 +54,6 @@ def put(
     )
 
 
-@functools.partial(jax.jit, static_argnames="view")
-def replaced(w: Array, places: np.ndarray, new: Array, view: MatrixView) -> Array:
-    """The parameter with some of its matrices replaced."""
-    if not view.batch:  # there is no other
-        return from_matrices(new[0].astype(w.dtype), view)
-    old = to_matrices(w, view)
-    flat = old.reshape(-1, *old.shape[-2:])
-    return from_matrices(
-        flat.at[places].set(new.astype(flat.dtype)).reshape(old.shape), view
-    )
-
-
 def _of_arrays(f: Callable[[np.ndarray], np.ndarray], info: LayerInfo) -> LayerInfo:
     arrays = {k: f(x) for k, x in info._asdict().items() if k != "seconds"}
     return LayerInfo(**arrays, seconds=info.seconds)

@@ -1,9 +1,9 @@
 """The kernels of one stop of a layer-wise run, solved one after another.
 
 At its largest a run holds what is asked for and, besides, what a solver needs for one
-kernel. So each kernel is put in its place before the next is solved, what is put there
-is written over the kernel as it was where nobody else has that, and a parameter is
-solved as it lies: its matrices, transposed as solvers want them, are no copies.
+kernel. So each kernel is put in its place before the next is solved. A parameter of one
+matrix is solved as it lies: the matrix, transposed as solvers want it, is no copy. Into
+one of several the solved ones are written, once the run has a copy of its own.
 """
 
 import functools
@@ -19,9 +19,14 @@ from jaxsparse import _checks, patterns, solvers
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array
 from jaxsparse.calibration import InputStats
-from jaxsparse.oneshot._effective import energies, matrices_at, scaled, unscaled
+from jaxsparse.oneshot._effective import energies, scaled, unscaled
 from jaxsparse.oneshot._pass import Pass
-from jaxsparse.oneshot._progress import RunState, put, replaced
+from jaxsparse.oneshot._places import (
+    matrices_at,
+    replaced,
+    replaced_in_place,
+)
+from jaxsparse.oneshot._progress import RunState, put
 from jaxsparse.oneshot._results import LayerInfo
 from jaxsparse.oneshot._stages import Bundle, Unit
 from jaxsparse.oneshot._unseen import (
@@ -72,8 +77,9 @@ def solve_bundle(
         leaf = walk.leaves[unit.path] = _own(leaf, unit.path, state, kernel.view)
         jax.block_until_ready((leaf, evidence))
         begin = time.perf_counter()
-        as_it_lies = unit.path not in walk.scales and not blind.any()
-        solve = _solve_as_it_lies if as_it_lies else _solve_in_steps
+        plain = unit.path not in walk.scales and not blind.any()
+        one = not kernel.view.batch
+        solve = _solve_as_it_lies if plain and one else _solve_in_steps
         new, found = solve(unit, leaf, walk.scales, stats, evidence, blind, how)
         jax.block_until_ready((new, found))
         info = LayerInfo(
@@ -125,8 +131,7 @@ def _solve_as_it_lies(
 ) -> tuple[Array, _Found]:
     view = how.kernels[unit.path].view
     given = (how.before.get(unit.path), evidence, how.wanted[unit.path], stats.gram)
-    solve = _solve_into if _is_written_into(leaf, view) else _solve_from
-    new, found = solve(leaf, unit.places, *given, view, how.solver, how.pattern)
+    new, found = _solve_at(leaf, unit.places, *given, view, how.solver, how.pattern)
     _check(unit, found.info, stats)
     return new, found
 
@@ -140,7 +145,7 @@ def _solve_in_steps(
     blind: np.ndarray,
     how: How,
 ) -> tuple[Array, _Found]:
-    """Where the model scales a kernel, or nothing is known of some of its matrices."""
+    """Of a stack, and where a kernel is scaled or some of its matrices never seen."""
     view = how.kernels[unit.path].view
     stored = matrices = matrices_at(leaf, unit.places, view)
     scale = scales.get(unit.path)
@@ -161,10 +166,12 @@ def _solve_in_steps(
         solved, kept = without_data(*found_so, asked, how.pattern, how.dense)
     if scale is not None:
         solved = unscaled(stored, scale, solved, stats.gram)
-    new = replaced(leaf, unit.places, solved.w, view)
+    put_in = replaced_in_place if _is_written_into(leaf, view) else replaced
+    new = put_in(leaf, unit.places, solved.w, view)
     return new, _Found(solved.mask, solved.info, masked, kept)
 
 
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
 def _solve_at(
     leaf, places, before, evidence, sparsity, gram, view, solver, pattern
 ) -> tuple[Array, _Found]:
@@ -176,10 +183,6 @@ def _solve_at(
     solved, masked, kept = _solve_places(*given, solver, pattern)
     new = replaced(leaf, places, solved.w, view)
     return new, _Found(solved.mask, solved.info, masked, kept)
-
-
-_solve_from = jax.jit(_solve_at, static_argnums=(6, 7, 8))
-_solve_into = jax.jit(_solve_at, static_argnums=(6, 7, 8), donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
