@@ -35,7 +35,8 @@ _factored = functools.partial(factor_gram, rel_damping=0.01)
 
 
 def _root(gram: Array) -> Any:
-    return _factored(gram)._replace(gram=None)
+    factor: Any = _factored(gram)
+    return factor._replace(gram=None)
 
 
 def layerwise(
