@@ -33,6 +33,8 @@ from jaxsparse.tree import is_rules, leaves_with_paths, like, matching
 # `sparsegpt`'s own default, once for all kernels that share a gram matrix.
 _factored = functools.partial(factor_gram, rel_damping=0.01)
 
+_LARGE = 1 << 22  # bytes of kernels, from which on freed memory is worth a call
+
 
 def _root(gram: Array) -> Any:
     factor: Any = _factored(gram)
@@ -211,11 +213,15 @@ def layerwise(
                     error = report.mean_of_known(info.relative_error)
                     bar.say(f"{path}: relative error {error:.2e}")
                 del stats, evidence
-            give_back_memory()
+            units = [unit.path for bundle in stage.bundles for unit in bundle.units]
+            large = sum(walk.leaves[path].nbytes for path in units) >= _LARGE
+            if large:
+                give_back_memory()
             state = state._replace(stage=index + 1, leaves=dict(walk.leaves))
             if directory is not None:
                 save_state(directory, state, traced)
-                give_back_memory()
+                if large:
+                    give_back_memory()
         if dense is None:
             walk.advance(index)
     del walk
