@@ -4,6 +4,7 @@ XLA packs what is traced, NumPy what is there: each shard by itself, on its host
 that is written so is never gathered, and is read back onto any other sharding.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,30 @@ import numpy as np
 from jaxsparse._typing import Array
 
 Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """Bools on the host, an eighth of their bytes; one leaf of a tree."""
+
+    bits: np.ndarray
+    shape: Shape
+    axis: int
+    dtype = np.dtype(bool)
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> "Packed":
+        """Packs an array of bools that has axes."""
+        axis = choose_axis(x)
+        return cls(pack(x, axis), x.shape, axis)
+
+    def bools(self) -> np.ndarray:
+        """The array that was packed."""
+        return unpack(self.bits, self.shape, self.axis)
+
+    def stand_in(self) -> np.ndarray:
+        """An array of the same shape and type that takes no memory."""
+        return np.broadcast_to(np.True_, self.shape)
 
 
 def packed_shape(shape: Shape, axis: int) -> Shape:
@@ -72,7 +97,7 @@ def unpack(bits: Any, shape: Shape, axis: int) -> Any:
         return jnp.unpackbits(bits, axis=axis, count=shape[axis]).astype(bool)
     whole = isinstance(bits, np.ndarray)
     count = (shape if whole else bits.sharding.shard_shape(shape))[axis]
-    plain = lambda x: np.unpackbits(x, axis=axis, count=count).astype(bool)
+    plain = lambda x: np.unpackbits(x, axis=axis, count=count).view(bool)
     return plain(bits) if whole else _by_shard(plain, bits, shape)
 
 

@@ -84,6 +84,9 @@ def encode(name: str, leaf: Any) -> tuple[Record, Any]:
             f"{name}: got {leaf!r}, which has no value to save. Call save outside of "
             "jit, with arrays."
         )
+    if isinstance(leaf, _bits.Packed) and 0 not in leaf.shape:
+        record["packed_axis"] = leaf.axis
+        return record, leaf.bits
     if isinstance(leaf, np.generic):
         leaf = np.asarray(leaf)
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":

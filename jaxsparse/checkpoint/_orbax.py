@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxsparse import _checks, patterns
+from jaxsparse import _bits, _checks, patterns
 from jaxsparse._text import shown
 from jaxsparse._typing import PyTree
 from jaxsparse.checkpoint import _files, _leaves, _lock, _reading, _stamp, _steps
@@ -22,6 +22,9 @@ from jaxsparse.transforms import masks_of
 
 _FILE_BYTES = 1 << 24
 """Up to how much is held until it is written: orbax holds what a file takes."""
+
+_WRITTEN_BYTES = 1 << 24
+"""How much is written at once, but at least one array: orbax packs it in a copy."""
 
 
 class Restored(NamedTuple):
@@ -125,7 +128,11 @@ def save(
     if masks is not None:
         # Of arrays, and of the Python numbers that a stamp keeps.
         shape_of = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.bool_)
-        patterns.check_masks(leaves["masks"], jax.tree.map(shape_of, leaves["params"]))
+        plain = lambda x: x.stand_in() if isinstance(x, _bits.Packed) else x
+        patterns.check_masks(
+            jax.tree.map(plain, leaves["masks"]),
+            jax.tree.map(shape_of, leaves["params"]),
+        )
     encode = lambda item, name, x: _leaves.encode(shown(f"{item} {name}"), x)
     encoded = _leaves.map_items(encode, leaves)
     _stamp.check_extra(extra)
@@ -143,8 +150,8 @@ def save(
     with _lock.SAVING:
         by_the_first(lambda: _steps.open_for_writing(directory), "save")
         path = _steps.path_to_write(directory, step)
-        with _whole_or_nothing(path), _reading.checkpointer() as checkpointer:
-            checkpointer.save(
+        with _whole_or_nothing(path), _writer(arrays) as writer:
+            writer.save(
                 path,
                 args=ocp.args.Composite(
                     **{_files.STAMP: ocp.args.JsonSave(stamp)},
@@ -263,6 +270,20 @@ def restore(
         masks=fill(params, "masks") if "masks" in read else _masks_in(opt_state),
         extra=stamp["extra"],
     )
+
+
+def _writer(arrays: _leaves.Items) -> ocp.Checkpointer:
+    """Orbax, with few arrays in flight: else it packs all of them at once."""
+
+    def handler(named: dict[str, Any]) -> ocp.PyTreeCheckpointHandler:
+        most = max([_WRITTEN_BYTES, *(x.nbytes for x in named.values())])
+        # It waits until more is free than an array takes.
+        limited = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=most + 1)
+        return ocp.PyTreeCheckpointHandler(handler_impl=limited)
+
+    handlers: dict[str, Any] = {i: handler(named) for i, named in arrays.items()}
+    handlers[_files.STAMP] = ocp.JsonCheckpointHandler()
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ import orbax.checkpoint as ocp
 
 from jaxsparse import _bits
 from jaxsparse._checksums import checksums
+from jaxsparse._host import give_back_memory
 from jaxsparse._parts import parts_of
 from jaxsparse._text import shown
 from jaxsparse.checkpoint import _leaves, _types
 from jaxsparse.checkpoint._files import STAMP, Damaged
 from jaxsparse.checkpoint._leaves import Items
 
-_LEAST = 1 << 26  # bytes; what is smaller is not worth a reading of its own
+_LEAST = 1 << 24  # bytes; what is smaller is not worth a reading of its own
 
 
 def checkpointer() -> ocp.Checkpointer:
@@ -52,6 +53,9 @@ def read(
         read_now = _read_part(path, stamp, part, alone=alone, partial=len(parts) > 1)
         for item, named in read_now.items():
             leaves[item] |= named
+        del read_now
+        if len(parts) > 1:
+            give_back_memory()
     return leaves
 
 

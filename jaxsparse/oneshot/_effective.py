@@ -4,21 +4,21 @@ With `E = S * W` entry by entry, and `S` not dependent on `W`, a zero of `E` is 
 `W`. What the solver makes of `E` is divided by `S` again.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsparse import solvers
 from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array
+from jaxsparse.linalg.chunks import is_spread
+from jaxsparse.linalg.energy import energy
 from jaxsparse.oneshot._segments import Segments
+from jaxsparse.oneshot._unseen import over_places
 from jaxsparse.tracing import Kernel
 from jaxsparse.tracing.changes import check_solvable
-from jaxsparse.tree import MatrixView, to_matrices
 
 
 class NoScale(ValueError):
@@ -115,13 +115,6 @@ def _joined(a: Array, b: Array) -> Array | None:
     return jnp.where(a != 0, a, b)
 
 
-@functools.partial(jax.jit, static_argnames="view")
-def matrices_at(w: Array, places: np.ndarray, view: MatrixView) -> Array:
-    """Some of a kernel's matrices."""
-    matrices = to_matrices(w, view)
-    return matrices.reshape(-1, *matrices.shape[-2:])[places]
-
-
 @jax.jit
 def scaled(matrices: Array, scale: Array) -> Array:
     """The weights that act."""
@@ -152,4 +145,6 @@ def unscaled(
 
 def energies(matrices: Array, gram: Array) -> Array:
     """`tr(W G W^T)` of each matrix `[p, d_out, d_in]`, whatever of it is sharded."""
-    return jnp.sum((matrices @ gram) * matrices, axis=(1, 2))
+    if is_spread(matrices, gram):
+        return jnp.sum((matrices @ gram) * matrices, axis=(1, 2))
+    return over_places(lambda w, gram: energy(w.T, gram), matrices, gram)

@@ -1,16 +1,13 @@
 """`layerwise`: each layer is solved with the inputs that the pruned ones give."""
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxsparse import _checks, patterns, solvers
-from jaxsparse._host import on_host
+from jaxsparse._host import give_back_memory
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration import InputStats
 from jaxsparse.calibration.first_nan import check_params
@@ -18,34 +15,30 @@ from jaxsparse.calibration.selection import selected_kernels
 from jaxsparse.curvature import factor_gram
 from jaxsparse.oneshot._before import check_takes_mask, masks_before
 from jaxsparse.oneshot._effective import (
-    energies,
-    matrices_at,
-    scaled,
-    unscaled,
     unsolvable,
 )
 from jaxsparse.oneshot._fingerprint import fingerprint
-from jaxsparse.oneshot._pass import Pass, solvable_pass
-from jaxsparse.oneshot._progress import RunState, Solution, put, result_of
-from jaxsparse.oneshot._results import LayerInfo, Layerwise
+from jaxsparse.oneshot._pass import solvable_pass
+from jaxsparse.oneshot._progress import RunState, result_of
+from jaxsparse.oneshot._results import Layerwise
 from jaxsparse.oneshot._resume import load_state, save_state
-from jaxsparse.oneshot._stages import Bundle, Unit
+from jaxsparse.oneshot._solve import How, Solver, solve_bundle
 from jaxsparse.oneshot._unseen import (
-    nan_at,
-    never_seen,
     over_places,
-    warn_unseen,
-    without_data,
 )
 from jaxsparse.patterns.nm import check_removable
 from jaxsparse.tracing import Kernel, trace
 from jaxsparse.tree import is_rules, leaves_with_paths, like, matching
 
-Solver = Callable[..., solvers.Solved]
-
-
 # `sparsegpt`'s own default, once for all kernels that share a gram matrix.
 _factored = functools.partial(factor_gram, rel_damping=0.01)
+
+_LARGE = 1 << 22  # bytes of kernels, from which on freed memory is worth a call
+
+
+def _root(gram: Array) -> Any:
+    factor: Any = _factored(gram)
+    return factor._replace(gram=None)
 
 
 def layerwise(
@@ -180,13 +173,10 @@ def layerwise(
     check_params(traced.paths, jax.tree.leaves(params), kernels)
     if share is None and solver is solvers.sparsegpt and gram:
         share = _factored
-    options: Any = {"solver": solver, "pattern": pattern, "dense": unseen == "dense"}
     before = {}
     if masks is not None:
         before = masks_before(masks, params, kernels, wanted, pattern)
-    solve = functools.partial(
-        _solve_bundle, kernels=kernels, wanted=wanted, before=before, **options
-    )
+    how = How(kernels, wanted, before, solver, pattern, dense=unseen == "dense")
     left_out = left_dense if where is None else None  # an error where it is named
     options = {"gram": gram, "host": host, "weight": weight}
     walk = solvable_pass(traced, kernels, params, data, left_out, **options)
@@ -215,18 +205,29 @@ def layerwise(
     for index, stage in enumerate(bar):
         if index >= state.stage:
             found = walk.statistics(stage) if dense is None else dense[index]
-            for bundle, stats in zip(stage.bundles, found, strict=True):
-                new = solve(bundle, walk, stats, _evidence(stats, share, gram))
-                for path, part in new:
-                    put(state, walk.leaves, path, part, kernels[path])
-                    error = report.mean_of_known(part.info.relative_error)
+            for bundle in stage.bundles:
+                stats = found.pop(0)
+                evidence = _evidence(stats, share, gram)
+                for path, info in solve_bundle(
+                    bundle, walk, stats, evidence, state, how
+                ):
+                    error = report.mean_of_known(info.relative_error)
                     bar.say(f"{path}: relative error {error:.2e}")
+                del stats, evidence
+            units = [unit.path for bundle in stage.bundles for unit in bundle.units]
+            large = sum(walk.leaves[path].nbytes for path in units) >= _LARGE
+            if large:
+                give_back_memory()
             state = state._replace(stage=index + 1, leaves=dict(walk.leaves))
             if directory is not None:
                 save_state(directory, state, traced)
+                if large:
+                    give_back_memory()
         if dense is None:
             walk.advance(index)
+    del walk
     result = result_of(state, params, masks, traced, kernels, left_dense)
+    give_back_memory()
     if bar.shown:
         print(report.layer_table(result.info, left_dense=result.left_dense))
     return result
@@ -276,101 +277,11 @@ def _evidence(stats: InputStats, share: Any, gram: bool) -> Any:
     assert stats.gram is not None, "asked for"
     if share is None:
         return stats.gram
+    if share is _factored:  # the same gram matrix, and no copy of it
+        return _shared(stats.gram, _root)._replace(gram=stats.gram)
     return _shared(stats.gram, share)
 
 
 @functools.partial(jax.jit, static_argnames="share")
 def _shared(gram: Array, share: Callable[[Array], Any]) -> Any:
     return over_places(share, gram)
-
-
-def _solve_bundle(
-    bundle: Bundle,
-    walk: Pass,
-    stats: InputStats,
-    evidence: Any,
-    *,
-    kernels: Mapping[str, Kernel],
-    wanted: Mapping[str, float | None],
-    before: Mapping[str, Array],
-    solver: Solver,
-    pattern: patterns.Pattern,
-    dense: bool,
-) -> list[tuple[str, Solution]]:
-    """Solves the kernels of a bundle."""
-    found = []
-    blind = on_host(never_seen(stats.square))
-    for unit in bundle.units:
-        view = kernels[unit.path].view
-        stored = matrices = matrices_at(walk.leaves[unit.path], unit.places, view)
-        scale = walk.scales.get(unit.path)
-        if scale is not None:
-            scale = matrices_at(scale, unit.places, view)
-            matrices = scaled(stored, scale)
-        gone = before.get(unit.path)
-        if gone is not None:
-            gone = matrices_at(gone, unit.places, view)
-        jax.block_until_ready((matrices, evidence))
-        begin = time.perf_counter()
-        given = (matrices, gone, evidence, wanted[unit.path])
-        solved, masked, kept = _solve_places(*given, stats.gram, solver, pattern)
-        solved = jax.block_until_ready(solved)
-        seconds = time.perf_counter() - begin
-        _check(unit, solved, stats)
-        if blind.any():
-            warn_unseen(unit, blind, stats, dense)
-            asked = None if dense else wanted[unit.path]
-            found_so = (matrices, gone, blind, solved)
-            solved, kept = without_data(*found_so, asked, pattern, dense)
-        if scale is not None:
-            solved = unscaled(stored, scale, solved, stats.gram)
-        info = LayerInfo(
-            error=nan_at(blind, solved.info.error),
-            relative_error=nan_at(blind, solved.info.relative_error),
-            masked_error=nan_at(blind, masked),
-            damping=on_host(solved.info.damping),
-            dead=on_host(solved.info.dead),
-            rows=on_host(stats.count),
-            sparsity=1 - on_host(kept),
-            seconds=seconds,
-        )
-        entry = Solution(solved.w, solved.mask, unit.places, info)
-        found.append((unit.path, entry))
-    return found
-
-
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def _solve_places(matrices, before, evidence, sparsity, gram, solver, pattern):
-    def one(w: Array, mask: Array | None, evidence: Any) -> solvers.Solved:
-        told = {} if mask is None else {"mask": mask}
-        solved = solver(w, evidence, sparsity, pattern=pattern, **told)
-        if not isinstance(solved, solvers.Solved):
-            raise TypeError(
-                "solver must return js.solvers.Solved(w, mask, info), got "
-                f"{_checks.shown(solved)}."
-            )
-        return solved
-
-    solved = over_places(one, matrices, before, evidence)
-    kept = jnp.mean(solved.mask.astype(jnp.float32), axis=(1, 2))
-    if gram is None:
-        return solved, solved.info.relative_error, kept
-    lost = jnp.where(solved.mask, 0, matrices.astype(gram.dtype))
-    whole = energies(matrices.astype(gram.dtype), gram)
-    return solved, energies(lost, gram) / jnp.where(whole > 0, whole, 1), kept
-
-
-def _check(unit: Unit, solved: solvers.Solved, stats: InputStats) -> None:
-    failed = np.flatnonzero(on_host(solved.info.failed))
-    if len(failed):
-        at = "" if not unit.places.any() else f" (batch index {unit.places[failed[0]]})"
-        diagonal = on_host(stats.square)[failed[0]]
-        rows = float(on_host(stats.count)[failed[0]])
-        damping = float(on_host(solved.info.damping)[failed[0]])
-        raise ValueError(
-            f"{unit.path}{at}: its gram matrix is not positive definite, from "
-            f"{rows:.0f} rows of {diagonal.size} inputs, diagonal {diagonal.min():.3g} "
-            f"to {diagonal.max():.3g}, damping {damping:.3g}. More rows help, or a "
-            "larger rel_damping: solver=functools.partial(js.solvers.sparsegpt, "
-            "rel_damping=0.1)."
-        )

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsparse._bits import Packed
 from jaxsparse._host import on_host
 from jaxsparse.oneshot._fingerprint import differences
 from jaxsparse.oneshot._progress import RunState
@@ -65,7 +66,7 @@ def load_state(directory: Any, state: RunState, trace: Trace, stages: Any) -> Ru
     leaves = dict(zip(trace.paths, jax.tree.leaves(restored.params), strict=True))
     every = dict(zip(trace.paths, jax.tree.leaves(restored.masks), strict=True))
     # In one order in all processes, which gather them together.
-    masks = {path: on_host(every[path]) for path in solved}
+    masks = {path: Packed.of(on_host(every[path])) for path in solved}
     try:
         layers = {path: _layer(said) for path, said in info.items()}
         if layers.keys() != masks.keys():

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from jaxsparse import patterns
 from jaxsparse._typing import Array
+from jaxsparse.linalg.energy import energy
 from jaxsparse.linalg.gram import GramFactor
 from jaxsparse.solvers import _arguments, _solved
 from jaxsparse.solvers._solved import Solved
@@ -117,6 +118,6 @@ def _choose(w, gram, sparsity, before, *, pattern, inputs) -> Solved:
     none = jnp.zeros((), whole.dtype)
     failed = jnp.zeros((), bool)
     wide = w.astype(whole.dtype)
-    error = _solved.energy((kept.astype(whole.dtype) - wide).T, whole)
+    error = energy((kept.astype(whole.dtype) - wide).T, whole)
     info = _solved.solve_info(wide.T, whole, error=error, damping=none, failed=failed)
     return Solved(kept, mask, info)

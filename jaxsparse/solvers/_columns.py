@@ -1,6 +1,8 @@
 """SparseGPT: one column after another, each error passed on to those that follow."""
 
 import functools
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ from jaxsparse import _checks, patterns
 from jaxsparse._dtypes import count_dtype
 from jaxsparse._typing import Array
 from jaxsparse.linalg.chunks import in_parts
+from jaxsparse.linalg.energy import product_before
 from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.gram import GramFactor
 from jaxsparse.ranking.threshold import ordered_keys, top_k_masks
@@ -196,58 +199,85 @@ def _counts(
     kinds is taken from the blocks in proportion to how many are there; but of dead
     inputs, if not all go, the smallest weights, wherever they are.
     """
-    kept = jnp.ones(x.shape, bool) if before is None else before
-    unused = kept & dead[:, None]
-    kinds = [
-        _per_block(flags, size, by_row) for flags in (~kept, unused, kept & ~unused)
-    ]
-    gone, of_dead, of_live = kinds
+    cut = lambda a, start, n: lax.dynamic_slice_in_dim(a, start, n, 0)
+
+    def kept(start: Any, n: int) -> Array:
+        if before is None:
+            return jnp.ones((n, x.shape[1]), bool)
+        return cut(before, start, n)
+
+    unused = lambda *at: kept(*at) & cut(dead, *at)[:, None]
+    count = lambda flags: _per_block(flags, x.shape, size, by_row)
+    gone = count(lambda *at: ~kept(*at))
+    of_dead = count(unused)
+    of_live = count(lambda *at: kept(*at) & ~unused(*at))
     every = lambda counts: jnp.sum(counts, axis=0, dtype=counts.dtype)
     left = jnp.maximum(removed - every(gone), 0)
     first = jnp.minimum(left, every(of_dead))
 
+    def keys(*at: Any) -> Array:
+        found = ordered_keys(jnp.abs(cut(x, *at)))
+        return jnp.where(unused(*at), found, jnp.zeros_like(found))
+
     def smallest(_: None) -> Array:
-        keys = ordered_keys(jnp.abs(x))
-        keys = jnp.where(unused, keys, jnp.zeros_like(keys))
         stays = every(of_dead) - first
-        return of_dead - _largest(keys, stays, size, by_row)
+        return of_dead - _largest(keys, x.shape, stays, size, by_row)
 
     some = jnp.any(first < every(of_dead))
     dead_gone = lax.cond(some, smallest, lambda _: of_dead, None)
     return gone + dead_gone + _share(left - first, of_live)
 
 
-def _largest(keys: Array, stays: Array, size: int, by_row: bool) -> Array:
+def _largest(
+    keys: Callable[[Any, int], Array],
+    shape: tuple[int, ...],
+    stays: Array,
+    size: int,
+    by_row: bool,
+) -> Array:
     """How many of the `stays` largest keys, which are not 0, each block has.
 
     The threshold is found bit by bit. Of what equals it the first blocks have most.
     """
-    count = lambda flags: _per_block(flags, size, by_row)
-    every = lambda flags: jnp.sum(count(flags), axis=0, dtype=stays.dtype)
-    bits = 8 * keys.dtype.itemsize
+
+    def count(choose: Any, cut: Array) -> Array:
+        return _per_block(lambda *at: choose(keys(*at), cut[None]), shape, size, by_row)
+
+    every = lambda *args: jnp.sum(count(*args), axis=0, dtype=stays.dtype)
+    dtype = jax.eval_shape(lambda: keys(0, 1)).dtype
+    bits = 8 * dtype.itemsize
 
     def turn(i: Any, cut: Array) -> Array:
-        bit = jnp.ones((), keys.dtype) << (bits - 1 - i).astype(keys.dtype)
-        return jnp.where(every(keys >= (cut | bit)[None]) >= stays, cut | bit, cut)
+        bit = jnp.ones((), dtype) << (bits - 1 - i).astype(dtype)
+        return jnp.where(every(operator.ge, cut | bit) >= stays, cut | bit, cut)
 
-    start = jnp.zeros(stays.shape, keys.dtype)
+    start = jnp.zeros(stays.shape, dtype)
     cut = lax.fori_loop(jnp.int32(0), jnp.int32(bits), turn, start)
-    above, tied = count(keys > cut[None]), count(keys == cut[None])
+    above, tied = count(operator.gt, cut), count(operator.eq, cut)
     left = stays - jnp.sum(above, axis=0, dtype=stays.dtype)
     earlier = jnp.cumsum(tied, axis=0, dtype=tied.dtype) - tied
     return above + jnp.clip(left[None] - earlier, jnp.zeros_like(tied), tied)
 
 
-def _per_block(flags: Array, size: int, by_row: bool) -> Array:
-    d_in, d_out = flags.shape
+def _per_block(
+    flags: Callable[[Any, int], Array], shape: tuple[int, ...], size: int, by_row: bool
+) -> Array:
+    """How many flags of each block are set; `flags(start, n)` are those of n columns.
+
+    Block by block: a sum of all at once has the flags as integers in memory.
+    """
+    d_in, d_out = shape
     dtype = count_dtype(d_in * d_out)
-    counts = flags.astype(dtype)
-    if not by_row:
-        counts = jnp.sum(counts, axis=1, keepdims=True, dtype=dtype)
-    blocks = -(-d_in // size)
-    counts = jnp.pad(counts, [(0, blocks * size - d_in), (0, 0)])
-    counts = counts.reshape(blocks, size, counts.shape[1])
-    return jnp.sum(counts, axis=1, dtype=dtype)
+    counts = jnp.zeros((-(-d_in // size), d_out if by_row else 1), dtype)
+
+    def add(start: Any, n: int, counts: Array) -> Array:
+        own = flags(start, n).astype(dtype)
+        axes = 0 if by_row else (0, 1)
+        own = jnp.sum(own, axis=axes, dtype=dtype).reshape(1, -1)
+        at = jnp.asarray(start, jnp.int32) // size
+        return lax.dynamic_update_slice_in_dim(counts, own, at, 0)
+
+    return in_parts(d_in, size, add, counts)
 
 
 def _share(total: Array, room: Array) -> Array:
@@ -281,7 +311,7 @@ def _block(
     corner = lax.dynamic_slice(problem.root, (start, start), (size, size))
     eye = jnp.eye(size, dtype=corner.dtype)
     lower = lax.linalg.triangular_solve(corner.T, eye, left_side=True, lower=True)
-    passed = _solved.product_before(problem.root, swept.change, start, size, size)
+    passed = product_before(problem.root, swept.change, start, size, size)
     own = cut(problem.x)
     now = own + matmul(lower, passed)
     before = None if problem.before is None else cut(problem.before)

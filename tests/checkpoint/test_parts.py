@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import jaxsparse as js
-from jaxsparse import _parts
-from jaxsparse.checkpoint import _reading
+from jaxsparse import _bits, _parts
+from jaxsparse.checkpoint import _files, _orbax, _reading
 
 PARAMS = {
     "a": jnp.arange(24.0).reshape(4, 6),
@@ -70,3 +70,25 @@ def test_what_is_damaged_in_a_later_part_is_named(directory, monkeypatch):
     monkeypatch.setattr(_reading, "checksums_of", flipped)
     with pytest.raises(ValueError, match="params b/kernel is not what was saved"):
         js.checkpoint.restore(directory, params=PARAMS)
+
+
+def test_masks_as_bits_are_written_as_bools_are(tmp_path):
+    masks = {"a": np.arange(30).reshape(5, 6) % 3 > 0, "b": np.ones((2, 0), bool)}
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), masks)
+    packed = jax.tree.map(_bits.Packed.of, masks)
+    stamps = []
+    for name, tree in (("bools", masks), ("bits", packed)):
+        path = js.checkpoint.save(tmp_path / name, step=1, params=params, masks=tree)
+        stamps.append(_files.read_stamp(path))
+        found = js.checkpoint.restore(tmp_path / name, params=params).masks
+        jax.tree.map(np.testing.assert_array_equal, found, masks)
+    assert stamps[0]["leaves"] == stamps[1]["leaves"]
+    assert stamps[0]["checksums"] == stamps[1]["checksums"]
+
+
+def test_an_array_larger_than_what_is_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(_orbax, "_WRITTEN_BYTES", 1)
+    params = {"small": jnp.ones(3), "large": jnp.arange(40.0)}
+    js.checkpoint.save(tmp_path, step=1, params=params)
+    found = js.checkpoint.restore(tmp_path, params=params).params
+    jax.tree.map(np.testing.assert_array_equal, found, params)

@@ -339,7 +339,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch)
     def solved_again(*_, **__):
         raise AssertionError("it was done")
 
-    monkeypatch.setattr(_layerwise, "_solve_bundle", solved_again)
+    monkeypatch.setattr(_layerwise, "solve_bundle", solved_again)
     jax.tree.map(
         np.testing.assert_array_equal, run(directory=tmp_path).params, whole.params
     )

@@ -10,6 +10,7 @@ import pytest
 
 import jaxsparse as js
 from jaxsparse import _parts
+from jaxsparse.oneshot import _places
 
 
 def params() -> dict:
@@ -84,3 +85,33 @@ def test_looking_for_nan_makes_no_array_of_integers():
     )
     scratch = found.compile().memory_analysis().temp_size_in_bytes
     assert scratch <= 1.1 * 2**20
+
+
+def test_one_layer_of_a_stack_is_put_back_without_a_copy():
+    axes = js.Axes(input=(1,), output=(2,), batch=(0,))
+    view = js.tree.matrix_view((6, 32, 16), axes)
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    given = shape(6, 32, 16), np.array([4]), shape(1, 16, 32)
+    used = _places.replaced_in_place.lower(*given, view).compile().memory_analysis()
+    one = 4 * 32 * 16
+    assert used.alias_size_in_bytes == 6 * one
+    assert used.temp_size_in_bytes <= one
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3), (4, 3, 5), (2, 2, 5, 3), (5, 4, 3)])
+def test_some_matrices_are_taken_and_put_back(shape):
+    batch = (1,) if shape[0] == 5 else tuple(range(len(shape) - 2))
+    rest = [a for a in range(len(shape)) if a not in batch]
+    view = js.tree.matrix_view(
+        shape, js.Axes(input=(rest[0],), output=(rest[1],), batch=batch)
+    )
+    w = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    whole = js.tree.to_matrices(w, view).reshape(4, view.d_out, view.d_in)
+    for places in (np.array([2]), np.array([3, 0])):
+        some = _places.matrices_at(jnp.asarray(w), places, view)
+        np.testing.assert_array_equal(some, whole[places])
+        new = np.array(whole)
+        new[places] = -new[places]
+        back = _places.replaced(jnp.asarray(w), places, -some, view)
+        new = new.reshape(*view.batch, view.d_out, view.d_in)
+        np.testing.assert_array_equal(back, js.tree.from_matrices(new, view))

@@ -148,7 +148,7 @@ def unsolved(monkeypatch):
     def solved(*_, **__):
         raise AssertionError("this was done before, or is refused")
 
-    monkeypatch.setattr(_layerwise, "_solve_bundle", solved)
+    monkeypatch.setattr(_layerwise, "solve_bundle", solved)
 
 
 @pytest.mark.usefixtures("unsolved")

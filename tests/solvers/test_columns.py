@@ -218,3 +218,16 @@ def test_dampings_that_contradict():
         sparsegpt(w, factor, 0.5, damping=1.0)
     with pytest.raises(ValueError, match="takes one of damping"):
         js.curvature.factor_gram(gram)
+
+
+@pytest.mark.parametrize("pattern", [js.Unstructured(), js.Unstructured("output")])
+def test_a_solve_holds_the_layer_its_change_and_the_mask(pattern):
+    n = 1024
+    square = jax.ShapeDtypeStruct((n, n), jnp.float32)
+    solve = jax.jit(functools.partial(sparsegpt, pattern=pattern))
+    factor = jax.eval_shape(
+        functools.partial(js.curvature.factor_gram, damping=1.0), square
+    )
+    used = solve.lower(square, factor, 0.5).compile().memory_analysis()
+    # In matrices of float32: two, a quarter, and what a block needs.
+    assert used.temp_size_in_bytes < 2.6 * 4 * n * n
