@@ -16,6 +16,7 @@ __all__ = [
     "InputStats",
     "RunningStats",
     "Statistics",
+    "batch_statistics",
     "finalize",
     "gradient_norms",
     "init",

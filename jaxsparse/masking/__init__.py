@@ -16,3 +16,22 @@ from jaxsparse.masking._scores import init_scores as init_scores
 from jaxsparse.masking._scores import masked_by_scores as masked_by_scores
 from jaxsparse.masking._scores import soft_threshold as soft_threshold
 from jaxsparse.masking._straight_through import straight_through as straight_through
+
+__all__ = [
+    "Adapter",
+    "LowRank",
+    "adapter_importance",
+    "bip",
+    "cram",
+    "init_adapters",
+    "init_low_rank",
+    "init_mask_logits",
+    "init_scores",
+    "masked_by_logits",
+    "masked_by_low_rank",
+    "masked_by_scores",
+    "masks_of_logits",
+    "soft_threshold",
+    "straight_through",
+    "with_adapters",
+]

@@ -10,7 +10,9 @@ from jaxsparse.recipes._recipe import Recipe as Recipe
 
 __all__ = [
     "Recipe",
+    "Ticket",
     "gmp",
+    "lottery_tickets",
     "obert_downstream",
     "obert_upstream",
     "one_shot",

@@ -28,22 +28,30 @@ from jaxsparse.transforms._windowed_obs import GradientWindow as GradientWindow
 from jaxsparse.transforms._windowed_obs import windowed_obs as windowed_obs
 
 __all__ = [
+    "DropAndGrowState",
     "GradientSums",
     "GradientWindow",
     "PruneSchedule",
     "PruneScheduleState",
     "ScaleByMFacState",
+    "acdc",
     "apply_updates",
     "assert_sparse",
+    "drop_and_grow",
     "enforce",
+    "explored",
     "find_states",
     "init_sparse",
     "keep_sparse",
     "masks_of",
     "mfac",
     "prune_schedule",
+    "rigl",
     "scale_by_mfac",
-    "straight_through",
+    "set_",
+    "snfs",
+    "soft_shrink",
+    "static",
     "windowed_obs",
 ]
 
