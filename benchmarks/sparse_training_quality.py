@@ -157,6 +157,33 @@ def masks_of_methods(sparsity: float, steps: int, seed: int) -> dict[str, Callab
         return train(start, wrapped, steps, seed)[0]
 
     def straight_through() -> dict:
+        """Masks are chosen every ten steps: anew in each they fall apart at 98 %."""
+        choose = lambda params: js.patterns.masks(
+            js.scores.magnitude(params), sparsity, pattern=EVERYWHERE
+        )
+        masked = lambda params, x, y, masks: loss_fn(
+            js.straight_through(params, masks=masks), x, y
+        )
+
+        def ten(carry, keys):
+            masks = choose(carry[0])
+
+            def step(carry, key):
+                params, state = carry
+                rows = jax.random.randint(key, (BATCH,), 0, len(data()["x"]))
+                batch = data()["x"][rows], data()["y"][rows]
+                grads = jax.grad(masked)(params, *batch, masks)
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, carry, keys)[0], None
+
+        keys = jax.random.split(jax.random.key(1_000 + seed), (steps // 10, 10))
+        run = jax.jit(lambda carry: jax.lax.scan(ten, carry, keys)[0])
+        trained, _ = run((params, tx.init(params)))
+        return js.patterns.apply(trained, choose(trained))
+
+    def anew() -> dict:
         prune = functools.partial(
             js.straight_through, sparsity=sparsity, pattern=EVERYWHERE
         )
@@ -166,6 +193,7 @@ def masks_of_methods(sparsity: float, steps: int, seed: int) -> dict[str, Callab
 
     return {
         "straight-through": straight_through,
+        "straight-through, masks in each step": anew,
         "GMP": lambda: sparse(gradual),
         "RigL": lambda: sparse(transforms.rigl(erk, **moving), skip_updates=True),
         "SNFS": lambda: sparse(transforms.snfs(erk, **moving), skip_updates=True),

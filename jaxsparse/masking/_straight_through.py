@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxsparse import _calls, _checks, patterns, scores
 from jaxsparse._typing import Array, PyTree, Sparsity, Tree, Where
-from jaxsparse.tree import AxesRule
+from jaxsparse.tree import AxesRule, like
 
 
 def straight_through(
@@ -22,6 +22,7 @@ def straight_through(
     axes: AxesRule = None,
     min_keep: int = 1,
     axis_name: patterns.AxisName | None = None,
+    masks: PyTree = None,
     decay: float = 0.0,
 ) -> Tree:
     """Return the pruned parameters, with the derivative of the identity.
@@ -51,6 +52,9 @@ def straight_through(
       axes: as for `jaxsparse.patterns.masks`.
       min_keep: how many units each group and each layer keeps at least, as there.
       axis_name: of shards under `shard_map`, as there.
+      masks: masks to take, in place of all arguments that choose them: chosen every few
+        steps they do not flicker, which at high sparsities and learning rates keeps
+        the training from falling apart.
       decay: what pulls pruned weights to 0, per unit of the loss's gradient. With it
         the result has derivatives in reverse mode alone.
 
@@ -58,7 +62,8 @@ def straight_through(
       Parameters of the same structure, exactly 0 where pruned.
 
     Raises:
-      ValueError: what `jaxsparse.patterns.masks` raises.
+      ValueError: both a sparsity and masks, masks of another model, and what
+        `jaxsparse.patterns.masks` raises.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -69,19 +74,28 @@ def straight_through(
     _checks.check_score(score)
     _checks.check_arrays(params=params)
     _checks.check_pattern(patterns.Pattern, pattern)
-    frozen = lax.stop_gradient(params)
-    scored = _calls.ask(score, frozen, sparsity=sparsity)
-    _checks.check_like(frozen, scores=scored)
-    masks = patterns.masks(
-        scored,
-        sparsity,
-        pattern=pattern,
-        where=where,
-        axes=axes,
-        min_keep=min_keep,
-        axis_name=axis_name,
-    )
     _checks.check_number(least=0, decay=decay)
+    if masks is None:
+        frozen = lax.stop_gradient(params)
+        scored = _calls.ask(score, frozen, sparsity=sparsity)
+        _checks.check_like(frozen, scores=scored)
+        masks = patterns.masks(
+            scored,
+            sparsity,
+            pattern=pattern,
+            where=where,
+            axes=axes,
+            min_keep=min_keep,
+            axis_name=axis_name,
+        )
+    elif sparsity is not None:
+        raise ValueError(
+            "straight_through takes a sparsity, by which it chooses masks, or `masks`; "
+            "got both."
+        )
+    else:
+        masks = like(masks, params, name="masks")
+        patterns.check_masks(masks, params)
     if decay:
         return jax.tree.map(lambda w, mask: _decayed(w, mask, decay), params, masks)
     return jax.tree.map(_mask_forward, params, masks)

@@ -7,6 +7,8 @@ from transforms import problems
 
 import jaxsparse as js
 
+KEY = jax.random.key(0)
+
 
 def test_forward_is_pruned_and_backward_is_the_identity():
     params = problems.params()
@@ -51,3 +53,18 @@ def test_patterns_and_a_traced_sparsity(pattern):
     np.testing.assert_array_equal(
         tangent["dense_0"]["kernel"], params["dense_0"]["kernel"]
     )
+
+
+def test_given_masks_are_taken():
+    params = problems.params()
+    masks = js.prune(params, 0.5, score=lambda p: js.scores.random(p, key=KEY)).masks
+    f = lambda p: js.straight_through(p, masks=masks)
+    out, back = jax.vjp(f, params)
+    expected = js.patterns.apply(params, masks)
+    for got, w in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(got, w)
+    (along,) = back(params)
+    for got, w in zip(jax.tree.leaves(along), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(got, w)
+    with pytest.raises(ValueError, match="got both"):
+        js.straight_through(params, 0.5, masks=masks)

@@ -119,7 +119,7 @@ def test_static_masks_are_random_and_stay():
         (js.Unstructured("output"), lambda m: m.sum(0) == 12),
         (js.Unstructured("global"), lambda m: m.sum() == 240),
     ],
-    ids=str,
+    ids=["2:4", "tiles", "channels", "outputs", "global"],
 )
 def test_patterns_keep_their_structure_while_masks_move(pattern, units):
     method = transforms.rigl(0.5, every=1, key=KEY, pattern=pattern, track=True)
