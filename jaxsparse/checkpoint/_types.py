@@ -17,8 +17,8 @@ _OF_NUMPY: tuple[Any, ...] = (
 _OF_ML_DTYPES = (
     *("bfloat16", "bcomplex32", "complex32"),
     *("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn"),
-    *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
-    *("float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn"),
+    *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e5m3fnu"),
+    *("float8_e8m0fnu", "float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn"),
     *("int1", "int2", "int4", "uint1", "uint2", "uint4"),
 )
 
