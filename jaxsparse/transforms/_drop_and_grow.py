@@ -1,5 +1,6 @@
 """Dynamic sparse training: masks that move while their count stays."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,11 @@ from jaxsparse._typing import Array, Cadence, PyTree, Schedule, Sparsity, Where
 from jaxsparse.patterns.earlier_masks import score_shapes
 from jaxsparse.patterns.selection import choose as choose_masks
 from jaxsparse.schedules.horizon import as_cadence, evaluate
-from jaxsparse.transforms._prune_schedule import PruneSchedule, prune_schedule
+from jaxsparse.transforms._prune_schedule import (
+    PruneSchedule,
+    last_where_gone,
+    prune_schedule,
+)
 from jaxsparse.transforms._sparse_start import first_choice
 from jaxsparse.transforms._state import DropAndGrowState
 from jaxsparse.tree import AxesRule, by_rules, select
@@ -119,7 +124,7 @@ def drop_and_grow(
         if asked is None and within:
             asked = pattern.sparsity
         stay = choose_masks(
-            jax.tree.map(_lowest_where_gone, scored, masks),
+            jax.tree.map(last_where_gone, scored, masks),
             asked,
             pattern=patterns.Unstructured() if within else pattern,
             where=taken,
@@ -132,14 +137,16 @@ def drop_and_grow(
 
     def init(params: PyTree) -> DropAndGrowState:
         state = growing.init(params)
-        return DropAndGrowState(state, _never(params) if track else None)
+        never = lambda w: jnp.zeros_like(w, dtype=bool)
+        return DropAndGrowState(state, jax.tree.map(never, params) if track else None)
 
     def update(grads, state, params, *, masks, step, sparsity):
         given = {"masks": masks, "step": step, "sparsity": sparsity}
         inner = _calls.ask(growing.update, grads, state.grow, params, **given)
         ever = state.ever
         if track:
-            ever = when(jnp.asarray(cadence(step), bool), _either, ever, masks)
+            either = functools.partial(jax.tree.map, jnp.logical_or)
+            ever = when(jnp.asarray(cadence(step), bool), either, ever, masks)
         return DropAndGrowState(inner, ever)
 
     def choose(params, grads, state, *, masks, step, sparsity):
@@ -199,17 +206,5 @@ def _check_drops(fraction: float, kept: list[int], step: int) -> None:
         )
 
 
-def _lowest_where_gone(score: Array, mask: Array) -> Array:
-    return jnp.where(mask, score, -jnp.inf) if jnp.ndim(mask) else score
-
-
 def _highest_where_kept(score: Array, mask: Array) -> Array:
     return jnp.where(mask, jnp.inf, score) if jnp.ndim(mask) else score
-
-
-def _never(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=bool), params)
-
-
-def _either(ever: PyTree, masks: PyTree) -> PyTree:
-    return jax.tree.map(jnp.logical_or, ever, masks)

@@ -294,7 +294,7 @@ def prune_schedule(
                 )
             if scorer.first is not None:
                 scored = ask(scorer.first, (params,), params, masks, 0)
-                scored = jax.tree.map(_last_where_gone, scored, masks)
+                scored = jax.tree.map(last_where_gone, scored, masks)
             else:
                 given = (params, None, score_state)
                 scored = ask(scorer.score, given, params, masks, 0)
@@ -385,7 +385,7 @@ def prune_schedule(
     return PruneSchedule(lambda params: start(params, 0, None), update_fn, start)
 
 
-def _last_where_gone(score: Array, mask: Array) -> Array:
+def last_where_gone(score: Array, mask: Array) -> Array:
     """Scores of which those of exact zeros that are held come last."""
     return jnp.where(mask, score, -jnp.inf) if jnp.ndim(mask) else score
 
