@@ -72,7 +72,8 @@ def soft_shrink(
     def update_fn(updates, state, params=None) -> tuple[Any, Any]:
         _checks.check_has_params(params)
         _checks.check_like(params, updates=updates)
-        moved = jax.tree.map(_add, params, updates)
+        add = lambda w, u: (widen(w) + widen(u)).astype(w.dtype)
+        moved = jax.tree.map(add, params, updates)
         asked, taken = by_rules(params, sparsity, where)
         masks = patterns.masks(
             scores.magnitude(moved),
@@ -91,7 +92,3 @@ def soft_shrink(
         return jnp.where(mask, widen(u), factor * whole - widen(w)).astype(u.dtype)
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
-
-
-def _add(w: Array, u: Array) -> Array:
-    return (widen(w) + widen(u)).astype(w.dtype)
