@@ -240,8 +240,7 @@ def explored(opt_state: PyTree) -> PyTree:
       >>> js.transforms.explored(tx.init({"w": jnp.ones((4, 8))}))
       {'w': Array(0.25, dtype=float32)}
     """
-    found = find_states(unwrap_variables(opt_state))
-    for state in found:
+    for state in find_states(unwrap_variables(opt_state)):
         moving: Any = state.score_state
         if isinstance(moving, DropAndGrowState) and moving.ever is not None:
             return jax.tree.map(_explored, moving.ever, state.masks)
