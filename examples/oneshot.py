@@ -15,7 +15,7 @@ from _mlp import train as scan
 import jaxsparse as js
 
 args = arguments("Prune in one shot.", small="few steps", out="out/oneshot")
-STEPS = 150 if args.small else 1_500
+STEPS = 200 if args.small else 1_500
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 everywhere = js.Unstructured(scope="global")
 adam = optax.adam(optax.cosine_decay_schedule(1e-3, STEPS))
