@@ -14,11 +14,8 @@ from jaxsparse._typing import Array, Cadence, PyTree, Schedule, Sparsity, Where
 from jaxsparse.patterns.earlier_masks import score_shapes
 from jaxsparse.patterns.selection import choose as choose_masks
 from jaxsparse.schedules.horizon import as_cadence, evaluate
-from jaxsparse.transforms._prune_schedule import (
-    PruneSchedule,
-    last_where_gone,
-    prune_schedule,
-)
+from jaxsparse.transforms._first_masks import last_where_gone
+from jaxsparse.transforms._prune_schedule import PruneSchedule, prune_schedule
 from jaxsparse.transforms._sparse_start import first_choice
 from jaxsparse.transforms._state import DropAndGrowState
 from jaxsparse.tree import AxesRule, by_rules, select

@@ -41,3 +41,8 @@ def all_kept(shapes: PyTree, params: PyTree) -> PyTree:
 
 def _ones_like(w: Array) -> Array:
     return jnp.ones_like(w, dtype=bool)
+
+
+def last_where_gone(score: Array, mask: Array) -> Array:
+    """Scores of which those of exact zeros that are held come last."""
+    return jnp.where(mask, score, -jnp.inf) if jnp.ndim(mask) else score

@@ -17,7 +17,7 @@ from jaxsparse.patterns.earlier_masks import score_shapes
 from jaxsparse.patterns.selection import choose as choose_masks
 from jaxsparse.schedules.horizon import as_cadence, check_horizon, evaluate
 from jaxsparse.transforms._enforce import enforce_chain
-from jaxsparse.transforms._first_masks import all_kept, check_masked
+from jaxsparse.transforms._first_masks import all_kept, check_masked, last_where_gone
 from jaxsparse.transforms._leaks import most_leaked, regrew_in
 from jaxsparse.transforms._mfac import forget_pruned
 from jaxsparse.transforms._sparse_start import (
@@ -383,11 +383,6 @@ def prune_schedule(
         return _hide(updates, masks), state
 
     return PruneSchedule(lambda params: start(params, 0, None), update_fn, start)
-
-
-def last_where_gone(score: Array, mask: Array) -> Array:
-    """Scores of which those of exact zeros that are held come last."""
-    return jnp.where(mask, score, -jnp.inf) if jnp.ndim(mask) else score
 
 
 def _hide(grads: PyTree, masks: PyTree) -> PyTree:
