@@ -8,4 +8,5 @@ from jaxsparse._typing import Array
 def with_derivative_of(soft: Array, value: Array) -> Array:
     """`value` to the bit, in the type and with the derivative of `soft`."""
     # The difference of a finite number and itself is 0, and adding it changes nothing.
-    return value.astype(soft.dtype) + (soft - lax.stop_gradient(soft))
+    fixed = lax.stop_gradient(value).astype(soft.dtype)
+    return fixed + (soft - lax.stop_gradient(soft))

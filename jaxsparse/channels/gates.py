@@ -11,11 +11,11 @@ from jaxsparse._dtypes import wide_dtype
 from jaxsparse._host import on_host
 from jaxsparse._typing import Array, PyTree, Tree
 from jaxsparse.channels._score import slices_that_count
-from jaxsparse.channels.scaling import factors_of, map_at
+from jaxsparse.channels.scaling import factors_of
 from jaxsparse.channels.slices import Slices
 from jaxsparse.coupling.drop import Drop, drop_of
 from jaxsparse.coupling.grouping import Group, check_groups
-from jaxsparse.tree import nearest
+from jaxsparse.tree import map_with_path, nearest
 
 
 def scale_channels(
@@ -168,7 +168,9 @@ def gated(
     slices: Mapping[str, Slices], params: Tree, gates: Mapping[str, Array]
 ) -> Tree:
     """The parameters with each channel's slices times its gate."""
-    return map_at(_times, params, factors_of(slices, gates, params))
+    factors = factors_of(slices, gates, params)
+    gate = lambda path, w: _times(w, factors[path]) if path in factors else w
+    return map_with_path(gate, params)
 
 
 @jax.custom_jvp
