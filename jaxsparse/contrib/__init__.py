@@ -17,6 +17,15 @@ from jaxsparse.contrib._heapr import atomic_merge as atomic_merge
 from jaxsparse.contrib._heapr import atomic_scores as atomic_scores
 from jaxsparse.contrib._heapr import atomic_update as atomic_update
 from jaxsparse.contrib._heapr import atomic_update_ragged as atomic_update_ragged
+from jaxsparse.contrib._lapp import init_thresholds as init_thresholds
+from jaxsparse.contrib._lapp import threshold_gates as threshold_gates
+from jaxsparse.contrib._pat import Hybrid as Hybrid
+from jaxsparse.contrib._pat import HybridLoss as HybridLoss
+from jaxsparse.contrib._pat import fold_hybrid as fold_hybrid
+from jaxsparse.contrib._pat import hybrid as hybrid
+from jaxsparse.contrib._pat import hybrid_gate as hybrid_gate
+from jaxsparse.contrib._pat import hybrid_loss as hybrid_loss
+from jaxsparse.contrib._pat import init_hybrid as init_hybrid
 from jaxsparse.contrib._stun import MergedExperts as MergedExperts
 from jaxsparse.contrib._stun import cluster_experts as cluster_experts
 from jaxsparse.contrib._stun import expert_distances as expert_distances
@@ -27,6 +36,8 @@ from jaxsparse.contrib._wgsef import wgsef_prox as wgsef_prox
 __all__ = [
     "AtomicSums",
     "GatePenalty",
+    "Hybrid",
+    "HybridLoss",
     "MergedExperts",
     "Redundancy",
     "als",
@@ -38,8 +49,15 @@ __all__ = [
     "cluster_experts",
     "cric",
     "expert_distances",
+    "fold_hybrid",
     "gate_penalty",
+    "hybrid",
+    "hybrid_gate",
+    "hybrid_loss",
+    "init_hybrid",
+    "init_thresholds",
     "medoids",
     "merge_clusters",
+    "threshold_gates",
     "wgsef_prox",
 ]

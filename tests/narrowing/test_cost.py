@@ -86,9 +86,7 @@ def test_wrong_gates_of_a_share():
     trace = js.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((5, 3)))
     with pytest.raises(ValueError, match="c: gates name it"):
         js.narrowing.flops_share(trace, {"c": jnp.ones(4)})
-    with pytest.raises(
-        ValueError, match=r"gates of shape \(3,\) for a group"
-    ):
+    with pytest.raises(ValueError, match=r"gates of shape \(3,\) for a group"):
         js.narrowing.flops_share(trace, {"a[1]": jnp.ones(3)})
     nothing = js.trace(lambda p, x: x + p["a"], {"a": jnp.ones(3)}, jnp.ones(3))
     with pytest.raises(ValueError, match="contracts no parameters"):
