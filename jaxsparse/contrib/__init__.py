@@ -6,6 +6,10 @@ others. It moves up when another method builds on it, or when a second paper or 
 published result confirms it; what nobody uses goes, with a release of notice.
 """
 
+from jaxsparse.contrib._activate import DeadNeurons as DeadNeurons
+from jaxsparse.contrib._activate import activate as activate
+from jaxsparse.contrib._activate import activation_gains as activation_gains
+from jaxsparse.contrib._activate import dead_neurons as dead_neurons
 from jaxsparse.contrib._als import als as als
 from jaxsparse.contrib._cric import Redundancy as Redundancy
 from jaxsparse.contrib._cric import cric as cric
@@ -35,11 +39,14 @@ from jaxsparse.contrib._wgsef import wgsef_prox as wgsef_prox
 
 __all__ = [
     "AtomicSums",
+    "DeadNeurons",
     "GatePenalty",
     "Hybrid",
     "HybridLoss",
     "MergedExperts",
     "Redundancy",
+    "activate",
+    "activation_gains",
     "als",
     "atomic_init",
     "atomic_merge",
@@ -48,6 +55,7 @@ __all__ = [
     "atomic_update_ragged",
     "cluster_experts",
     "cric",
+    "dead_neurons",
     "expert_distances",
     "fold_hybrid",
     "gate_penalty",
