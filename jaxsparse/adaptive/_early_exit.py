@@ -247,8 +247,7 @@ def _stacked(logits: Sequence[Array]) -> Array:
             f"got {_checks.shown(logits)}."
         )
     for i, x in enumerate(logits):
-        _checks.check_arrays(**{f"logits[{i}]": x})
-        _checks.check_floating(f"logits[{i}]", x)
+        _checks.check_floats(**{f"logits[{i}]": x})
         if jnp.ndim(x) < 2 or not x.size or x.shape != jnp.shape(logits[0]):
             raise ValueError(
                 f"logits[{i}]: expected [batch, classes], the same for all exits; got "

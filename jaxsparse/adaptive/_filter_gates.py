@@ -183,14 +183,12 @@ def filter_gates(logits: Array) -> Array:
       >>> jax.grad(lambda x: js.adaptive.filter_gates(x).sum())(jnp.zeros((1, 2)))
       Array([[0.25, 0.25]], dtype=float32)
     """
-    _checks.check_arrays(logits=logits)
-    _checks.check_floating("logits", logits)
+    _checks.check_floats(logits=logits)
     return with_derivative_of(jax.nn.sigmoid(logits), logits > 0)
 
 
 def _check_maps(maps: Array) -> None:
-    _checks.check_arrays(maps=maps)
-    _checks.check_floating("maps", maps)
+    _checks.check_floats(maps=maps)
     if jnp.ndim(maps) < 2 or not jnp.size(maps):
         raise ValueError(
             "maps: expected [batch, *spatial, channels], channels last, got the shape "

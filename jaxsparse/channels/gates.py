@@ -14,7 +14,7 @@ from jaxsparse.channels._score import slices_that_count
 from jaxsparse.channels.scaling import factors_of
 from jaxsparse.channels.slices import Slices
 from jaxsparse.coupling.drop import Drop, drop_of
-from jaxsparse.coupling.grouping import Group, check_groups
+from jaxsparse.coupling.grouping import Group, check_by_channel, check_groups
 from jaxsparse.tree import map_with_path, nearest
 
 
@@ -106,7 +106,7 @@ def drop_closed(gates: Mapping[str, Any]) -> Drop:
     """
     _checks.check_mapping(gates=gates)
     for name, gate in gates.items():
-        _checks.check_arrays(**{f"gates[{name!r}]": gate})
+        _checks.check_floats(**{f"gates[{name!r}]": gate})
         if not jnp.ndim(gate):
             raise ValueError(f"{name}: gates are `[*copies, size]`, got a scalar.")
     _checks.check_known("js.channels.drop_closed", gates=dict(gates))
@@ -133,13 +133,7 @@ def check_gates(groups: Mapping[str, Group], gates: Any) -> None:
         if not group.prunable:
             why = "; ".join(map(str, group.reasons))
             raise ValueError(f"{name}: it has gates, but it is not prunable: {why}.")
-        _checks.check_arrays(**{f"gates[{name!r}]": gate})
-        _checks.check_floating(f"gates[{name!r}]", gate)
-        if jnp.shape(gate) != (*group.copies, group.size):
-            raise ValueError(
-                f"{name}: gates of shape {jnp.shape(gate)} for a group of "
-                f"{(*group.copies, group.size)} (copies, size)."
-            )
+        check_by_channel("gates", group, gate)
 
 
 _EVERYTHING = lambda path, leaf: True

@@ -1,5 +1,6 @@
 """AP: of the weights that may as well go, those whose removal wakes neurons up."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jaxsparse import _checks, patterns
 from jaxsparse._dtypes import as_wide
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.calibration.capture import capture
+from jaxsparse.calibration.first_nan import check_batch
 from jaxsparse.primitives import axes as algebra
 from jaxsparse.program import Address, equations
 from jaxsparse.tracing import Trace, retrace
@@ -114,16 +116,14 @@ def activation_gains(trace: Trace, params: PyTree, batches: Iterable[Any]) -> Py
         def below(leaves: list[Array], inputs: Any) -> Array:
             found = zip(inputs_of(leaves, inputs), asleep, strict=True)
             parts = [jnp.where(own[None] & (z <= 0), z, 0) for z, own in found]
-            return sum(jnp.sum(part) / count for part in parts)
+            return jnp.stack([jnp.sum(part) for part in parts]).sum() / count
 
         return jax.grad(below)
 
-    total = None
-    for grads in _over(trace, params, given, build):
-        total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-    return jax.tree.map(
-        lambda w, g: -w * g, params, jax.tree.unflatten(trace.treedef, total)
-    )
+    add = lambda a, b: jax.tree.map(jnp.add, a, b)
+    total = functools.reduce(add, _over(trace, params, given, build))
+    grads = jax.tree.unflatten(trace.treedef, total)
+    return jax.tree.map(lambda w, g: -w * g, params, grads)
 
 
 def activate(
@@ -284,10 +284,10 @@ def _over(
 ) -> Iterable[Any]:
     """Results of a function of a trace, parameters and a batch, compiled by shape."""
     leaves, compiled = checked_leaves(trace, params), {}
-    for batch in batches:
-        inputs = jax.tree.map(
-            jnp.asarray, batch if isinstance(batch, tuple) else (batch,)
-        )
+    for number, batch in enumerate(batches):
+        several = batch if isinstance(batch, tuple) else (batch,)
+        check_batch(several, number)
+        inputs = jax.tree.map(jnp.asarray, several)
         key = str(jax.tree.map(lambda x: (x.shape, x.dtype), inputs))
         if key not in compiled:
             compiled[key] = jax.jit(build(retrace(trace, params, inputs)))

@@ -102,14 +102,13 @@ def threshold_gates(
                 f"thresholds: {name} has no scores; there are those of "
                 f"{list(scores)[:8]}."
             )
-        _checks.check_arrays(**{f"thresholds[{name!r}]": t})
-        _checks.check_floating(f"thresholds[{name!r}]", t)
+        _checks.check_floats(**{f"thresholds[{name!r}]": t})
         if jnp.shape(t):
             raise ValueError(
                 f"thresholds: {name} has one of shape {jnp.shape(t)}, expected a "
                 "scalar."
             )
-        _checks.check_arrays(**{f"scores[{name!r}]": scores[name]})
+        _checks.check_floats(**{f"scores[{name!r}]": scores[name]})
     chosen = {name: jnp.asarray(scores[name]) for name in thresholds}
     _checks.check_no_nan({f"scores: {name}": x for name, x in chosen.items()})
     normalized = normalize_max(chosen)

@@ -72,7 +72,7 @@ def hybrid(module: Hybrid, x: Array, gate: Array) -> Array:
 
         def loss_fn(trained, batch, step):
             params, modules, mask = trained
-            gate = js.contrib.hybrid_gate(mask, step, total_steps=3_000)
+            gate = js.contrib.hybrid_gate(mask, step=step, total_steps=3_000)
             task = task_loss(params, modules, gate, batch)    # calls js.contrib.hybrid
             return task + sum(js.contrib.hybrid_loss(mask, modules, width=3_072))
 
@@ -98,7 +98,7 @@ def hybrid(module: Hybrid, x: Array, gate: Array) -> Array:
       Array([[4. , 2.5]], dtype=float32)
     """
     _check_module(module)
-    _checks.check_arrays(x=x, gate=gate)
+    _checks.check_floats(x=x, gate=gate)
     d = module.scale.shape[0]
     if not jnp.ndim(x) or x.shape[-1] != d:
         raise ValueError(f"x: expected [..., {d}], got the shape {jnp.shape(x)}.")
@@ -110,7 +110,7 @@ def hybrid(module: Hybrid, x: Array, gate: Array) -> Array:
 
 
 def hybrid_gate(
-    mask: Array, step: Any = None, *, total_steps: int, frozen_from: float = 0.8
+    mask: Array, *, total_steps: int, step: Any = None, frozen_from: float = 0.8
 ) -> Array:
     """Return the gate of all modules at a step: open at first, 0 or 1 at the end.
 
@@ -123,8 +123,8 @@ def hybrid_gate(
 
     Args:
       mask: m, `[d]`, zeros at first, one for all modules.
-      step: from 0 on, possibly traced. None: the gate of the end, `[m >= 0]`.
       total_steps: G, at least 2.
+      step: from 0 on, possibly traced. None: the gate of the end, `[m >= 0]`.
       frozen_from: the fraction of the steps after which the gate stays.
 
     Returns:
@@ -137,7 +137,7 @@ def hybrid_gate(
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> mask = jnp.array([0.5, 0.0, -0.5])
-      >>> gate = js.contrib.hybrid_gate(mask, 0, total_steps=100)
+      >>> gate = js.contrib.hybrid_gate(mask, step=0, total_steps=100)
       >>> [round(x, 2) for x in gate.tolist()]
       [1.12, 1.0, 0.88]
       >>> js.contrib.hybrid_gate(mask, total_steps=100).tolist()
@@ -211,7 +211,7 @@ def hybrid_loss(mask: Array, modules: PyTree, *, width: int) -> HybridLoss:
     is_module = lambda x: isinstance(x, Hybrid)
     found = jax.tree.leaves(modules, is_leaf=is_module)
     for module in found or [None]:
-        _check_module(module)
+        _check_module(module, "modules")
     m = as_wide(mask)
     open_ = m >= 0
     count = jnp.sum(with_derivative_of(m, open_))
@@ -259,7 +259,7 @@ def fold_hybrid(
       [[4.0, 0.0]]
     """
     _check_module(module)
-    _checks.check_arrays(kernel=kernel, gate=gate)
+    _checks.check_floats(kernel=kernel, gate=gate)
     d = module.scale.shape[0]
     if not jnp.ndim(kernel) or kernel.shape[-1] != d:
         raise ValueError(
@@ -277,7 +277,7 @@ def fold_hybrid(
         return jnp.where(by == 0, jnp.zeros((), w.dtype), folded)
 
     if bias is not None:
-        _checks.check_arrays(bias=bias)
+        _checks.check_floats(bias=bias)
         _check_width("bias", bias, d)
         bias = fold(bias)
     return fold(kernel), bias
@@ -302,20 +302,20 @@ def _identity(module: Hybrid) -> Array:
     return jnp.mean(jnp.square(gram - jnp.eye(gram.shape[0], dtype=gram.dtype)))
 
 
-def _check_module(module: Any) -> None:
-    _checks.check_is(Hybrid, "js.contrib.init_hybrid(...)", module=module)
-    _checks.check_arrays(module=module)
+def _check_module(module: Any, name: str = "module") -> None:
+    _checks.check_is(Hybrid, "js.contrib.init_hybrid(...)", **{name: module})
+    for part, x in zip(Hybrid._fields, module, strict=True):
+        _checks.check_floats(**{f"{name}.{part}": x})
     shapes = [jnp.shape(x) for x in module]
     d, r = shapes[0] if len(shapes[0]) == 2 else (0, 0)
     if not d or shapes != [(d, r), (r, d), (d,)]:
         raise ValueError(
-            f"module: expected the shapes (d, r), (r, d) and (d,); got {shapes}."
+            f"{name}: expected the shapes (d, r), (r, d) and (d,); got {shapes}."
         )
 
 
 def _check_vector(mask: Array) -> None:
-    _checks.check_arrays(mask=mask)
-    _checks.check_floating("mask", mask)
+    _checks.check_floats(mask=mask)
     if jnp.ndim(mask) != 1:
         raise ValueError(
             f"mask: expected a vector [d], got the shape {jnp.shape(mask)}."

@@ -15,7 +15,7 @@ from jaxsparse._dtypes import as_wide
 from jaxsparse._straight import with_derivative_of
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.channels import scale_channels
-from jaxsparse.coupling import Group
+from jaxsparse.coupling.grouping import Group, check_by_channel
 
 Candidates = int | Mapping[str, Sequence[int]]
 
@@ -136,11 +136,13 @@ def width_gates(
     """
     _checks.check_mapping(made_by="js.masking.init_width_logits(...)", logits=logits)
     _checks.check_number(above=0, temperature=temperature)
+    if scores is not None:
+        _checks.check_mapping(made_by="js.channels.channel_scores(...)", scores=scores)
     counts = _counts(groups, candidates)
     soft, hard = {}, {}
     for name, pi in logits.items():
         numbers = counts.get(name)
-        _checks.check_arrays(**{f"logits[{name!r}]": pi})
+        _checks.check_floats(**{f"logits[{name!r}]": pi})
         if numbers is None or jnp.shape(pi) != numbers.shape:
             wanted = "no logits" if numbers is None else f"logits {numbers.shape}"
             raise ValueError(
@@ -148,9 +150,8 @@ def width_gates(
                 f"groups and candidates it has {wanted}. "
                 "js.masking.init_width_logits(groups, candidates=...) makes them."
             )
-        _checks.check_floating(f"logits[{name!r}]", pi)
         group = groups[name]
-        rank = _ranks(group, None if scores is None else scores.get(name, scores))
+        rank = _ranks(group, scores)
         soft[name], hard[name] = _gates(pi, numbers, group.size, rank, temperature)
     return Gates(soft, hard)
 
@@ -212,7 +213,8 @@ def soft_to_hard(
     _checks.check_callable(1 + len(inputs), apply_fn=apply_fn)
     _checks.check_is(Gates, "js.masking.width_gates(...)", gates=gates)
     run = lambda params, gates: apply_fn(scale_channels(groups, params, gates), *inputs)
-    soft, hard = run(params, gates.soft), run(params, gates.hard)
+    with _checks.explained("apply_fn", params=params, inputs=inputs):
+        soft, hard = run(params, gates.soft), run(params, gates.hard)
     if not isinstance(soft, jax.Array) or not soft.ndim:
         raise ValueError(
             f"apply_fn must return logits [..., classes], got {_checks.shown(soft)}."
@@ -269,20 +271,20 @@ def _given(groups: Mapping[str, Group], name: str, numbers: Any) -> np.ndarray:
     return found
 
 
-def _ranks(group: Group, scores: Any) -> Array | np.ndarray:
+def _ranks(group: Group, scores: Mapping[str, Any] | None) -> Array | np.ndarray:
     """The rank of each channel, 0 for the one that is kept longest."""
-    shape = (*group.copies, group.size)
     if scores is None:
+        shape = (*group.copies, group.size)
         return np.broadcast_to(np.arange(group.size), shape)
-    if isinstance(scores, Mapping) or jnp.shape(scores) != shape:
-        got = "none" if isinstance(scores, Mapping) else f"shape {jnp.shape(scores)}"
+    if group.name not in scores:
         raise ValueError(
-            f"scores: {group.name} has scores of {got}, expected {shape} (copies, "
-            "size)."
+            f"scores: {group.name} has logits and no scores; there are those of "
+            f"{list(scores)[:8]}."
         )
-    _checks.check_arrays(**{f"scores[{group.name!r}]": scores})
-    _checks.check_no_nan({f"scores: {group.name}": scores})
-    order = jnp.argsort(-lax.stop_gradient(jnp.asarray(scores)), axis=-1, stable=True)
+    own = scores[group.name]
+    check_by_channel("scores", group, own)
+    _checks.check_no_nan({f"scores: {group.name}": own})
+    order = jnp.argsort(-lax.stop_gradient(jnp.asarray(own)), axis=-1, stable=True)
     return jnp.argsort(order, axis=-1, stable=True)
 
 

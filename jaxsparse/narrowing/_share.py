@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxsparse import _checks
 from jaxsparse._dtypes import as_wide
 from jaxsparse._typing import Array
-from jaxsparse.coupling.grouping import found_in
+from jaxsparse.coupling.grouping import check_by_channel, found_in
 from jaxsparse.narrowing._cost import axes_of
 from jaxsparse.primitives import axes as algebra
 from jaxsparse.tracing import Trace
@@ -94,12 +94,6 @@ def _shares(trace: Trace, gates: Mapping[str, Any]) -> dict[algebra.Axis, Array]
                 "js.coupling.groups(trace) lists them all."
             )
         group, leaf = found[name]
-        _checks.check_arrays(**{f"gates[{name!r}]": gate})
-        _checks.check_floating(f"gates[{name!r}]", gate)
-        if jnp.shape(gate) != (*group.copies, group.size):
-            raise ValueError(
-                f"{name}: gates of shape {jnp.shape(gate)} for a group of "
-                f"{(*group.copies, group.size)} (copies, size)."
-            )
+        check_by_channel("gates", group, gate)
         leaves[leaf] = jnp.mean(as_wide(jnp.asarray(gate)))
     return leaves

@@ -97,7 +97,7 @@ def slow_gate(m, t, total):
 @pytest.mark.usefixtures("x64")
 def test_the_gate_over_the_steps():
     mask = jnp.asarray([0.7, 0.1, 0.0, -0.1, -0.7])
-    run = jax.jit(lambda m, step: contrib.hybrid_gate(m, step, total_steps=1000))
+    run = jax.jit(lambda m, step: contrib.hybrid_gate(m, step=step, total_steps=1000))
     steps = np.array([0, 1, 10, 499, 500, 799, 800, 900, 5000])
     got = jax.vmap(run, (None, 0))(mask, steps)
     expected = [[slow_gate(m, t, 1000) for m in mask] for t in steps]
@@ -170,9 +170,9 @@ def test_errors():
         contrib.hybrid(module._replace(up=x), x, gate)
     with pytest.raises(ValueError, match="width=99: the mask has 12 channels"):
         contrib.hybrid_loss(mask, modules, width=99)
-    with pytest.raises(TypeError, match="module must be what"):
+    with pytest.raises(TypeError, match="modules must be what"):
         contrib.hybrid_loss(mask, [], width=3)
     with pytest.raises(ValueError, match="total_steps must be at least 2"):
-        contrib.hybrid_gate(mask, 0, total_steps=1)
+        contrib.hybrid_gate(mask, step=0, total_steps=1)
     with pytest.raises(ValueError, match="mask: expected a vector"):
-        contrib.hybrid_gate(x, 0, total_steps=10)
+        contrib.hybrid_gate(x, step=0, total_steps=10)

@@ -200,11 +200,11 @@ def test_errors():
         masking.width_gates(groups, logits, candidates=2)
     with pytest.raises(ValueError, match="temperature must be positive"):
         masking.width_gates(groups, logits, temperature=0.0)
-    with pytest.raises(ValueError, match="has scores of shape"):
+    with pytest.raises(ValueError, match=r"scores of shape \(3,\)"):
         masking.width_gates(
             groups, {name: logits[name]}, scores={name: np.ones(3, np.float32)}
         )
-    with pytest.raises(ValueError, match="has scores of none"):
+    with pytest.raises(ValueError, match="has logits and no scores"):
         masking.width_gates(groups, logits, scores={name: np.ones(8, np.float32)})
     gates = masking.width_gates(groups, logits)
     with pytest.raises(TypeError, match="gates must be what"):
