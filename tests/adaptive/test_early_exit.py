@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsparse import adaptive
 
@@ -35,6 +37,17 @@ def test_choices_are_those_of_a_loop():
             np.testing.assert_array_equal(got.logits[i], logits[expected][i])
             np.testing.assert_allclose(got.confidence[i], sure[expected], rtol=1e-5)
     assert np.all(adaptive.choose_exit(logits, threshold=np.inf).index == 2)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_batch_that_is_spread_over_devices_stays_so(kind):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(getattr(AxisType, kind),))
+    lie = NamedSharding(mesh, P("x"))
+    run = jax.jit(lambda logits: adaptive.choose_exit(logits, threshold=0.6))
+    got = run([jax.device_put(np.asarray(x), lie) for x in make()])
+    for a, b in zip(got, run(make()), strict=True):
+        np.testing.assert_allclose(np.asarray(a), b, rtol=1e-6)
+        assert a.sharding.is_equivalent_to(lie, a.ndim)
 
 
 def test_another_confidence_and_nan():

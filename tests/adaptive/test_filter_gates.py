@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsparse import adaptive
 
@@ -33,6 +35,23 @@ def test_targets_are_those_of_the_words(mass):
     np.testing.assert_array_equal(got, expected)
     assert not np.any(got[0])
     assert mass < 1 or np.sum(~got[1]) == np.sum(maps[1].max((0, 1)) == 0) > 0
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_batch_that_is_spread_over_devices_stays_so(kind):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(getattr(AxisType, kind),))
+    maps = np.random.default_rng(4).random((8, 4, 3)).astype(np.float32)
+    made = adaptive.init_filter_predictor(3, 5, key=jax.random.key(0))
+
+    @jax.jit
+    def run(maps):
+        gates = adaptive.filter_gates(adaptive.filter_logits(made, maps))
+        return gates, adaptive.mass_targets(maps, mass=0.7)
+
+    lie = NamedSharding(mesh, P("x"))
+    for a, b in zip(run(jax.device_put(maps, lie)), run(maps), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), b)
+        assert a.sharding.is_equivalent_to(lie, a.ndim)
 
 
 def test_which_derivatives_there_are():

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from penalties import group_models as gm
 
 import jaxsparse as js
@@ -182,6 +184,36 @@ def test_training_meets_the_budget_and_narrows():
     small = js.narrowing.narrow(trace, params, drop)
     hard = apply_fn(js.channels.scale_channels(groups, params, gates.hard), x)
     np.testing.assert_allclose(small.apply_fn(small.params, x), hard, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "of"), [("Auto", "model"), ("Explicit", "data")])
+def test_two_devices_give_the_gradients_of_one(kind, of):
+    params, x, groups = gm.make("mlp")
+    trace = js.trace(gm.mlp, params, x)
+    logits = masking.init_width_logits(groups)
+
+    def loss(params, logits, x):
+        scores = js.channels.channel_scores(groups, js.scores.magnitude(params))
+        gates = masking.width_gates(groups, logits, scores=scores)
+        out = masking.soft_to_hard(gm.mlp, groups, params, gates, x)
+        cost = (js.narrowing.flops_share(trace, gates.hard) - 0.5) ** 2
+        return jnp.mean(out.soft**2) + jnp.mean(out.divergence) + cost
+
+    run = jax.jit(jax.grad(loss, (0, 1)))
+    expected = run(params, logits, x)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(getattr(AxisType, kind),))
+    put = lambda x, spec: jax.device_put(np.asarray(x), NamedSharding(mesh, spec))
+    specs = {"a": P(None, "x"), "b": P("x")} if of == "model" else {}
+    spread = {path: put(w, specs.get(path, P())) for path, w in params.items()}
+    whole = {name: put(pi, P()) for name, pi in logits.items()}
+    got = run(spread, whole, put(x, P("x") if of == "data" else P()))
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(np.asarray(g), e, atol=1e-6),
+        got,
+        expected,
+    )
+    for path in specs or params:  # the compiler spreads others as it likes
+        assert got[0][path].sharding.is_equivalent_to(spread[path].sharding, 2)
 
 
 def test_errors():
