@@ -96,7 +96,7 @@ def drop_closed(gates: Mapping[str, Any]) -> Drop:
       A `Drop`. Groups that lose nothing are left out.
 
     Raises:
-      ValueError: a group of which all channels are closed.
+      ValueError: a group of which all channels are closed, gates that are NaN.
       TypeError: gates whose values are not known (under jit), or that are no arrays.
 
     Example:
@@ -110,6 +110,7 @@ def drop_closed(gates: Mapping[str, Any]) -> Drop:
         if not jnp.ndim(gate):
             raise ValueError(f"{name}: gates are `[*copies, size]`, got a scalar.")
     _checks.check_known("js.channels.drop_closed", gates=dict(gates))
+    _checks.check_all_numbers(gates=dict(gates))
     closed = {name: on_host(gate) == 0 for name, gate in gates.items()}
     for name, marked in closed.items():
         if marked.all(-1).all():

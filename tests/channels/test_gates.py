@@ -123,6 +123,8 @@ def test_what_is_closed():
     assert drop.sizes == {"a": 3}
     with pytest.raises(ValueError, match="b: the gates of all 3 channels are 0"):
         js.channels.drop_closed({"b": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="a: 1 of the 2 entries of gates are NaN"):
+        js.channels.drop_closed({"a": np.array([np.nan, 0], np.float32)})
     with pytest.raises(TypeError, match="gates is traced"):
         jax.jit(js.channels.drop_closed)({"b": np.ones(3, np.float32)})
 
