@@ -6,6 +6,10 @@ others. It moves up when another method builds on it, or when a second paper or 
 published result confirms it; what nobody uses goes, with a release of notice.
 """
 
+from jaxsparse.contrib._activate import DeadNeurons as DeadNeurons
+from jaxsparse.contrib._activate import activate as activate
+from jaxsparse.contrib._activate import activation_gains as activation_gains
+from jaxsparse.contrib._activate import dead_neurons as dead_neurons
 from jaxsparse.contrib._als import als as als
 from jaxsparse.contrib._cric import Redundancy as Redundancy
 from jaxsparse.contrib._cric import cric as cric
@@ -17,6 +21,15 @@ from jaxsparse.contrib._heapr import atomic_merge as atomic_merge
 from jaxsparse.contrib._heapr import atomic_scores as atomic_scores
 from jaxsparse.contrib._heapr import atomic_update as atomic_update
 from jaxsparse.contrib._heapr import atomic_update_ragged as atomic_update_ragged
+from jaxsparse.contrib._lapp import init_thresholds as init_thresholds
+from jaxsparse.contrib._lapp import threshold_gates as threshold_gates
+from jaxsparse.contrib._pat import Hybrid as Hybrid
+from jaxsparse.contrib._pat import HybridLoss as HybridLoss
+from jaxsparse.contrib._pat import fold_hybrid as fold_hybrid
+from jaxsparse.contrib._pat import hybrid as hybrid
+from jaxsparse.contrib._pat import hybrid_gate as hybrid_gate
+from jaxsparse.contrib._pat import hybrid_loss as hybrid_loss
+from jaxsparse.contrib._pat import init_hybrid as init_hybrid
 from jaxsparse.contrib._stun import MergedExperts as MergedExperts
 from jaxsparse.contrib._stun import cluster_experts as cluster_experts
 from jaxsparse.contrib._stun import expert_distances as expert_distances
@@ -26,9 +39,14 @@ from jaxsparse.contrib._wgsef import wgsef_prox as wgsef_prox
 
 __all__ = [
     "AtomicSums",
+    "DeadNeurons",
     "GatePenalty",
+    "Hybrid",
+    "HybridLoss",
     "MergedExperts",
     "Redundancy",
+    "activate",
+    "activation_gains",
     "als",
     "atomic_init",
     "atomic_merge",
@@ -37,9 +55,17 @@ __all__ = [
     "atomic_update_ragged",
     "cluster_experts",
     "cric",
+    "dead_neurons",
     "expert_distances",
+    "fold_hybrid",
     "gate_penalty",
+    "hybrid",
+    "hybrid_gate",
+    "hybrid_loss",
+    "init_hybrid",
+    "init_thresholds",
     "medoids",
     "merge_clusters",
+    "threshold_gates",
     "wgsef_prox",
 ]
