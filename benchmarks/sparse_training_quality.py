@@ -11,7 +11,9 @@ jaxsparse (see `examples/_data.py`). It writes
 A perceptron 196-300-100-10 on images averaged to 14 x 14, SGD 0.1 with momentum 0.9,
 weight decay 1e-4, a cosine, 2,500 steps of 128. `masks` trains sparse; `cram` prunes
 once after training, nothing trained afterwards; `exchange` trains on four workers that
-send few entries of their gradients; `recovery` trains a pruned network on 1,000 images.
+send few entries of their gradients; `recovery` trains a pruned network on 1,000 images;
+`transfer` prunes the hidden layers of a network that knows five classes while it
+learns the other five.
 Straight-through begins dense and reaches its sparsity after half of the steps; from a
 constant sparsity of 98 % and above it falls apart within the first steps.
 """
@@ -43,10 +45,11 @@ from jaxsparse import exchange, masking, transforms  # noqa: E402
 RESULTS = HERE / "results" / "sparse_training_quality.json"
 SEEDS, BATCH, WORKERS = 3, 128, 4
 EVERYWHERE = js.Unstructured("global")
+BODY = "dense_[01]/kernel"
 
 
 @functools.cache
-def data() -> dict[str, jax.Array]:
+def everything() -> dict[str, jax.Array]:
     (path,) = find("images/fashion_mnist.npz")
     with np.load(path) as file:
         x, y, x_test, y_test = (
@@ -89,8 +92,9 @@ def loss_fn(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def accuracy(params: dict) -> jax.Array:
-    right = jnp.argmax(apply(params, data()["x_test"]), -1) == data()["y_test"]
+def accuracy(params: dict, of: Any = None) -> jax.Array:
+    of = of or everything()
+    right = jnp.argmax(apply(params, of["x_test"]), -1) == of["y_test"]
     return 100 * jnp.mean(right)
 
 
@@ -108,9 +112,11 @@ def train(
     value_and_grad: Callable[..., Any] | None = None,
     images: int | None = None,
     gradient_at: Callable[[Any], Any] | None = None,
+    data: Any = None,
 ) -> tuple[dict, Any]:
     """The parameters and the optimizer's state after a training."""
-    x, y = data()["x"][:images], data()["y"][:images]
+    data = data or everything()
+    x, y = data["x"][:images], data["y"][:images]
     plain = jax.value_and_grad(loss_fn)
     gradient = value_and_grad or (lambda params, x, y, key: plain(params, x, y))
     in_step = gradient_at or (lambda _: gradient)
@@ -267,7 +273,7 @@ def exchanged(
     params = init(seed)
     state = tx.init(params)
     split = exchange.specs(state, "data")
-    x, y = data()["x"], data()["y"]
+    x, y = everything()["x"], everything()["y"]
 
     def step(params, state, rows):
         local = jax.lax.pcast(params, "data", to="varying")
@@ -329,6 +335,57 @@ def taught(teacher: dict, temperature: float | None) -> Callable[..., Any]:
     return lambda params, x, y, key: gradient(params, x, y)
 
 
+def measure_transfer(rows: Rows, steps: int, seeds: int) -> None:
+    """Magnitude against movement: trained on classes 0 to 4, pruned while it learns 5
+    to 9."""
+    start, steps = 3 * steps // 5, 6 * steps // 25
+    for sparsity in (0.9, 0.97, 0.99):
+        cubic = js.schedules.polynomial(final=sparsity, begin=0, end=3 * steps // 4)
+        found: dict[str, list[float]] = {"magnitude": [], "movement": []}
+        for seed in range(seeds):
+            dense = train(init(seed), sgd(start), start, seed, data=of_classes(0, 5))[0]
+            for name, method in (("magnitude", gradual), ("movement", moving)):
+                pruned = method(dense, cubic, steps, seed)
+                found[name].append(float(accuracy(pruned, of_classes(5, 10))))
+        for name, values in found.items():
+            add(rows, values, what="transfer", method=name, sparsity=sparsity)
+
+
+def gradual(dense: dict, cubic: Any, steps: int, seed: int) -> dict:
+    """By magnitude."""
+    every = js.schedules.every(steps // 60, end=3 * steps // 4)
+    tx = js.prune_schedule(cubic, every=every, where=BODY).wrap(optax.adam(1e-3))
+    return train(dense, tx, steps, seed, data=of_classes(5, 10))[0]
+
+
+def moving(dense: dict, cubic: Any, steps: int, seed: int) -> dict:
+    """By movement: scores that start at 0 and are trained beside the weights."""
+
+    def gradient_at(step):
+        def masked(trained, x, y):
+            return loss_fn(masking.masked_by_scores(*trained, cubic(step)), x, y)
+
+        gradient = jax.value_and_grad(masked)
+        return lambda params, x, y, key: gradient(params, x, y)
+
+    rates = {"weights": optax.adam(1e-3), "scores": optax.adam(1e-2)}
+    tx = optax.partition(rates, ("weights", "scores"))
+    trained = dense, masking.init_scores(dense, where=BODY)
+    at = {"gradient_at": gradient_at, "data": of_classes(5, 10)}
+    trained = train(trained, tx, steps, seed, **at)[0]
+    return masking.masked_by_scores(*trained, float(cubic(steps)))
+
+
+@functools.cache
+def of_classes(first: int, last: int) -> dict[str, jax.Array]:
+    """The images of some classes."""
+    found = {}
+    for x, y in (("x", "y"), ("x_test", "y_test")):
+        rows = np.flatnonzero((everything()[y] >= first) & (everything()[y] < last))
+        found |= {x: everything()[x][rows], y: everything()[y][rows]}
+    return found
+
+
 def add(rows: Rows, found: Any, **what: Any) -> None:
     rows.measure(
         None, what | {"accuracy": round(float(np.mean(found)), 2)}, sd=spread(found)
@@ -344,6 +401,7 @@ PARTS = {
     "cram": measure_cram,
     "exchange": measure_exchange,
     "recovery": measure_recovery,
+    "transfer": measure_transfer,
 }
 
 
