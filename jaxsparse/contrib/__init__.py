@@ -7,6 +7,8 @@ published result confirms it; what nobody uses goes, with a release of notice.
 """
 
 from jaxsparse.contrib._als import als as als
+from jaxsparse.contrib._autoflip import guidance as guidance
+from jaxsparse.contrib._autoflip import guidance_masks as guidance_masks
 from jaxsparse.contrib._cric import Redundancy as Redundancy
 from jaxsparse.contrib._cric import cric as cric
 from jaxsparse.contrib._gate_penalty import GatePenalty as GatePenalty
@@ -17,6 +19,10 @@ from jaxsparse.contrib._heapr import atomic_merge as atomic_merge
 from jaxsparse.contrib._heapr import atomic_scores as atomic_scores
 from jaxsparse.contrib._heapr import atomic_update as atomic_update
 from jaxsparse.contrib._heapr import atomic_update_ragged as atomic_update_ragged
+from jaxsparse.contrib._paser import RecoveryData as RecoveryData
+from jaxsparse.contrib._paser import paser as paser
+from jaxsparse.contrib._self_distillation import SelfDistilled as SelfDistilled
+from jaxsparse.contrib._self_distillation import self_distilled as self_distilled
 from jaxsparse.contrib._stun import MergedExperts as MergedExperts
 from jaxsparse.contrib._stun import cluster_experts as cluster_experts
 from jaxsparse.contrib._stun import expert_distances as expert_distances
@@ -28,7 +34,9 @@ __all__ = [
     "AtomicSums",
     "GatePenalty",
     "MergedExperts",
+    "RecoveryData",
     "Redundancy",
+    "SelfDistilled",
     "als",
     "atomic_init",
     "atomic_merge",
@@ -39,7 +47,11 @@ __all__ = [
     "cric",
     "expert_distances",
     "gate_penalty",
+    "guidance",
+    "guidance_masks",
     "medoids",
     "merge_clusters",
+    "paser",
+    "self_distilled",
     "wgsef_prox",
 ]
