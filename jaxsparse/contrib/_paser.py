@@ -99,10 +99,8 @@ def paser(
         if number > samples:
             raise ValueError(f"{name} is {number}, and there are {samples} samples.")
     _check_values(damage, cost)
-    if concepts is not None and len(concepts) != samples:
-        raise ValueError(
-            f"concepts: {len(concepts)} sets of them, and there are {samples} samples."
-        )
+    if concepts is not None:
+        _check_concepts(concepts, samples)
     seed = int(jax.random.bits(key, dtype="uint32"))
     labels = spectral_labels(x, clusters, seed)
     sizes = np.bincount(labels)
@@ -206,3 +204,18 @@ def _check_values(damage: np.ndarray, cost: np.ndarray) -> None:
         raise ValueError(
             f"costs must be above 1, their logarithm divides; got {cost.min():g}."
         )
+
+
+def _check_concepts(concepts: Any, samples: int) -> None:
+    if not isinstance(concepts, Sequence):
+        raise TypeError(
+            "concepts must be a list with a set of concepts for each sample, got "
+            f"{_checks.shown(concepts)}."
+        )
+    if len(concepts) != samples:
+        raise ValueError(
+            f"concepts: {len(concepts)} sets of them, and there are {samples} samples."
+        )
+    for i, own in enumerate(concepts):
+        if not isinstance(own, Collection):
+            raise TypeError(f"concepts[{i}] must be a set, got {_checks.shown(own)}.")

@@ -26,7 +26,7 @@ class FrugalState(NamedTuple):
 
     Attributes:
       step: the number of updates, int32.
-      key: the key from which coordinates are drawn, with the step.
+      key: the data of the key from which coordinates are drawn, with the step.
       indices: by the path of a parameter (the first one of a shape, for `"leaves"`) the
         coordinates that the optimizer has, int32, increasing.
       optimizer: the state of the optimizer, of these coordinates alone.
@@ -130,6 +130,8 @@ def frugal(
             f"unit must be an axis, 'entries' or 'leaves', got {_checks.shown(unit)}."
         )
     cadence = as_cadence(every)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    kind = jax.random.key_impl(key) if typed else None
     inner = optax.with_extra_args_support(optimizer)
     other = optax.with_extra_args_support(rest)
     split = functools.partial(_splits, unit=unit, density=density, where=where)
@@ -140,7 +142,7 @@ def frugal(
         indices = _drawn(splits, key, step)
         return FrugalState(
             step=step,
-            key=key,
+            key=jax.random.key_data(key),
             indices=indices,
             optimizer=inner.init(_parts(params, splits, indices)),
             rest=other.init(params),
@@ -152,7 +154,8 @@ def frugal(
         splits = split(params)
 
         def anew(before: Any, step: Array, params: PyTree) -> Any:
-            indices = _drawn(splits, state.key, step)
+            again = jax.random.wrap_key_data(state.key, impl=kind)
+            indices = _drawn(splits, again, step)
             fresh = inner.init(_parts(params, splits, indices))
             return indices, _with_schedules_of(before[1], fresh)
 

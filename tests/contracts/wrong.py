@@ -675,7 +675,7 @@ MORE = {
 # What is taken in spite of it: the function, the argument, the value, and the reason.
 LATER = (
     "(curvature.*_estimator|prune_schedule|recipes.*|transforms.windowed_obs|"
-    "transforms.(rigl|set_|snfs|static|drop_and_grow|acdc|soft_shrink)|masking.cram)",
+    "transforms.(rigl|set_|snfs|static|drop_and_grow|acdc|soft_shrink|frugal)|masking.cram)",
     "its parameters come at init",
 )
 TAKEN = [
@@ -690,7 +690,12 @@ TAKEN = [
     ("curvature.stream_grads", "batches", ".*", "they are looked at as they come"),
     (".*.(update|atomic_update.*)", "(x|g|down)", "NaN", "not looked for, it says"),
     ("curvature.window_update.*", "grads", "NaN", "not entered, it says"),
-    ("losses.distill", ".*_logits", "NaN", "the loss is NaN, as any would be"),
+    (
+        "losses.(distill|jensen_shannon)",
+        ".*_logits",
+        "NaN",
+        "the loss is NaN, as any would be",
+    ),
     ("curvature.span_ihvp", "coefficients", "NaN", "a product, and no choice"),
     ("scores.bias_compensation", "w", "NaN", "a product, and no choice"),
     ("experts.merge_gates", "gates", "NaN", "a sum within a model, and no choice"),
