@@ -53,14 +53,15 @@ def run(tx, params):
 def drawn_masks(state, unit):
     """Where the optimizer has a coordinate, by path."""
     found = {"a/bias": np.ones(6, bool)}
+    if unit == "leaves":  # the only one of its shape
+        found["b/kernel"] = np.ones((6, 10), bool)
     for path, indices in state.indices.items():
         indices = np.asarray(indices)
         assert np.all(np.diff(indices) > 0)
         if unit == "leaves":
-            members = ["a", "c", "d", "e"] if path == "a/kernel" else ["b"]
-            for i, name in enumerate(members):
-                shape = SHAPES[name]["kernel"]
-                found[f"{name}/kernel"] = np.full(shape, i in indices)
+            assert path == "a/kernel"
+            for i, name in enumerate("acde"):
+                found[f"{name}/kernel"] = np.full((8, 6), i in indices)
             continue
         mask = np.zeros(SHAPES[path[0]]["kernel"], bool)
         if unit == "entries":
