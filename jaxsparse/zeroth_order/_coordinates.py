@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse import _checks
-from jaxsparse._sharded import laid_out_like
+from jaxsparse._sharded import laid_out_like, sharded_like
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.tree import leaves_with_paths, like
 from jaxsparse.zeroth_order._tails import evaluate, tail, widened
@@ -106,14 +106,24 @@ def _grads_of(
         return jnp.zeros_like(w)
 
     def one(i: Array) -> Array:
-        place = jnp.unravel_index(i, w.shape)
-        moved = w.at[place].add(jnp.asarray(mu, w.dtype))
+        moved = w + jnp.where(_is_at(i, w.shape), mu, 0).astype(w.dtype)
         # The step that was really taken: it is rounded, as the weight is.
-        return (loss_of(moved) - loss) / (moved[place] - w[place])
+        return (loss_of(moved) - loss) / jnp.sum(moved - w)
+
+    def put(w: Array, index: Array, values: Array) -> Array:
+        place = jnp.unravel_index(index, w.shape)
+        return jnp.zeros_like(w).at[place].set(values, mode="drop")
 
     values = lax.map(one, index, batch_size=min(chunk, index.size))
-    place = jnp.unravel_index(index, w.shape)
-    return jnp.zeros_like(w).at[place].set(values.astype(w.dtype), mode="drop")
+    return sharded_like(put, w, index, values.astype(w.dtype))
+
+
+def _is_at(index: Array, shape: tuple[int, ...]) -> Array:
+    """Where a flat index is: a scatter would ask how a sharded array lies."""
+    found = jnp.ones(shape, bool)
+    for axis, place in enumerate(jnp.unravel_index(index, shape)):
+        found &= lax.broadcasted_iota(jnp.int32, shape, axis) == place
+    return found
 
 
 def _listed(indices: PyTree, params: PyTree) -> list[Array]:

@@ -72,11 +72,11 @@ def random_grads(
     masks = _full(masks, params)
     wide, batch = widened((params, batch))
     loss = _scalar_loss(loss_fn, wide, batch)
+    here = loss(wide)
     size = sum(
-        patterns.kept_count(m, w.shape).astype(jnp.float32)
+        patterns.kept_count(m, w.shape).astype(here.dtype)
         for m, w in zip(jax.tree.leaves(masks), jax.tree.leaves(wide), strict=True)
     )
-    here = loss(wide)
     slope = lambda u: (loss(_along(wide, u, mu)) - here) / mu
 
     def some(keys: Array, weights: Array) -> PyTree:
