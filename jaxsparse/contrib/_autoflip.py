@@ -1,5 +1,6 @@
 """AutoFLIP: clients of a federation explore, and agree on what to prune."""
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -130,7 +131,8 @@ def guidance_masks(
             raise ValueError(
                 f"{path}: scores are squared deviations, 0 or more; some are negative."
             )
-        found.append(sharded_like(_cut, score, threshold, axis))
+        cut = functools.partial(_cut, threshold=threshold, axis=axis)
+        found.append(sharded_like(cut, score))
     return jax.tree.unflatten(jax.tree.structure(scores), found)
 
 

@@ -25,7 +25,7 @@ def spectral_labels(x: np.ndarray, clusters: int, seed: int) -> np.ndarray:
         landmarks = x[np.sort(rng.choice(len(x), _LANDMARKS, replace=False))]
     apart = distances.pdist(landmarks, "sqeuclidean")
     apart = apart[apart > 0]
-    width = np.median(apart) if apart.size else 1.0  # all alike
+    width = float(np.median(apart)) if apart.size else 1.0  # all alike
     parts = range(0, len(x), _ROWS)
     walk = lambda i: _walk(x[i : i + _ROWS], landmarks, width)
     sums = sum(walk(i).sum(0) for i in parts)

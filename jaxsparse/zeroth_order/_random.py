@@ -96,7 +96,8 @@ def random_grads(
     weights = (jnp.arange(turns * chunk) < count).reshape(turns, chunk)
     weights = weights.astype(here.dtype)
     total, _ = lax.scan(turn, jax.tree.map(jnp.zeros_like, wide), (keys, weights))
-    scaled = lambda w, x: (x * (size / count).astype(x.dtype)).astype(w.dtype)
+    factor = jnp.asarray(size, here.dtype) / count
+    scaled = lambda w, x: (x * factor.astype(x.dtype)).astype(w.dtype)
     return jax.tree.map(lambda w, x: laid_out_like(scaled(w, x), w), params, total)
 
 
