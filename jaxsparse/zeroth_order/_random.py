@@ -33,7 +33,8 @@ def random_grads(
     `u_j`, uniform on the unit sphere over all `d` weights that the masks keep. Its mean
     is the gradient of the loss smoothed over a ball of radius `mu` (Flaxman et al.,
     2005), so that it is unbiased but for `O(mu^2)`; its relative error is about `sqrt(d
-    / q)`. It takes `q + 1` losses; the directions are drawn again and never stored.
+    / q)`. It takes `q + 1` losses; directions are drawn as they are needed. Jit it:
+    without, its loop is compiled in each call.
 
     Differs from the reference implementation of DeepZero (Chen et al., 2024,
     arXiv:2310.02025), whose direction has length 1 in each tensor by itself, and whose
@@ -118,8 +119,8 @@ def grasp(
     `H g = |g_0| (g_1 - g_0) / mu`. DeepZero (Chen et al., 2024, arXiv:2310.02025) takes
     it once, of 192 directions, for the sparsities of the layers alone: single scores
     are noise where there are more weights than directions. It takes `2 (count + 1)`
-    losses. A second difference divides by `mu` twice: where the loss is in float32,
-    take a larger `mu` than for gradients.
+    losses; jit it. A second difference divides by `mu` twice: where the loss is in
+    float32, take a larger `mu` than for gradients.
 
     Differs from the reference implementation, which ranks by the magnitude of the
     scores: for that pass `jax.tree.map(jnp.abs, scores)` on. And see `random_grads`.
