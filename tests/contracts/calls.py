@@ -819,6 +819,12 @@ CALLS = {
         "student_logits": rows(2, 3),
         "teacher_logits": rows(2, 3),
     },
+    "losses.square_head": lambda: {
+        "student": [rows(2, 3, 4)],
+        "teacher": [rows(2, 3, 4) + 1],
+        "mask": np.ones((2, 3), bool),
+        "eps": 0.1,
+    },
     "recipes.gmp_star": lambda: {"steps_per_epoch": 100, "cuts": 7},
     "zeroth_order.coordinate_grads": lambda: {
         "loss_fn": loss_fn,
