@@ -47,7 +47,7 @@ def frugal(
     density: float,
     every: int | Cadence,
     key: Array,
-    unit: Unit = -1,
+    unit: Unit = -2,
     where: Where = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Give an optimizer with memory a part of the coordinates, and signs the rest.
@@ -67,9 +67,8 @@ def frugal(
     Memory: moments are there for the drawn part alone, arrays of its size, so Adam's
     take `2 * density` numbers a weight where the parameters take one. An integer for
     each drawn row or column comes to that, for each drawn weight with `"entries"`. On
-    CPU a step with drawn rows (`unit=0`) takes less than Adam's of everything; columns
-    of a row-major array and single entries are gathered, which takes several times
-    that.
+    CPU a step with drawn rows of a matrix takes less than Adam's of everything; along
+    the last axis, and of single entries, a gather takes several times that.
 
     It may stand within `jaxsparse.enforce`, where pruned weights stay 0. A weight that
     comes back finds the moments of its coordinate as they are, until the next draw:
@@ -92,10 +91,11 @@ def frugal(
       every: when coordinates are drawn; a cadence, or an integer.
       key: a typed key, `jax.random.key(seed)`; a parameter's draw depends on it, the
         step and the parameter's path.
-      unit: what is drawn. An integer: indices along that axis, -1 for the columns of a
-        kernel `(in, out)`, 0 for its rows, or for the layers of a stack. `"entries"`:
-        single weights. `"leaves"`: whole parameters, among those of equal shape; a
-        shape that one parameter alone has is always the optimizer's.
+      unit: what is drawn. An integer: indices along that axis, -2 for the inputs of a
+        kernel `(in, out)` or `(*window, in, out)`, which are the columns of torch's
+        `(out, in)` and the paper's choice, -1 for its outputs, 0 for the layers of a
+        stack. `"entries"`: single weights. `"leaves"`: whole parameters, among those of
+        equal shape; a shape that one parameter alone has is always the optimizer's.
       where: which parameters are split; the optimizer has all others. See
         `jaxsparse.tree.select`: by default embeddings, norms and biases are not split.
 
@@ -112,14 +112,14 @@ def frugal(
       >>> tx = js.transforms.frugal(
       ...     optax.trace(0.9), optax.scale_by_sign(), density=0.25, every=200,
       ...     key=jax.random.key(0))
-      >>> params = {"kernel": jnp.ones((3, 8)), "bias": jnp.ones(8)}
+      >>> params = {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}
       >>> state = tx.init(params)
       >>> jax.tree.map(jnp.shape, state.optimizer.trace)
-      {'bias': (8,), 'kernel': (3, 2)}
+      {'bias': (3,), 'kernel': (2, 3)}
       >>> grads = jax.tree.map(lambda w: 5.0 * w, params)
       >>> updates, state = tx.update(grads, state, params)
-      >>> columns = updates["kernel"][0]
-      >>> int(jnp.sum(columns == 5)), int(jnp.sum(columns == 1))
+      >>> inputs = updates["kernel"][:, 0]
+      >>> int(jnp.sum(inputs == 5)), int(jnp.sum(inputs == 1))
       (2, 6)
     """
     _checks.check_transformation(optimizer=optimizer, rest=rest)

@@ -61,6 +61,8 @@ def tail(at: Evaluated, argument: int) -> Callable[[Array], Array]:
 
     Only the steps that depend on the parameter run again; what they read of others is
     there. It is what a layer's cached input is to a loop over layers, for any program.
+    (XLA too moves out of a loop what its turns share. So it is not left to that, and
+    half as much is traced.)
     """
     flat, changed = at.flat, {at.flat.arguments[argument]}
     again = []

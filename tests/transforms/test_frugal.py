@@ -35,7 +35,8 @@ def gradients(step):
 
 
 def method(optimizer=None, **options):
-    given = {"density": 0.5, "every": EVERY, "key": jax.random.key(0)} | options
+    given = {"density": 0.5, "every": EVERY, "key": jax.random.key(0), "unit": -1}
+    given |= options
     optimizer = optax.scale_by_adam() if optimizer is None else optimizer
     return transforms.frugal(optimizer, optax.scale_by_sign(), **given)
 
