@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxsparse import _renamed
+from jaxsparse import adaptive as adaptive
 from jaxsparse import allocations as allocations
 from jaxsparse import calibration as calibration
 from jaxsparse import channels as channels
@@ -62,6 +63,7 @@ __all__ = [
     "Pruned",
     "Trace",
     "Unstructured",
+    "adaptive",
     "allocations",
     "apply_updates",
     "assert_sparse",

@@ -21,6 +21,7 @@ from jaxsparse._checks._memory import check_window_fits as check_window_fits
 from jaxsparse._checks._trees import broadcasts as broadcasts
 from jaxsparse._checks._trees import check_arrays as check_arrays
 from jaxsparse._checks._trees import check_bools as check_bools
+from jaxsparse._checks._trees import check_floats as check_floats
 from jaxsparse._checks._trees import check_is_part as check_is_part
 from jaxsparse._checks._trees import check_known as check_known
 from jaxsparse._checks._trees import check_like as check_like

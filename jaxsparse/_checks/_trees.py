@@ -31,6 +31,19 @@ def check_arrays(*, abstract: bool = False, **trees: PyTree) -> None:
                 )
 
 
+def check_floats(**arrays: Any) -> None:
+    """Raises unless each is one array of real floating-point numbers."""
+    for name, x in arrays.items():
+        check_arrays(**{name: x})
+        if not hasattr(x, "dtype"):
+            raise TypeError(f"{name} must be one array, got {shown(x)}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} must be an array of real floating-point numbers, got "
+                f"{x.dtype}."
+            )
+
+
 def check_is_part(name: str, tree: PyTree) -> None:
     """Raises where a training state or a result is passed for one of its parts.
 

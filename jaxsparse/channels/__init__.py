@@ -22,11 +22,14 @@ from jaxsparse.channels._score import channel_scores as channel_scores
 from jaxsparse.channels._select import drop_lowest as drop_lowest
 from jaxsparse.channels._select import dropped_fraction as dropped_fraction
 from jaxsparse.channels._zero_indices import zero_indices as zero_indices
+from jaxsparse.channels.gates import drop_closed as drop_closed
+from jaxsparse.channels.gates import scale_channels as scale_channels
 
 __all__ = [
     "Selected",
     "bn_scale",
     "channel_scores",
+    "drop_closed",
     "drop_lowest",
     "drop_to_budget",
     "dropped_fraction",
@@ -44,6 +47,7 @@ __all__ = [
     "obs_greedy",
     "obs_refit",
     "per_parameter",
+    "scale_channels",
     "standardize",
     "zero_indices",
 ]

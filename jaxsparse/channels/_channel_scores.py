@@ -11,13 +11,13 @@ from jaxsparse import _checks
 from jaxsparse._dtypes import wide_dtype
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.channels._score import slices_that_count
-from jaxsparse.channels.scaling import factors_of
-from jaxsparse.channels.slices import Part, Slices, is_plain, paths_of
+from jaxsparse.channels.gates import gate_slices, gated
+from jaxsparse.channels.slices import Part, is_plain, paths_of
 from jaxsparse.channels.sums import Reduce, combined, ordered_part_sum
-from jaxsparse.coupling.grouping import Group, check_groups
+from jaxsparse.coupling.grouping import Group
 from jaxsparse.curvature import per_example_grads
 from jaxsparse.linalg.factor import HIGHEST
-from jaxsparse.tree import leaves_with_paths, map_with_path
+from jaxsparse.tree import leaves_with_paths
 
 
 def fpgm(
@@ -193,15 +193,13 @@ def gate_scores(
     """
     _checks.check_callable(2, loss_fn=loss_fn)
     _checks.check_arrays(params=params)
-    slices = _gated(groups, params)
-    gated = set(paths_of(slices))
-    dtype = wide_dtype(*[x.dtype for p, x in leaves_with_paths(params) if p in gated])
+    slices = gate_slices(groups, params)
+    paths = set(paths_of(slices))
+    dtype = wide_dtype(*[x.dtype for p, x in leaves_with_paths(params) if p in paths])
     gates = {name: jnp.ones(s.shape, dtype) for name, s in slices.items()}
 
     def loss(both: PyTree, batch: Any) -> Array:
-        factors = factors_of(slices, both["gates"], params)
-        gate = lambda path, w: _times(w, factors[path]) if path in factors else w
-        return loss_fn(map_with_path(gate, both["params"]), batch)
+        return loss_fn(gated(slices, both["params"], both["gates"]), batch)
 
     grads = per_example_grads(
         loss,
@@ -211,26 +209,3 @@ def gate_scores(
         where={"gates": True, "params": False},
     )["gates"]
     return {name: jnp.mean(jnp.abs(grads[name]), axis=0) for name in slices}
-
-
-def _times(w: Array, factor: Array) -> Array:
-    # In float32 at least, so that the derivative by the gate is summed in it.
-    wide = wide_dtype(w.dtype)
-    return (w.astype(wide) * factor.astype(wide)).astype(w.dtype)
-
-
-def _gated(groups: Mapping[str, Group], params: PyTree) -> dict[str, Slices]:
-    check_groups(groups)
-    every = lambda path, leaf: True
-    members = {n: {m.role for m in g.members} for n, g in groups.items() if g.prunable}
-    read = {n: groups[n] for n, roles in members.items() if "input" in roles}
-    made = {
-        n: groups[n]
-        for n, roles in members.items()
-        if "input" not in roles and "output" in roles
-    }
-    found: dict[str, Slices] = {}
-    for part, role in ((read, "input"), (made, "output")):
-        if part or not (read or made):
-            found |= slices_that_count(part or groups, params, every, roles=(role,))
-    return {name: found[name] for name in groups if name in found}

@@ -214,6 +214,16 @@ def check_groups(groups: Any) -> None:
     _checks.check_mapping(Group, "js.coupling.groups(trace)", groups=groups)
 
 
+def check_by_channel(what: str, group: Group, x: Any) -> None:
+    """Raises unless there is a floating-point number for each channel of a group."""
+    _checks.check_floats(**{f"{what}[{group.name!r}]": x})
+    if np.shape(x) != (*group.copies, group.size):
+        raise ValueError(
+            f"{group.name}: {what} of shape {np.shape(x)} for a group of "
+            f"{(*group.copies, group.size)} (copies, size)."
+        )
+
+
 Found = dict[str, tuple[Group, algebra.Axis]]
 
 

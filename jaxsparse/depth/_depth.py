@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks
+from jaxsparse._straight import with_derivative_of
 from jaxsparse._typing import Array
 
 CELLS = 50_000_000  # of the knapsack's table, a byte each
@@ -188,10 +189,8 @@ def nm_gates(
     soft = jax.nn.softmax((scale * logits + noise) / heat, axis=-1)
     drawn = soft
     if hard:
-        drawn = jax.nn.one_hot(
-            jnp.argmax(soft, axis=-1), len(options), dtype=logits.dtype
-        )
-        drawn = drawn + (soft - jax.lax.stop_gradient(soft))
+        best = jax.nn.one_hot(jnp.argmax(soft, axis=-1), len(options))
+        drawn = with_derivative_of(soft, best)
     gates = jnp.matmul(
         drawn, jnp.asarray(options, logits.dtype), precision=jax.lax.Precision.HIGHEST
     )

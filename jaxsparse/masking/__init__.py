@@ -16,10 +16,17 @@ from jaxsparse.masking._scores import init_scores as init_scores
 from jaxsparse.masking._scores import masked_by_scores as masked_by_scores
 from jaxsparse.masking._scores import soft_threshold as soft_threshold
 from jaxsparse.masking._straight_through import straight_through as straight_through
+from jaxsparse.masking._widths import Gates as Gates
+from jaxsparse.masking._widths import SoftToHard as SoftToHard
+from jaxsparse.masking._widths import init_width_logits as init_width_logits
+from jaxsparse.masking._widths import soft_to_hard as soft_to_hard
+from jaxsparse.masking._widths import width_gates as width_gates
 
 __all__ = [
     "Adapter",
+    "Gates",
     "LowRank",
+    "SoftToHard",
     "adapter_importance",
     "bip",
     "cram",
@@ -27,11 +34,14 @@ __all__ = [
     "init_low_rank",
     "init_mask_logits",
     "init_scores",
+    "init_width_logits",
     "masked_by_logits",
     "masked_by_low_rank",
     "masked_by_scores",
     "masks_of_logits",
     "soft_threshold",
+    "soft_to_hard",
     "straight_through",
+    "width_gates",
     "with_adapters",
 ]

@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxsparse import _checks
 from jaxsparse._dtypes import wide_dtype
+from jaxsparse._straight import with_derivative_of
 from jaxsparse._typing import Array, PyTree, Tree, Where
 from jaxsparse.patterns import NM, check_masks
 from jaxsparse.patterns.nm import group_inputs, ungroup_inputs
@@ -192,8 +193,7 @@ def masked_by_logits(
         mask = _over_candidates(y, chosen, axis)
         if not hard:
             return mask
-        best = _best(y, chosen, axis).astype(mask.dtype)
-        return best + mask - lax.stop_gradient(mask)
+        return with_derivative_of(mask, _best(y, chosen, axis))
 
     def one(path: str, w: Array, pi: Array, key: Array, own: Axes) -> Array:
         grouped, axis = group_inputs(path, w, pattern, own)

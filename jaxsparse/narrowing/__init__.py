@@ -6,6 +6,7 @@ from jaxsparse.narrowing._narrow import Narrowed as Narrowed
 from jaxsparse.narrowing._narrow import drop_masks as drop_masks
 from jaxsparse.narrowing._narrow import narrow as narrow
 from jaxsparse.narrowing._narrow import widen as widen
+from jaxsparse.narrowing._share import flops_share as flops_share
 from jaxsparse.narrowing._state import narrow_like as narrow_like
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Narrowed",
     "cost",
     "drop_masks",
+    "flops_share",
     "narrow",
     "narrow_like",
     "widen",

@@ -66,11 +66,16 @@ def cost(
 
 def _flops(trace: Trace, cut: Cut, site: Any) -> int:
     """Of one contraction: those that it had, times what is left of each axis."""
+    axes = axes_of(trace, site)
+    old, new = (math.prod(f(d) for d in axes) for f in (lambda d: d.size, cut.size))
+    return site.flops * new // old
+
+
+def axes_of(trace: Trace, site: Any) -> list[Any]:
+    """The axes that the operations of one contraction are the product of."""
     node = trace.nodes[site.address]
     axes = [*node.outs[0]]
     if site.primitive != "mul":  # whose sum comes after it
         axes += (node.ins[site.operand][a] for a in site.contracted)
     around = (site.address[:n] for n in range(1, len(site.address), 2))
-    axes += [trace.layers[a] for a in around if a in trace.layers]
-    old, new = (math.prod(f(d) for d in axes) for f in (lambda d: d.size, cut.size))
-    return site.flops * new // old
+    return axes + [trace.layers[a] for a in around if a in trace.layers]

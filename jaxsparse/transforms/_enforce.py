@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxsparse import _checks
+from jaxsparse._loops import when
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.transforms._mfac import forget_pruned, hide_pruned
 from jaxsparse.transforms._moments import reset_moments
@@ -143,23 +145,40 @@ def _enforced(
         changed = functools.reduce(jnp.logical_or, updated)
         held = forget_pruned(held, masks, changed)
         shown = hide_pruned(params, masks, held)
-        updates, state = inner.update(updates, held, shown, **extra_args)
+        move = lambda *given: inner.update(*given, **extra_args)
         if skip_updates:
-            updates, state = _rest(changed, updates, state, held)
+            updates, state = _move_unless(changed, move, updates, held, shown)
+        else:
+            updates, state = move(updates, held, shown)
         updates = add_change(updates, chosen)
         return project(updates, masks, params), put_states(state, chosen)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _rest(
-    resting: Array, updates: PyTree, new: PyTree, old: PyTree
+def _move_unless(
+    resting: Array, move: Callable, grads: PyTree, held: PyTree, params: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Nothing to add, and the optimizer's memory as it was; counters go on."""
+    """The optimizer's step; where it rests, none, and its memory as it was.
 
-    def one(new: Array, old: Array) -> Array:
-        inexact = jnp.issubdtype(new.dtype, jnp.inexact) and new.shape == old.shape
-        return jnp.where(resting, old, new) if inexact else new
+    Counters go on all the same. (A select in place of `when` would hold the old and the
+    new moments at once, which copies them in every step.)
+    """
+    moved = jax.eval_shape(move, grads, held, params)[0]
+    wider = lambda g, u: g.astype(jnp.promote_types(g.dtype, u.dtype))
+    wide = jax.tree.map(wider, grads, moved)
 
-    none = lambda u: jnp.where(resting, jnp.zeros((), u.dtype), u)
-    return jax.tree.map(none, updates), jax.tree.map(one, new, old)
+    def move_on(carry: Any, params: PyTree) -> Any:
+        given = jax.tree.map(lambda w, g: w.astype(g.dtype), carry[0], grads)
+        found = move(given, carry[1], params)
+        return jax.tree.map(_as, found, carry)
+
+    updates, state = when(~resting, move_on, (wide, held), params)
+    counted = move(grads, held, params)[1]
+    one = lambda new, s: s if jnp.issubdtype(s.dtype, jnp.inexact) else new
+    stopped = lambda u, m: jnp.where(resting, 0, u).astype(m.dtype)
+    return jax.tree.map(stopped, updates, moved), jax.tree.map(one, counted, state)
+
+
+def _as(x: Array, like: Array) -> Array:
+    return x if x.dtype == like.dtype else x.astype(like.dtype)

@@ -122,6 +122,26 @@ def channel_scores():
     return {name(): draw(4, (16,)) ** 2}
 
 
+def width_logits():
+    return js.masking.init_width_logits(groups(), candidates=4)
+
+
+def channel_gates():
+    return {name(): np.asarray(draw(4, (16,))) ** 2}
+
+
+def both_gates():
+    return js.masking.width_gates(groups(), width_logits(), candidates=4)
+
+
+def hybrid():
+    return js.contrib.init_hybrid(8, key=jax.random.key(0), rank=2)
+
+
+def predictor():
+    return js.adaptive.init_filter_predictor(8, 4, key=jax.random.key(0))
+
+
 def drop():
     return js.coupling.Drop({name(): np.array([1, 3])}, {name(): 16})
 
@@ -917,4 +937,101 @@ CALLS = {
     "report.plot_tradeoff": lambda: {"runs": {"a": ([0], [1])}, "xlabel": "sparsity"},
     "report.plot_weights": lambda: {"before": params(), "after": params()},
     "report.progress": lambda: {"iterable": [1, 2]},
+    "channels.scale_channels": lambda: {
+        "groups": groups(),
+        "params": params(),
+        "gates": channel_gates(),
+    },
+    "channels.drop_closed": lambda: {"gates": channel_gates()},
+    "narrowing.flops_share": lambda: {"trace": trace(), "gates": channel_gates()},
+    "masking.init_width_logits": lambda: {
+        "groups": groups(),
+        "candidates": 4,
+        "whole": 0.9,
+    },
+    "masking.width_gates": lambda: {
+        "groups": groups(),
+        "logits": width_logits(),
+        "candidates": 4,
+        "temperature": 1.0,
+        "scores": channel_scores(),
+    },
+    "masking.soft_to_hard": lambda: {
+        "apply_fn": apply_fn,
+        "groups": groups(),
+        "params": params(),
+        "gates": both_gates(),
+        "*": (batch(),),
+    },
+    "contrib.init_thresholds": lambda: {"groups": groups()},
+    "contrib.threshold_gates": lambda: {
+        "scores": channel_scores(),
+        "thresholds": js.contrib.init_thresholds(groups()),
+        "temperature": 0.1,
+    },
+    "contrib.init_hybrid": lambda: {"width": 8, "key": jax.random.key(0), "rank": 2},
+    "contrib.hybrid": lambda: {
+        "module": hybrid(),
+        "x": batch(),
+        "gate": np.ones(8, np.float32),
+    },
+    "contrib.hybrid_gate": lambda: {
+        "mask": np.zeros(8, np.float32),
+        "step": 3,
+        "total_steps": 100,
+        "frozen_from": 0.8,
+    },
+    "contrib.hybrid_loss": lambda: {
+        "mask": np.zeros(8, np.float32),
+        "modules": [hybrid(), hybrid()],
+        "width": 4,
+    },
+    "contrib.fold_hybrid": lambda: {
+        "module": hybrid(),
+        "kernel": rows(16, 8),
+        "gate": np.ones(8, np.float32),
+    },
+    "contrib.dead_neurons": lambda: {
+        "trace": trace(),
+        "params": params(),
+        "batches": [batch()],
+    },
+    "contrib.activation_gains": lambda: {
+        "trace": trace(),
+        "params": params(),
+        "batches": [batch()],
+    },
+    "contrib.activate": lambda: {
+        "scores": scores(),
+        "gains": grads(),
+        "sparsity": 0.5,
+        "pool": 0.1,
+    },
+    "adaptive.mass_targets": lambda: {"maps": rows(2, 3, 8), "mass": 0.9},
+    "adaptive.init_filter_predictor": lambda: {
+        "channels": 8,
+        "filters": 4,
+        "key": jax.random.key(0),
+    },
+    "adaptive.filter_logits": lambda: {
+        "predictor": predictor(),
+        "maps": rows(2, 3, 8),
+        "pool": "max",
+        "decoupled": True,
+    },
+    "adaptive.filter_gates": lambda: {"logits": rows(2, 4)},
+    "adaptive.choose_exit": lambda: {
+        "logits": [rows(2, 3), rows(2, 3)],
+        "threshold": 0.9,
+    },
+    "adaptive.run_until_confident": lambda: {
+        "stages": [lambda h: (h, h), lambda h: (h, 2 * h)],
+        "x": rows(1, 3),
+        "threshold": 0.9,
+    },
+    "adaptive.exit_threshold": lambda: {
+        "logits": [rows(2, 3), rows(2, 3)],
+        "costs": [1.0, 2.0],
+        "budget": 1.5,
+    },
 }

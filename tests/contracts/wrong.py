@@ -235,6 +235,21 @@ LOGITS = {
     "another": {"left": np.ones((2, 6, 16), np.float32)},
     "another shape": {"up": {"kernel": np.ones((3, 3), np.float32)}},
 }
+EXITS = {
+    "None": None,
+    "an array": np.ones((2, 3, 4), np.float32),
+    "empty": [],
+    "numbers": [1.0, 2.0],
+    "different": [np.ones((2, 3), np.float32), np.ones((2, 4), np.float32)],
+    "integers": [np.ones((2, 3), int)] * 2,
+}
+MASK_NUMBERS = {
+    "None": None,
+    "a string": "mask",
+    "a list": [0.0, 1.0],
+    "bools": np.ones(8, bool),
+    "a matrix": np.ones((2, 4), np.float32),
+}
 KINDS = {
     "params": TREE,
     "scores": TREE,
@@ -515,7 +530,8 @@ KINDS = {
         "another structure": other_structure,
     },
     "cuts": INTEGER | {"one": 1},
-    "threshold": POSITIVE | {"above": 1.5},
+    "threshold": NUMBER,
+    "contrib.guidance_masks.threshold": POSITIVE | {"above": 1.5},
     "clients": {
         "None": None,
         "a number": 3,
@@ -553,7 +569,53 @@ KINDS = {
     },
     "contrib.paser.budget": INTEGER | {"too many": 7},
     "contrib.paser.clusters": INTEGER | {"too many": 7},
+    "candidates": INTEGER
+    | {
+        "another group": {"nothing_like_it": [1]},
+        "falling": Made(lambda _: {calls.name(): [4, 2]}),
+        "too many": Made(lambda _: {calls.name(): [99]}),
+    },
+    "whole": POSITIVE | {"one": 1.0},
+    "gate": {**MATRIX, "a vector": np.ones(5, np.float32)},
+    "kernel": {**MATRIX, "a vector": np.ones(5, np.float32)},
+    "maps": MATRIX,
+    "contrib.hybrid.x": {**MATRIX, "a vector": np.ones(5, np.float32)},
+    "adaptive.mass_targets.maps": FLAT,
+    "adaptive.filter_gates.logits": {k: v for k, v in FLAT.items() if k != "a vector"},
+    "module": OBJECT,
+    "modules": OBJECT,
+    "predictor": OBJECT,
+    "width": INTEGER,
+    "channels": INTEGER,
+    "filters": INTEGER,
+    "frozen_from": POSITIVE | {"one": 1.0},
+    "pool": SPARSITY,
+    "gains": LIKE | {"NaN": leaf(with_nan)},
+    "mass": POSITIVE | {"above": 1.5},
+    "decoupled": SWITCH,
     # Of one function.
+    "channels.scale_channels.gates": BY_GROUP,
+    "channels.drop_closed.gates": ANY_SIZE,
+    "narrowing.flops_share.gates": BY_GROUP,
+    "masking.width_gates.logits": BY_GROUP,
+    "masking.width_gates.scores": BY_GROUP | {"None": {}},
+    "masking.soft_to_hard.gates": OBJECT,
+    "contrib.threshold_gates.scores": ANY_SIZE,
+    "contrib.threshold_gates.thresholds": BY_GROUP,
+    "contrib.hybrid_gate.mask": MASK_NUMBERS,
+    "contrib.hybrid_loss.mask": MASK_NUMBERS,
+    "contrib.hybrid_gate.step": POSITIVE,
+    "adaptive.filter_logits.pool": CHOICE,
+    "adaptive.choose_exit.logits": EXITS,
+    "adaptive.exit_threshold.logits": EXITS,
+    "adaptive.exit_threshold.costs": {
+        "None": None,
+        "a number": 3,
+        "text": ["a", "b"],
+        "too few": [1.0],
+        "falling": [2.0, 1.0],
+        "NaN": [1.0, float("nan")],
+    },
     "masking.cram.sparsities": {
         "None": None,
         "nothing": (),
@@ -708,6 +770,9 @@ TAKEN = [
     ("scores.bias_compensation", "w", "NaN", "a product, and no choice"),
     ("experts.merge_gates", "gates", "NaN", "a sum within a model, and no choice"),
     ("depth.nm_gates", "logits", "NaN", "within a model, under jit"),
+    ("contrib.hybrid", "(x|gate)", "NaN", "within a model, under jit"),
+    ("contrib.fold_hybrid", "(kernel|gate)", "NaN", "a product, and no choice"),
+    ("adaptive.*", "(maps|logits|x)", "NaN", "within a model, under jit"),
 ]
 # Only these look at shapes alone.
 OF_SHAPES = {

@@ -24,6 +24,7 @@ NAMES = (
     "custom_score",
     "demo",
     "layerwise",
+    "maskllm",
     "mfac_optimizer",
     "nnx_training",
     "obs",
@@ -37,7 +38,15 @@ NAMES = (
     "train_state",
 )
 PRETRAINED = (
-    *("layerwise", "obs", "obs_bert", "pretrained", "recipes_minilm", "recipes_resnet"),
+    *(
+        "layerwise",
+        "maskllm",
+        "obs",
+        "obs_bert",
+        "pretrained",
+        "recipes_minilm",
+        "recipes_resnet",
+    ),
     "structured",
 )
 
@@ -370,3 +379,13 @@ def test_layerwise(run, tmp_path):
     assert sparsegpt[1] < magnitude[1]
     assert row(said, "layers/4/attention/wq/weight")[0] == 0.5
     assert is_picture(tmp_path / "errors.png")
+
+
+@pytest.mark.exhaustive
+def test_maskllm(run):
+    if not has_data("weights/stories260K.npz", "text/tinystories_dev_tok512.npz"):
+        pytest.skip("no weights or texts of stories260K here")
+    said = run("maskllm", "--small")
+    names = ("dense", "learned masks", "SparseGPT", "SparseGPT, masks alone")
+    (dense,), (learned,), (updated,), (prior,) = (row(said, name) for name in names)
+    assert dense < learned < updated < prior  # the weights of `learned` are the dense
