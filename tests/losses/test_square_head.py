@@ -41,7 +41,7 @@ def test_padding_may_hold_nan_and_gradients_stay_numbers():
     mask = jnp.arange(5)[None] < jnp.array([[2], [4]])
     bad = jax.tree.map(lambda x: x.at[0, 3].set(jnp.nan), (student, teacher))
     loss = lambda s, t: square_head(s, t, mask=mask)
-    value, grads = jax.value_and_grad(loss, argnums=(0, 1))(*bad)
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*bad)
     np.testing.assert_allclose(value, loss(student, teacher), rtol=1e-6)
     for g, t in zip(*grads, strict=True):
         assert np.all(np.isfinite(g))
