@@ -66,9 +66,9 @@ def frugal(
 
     Memory: moments are there for the drawn part alone, arrays of its size, so Adam's
     take `2 * density` numbers a weight where the parameters take one. An integer for
-    each drawn row or column comes to that, for each drawn weight with `"entries"`. On
-    CPU a step with drawn rows of a matrix takes less than Adam's of everything; along
-    the last axis, and of single entries, a gather takes several times that.
+    each drawn row or column comes to that, for each drawn weight with `"entries"`. A
+    step takes about as long as Adam's; with single entries longer, as they are gathered
+    (`pytest benchmarks/test_sparse_training.py -k split`).
 
     It may stand within `jaxsparse.enforce`, where pruned weights stay 0. A weight that
     comes back finds the moments of its coordinate as they are, until the next draw:
@@ -93,7 +93,7 @@ def frugal(
         step and the parameter's path.
       unit: what is drawn. An integer: indices along that axis, -2 for the inputs of a
         kernel `(in, out)` or `(*window, in, out)`, which are the columns of torch's
-        `(out, in)` and the paper's choice, -1 for its outputs, 0 for the layers of a
+        `(out, in)`, one of the paper's choices; -1 for its outputs, 0 for layers of a
         stack. `"entries"`: single weights. `"leaves"`: whole parameters, among those of
         equal shape; a shape that one parameter alone has is always the optimizer's.
       where: which parameters are split; the optimizer has all others. See
@@ -145,7 +145,7 @@ def frugal(
         indices = _drawn(splits, key, step)
         return FrugalState(
             step=step,
-            key=jax.random.key_data(key),
+            key=jnp.array(jax.random.key_data(key)),  # a donated state is gone
             indices=indices,
             optimizer=inner.init(_parts(params, splits, indices)),
             rest=other.init(params),

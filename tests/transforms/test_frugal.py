@@ -176,6 +176,18 @@ def test_the_same_key_draws_the_same_and_another_does_not():
     assert not equal(of(0), of(1))
 
 
+def test_a_donated_state_leaves_the_key_as_it_is():
+    """And the parameters' numbers, from which another state may be made."""
+    params, tx = {"w": jnp.ones((4, 6))}, method()
+    step = jax.jit(tx.update, donate_argnums=1)
+    found = []
+    for _ in range(2):
+        state = step(params, tx.init(params), params)[1]
+        state = step(params, state, params)[1]
+        found.append(np.asarray(state.indices["w"]))
+    np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.parametrize("unit", [-1, "entries"])
 def test_under_enforce_pruned_weights_stay_zero(unit):
 
