@@ -39,7 +39,7 @@ MOST = {
     "sparsity_of": 0,
     "init of rigl": 11,
     "update of rigl": 22,
-    "init of frugal": 8,
+    "init of frugal": 9,
     "update of frugal": 48,
     "jitted cram": 1,
     "init_mask_logits": 6,
