@@ -218,15 +218,22 @@ def measure_cram(rows: Rows, steps: int, seeds: int) -> None:
 def measure_exchange(rows: Rows, steps: int, seeds: int) -> None:
     steps = 2 * steps // 5
     at = {"axis_name": "data", "workers": WORKERS}
-    plain = optax.sgd(optax.cosine_decay_schedule(0.1, steps))
-    heavy = optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9)
+    rate = optax.cosine_decay_schedule(0.1, steps)
+    plain, heavy = optax.sgd(rate), optax.sgd(rate, momentum=0.9)
+    # Error feedback is plain SGD's: entries that waited come late, and momentum after
+    # them carries them on for too long.
+    fast = optax.sgd(optax.cosine_decay_schedule(0.5, steps))
+
+    def top_k(fraction: float, after: Any, error_feedback: bool) -> Any:
+        exchanged = exchange.top_k(fraction, error_feedback=error_feedback, **at)
+        return optax.chain(exchanged, after)
+
     methods = {"dense": lambda fraction: heavy}
-    methods["top-k"] = lambda fraction: optax.chain(
-        exchange.top_k(fraction, error_feedback=False, **at), heavy
-    )
-    methods["top-k, error feedback"] = lambda fraction: optax.chain(
-        exchange.top_k(fraction, **at), heavy
-    )
+    for name, feedback in (("top-k", False), ("top-k, error feedback", True)):
+        for after, how in ((heavy, ""), (fast, ", no momentum")):
+            methods[name + how] = functools.partial(
+                top_k, after=after, error_feedback=feedback
+            )
     methods["DGC"] = lambda fraction: optax.chain(
         exchange.dgc(fraction, warmup_steps=steps // 5, **at), plain
     )

@@ -63,6 +63,10 @@ def top_k(
     The update is the mean over workers of what was sent. Vectors and scalars, as biases
     are, go whole. Seide et al. (2014), Stich et al. (2018, arXiv:1809.07599).
 
+    Error feedback is analyzed for plain SGD and works best before it: what waited comes
+    late and large, and momentum after it carries that on for too long. `dgc` has its
+    momentum before the choice.
+
     It stands first in a chain, before any optimizer, within `jax.shard_map`, where the
     gradients are those of the worker's own batch::
 
