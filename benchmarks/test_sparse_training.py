@@ -38,6 +38,32 @@ def test_moving_masks(large, compare):
             assert zeros >= 0.9 * sum(w.size for w in kernels) - len(kernels)
 
 
+def test_split_updates(large, compare):
+    """FRUGAL's steps at a density of a quarter, against plain adam."""
+    late = js.schedules.every(1, begin=NEVER)
+    key, rate = jax.random.key(0), optax.scale_by_learning_rate(1e-3)
+
+    def frugal(unit, every=late):
+        split = transforms.frugal(
+            *(optax.scale_by_adam(), optax.scale_by_sign()),
+            density=0.25,
+            every=every,
+            key=key,
+            unit=unit,
+        )
+        return Run(optax.chain(split, rate), batch=_batch(large), large=large)
+
+    runs = {
+        "plain adam": Run(optax.adam(1e-3), batch=_batch(large), large=large),
+        "FRUGAL, inputs": frugal(-2),
+        "FRUGAL, inputs, drawn anew": frugal(-2, every=1),
+        "FRUGAL, outputs": frugal(-1),
+        "FRUGAL, entries": frugal("entries"),
+        "FRUGAL, entries, drawn anew": frugal("entries", every=1),
+    }
+    compare("split updates, 5M MLP", runs)
+
+
 def _batch(large):
     x = jax.random.normal(jax.random.key(1), (128, WIDTHS[0] * (4 if large else 1)))
     return x, jnp.arange(128) % 10

@@ -31,6 +31,7 @@ from jaxsparse import solvers as solvers
 from jaxsparse import tracing as tracing
 from jaxsparse import transforms as transforms
 from jaxsparse import tree as tree
+from jaxsparse import zeroth_order as zeroth_order
 from jaxsparse._version import __version__ as __version__
 from jaxsparse.masking import straight_through as straight_through
 from jaxsparse.oneshot import Pruned as Pruned
@@ -97,6 +98,7 @@ __all__ = [
     "tracing",
     "transforms",
     "tree",
+    "zeroth_order",
 ]
 
 

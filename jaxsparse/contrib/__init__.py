@@ -11,6 +11,8 @@ from jaxsparse.contrib._activate import activate as activate
 from jaxsparse.contrib._activate import activation_gains as activation_gains
 from jaxsparse.contrib._activate import dead_neurons as dead_neurons
 from jaxsparse.contrib._als import als as als
+from jaxsparse.contrib._autoflip import guidance as guidance
+from jaxsparse.contrib._autoflip import guidance_masks as guidance_masks
 from jaxsparse.contrib._cric import Redundancy as Redundancy
 from jaxsparse.contrib._cric import cric as cric
 from jaxsparse.contrib._gate_penalty import GatePenalty as GatePenalty
@@ -23,6 +25,8 @@ from jaxsparse.contrib._heapr import atomic_update as atomic_update
 from jaxsparse.contrib._heapr import atomic_update_ragged as atomic_update_ragged
 from jaxsparse.contrib._lapp import init_thresholds as init_thresholds
 from jaxsparse.contrib._lapp import threshold_gates as threshold_gates
+from jaxsparse.contrib._paser import RecoveryData as RecoveryData
+from jaxsparse.contrib._paser import paser as paser
 from jaxsparse.contrib._pat import Hybrid as Hybrid
 from jaxsparse.contrib._pat import HybridLoss as HybridLoss
 from jaxsparse.contrib._pat import fold_hybrid as fold_hybrid
@@ -30,6 +34,8 @@ from jaxsparse.contrib._pat import hybrid as hybrid
 from jaxsparse.contrib._pat import hybrid_gate as hybrid_gate
 from jaxsparse.contrib._pat import hybrid_loss as hybrid_loss
 from jaxsparse.contrib._pat import init_hybrid as init_hybrid
+from jaxsparse.contrib._self_distillation import SelfDistilled as SelfDistilled
+from jaxsparse.contrib._self_distillation import self_distilled as self_distilled
 from jaxsparse.contrib._stun import MergedExperts as MergedExperts
 from jaxsparse.contrib._stun import cluster_experts as cluster_experts
 from jaxsparse.contrib._stun import expert_distances as expert_distances
@@ -44,7 +50,9 @@ __all__ = [
     "Hybrid",
     "HybridLoss",
     "MergedExperts",
+    "RecoveryData",
     "Redundancy",
+    "SelfDistilled",
     "activate",
     "activation_gains",
     "als",
@@ -59,6 +67,8 @@ __all__ = [
     "expert_distances",
     "fold_hybrid",
     "gate_penalty",
+    "guidance",
+    "guidance_masks",
     "hybrid",
     "hybrid_gate",
     "hybrid_loss",
@@ -66,6 +76,8 @@ __all__ = [
     "init_thresholds",
     "medoids",
     "merge_clusters",
+    "paser",
+    "self_distilled",
     "threshold_gates",
     "wgsef_prox",
 ]

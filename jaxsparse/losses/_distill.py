@@ -73,7 +73,7 @@ def distill(
     """
     _check_number("temperature", temperature)
     _check_number("hardness", hardness)
-    _check_logits(student_logits, teacher_logits)
+    check_logits(student_logits, teacher_logits)
     fixed = _checks.is_concrete(hardness)
     student, teacher = _wide(student_logits), lax.stop_gradient(_wide(teacher_logits))
     imitation = 0.0
@@ -122,7 +122,8 @@ def _check_number(name: str, value: Any) -> None:
         )
 
 
-def _check_logits(student: Array, teacher: Array) -> None:
+def check_logits(student: Array, teacher: Array) -> None:
+    """Raises unless both are logits of one shape."""
     _checks.check_arrays(student_logits=student, teacher_logits=teacher)
     for name, logits in {"student": student, "teacher": teacher}.items():
         dtype = jnp.asarray(logits).dtype

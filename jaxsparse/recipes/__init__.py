@@ -1,5 +1,6 @@
 """Published trainings, each one value: schedules, optimizer and loss."""
 
+from jaxsparse.recipes._gmp_star import gmp_star as gmp_star
 from jaxsparse.recipes._lottery import Ticket as Ticket
 from jaxsparse.recipes._lottery import lottery_tickets as lottery_tickets
 from jaxsparse.recipes._magnitude import gmp as gmp
@@ -12,6 +13,7 @@ __all__ = [
     "Recipe",
     "Ticket",
     "gmp",
+    "gmp_star",
     "lottery_tickets",
     "obert_downstream",
     "obert_upstream",

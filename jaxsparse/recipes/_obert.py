@@ -1,28 +1,10 @@
 """oBERT's trainings: what to prune, when, how far, and how fast to learn meanwhile."""
 
-import itertools
-import math
-import numbers
-from collections.abc import Sequence
+from typing import Any
 
-from jaxsparse import _checks, schedules
 from jaxsparse.patterns import Block, Pattern, Unstructured
-from jaxsparse.recipes._recipe import (
-    Recipe,
-    check_rates,
-    check_sparsities,
-    dense_before,
-)
-
-# The kernels of a transformer's numbered (or scanned) blocks: q, k, v, the attention's
-# output and the two of the feed-forward part, whatever a library calls them.
-_BLOCK_KERNELS = (
-    r"(?i)^(?!.*(norm|embed|pooler|classifier|(^|/)ln(_\w+|\d*)/))"  # dense inside, too
-    r".*("
-    r"(layers?|blocks?|(^|/)h)[_/]?\d+/"  # layer_0/, encoder/layer/0/, EncoderBlock_0/
-    r"|(^|/)(layers?|blocks?)/(?!\d)"  # layers/, stacked by a scan
-    r").*/(in_proj_)?(kernel|weight|w)$"
-)
+from jaxsparse.recipes._recipe import Recipe
+from jaxsparse.recipes._rewinding import check_training, gradual
 
 
 def obert_downstream(
@@ -54,9 +36,8 @@ def obert_downstream(
     `summed=True`, whose blocks of 50 are 4.3 GB for 10.6 million weights and 35 GB for
     the 85 million in the blocks of BERT-base (the 1,024 gradients themselves would be
     43 and 348 GB). Each gradient is that of a training step's batch, where the paper
-    averages `examples_per_gradient`. `recipe.optimizer(score=js.scores.magnitude)` is
-    gradual magnitude pruning on the same schedules; GMP* (Kurtic & Alistarh, 2022,
-    arXiv:2210.06384) is that, with rates and a temperature of its own.
+    averages `examples_per_gradient`. `jaxsparse.recipes.gmp_star` is gradual magnitude
+    pruning on the same schedules.
 
     The paper has other settings for GLUE (`learning_rate=(5e-5, 5e-6)`, in 10 epochs
     `(8e-5, 2e-5)`, and 16 examples per gradient), for students of 3 and 6 layers
@@ -99,23 +80,21 @@ def obert_downstream(
       >>> def loss_fn(student_logits, teacher_logits):
       ...     return recipe.loss(student_logits, teacher_logits).mean()
     """
-    _checks.check_pattern(Pattern, pattern)
-    _check(steps_per_epoch, epochs)
-    check_sparsities(init, final)
+    check_training(steps_per_epoch, epochs, init, final, pattern)
     if epochs == 10:
         cuts = [2 + k / 2 for k in range(13)]
         rewinds, rates = [8.0], (8e-5, 3e-5)
     else:
         cuts = [epochs * (2 + 4 * k) / 30 for k in range(7)]
         rewinds, rates = cuts, (8e-5, 8e-6)
-    return _gradual(
+    return gradual(
         *(steps_per_epoch, epochs, cuts, rewinds),
         sparsities=(init, final),
         learning_rate=rates if learning_rate is None else learning_rate,
         pattern=pattern,
         weight_decay=0.0,
         temperature=2.0,
-        examples_per_gradient=8,
+        **_fisher(pattern, examples_per_gradient=8),
     )
 
 
@@ -170,77 +149,24 @@ def obert_upstream(
       >>> recipe.temperature, recipe.hardness, recipe.examples_per_gradient
       (5.5, 1.0, 16)
     """
-    _checks.check_pattern(Pattern, pattern)
-    _check(steps_per_epoch, epochs)
-    check_sparsities(init, final)
+    check_training(steps_per_epoch, epochs, init, final, pattern)
     cuts = [epochs * k / 12 for k in range(12)]
-    return _gradual(
+    return gradual(
         *(steps_per_epoch, epochs, cuts, cuts),
         sparsities=(init, final),
         learning_rate=learning_rate,
         pattern=pattern,
         weight_decay=0.01,
         temperature=5.5,
-        examples_per_gradient=16,
+        **_fisher(pattern, examples_per_gradient=16),
     )
 
 
-def _gradual(
-    steps_per_epoch: int,
-    epochs: float,
-    cuts: Sequence[float],
-    rewinds: Sequence[float],
-    *,
-    sparsities: tuple[float, float],
-    learning_rate: tuple[float, float],
-    pattern: Pattern,
-    weight_decay: float,
-    temperature: float,
-    examples_per_gradient: int,
-) -> Recipe:
-    """A recipe from the epochs in which it cuts and rewinds."""
-    total_steps = _nearest(epochs * steps_per_epoch)
-    steps = [_nearest(cut * steps_per_epoch) for cut in cuts]
-    if any(b <= a for a, b in itertools.pairwise((*steps, total_steps))):
-        apart = min(b - a for a, b in itertools.pairwise(cuts))
-        raise ValueError(
-            f"{steps_per_epoch=} is too few: {len(cuts)} cuts in {epochs:g} epochs, "
-            f"{apart:g} epochs apart, would fall on the steps {steps}. It takes "
-            f"{math.ceil(round(1 / apart, 6))} steps an epoch, or more epochs."
-        )
-    check_rates(learning_rate)
-    return Recipe(
-        sparsity=dense_before(
-            steps[0], init=sparsities[0], final=sparsities[1], end=steps[-1]
-        ),
-        every=schedules.at(*steps),
-        learning_rate=schedules.rewinding(
-            peak=learning_rate[0],
-            end=learning_rate[1],
-            at=[_nearest(rewind * steps_per_epoch) for rewind in rewinds],
-            total_steps=total_steps,
-        ),
-        total_steps=total_steps,
-        where=_BLOCK_KERNELS,
-        pattern=pattern,
-        weight_decay=weight_decay,
-        temperature=temperature,
-        hardness=1.0,
-        block_size=32 if isinstance(pattern, Block) else 50,
-        damping=1e-7,
-        gradients=1024,
-        examples_per_gradient=examples_per_gradient,
-    )
-
-
-def _nearest(step: float) -> int:
-    """Halves go up, also those that are a rounding error short of a half."""
-    return math.floor(round(step, 6) + 0.5)
-
-
-def _check(steps_per_epoch: int, epochs: float) -> None:
-    _checks.check_positive_int(steps_per_epoch, name="steps_per_epoch")
-    if isinstance(epochs, bool) or not isinstance(epochs, numbers.Real):
-        raise TypeError(f"epochs must be a number, got {epochs!r}.")
-    if not 0 < epochs < math.inf:
-        raise ValueError(f"epochs must be positive, got {epochs!r}.")
+def _fisher(pattern: Pattern, *, examples_per_gradient: int) -> dict[str, Any]:
+    """The settings of the score."""
+    return {
+        "block_size": 32 if isinstance(pattern, Block) else 50,
+        "damping": 1e-7,
+        "gradients": 1024,
+        "examples_per_gradient": examples_per_gradient,
+    }

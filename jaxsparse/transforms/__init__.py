@@ -9,6 +9,8 @@ from jaxsparse.transforms._dynamic import set_ as set_
 from jaxsparse.transforms._dynamic import snfs as snfs
 from jaxsparse.transforms._dynamic import static as static
 from jaxsparse.transforms._enforce import enforce as enforce
+from jaxsparse.transforms._frugal import FrugalState as FrugalState
+from jaxsparse.transforms._frugal import frugal as frugal
 from jaxsparse.transforms._keep_sparse import keep_sparse as keep_sparse
 from jaxsparse.transforms._mfac import ScaleByMFacState as ScaleByMFacState
 from jaxsparse.transforms._mfac import mfac as mfac
@@ -29,6 +31,7 @@ from jaxsparse.transforms._windowed_obs import windowed_obs as windowed_obs
 
 __all__ = [
     "DropAndGrowState",
+    "FrugalState",
     "GradientSums",
     "GradientWindow",
     "PruneSchedule",
@@ -41,6 +44,7 @@ __all__ = [
     "enforce",
     "explored",
     "find_states",
+    "frugal",
     "init_sparse",
     "keep_sparse",
     "masks_of",

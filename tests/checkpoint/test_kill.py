@@ -30,9 +30,10 @@ def start(tmp_path):
     environment = {"XLA_FLAGS": one_device(os.environ["XLA_FLAGS"])}
     started = []
 
-    def _start(directory):
+    def _start(directory, method="gradual"):
         said = tmp_path / f"said_{len(started)}.txt"
-        arguments = str(directory), str(STEPS), "read" if started else "write"
+        cache = "read" if started else "write"
+        arguments = str(directory), str(STEPS), cache, method
         process = preloaded.start(
             TRAINER, *arguments, environment=environment, output=said
         )
@@ -122,3 +123,15 @@ def test_killed_at_any_moment_it_ends_bit_identical(start, tmp_path):
     ):
         killed(start(directory), directory, wait, delay)
     assert_ends_as(expected, start(directory), directory)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["rigl", "set_", "snfs", "acdc"])
+def test_masks_that_move_are_those_of_a_run_that_was_not_killed(
+    start, tmp_path, method
+):
+    expected = finish(start(tmp_path / "whole", method))
+    directory = tmp_path / "killed"
+    for wait in (first_save_is_whole, third_save_begins):
+        killed(start(directory, method), directory, wait)
+    assert_ends_as(expected, start(directory, method), directory)

@@ -37,6 +37,18 @@ MOST = {
     "layerwise": 24,
     "group_scores": 30,
     "sparsity_of": 0,
+    "init of rigl": 11,
+    "update of rigl": 22,
+    "init of frugal": 9,
+    "update of frugal": 48,
+    "jitted cram": 1,
+    "init_mask_logits": 6,
+    "jitted masked_by_logits": 1,
+    "jitted coordinate_grads": 1,
+    "jitted random_grads": 1,
+    "jitted grasp": 1,
+    "guidance": 5,
+    "guidance_masks": 13,
 }
 
 
@@ -60,6 +72,36 @@ def cases() -> dict[str, Callable[[], Any]]:
     state = functools.cache(lambda: tx.init(params))
     statistics = functools.cache(lambda: js.calibration.run(trace, params, batches))
     groups = js.coupling.groups(trace).prunable
+    key = jax.random.key(0)
+    moving = js.transforms.rigl(0.5, every=2, key=key).wrap(optax.adam(1e-3))
+    split = js.transforms.frugal(
+        *(optax.scale_by_adam(), optax.scale_by_sign()),
+        density=0.5,
+        every=2,
+        key=key,
+    )
+    loss = lambda p, x: jnp.mean(model(p, x) ** 2)
+    crammed = jax.jit(js.masking.cram(loss, sparsities=(0.5, 0.75)))
+    pattern, axes = js.NM(2, 4), js.Axes(input=(0,), output=(1,))
+    of_rigl = functools.cache(lambda: moving.init(params))
+    of_frugal = functools.cache(lambda: split.init(params))
+    logits = functools.cache(
+        lambda: js.masking.init_mask_logits(params, pattern=pattern, axes=axes, key=key)
+    )
+    masked = jax.jit(
+        functools.partial(js.masking.masked_by_logits, pattern=pattern, axes=axes)
+    )
+    zeroth = {
+        name: jax.jit(
+            functools.partial(getattr(js.zeroth_order, name), loss, **options)
+        )
+        for name, options in {
+            "coordinate_grads": {},
+            "random_grads": {"count": 2},
+            "grasp": {"count": 2},
+        }.items()
+    }
+    indices = {k: {"kernel": np.arange(3, dtype=np.int32)} for k in params}
     return {
         "prune 40 shapes": lambda: js.prune(many, 0.9),
         "prune 5 larger shapes": lambda: js.prune(larger, 0.9),
@@ -81,6 +123,24 @@ def cases() -> dict[str, Callable[[], Any]]:
             groups, js.scores.magnitude(params)
         ),
         "sparsity_of": lambda: js.patterns.sparsity_of(prune(0.5).masks, params),
+        "init of rigl": lambda: moving.init(params),
+        "update of rigl": lambda: moving.update(copies, of_rigl(), params),
+        "init of frugal": lambda: split.init(params),
+        "update of frugal": lambda: split.update(copies, of_frugal(), params),
+        "jitted cram": lambda: crammed(params, batches[0], key=key),
+        "init_mask_logits": logits.__wrapped__,
+        "jitted masked_by_logits": lambda: masked(params, logits(), key=key),
+        "jitted coordinate_grads": lambda: zeroth["coordinate_grads"](
+            params, batches[0], indices=indices
+        ),
+        "jitted random_grads": lambda: zeroth["random_grads"](
+            params, batches[0], key=key
+        ),
+        "jitted grasp": lambda: zeroth["grasp"](params, batches[0], key=key),
+        "guidance": lambda: js.contrib.guidance(params, [copies, copies]),
+        "guidance_masks": lambda: js.contrib.guidance_masks(
+            js.scores.magnitude(params), threshold=0.5
+        ),
     }
 
 

@@ -152,6 +152,21 @@ TRANSFORMS = {
         ).wrap,
         masked,
     ),
+    "frugal": Row(
+        lambda optimizer: js.enforce(
+            optax.chain(
+                schedule(),
+                transforms.frugal(
+                    optimizer,
+                    optax.sign_sgd(1e-2),
+                    density=0.5,
+                    every=2,
+                    key=jax.random.key(0),
+                ),
+            )
+        ),
+        masked,
+    ),
     "soft_shrink": after(lambda groups: transforms.soft_shrink(0.5)),
     "keep_sparse": Row(
         lambda optimizer: optax.chain(optimizer, js.keep_sparse(fixed_masks())), masked

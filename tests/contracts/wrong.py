@@ -508,6 +508,67 @@ KINDS = {
     "axis_name": {"None": None, "a number": 0, "a list": ["data"]},
     "workers": INTEGER,
     "fraction": POSITIVE | {"one": 1.5},
+    "student": LIKE,
+    "teacher": LIKE,
+    "losses.square_head.mask": {
+        "floats": np.ones((2, 3), np.float32),
+        "a string": "mask",
+        "a list": [[True]],
+        "another shape": np.ones((3, 3), bool),
+    },
+    "rest": OBJECT,
+    "density": POSITIVE | {"one": 1.5},
+    "mu": POSITIVE | {"zero": 0.0},
+    "unit": {"a string": "columns", "a fraction": 0.5, "None": None, "a bool": True},
+    "indices": {
+        "a string": "i",
+        "a number": 3,
+        "fractions": leaf(np.ones(2)),
+        "out of range": leaf(np.array([0, 999])),
+        "negative": leaf(np.array([-1, 0])),
+        "a leaf less": smaller,
+        "another structure": other_structure,
+    },
+    "cuts": INTEGER | {"one": 1},
+    "threshold": NUMBER,
+    "contrib.guidance_masks.threshold": POSITIVE | {"above": 1.5},
+    "clients": {
+        "None": None,
+        "a number": 3,
+        "empty": [],
+        "a tree": Made(lambda clients: clients[0]),
+        "another shape": Made(lambda clients: [LIKE["another shape"](clients[0])]),
+        "another structure": [{"of": {"another": {"model": np.ones(2)}}}],
+        "NaN": Made(lambda clients: [leaf(with_nan)(clients[0])]),
+    },
+    "embeddings": {
+        "None": None,
+        "a string": "e",
+        "a vector": np.ones(6),
+        "NaN": np.full((6, 3), np.nan),
+        "text": np.array([["a"] * 3] * 6),
+    },
+    "divergences": {
+        "None": None,
+        "a string": "d",
+        "too short": np.ones(5),
+        "NaN": np.full(6, np.nan),
+        "negative": -np.ones(6),
+        "nothing": np.zeros(6),
+    },
+    "concepts": {"a number": 3, "too short": ["a"], "numbers": [1] * 6},
+    "prompts": {"None": None, "a string": "ab", "too short": ["a"], "empty": []},
+    "targets": {"None": None, "a string": "ab", "too short": ["a"], "empty": []},
+    "generate": FUNCTION | {"too few": lambda prompts, targets: ["a"]},
+    "check": FUNCTION | {"no bool": lambda answer, target: "yes"},
+    "contrib.paser.costs": {
+        "None": None,
+        "a string": "c",
+        "too short": np.ones(5),
+        "one": np.ones(6),
+    },
+    "contrib.paser.budget": INTEGER | {"too many": 7},
+    "contrib.paser.clusters": INTEGER | {"too many": 7},
     "candidates": INTEGER
     | {
         "another group": {"nothing_like_it": [1]},
@@ -532,7 +593,6 @@ KINDS = {
     "gains": LIKE | {"NaN": leaf(with_nan)},
     "mass": POSITIVE | {"above": 1.5},
     "decoupled": SWITCH,
-    "threshold": NUMBER,
     # Of one function.
     "channels.scale_channels.gates": BY_GROUP,
     "channels.drop_closed.gates": ANY_SIZE,
@@ -685,7 +745,7 @@ MORE = {
 # What is taken in spite of it: the function, the argument, the value, and the reason.
 LATER = (
     "(curvature.*_estimator|prune_schedule|recipes.*|transforms.windowed_obs|"
-    "transforms.(rigl|set_|snfs|static|drop_and_grow|acdc|soft_shrink)|masking.cram)",
+    "transforms.(rigl|set_|snfs|static|drop_and_grow|acdc|soft_shrink|frugal)|masking.cram)",
     "its parameters come at init",
 )
 TAKEN = [
@@ -700,7 +760,12 @@ TAKEN = [
     ("curvature.stream_grads", "batches", ".*", "they are looked at as they come"),
     (".*.(update|atomic_update.*)", "(x|g|down)", "NaN", "not looked for, it says"),
     ("curvature.window_update.*", "grads", "NaN", "not entered, it says"),
-    ("losses.distill", ".*_logits", "NaN", "the loss is NaN, as any would be"),
+    (
+        "losses.(distill|jensen_shannon)",
+        ".*_logits",
+        "NaN",
+        "the loss is NaN, as any would be",
+    ),
     ("curvature.span_ihvp", "coefficients", "NaN", "a product, and no choice"),
     ("scores.bias_compensation", "w", "NaN", "a product, and no choice"),
     ("experts.merge_gates", "gates", "NaN", "a sum within a model, and no choice"),
