@@ -17,6 +17,7 @@ from jaxsparse import curvature as curvature
 from jaxsparse import depth as depth
 from jaxsparse import exchange as exchange
 from jaxsparse import experts as experts
+from jaxsparse import formats as formats
 from jaxsparse import losses as losses
 from jaxsparse import masking as masking
 from jaxsparse import narrowing as narrowing
@@ -35,6 +36,7 @@ from jaxsparse.masking import straight_through as straight_through
 from jaxsparse.oneshot import Pruned as Pruned
 from jaxsparse.oneshot import prune as prune
 from jaxsparse.patterns import NM as NM
+from jaxsparse.patterns import Balanced as Balanced
 from jaxsparse.patterns import Block as Block
 from jaxsparse.patterns import Channel as Channel
 from jaxsparse.patterns import Unstructured as Unstructured
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NM",
     "Axes",
+    "Balanced",
     "Block",
     "Channel",
     "Pruned",
@@ -74,6 +77,7 @@ __all__ = [
     "enforce",
     "exchange",
     "experts",
+    "formats",
     "init_sparse",
     "keep_sparse",
     "losses",

@@ -17,6 +17,7 @@ PATTERNS = {
     "output": js.Unstructured("output"),
     "nm": js.NM(2, 4),
     "block": js.Block((2, 2), reduce="max"),
+    "balanced": js.Balanced((2, 2)),
     "channel": js.Channel(reduce="max"),
 }
 # Few distinct values make ties; wild ones are every float32 but NaN.
