@@ -5,12 +5,13 @@ from jaxsparse.formats._condensed import Condensed as Condensed
 from jaxsparse.formats._csr import Csr16 as Csr16
 from jaxsparse.formats._nm import Nm as Nm
 from jaxsparse.formats._pack import Format as Format
-from jaxsparse.formats._pack import PackedArray as PackedArray
 from jaxsparse.formats._pack import pack as pack
-from jaxsparse.formats._pack import unpack as unpack
-from jaxsparse.formats._pack import values as values
-from jaxsparse.formats._pack import with_values as with_values
+from jaxsparse.formats._pack import sizes as sizes
 from jaxsparse.formats._tiles import Tiles as Tiles
+from jaxsparse.formats._unpack import PackedArray as PackedArray
+from jaxsparse.formats._unpack import unpack as unpack
+from jaxsparse.formats._unpack import values as values
+from jaxsparse.formats._unpack import with_values as with_values
 
 __all__ = [
     "Bitmap",
@@ -21,6 +22,7 @@ __all__ = [
     "PackedArray",
     "Tiles",
     "pack",
+    "sizes",
     "unpack",
     "values",
     "with_values",

@@ -26,14 +26,15 @@ class Condensed:
 
     Attributes:
       values: `[*batch, kept inputs, kept outputs]`.
-      inputs: `[*batch, kept inputs]`, uint16 or uint32: their numbers, ascending.
+      inputs: `[*batch, kept inputs]`, uint16 or uint32: their numbers, ascending; None
+        where all are kept.
       outputs: `[*batch, kept outputs]`, likewise.
       view: the kernel's shape and axes.
     """
 
     values: Array
-    inputs: Array
-    outputs: Array
+    inputs: Array | None
+    outputs: Array | None
     view: MatrixView
 
 
@@ -46,23 +47,24 @@ def condensed_of(weight: Weight) -> Condensed:
     batch = weight.view.batch
     values = taken(weight.matrices.reshape(-1), index)
     values = values.reshape(*batch, *values.shape[1:])
-    place = functools.partial(placed, place=weight.place)
     if isinstance(values, np.ndarray):
-        values = place(values, axis=values.ndim - 1)
-    shaped = lambda x: x.reshape(*batch, x.shape[1])
-    return Condensed(
-        values,
-        place(shaped(inputs).astype(index_type(d_in)), axis=None),
-        place(shaped(outputs).astype(index_type(d_out)), axis=len(batch)),
-        weight.view,
-    )
+        values = placed(values, weight.place, values.ndim - 1)
+
+    def numbers(side: np.ndarray, size: int, axis: int | None) -> Array | None:
+        if side.shape[1] == size:
+            return None
+        shaped = side.reshape(*batch, side.shape[1]).astype(index_type(size))
+        return placed(shaped, weight.place, axis)
+
+    own = numbers(inputs, d_in, None), numbers(outputs, d_out, len(batch))
+    return Condensed(values, *own, weight.view)
 
 
 def kept_sides(weight: Weight) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the inputs and outputs that are kept, `[layers, kept]` each."""
     *batch, d_out, d_in = weight.kept.shape
     kept = weight.kept.reshape(math.prod(batch), d_out, d_in)
-    outputs, inputs = kept.any(2), kept.any(1)
+    outputs, inputs = np.any(kept, axis=2), np.any(kept, axis=1)
     odd = outputs[:, :, None] & inputs[:, None, :] & ~kept
     if odd.any():
         layer, output, at = np.unravel_index(np.argmax(odd), odd.shape)
@@ -90,7 +92,7 @@ def condensed_bytes(weight: Weight) -> int:
     """What it takes; an error where the mask has another structure."""
     inputs, outputs = kept_sides(weight)
     sizes = zip((inputs, outputs), (weight.view.d_in, weight.view.d_out), strict=True)
-    indices = sum(x.size * index_type(n).itemsize for x, n in sizes)
+    indices = sum(x.size * index_type(n).itemsize for x, n in sizes if x.shape[1] < n)
     values = len(inputs) * inputs.shape[1] * outputs.shape[1]
     return values * weight.itemsize + indices
 
@@ -102,12 +104,18 @@ def condensed_matrices(packed: Condensed) -> Array:
 
     def one(values: Array, inputs: Array, outputs: Array) -> Array:
         dense = jnp.zeros((d_out, d_in), values.dtype)
-        return dense.at[outputs[:, None], inputs[None, :]].set(values.T)
+        at = dense.at[outputs[:, None], inputs[None, :]]
+        return at.set(values.T, unique_indices=True)
 
-    flat = lambda x, n: x.reshape(-1, n).astype(jnp.int32)
+    layers = math.prod(batch)
+    numbers = lambda x, n, size: (
+        jnp.broadcast_to(jnp.arange(size), (layers, size))
+        if x is None
+        else x.reshape(layers, n).astype(jnp.int32)
+    )
     dense = jax.vmap(one)(
-        packed.values.reshape(-1, n_in, n_out),
-        flat(packed.inputs, n_in),
-        flat(packed.outputs, n_out),
+        packed.values.reshape(layers, n_in, n_out),
+        numbers(packed.inputs, n_in, d_in),
+        numbers(packed.outputs, n_out, d_out),
     )
     return dense.reshape(*batch, d_out, d_in)

@@ -75,13 +75,14 @@ def csr_matrices(packed: Csr16) -> Array:
     values, columns, offsets = packed.values, packed.columns, packed.offsets
     *batch, pieces, length = values.shape
     d_out, d_in = packed.view.d_out, packed.view.d_in
-    row = row_of_each(offsets, length).reshape(-1, length)
+    parts = math.prod(batch) * pieces
+    row = row_of_each(offsets, length).reshape(parts, length)
 
     def one(values: Array, row: Array, column: Array) -> Array:
         dense = jnp.zeros((d_out // pieces, d_in), values.dtype)
         # What is behind the last value is in no row.
-        return dense.at[row, column].set(values, mode="drop", unique_indices=False)
+        return dense.at[row, column].set(values, mode="drop", unique_indices=True)
 
-    flat = lambda x: x.reshape(-1, length)
+    flat = lambda x: x.reshape(parts, length)
     dense = jax.vmap(one)(flat(values), row, flat(columns).astype(jnp.int32))
     return dense.reshape(*batch, d_out, d_in)

@@ -136,10 +136,11 @@ def nm_positions(packed: Nm) -> tuple[Array, Array]:
     bits, keep = _bits(packed.pattern), packed.pattern.keep
     each, groups = 8 // bits, packed.values.shape[-2]
     *lead, length, d_out = packed.positions.shape
-    shifts = (bits * jnp.arange(each, dtype=jnp.uint8))[:, None]
-    parts = packed.positions[..., None, :] >> shifts
-    mask = jnp.uint8(2**bits - 1)
-    position = (parts & mask).reshape(*lead, length * each, d_out)[..., :groups, :]
+    packs = packed.positions
+    low = jnp.full(packs.shape, 2**bits - 1, jnp.uint8)
+    parts = [packs >> jnp.full_like(packs, bits * i) & low for i in range(each)]
+    position = jnp.stack(parts, axis=-2).reshape(*lead, length * each, d_out)
+    position = position[..., :groups, :]
     planes = [position[..., j, :, :] for j in range(keep)]
     there = [planes[0] <= planes[1] if keep > 1 else jnp.ones(planes[0].shape, bool)]
     for before, own in itertools.pairwise(planes):
@@ -152,11 +153,12 @@ def nm_matrices(packed: Nm) -> Array:
     position, there = nm_positions(packed)
     of, values = packed.pattern.of, packed.values
     *batch, keep, groups, d_out = values.shape
-    places = jnp.arange(of, dtype=jnp.uint8)
-    dense = jnp.zeros((*batch, groups, d_out, of), values.dtype)
-    for j in range(keep):
-        plane = lambda x, j=j: x[..., j, :, :][..., None]
-        here = plane(there) & (plane(position) == places)
-        dense = jnp.where(here, plane(values), dense)
-    dense = jnp.swapaxes(dense, -3, -2)
+    rows = []
+    for place in range(of):
+        row = jnp.zeros((*batch, groups, d_out), values.dtype)
+        for j in range(keep):
+            at = lambda x, j=j: x[..., j, :, :]
+            row = jnp.where(at(there) & (at(position) == place), at(values), row)
+        rows.append(row)
+    dense = jnp.swapaxes(jnp.stack(rows, axis=-1), -3, -2)
     return dense.reshape(*batch, d_out, groups * of)

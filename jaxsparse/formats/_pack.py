@@ -1,6 +1,5 @@
-"""Trees of parameters with packed kernels in their place, and back."""
+"""Trees of parameters with packed kernels in their place."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -9,28 +8,25 @@ import jax
 import numpy as np
 
 from jaxsparse import _checks, patterns
-from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.formats._bitmap import Bitmap, bitmap_bytes, bitmap_matrices, bitmap_of
+from jaxsparse._typing import PyTree, Where
+from jaxsparse.formats._bitmap import Bitmap, bitmap_bytes, bitmap_of
 from jaxsparse.formats._condensed import (
     Condensed,
     condensed_bytes,
-    condensed_matrices,
     condensed_of,
 )
-from jaxsparse.formats._csr import Csr16, csr_bytes, csr_matrices, csr_of
-from jaxsparse.formats._nm import Nm, nm_bytes, nm_matrices, nm_of
+from jaxsparse.formats._csr import Csr16, csr_bytes, csr_of
+from jaxsparse.formats._nm import nm_bytes, nm_of
 from jaxsparse.formats._tiles import (
-    Tiles,
     check_divides,
     tiles_bytes,
-    tiles_matrices,
     tiles_of,
 )
+from jaxsparse.formats._unpack import PackedArray
 from jaxsparse.formats._weight import Weight, weight_of
 from jaxsparse.patterns import NM, Balanced, Block
 from jaxsparse.tree import (
     AxesRule,
-    from_matrices,
     is_rules,
     kernel_axes,
     leaves_with_paths,
@@ -40,9 +36,6 @@ from jaxsparse.tree import (
     resolve_axes,
     select,
 )
-
-PackedArray = Bitmap | Csr16 | Nm | Tiles | Condensed
-"""What stands in the place of a kernel."""
 
 Format = type[Bitmap] | type[Csr16] | type[Condensed] | NM | Block | Balanced
 """A format: a class, or the pattern of N:M groups or tiles."""
@@ -200,6 +193,51 @@ def bytes_of_each(weight: Weight) -> dict[Format, int]:
     return found
 
 
+def sizes(
+    params: PyTree, masks: PyTree, *, where: Where = None, axes: AxesRule = None
+) -> dict[str, dict[str, int]]:
+    """Count the bytes of pruned kernels in each format, without packing them.
+
+    `js.report.format_table` shows them.
+
+    Args:
+      params: a tree of arrays.
+      masks: a tree of bools with its structure.
+      where: as for `pack`.
+      axes: as for `pack`.
+
+    Returns:
+      For each kernel's path the bytes by the format's name, "dense" first. A format is
+      left out where the mask has not its structure.
+
+    Raises:
+      ValueError: as for `pack`.
+      TypeError: as for `pack`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> kernel = jnp.arange(4096.0).reshape(64, 64)
+      >>> params, masks = js.prune({"kernel": kernel}, 0.9, axes=js.Axes((0,), (1,)))
+      >>> js.formats.sizes(params, masks, axes=js.Axes((0,), (1,)))["kernel"]
+      {'dense': 16384, 'Bitmap': 2152, 'Csr16': 2720}
+    """
+    found = {}
+    for path, weight in weights_of(params, masks, where=where, axes=axes).items():
+        each = bytes_of_each(weight)
+        named = {_name(format): count for format, count in each.items()}
+        found[path] = {"dense": weight.kept.size * weight.itemsize, **named}
+    return found
+
+
+def _name(format: Format) -> str:
+    match format:
+        case NM(keep=keep, of=of):
+            return f"NM({keep}, {of})"
+        case Block(shape=shape) | Balanced(shape=shape):
+            return f"Block({shape})"
+    return format.__name__
+
+
 def _tiled_bytes(weight: Weight, tile: tuple[int, int]) -> int:
     check_divides(weight, tile)
     return tiles_bytes(weight, tile)
@@ -210,129 +248,3 @@ def smallest(weight: Weight) -> Format | None:
     sizes = bytes_of_each(weight)
     best = min(sizes, key=lambda format: sizes[format])
     return best if sizes[best] < weight.kept.size * weight.itemsize else None
-
-
-def is_packed(x: Any) -> bool:
-    """Whether this is a packed kernel."""
-    return isinstance(x, PackedArray)
-
-
-def unpack(packed: PyTree) -> PyTree:
-    """Give back the dense parameters, in which removed weights are 0.
-
-    Jitted, XLA may fuse it into what uses the weights; `js.kernels` multiplies without
-    the dense array.
-
-    Args:
-      packed: a tree of `pack`, or a packed array.
-
-    Returns:
-      The tree with dense kernels.
-
-    Raises:
-      TypeError: something else.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> params, masks = js.prune({"kernel": jnp.array([[3.0], [1.0]])}, 0.5)
-      >>> js.formats.unpack(js.formats.pack(params, masks))["kernel"].tolist()
-      [[3.0], [0.0]]
-    """
-    check_tree(packed)
-    one = lambda x: _dense(x) if is_packed(x) else x
-    return jax.tree.map(one, packed, is_leaf=is_packed)
-
-
-def check_tree(packed: PyTree) -> None:
-    """Raises unless this is a tree of arrays, packed or not."""
-    if is_packed(packed) or isinstance(packed, jax.Array):
-        return
-    leaves = jax.tree.leaves(packed, is_leaf=is_packed)
-    _checks.check_arrays(packed=[x for x in leaves if not is_packed(x)])
-    if not any(map(is_packed, leaves)):
-        raise TypeError(
-            "packed: no packed kernel is in it; pass what js.formats.pack(params, "
-            f"masks) gives, got {_checks.shown(packed)}."
-        )
-
-
-def matrices_of(packed: PackedArray) -> Array:
-    """The dense matrices `[*batch, d_out, d_in]`, of as many layers as are there."""
-    match packed:
-        case Bitmap():
-            return bitmap_matrices(packed)
-        case Csr16():
-            return csr_matrices(packed)
-        case Nm():
-            return nm_matrices(packed)
-        case Tiles():
-            return tiles_matrices(packed)
-        case Condensed():
-            return condensed_matrices(packed)
-
-
-@jax.jit
-def _dense(packed: PackedArray) -> Array:
-    return from_matrices(matrices_of(packed), packed.view)
-
-
-def values(packed: PyTree) -> PyTree:
-    """Return the kept values: the part of packed parameters that is trained.
-
-    A tree of plain floating-point arrays, of which any optax optimizer keeps moments
-    that are as small. `with_values` puts them back:
-
-        loss = lambda v, x: loss_fn(js.formats.with_values(packed, v), x)
-        grads = jax.grad(loss)(js.formats.values(packed), x)
-
-    Args:
-      packed: a tree of `pack`, or a packed array.
-
-    Returns:
-      The tree with the values in the place of packed kernels; other leaves as they are.
-
-    Raises:
-      TypeError: something else.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> params, masks = js.prune({"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]])}, 0.5)
-      >>> packed = js.formats.pack(params, masks, format=js.formats.Csr16)
-      >>> js.formats.values(packed)
-      {'kernel': Array([[3., 4.]], dtype=float32)}
-    """
-    check_tree(packed)
-    one = lambda x: x.values if is_packed(x) else x
-    return jax.tree.map(one, packed, is_leaf=is_packed)
-
-
-def with_values(packed: PyTree, values: PyTree) -> PyTree:
-    """Put other values into packed parameters, under the same mask.
-
-    Args:
-      packed: a tree of `pack`, or a packed array.
-      values: a tree as `values` gives it.
-
-    Returns:
-      The tree with these values.
-
-    Raises:
-      ValueError: values of another structure, or of other shapes.
-      TypeError: something else than packed parameters.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> params, masks = js.prune({"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]])}, 0.5)
-      >>> packed = js.formats.pack(params, masks, format=js.formats.Csr16)
-      >>> halved = {"kernel": js.formats.values(packed)["kernel"] / 2}
-      >>> js.formats.unpack(js.formats.with_values(packed, halved))["kernel"].tolist()
-      [[1.5, 0.0], [0.0, 2.0]]
-    """
-    check_tree(packed)
-    one = lambda x: x.values if is_packed(x) else x
-    plain = jax.tree.map(one, packed, is_leaf=is_packed)
-    _checks.check_like(plain, of="packed", values=values)
-    leaves, treedef = jax.tree.flatten(packed, is_leaf=is_packed)
-    put = lambda x, own: dataclasses.replace(x, values=own) if is_packed(x) else own
-    new = [put(x, own) for x, own in zip(leaves, jax.tree.leaves(values), strict=True)]
-    return jax.tree.unflatten(treedef, new)

@@ -75,7 +75,7 @@ def tiles_of(weight: Weight, tile: tuple[int, int]) -> Tiles:
 def kept_tiles(weight: Weight, tile: tuple[int, int]) -> np.ndarray:
     """Which tiles are kept, `[*batch, groups, d_in / a]`."""
     units = _units(weight.kept, tile)
-    some, whole = units.any((-2, -1)), units.all((-2, -1))
+    some, whole = (np.asarray(f(units, axis=(-2, -1))) for f in (np.any, np.all))
     *batch, d_out, d_in = weight.kept.shape
     shape = (*batch, d_out // tile[1], d_in // tile[0])
     part = (some & ~whole).reshape(shape)
@@ -135,18 +135,20 @@ def tiles_matrices(packed: Tiles) -> Array:
     batch, length = values.shape[:-4], values.shape[-3]
     d_out, d_in = packed.view.d_out, packed.view.d_in
     parts, groups = values.shape[-4], d_out // v
-    flat = values.reshape(-1, length, a, v)
-    number = rows.reshape(-1, length).astype(jnp.int32)
+    each = math.prod(values.shape[:-3])
+    flat = values.reshape(each, length, a, v)
+    number = rows.reshape(each, length).astype(jnp.int32)
     if packed.offsets is None:
         here, group = 1, jnp.zeros(number.shape, jnp.int32)
     else:
         here = groups // parts
-        group = row_of_each(packed.offsets, length).reshape(-1, length)
+        group = row_of_each(packed.offsets, length).reshape(each, length)
 
     def one(values: Array, group: Array, number: Array) -> Array:
         dense = jnp.zeros((here, d_in // a, a, v), values.dtype)
         # What is behind the last tile is in no group.
-        return dense.at[group, number].set(values, mode="drop")
+        at = dense.at[group, number]
+        return at.set(values, mode="drop", unique_indices=True)
 
     dense = jax.vmap(one)(flat, group, number)
     dense = dense.reshape(-1, groups, d_in // a, a, v).transpose(0, 1, 4, 2, 3)

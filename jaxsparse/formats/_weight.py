@@ -62,7 +62,7 @@ def weight_of(path: str, w: Array, mask: Any, view: MatrixView) -> Weight:
     """A kernel as formats take it."""
     kept = np.broadcast_to(on_host(mask), view.shape)
     traced = not _checks.is_concrete(w)
-    matrices = to_matrices(w if traced else on_host(w), view)
+    matrices: Any = to_matrices(w, view) if traced else to_matrices(on_host(w), view)
     place = Place() if traced else _place_of(w, view)
     return Weight(path, matrices, to_matrices(kept, view), view, place)
 
@@ -150,9 +150,13 @@ def index_type(count: int) -> np.dtype:
 
 
 def row_of_each(offsets: Array, length: int) -> Array:
-    """The row of each slot `[..., length]`; the number of rows behind the last one."""
-    *lead, rows = offsets.shape
-    slots = jnp.arange(length, dtype=jnp.int32)
-    find = lambda ends: jnp.searchsorted(ends, slots, side="right").astype(jnp.int32)
-    flat = offsets[..., 1:].reshape(-1, rows - 1)
+    """The row of each slot `[..., length]`; behind the last rows that are not there."""
+    *lead, ends = offsets.shape
+    rows, slots = ends - 1, jnp.arange(length, dtype=jnp.int32)
+
+    def find(ends: Array) -> Array:
+        row = jnp.searchsorted(ends, slots, side="right").astype(jnp.int32)
+        return jnp.where(row < rows, row, rows + slots)  # each another one
+
+    flat = offsets[..., 1:].reshape(math.prod(lead), rows)
     return jax.vmap(find)(flat).reshape(*lead, length)

@@ -84,6 +84,11 @@ def sparsities():
 
 
 @functools.cache
+def packed():
+    return js.formats.pack(params(), masks(), axes=AXES)
+
+
+@functools.cache
 def batch():
     return draw(3, (ROWS, 8))
 
@@ -440,6 +445,18 @@ CALLS = {
     },
     "NM": lambda: {"keep": 2, "of": 4},
     "Block": lambda: {"shape": (4, 4), "reduce": "mean", "scope": "layer"},
+    "Balanced": lambda: {"shape": (4, 4), "reduce": "mean"},
+    "formats.pack": lambda: {"params": params(), "masks": masks(), "axes": AXES},
+    "formats.unpack": lambda: {"packed": packed()},
+    "formats.sizes": lambda: {"params": params(), "masks": masks(), "axes": AXES},
+    "report.format_table": lambda: {
+        "sizes": js.formats.sizes(params(), masks(), axes=AXES)
+    },
+    "formats.values": lambda: {"packed": packed()},
+    "formats.with_values": lambda: {
+        "packed": packed(),
+        "values": js.formats.values(packed()),
+    },
     "Channel": lambda: {"axis": -1, "reduce": "mean", "scope": "layer"},
     "Unstructured": lambda: {"scope": "layer"},
     "Axes": lambda: {"input": (0,), "output": (1,), "batch": ()},

@@ -114,5 +114,5 @@ def test_a_group_of_outputs_with_another_count_is_named():
     message = "block/w: group 1 of 3 outputs keeps 3 tiles, the first .* keeps 2"
     with pytest.raises(ValueError, match=message):
         verify(mask, js.Balanced((2, 3)), axes)
-    with pytest.raises(ValueError, match="block/w: unit .* is kept in part"):
+    with pytest.raises(ValueError, match=r"block/w: unit .* is kept in part"):
         verify(mask, js.Balanced((4, 3)), axes)
