@@ -18,6 +18,7 @@ from jaxsparse import depth as depth
 from jaxsparse import exchange as exchange
 from jaxsparse import experts as experts
 from jaxsparse import formats as formats
+from jaxsparse import kernels as kernels
 from jaxsparse import losses as losses
 from jaxsparse import masking as masking
 from jaxsparse import narrowing as narrowing
@@ -80,6 +81,7 @@ __all__ = [
     "formats",
     "init_sparse",
     "keep_sparse",
+    "kernels",
     "losses",
     "masking",
     "masks_of",

@@ -8,10 +8,10 @@ from jaxsparse.formats._pack import Format as Format
 from jaxsparse.formats._pack import pack as pack
 from jaxsparse.formats._pack import sizes as sizes
 from jaxsparse.formats._tiles import Tiles as Tiles
-from jaxsparse.formats._unpack import PackedArray as PackedArray
 from jaxsparse.formats._unpack import unpack as unpack
 from jaxsparse.formats._unpack import values as values
 from jaxsparse.formats._unpack import with_values as with_values
+from jaxsparse.formats.dense import PackedArray as PackedArray
 
 __all__ = [
     "Bitmap",

@@ -148,17 +148,25 @@ def nm_positions(packed: Nm) -> tuple[Array, Array]:
     return position, jnp.stack(there, axis=-3)
 
 
-def nm_matrices(packed: Nm) -> Array:
-    """The dense matrices `[*batch, d_out, d_in]`."""
+def nm_planes(packed: Nm) -> list[Array]:
+    """For each position within groups what is there, `[*batch, groups, d_out]`."""
     position, there = nm_positions(packed)
-    of, values = packed.pattern.of, packed.values
+    values = packed.values
     *batch, keep, groups, d_out = values.shape
-    rows = []
-    for place in range(of):
-        row = jnp.zeros((*batch, groups, d_out), values.dtype)
+    planes = []
+    for place in range(packed.pattern.of):
+        plane = jnp.zeros((*batch, groups, d_out), values.dtype)
         for j in range(keep):
             at = lambda x, j=j: x[..., j, :, :]
-            row = jnp.where(at(there) & (at(position) == place), at(values), row)
-        rows.append(row)
-    dense = jnp.swapaxes(jnp.stack(rows, axis=-1), -3, -2)
-    return dense.reshape(*batch, d_out, groups * of)
+            here = at(there) & (at(position) == place)
+            plane = jnp.where(here, at(values), plane)
+        planes.append(plane)
+    return planes
+
+
+def nm_matrices(packed: Nm) -> Array:
+    """The dense matrices `[*batch, d_out, d_in]`."""
+    planes = nm_planes(packed)
+    *batch, groups, d_out = planes[0].shape
+    dense = jnp.swapaxes(jnp.stack(planes, axis=-1), -3, -2)
+    return dense.reshape(*batch, d_out, groups * packed.pattern.of)

@@ -22,8 +22,8 @@ from jaxsparse.formats._tiles import (
     tiles_bytes,
     tiles_of,
 )
-from jaxsparse.formats._unpack import PackedArray
 from jaxsparse.formats._weight import Weight, weight_of
+from jaxsparse.formats.dense import PackedArray
 from jaxsparse.patterns import NM, Balanced, Block
 from jaxsparse.tree import (
     AxesRule,

@@ -26,7 +26,7 @@ Tiling = Block | Balanced
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "rows", "offsets"],
-    meta_fields=["tile", "view"],
+    meta_fields=["tile", "most", "view"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiles:
@@ -45,6 +45,7 @@ class Tiles:
         uint32: the number of a tile among the `d_in / a` of its group.
       offsets: None if balanced, else `[*batch, pieces, groups / pieces + 1]`, int32.
       tile: `(a, v)`.
+      most: the tiles of the largest group.
       view: the kernel's shape and axes.
     """
 
@@ -52,6 +53,7 @@ class Tiles:
     rows: Array
     offsets: Array | None
     tile: tuple[int, int]
+    most: int
     view: MatrixView
 
 
@@ -69,7 +71,7 @@ def tiles_of(weight: Weight, tile: tuple[int, int]) -> Tiles:
     place = functools.partial(placed, place=weight.place, axis=at)
     number = place(rows.column.astype(index_type(kept.shape[-1])))
     offsets = None if balanced else place(rows.offsets)
-    return Tiles(values, number, offsets, tile, weight.view)
+    return Tiles(values, number, offsets, tile, int(counts.max()), weight.view)
 
 
 def kept_tiles(weight: Weight, tile: tuple[int, int]) -> np.ndarray:

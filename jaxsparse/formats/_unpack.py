@@ -12,20 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxsparse import _checks
 from jaxsparse._sharded import fitting, with_auto_axes
 from jaxsparse._typing import Array, PyTree
-from jaxsparse.formats._bitmap import Bitmap, bitmap_matrices
-from jaxsparse.formats._condensed import Condensed, condensed_matrices
-from jaxsparse.formats._csr import Csr16, csr_matrices
-from jaxsparse.formats._nm import Nm, nm_matrices
-from jaxsparse.formats._tiles import Tiles, tiles_matrices
+from jaxsparse.formats._condensed import Condensed
+from jaxsparse.formats._nm import Nm
+from jaxsparse.formats.dense import PackedArray, is_packed, matrices_of
 from jaxsparse.tree import from_matrices
-
-PackedArray = Bitmap | Csr16 | Nm | Tiles | Condensed
-"""What stands in the place of a kernel."""
-
-
-def is_packed(x: Any) -> bool:
-    """Whether this is a packed kernel."""
-    return isinstance(x, PackedArray)
 
 
 def unpack(packed: PyTree) -> PyTree:
@@ -65,21 +55,6 @@ def check_tree(packed: PyTree) -> None:
             "packed: no packed kernel is in it; pass what js.formats.pack(params, "
             f"masks) gives, got {_checks.shown(packed)}."
         )
-
-
-def matrices_of(packed: PackedArray) -> Array:
-    """The dense matrices `[*batch, d_out, d_in]`, of as many layers as are there."""
-    match packed:
-        case Bitmap():
-            return bitmap_matrices(packed)
-        case Csr16():
-            return csr_matrices(packed)
-        case Nm():
-            return nm_matrices(packed)
-        case Tiles():
-            return tiles_matrices(packed)
-        case Condensed():
-            return condensed_matrices(packed)
 
 
 @jax.jit
