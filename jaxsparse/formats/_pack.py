@@ -100,7 +100,7 @@ def pack(
     """
     weights = weights_of(params, masks, where=where, axes=axes)
     formats = _formats(params, format, weights)
-    packed = {path: _packed(weights[path], own) for path, own in formats.items()}
+    packed = {path: pack_one(weights[path], own) for path, own in formats.items()}
     leaves = leaves_with_paths(params)
     found = [w if packed.get(path) is None else packed[path] for path, w in leaves]
     return jax.tree.unflatten(jax.tree.structure(params), found)
@@ -139,17 +139,17 @@ def _formats(
     if format is None:
         return dict.fromkeys(weights)
     if not isinstance(format, Mapping):
-        _check_format("format", format)
+        check_format("format", format)
         return dict.fromkeys(weights, format)
     for rule, own in format.items():
-        _check_format(f"format[{rule!r}]", own)
+        check_format(f"format[{rule!r}]", own)
     if not is_rules(params, dict.fromkeys(format, 0)):
         return {path: format[path] for path in weights}
     none = "none of the kernels to pack"
     return matching(format, list(weights), name="format", none=none)
 
 
-def _check_format(name: str, format: Any) -> None:
+def check_format(name: str, format: Any) -> None:
     if format in (Bitmap, Csr16, Condensed) or isinstance(
         format, NM | Block | Balanced
     ):
@@ -160,7 +160,7 @@ def _check_format(name: str, format: Any) -> None:
     )
 
 
-def _packed(weight: Weight, format: Format | None) -> PackedArray | None:
+def pack_one(weight: Weight, format: Format | None) -> PackedArray | None:
     """One kernel; None where dense is the smallest."""
     format = smallest(weight) if format is None else format
     match format:

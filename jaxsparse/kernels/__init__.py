@@ -9,15 +9,21 @@ from jaxsparse.kernels._rules import MEASURED as MEASURED
 from jaxsparse.kernels._rules import Rule as Rule
 from jaxsparse.kernels._rules import Rules as Rules
 from jaxsparse.kernels._rules import choose as choose
+from jaxsparse.kernels._sparsify import Layer as Layer
+from jaxsparse.kernels._sparsify import Sparsified as Sparsified
+from jaxsparse.kernels._sparsify import sparsify as sparsify
 
 __all__ = [
     "MEASURED",
     "Engine",
+    "Layer",
     "Rule",
     "Rules",
+    "Sparsified",
     "choose",
     "dense",
     "gathered",
     "matmul",
     "native",
+    "sparsify",
 ]

@@ -1,5 +1,8 @@
 """Products by compiled kernels, on processors."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -64,12 +67,12 @@ def _is_balanced(packed: PackedArray) -> bool:
     return isinstance(packed, Tiles) and packed.offsets is None
 
 
-def _over_layers(one):
+def _over_layers(one: Callable[..., Array]) -> Callable[..., Array]:
     """One layer after the other: each call has its threads."""
     return lambda x, packed: jax.lax.map(lambda both: one(*both), (x, packed))
 
 
-def _one(x: Array, packed: Csr16 | Tiles) -> Array:
+def _one(x: Array, packed: Any) -> Array:
     values = packed.values.astype(jnp.float32)
     if isinstance(packed, Csr16):
         parts = values[0], packed.columns[0], packed.offsets[0]

@@ -43,7 +43,7 @@ def gathered(x: Array, packed: PackedArray) -> Array:
       Array([[30., 30.]], dtype=float32)
     """
     check_product(x, packed)
-    engines = {Tiles: _tiles, Condensed: _condensed, Nm: _planes}
+    engines: dict[Any, Any] = {Tiles: _tiles, Condensed: _condensed, Nm: _planes}
     if type(packed) not in engines:
         raise TypeError(
             f"packed: kernels.gathered multiplies Tiles, Condensed and Nm, got a "

@@ -78,6 +78,9 @@ def contract(
 
     if jnp.dtype(dtype).itemsize >= 4:
         return narrow(a, b)
-    wide = lambda *xs: lax.dot_general(*(x.astype(jnp.float32) for x in xs), numbers)
+
+    def wide(a: Array, b: Array) -> Array:
+        return lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), numbers)
+
     # Processors multiply in float32 anyway, and XLA has no product of all types there.
     return on_cpu(wide, narrow, a, b)

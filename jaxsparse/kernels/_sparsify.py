@@ -1,0 +1,248 @@
+"""`sparsify`: a traced model whose pruned kernels are multiplied in packed form."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _checks, patterns
+from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.formats import Condensed, Csr16, Format, PackedArray
+from jaxsparse.formats.dense import is_packed
+from jaxsparse.formats.weights import Weight, bytes_of_each, pack_one, weight_of
+from jaxsparse.kernels._dense import dense
+from jaxsparse.kernels._evaluate import evaluate
+from jaxsparse.kernels._matmul import matmul
+from jaxsparse.kernels._operand import Operand, operand_of
+from jaxsparse.kernels._rules import MEASURED, Rules, choose
+from jaxsparse.patterns import Block
+from jaxsparse.tracing import Trace, retrace
+from jaxsparse.tree import leaves_with_paths, like, select
+
+
+class Layer(NamedTuple):
+    """How `sparsify` runs a pruned kernel.
+
+    Attributes:
+      engine: the name of the engine; "dense" for a kernel that stays a dense array.
+      format: the name of the format; "" for a dense array.
+      sparsity: the fraction of weights that its mask removes.
+      rows: the most rows that one product has, for the traced shapes.
+      bytes: what it takes.
+      why: for a dense one, why.
+    """
+
+    engine: str
+    format: str
+    sparsity: float
+    rows: int
+    bytes: int
+    why: str = ""
+
+
+class Sparsified(NamedTuple):
+    """The result of `sparsify`.
+
+    Attributes:
+      apply_fn: `apply_fn(params, *inputs)`, for parameters like `params` below.
+      params: the parameters, with packed kernels.
+      layers: by path how each pruned kernel is run; `print(sparsified)` shows them.
+    """
+
+    apply_fn: Callable[..., Any]
+    params: PyTree
+    layers: Mapping[str, Layer]
+
+    def __str__(self) -> str:
+        head = ("kernel", "engine", "format", "sparsity", "rows", "bytes", "why dense")
+        rows = [head]
+        for path, x in self.layers.items():
+            share = f"{100 * x.sparsity:.1f} %"
+            cells = x.engine, x.format, share, f"{x.rows:,}", f"{x.bytes:,}", x.why
+            rows.append((path, *cells))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        pad = lambda row: (c.ljust(w) for c, w in zip(row, widths, strict=True))
+        return "\n".join("  ".join(pad(row)).rstrip() for row in rows)
+
+
+def sparsify(
+    trace: Trace,
+    params: PyTree,
+    masks: PyTree,
+    *,
+    format: Format | None = None,
+    where: Where = None,
+    rules: Rules = MEASURED,
+) -> Sparsified:
+    """Run a pruned model with packed kernels, of any model that can be traced.
+
+    The traced program is evaluated with the products of pruned kernels replaced by
+    `js.kernels.matmul`: dense layers, attention projections, experts, layers of a scan,
+    and convolutions with a window of one place. Kernels may be reshaped, transposed and
+    cast before; they are not made dense for that. jit, grad, vmap and sharding work as
+    before, and inputs of other shapes are traced anew.
+
+    A kernel is packed if a rule says that an engine is quicker than a dense product for
+    the rows of the traced shapes. All others, and those that the program needs as an
+    array (wider windows, a norm of the weights), stay dense arrays with zeros;
+    `print(sparsified)` says which and why.
+
+    Args:
+      trace: what `js.trace` found.
+      params: the parameters.
+      masks: a tree of bools with their structure.
+      format: the format of all kernels; by default for each the first of `Condensed`,
+        tiles from large to small and `Csr16` that its mask has and a rule takes.
+      where: which kernels may be packed; by default all that a mask prunes.
+      rules: which engine is quick; see `js.kernels.choose`.
+
+    Returns:
+      The function, the parameters for it, and how each pruned kernel is run.
+
+    Raises:
+      ValueError: parameters of another model, masks that do not fit; with `format` a
+        mask of another structure.
+      TypeError: something else than a trace or rules, traced masks.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"w": jnp.arange(8192.0).reshape(64, 128)}
+      >>> x = jnp.ones((1, 64))
+      >>> trace = js.trace(lambda p, x: jnp.tanh(x @ p["w"]), params, x)
+      >>> pruned = js.prune(params, 0.9, pattern=js.Balanced((1, 128)), trace=trace)
+      >>> sparse = js.kernels.sparsify(trace, *pruned)
+      >>> sparse.layers["w"].engine, sparse.apply_fn(sparse.params, x).shape
+      ('gathered', (1, 128))
+    """
+    _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
+    _checks.check_is(Rules, "js.kernels.Rules(...)", rules=rules)
+    _checks.check_arrays(params=params)
+    masks = like(masks, params, name="masks")
+    patterns.check_masks(masks, params)
+    _checks.check_known("kernels.sparsify", masks=masks, params=params)
+    retrace(trace, params, trace.inputs)  # raises for those of another model
+    params = patterns.apply(params, masks)
+    pruned = _pruned(trace, params, masks, where)
+    uses = _uses(trace, params, pruned)
+    layers, packed = {}, {}
+    for path, weight in pruned.items():
+        layers[path], found = _layer(weight, uses[path], format, rules)
+        if found is not None:
+            packed[path] = found
+    leaves = [packed.get(path, w) for path, w in leaves_with_paths(params)]
+    new = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return Sparsified(_apply_fn(trace, rules), new, layers)
+
+
+def _pruned(
+    trace: Trace, params: PyTree, masks: PyTree, where: Where
+) -> dict[str, Weight]:
+    """The kernels that masks prune."""
+    chosen = None if where is None else jax.tree.leaves(select(params, where))
+    found = {}
+    rows = zip(leaves_with_paths(params), jax.tree.leaves(masks), strict=True)
+    for i, ((path, w), mask) in enumerate(rows):
+        kernel = trace.kernels.get(path)
+        takes = chosen is None or chosen[i]
+        if kernel is not None and takes and np.ndim(mask) and w.size:
+            found[path] = weight_of(path, w, mask, kernel.view)
+    return found
+
+
+class _Uses:
+    """What a program does with a kernel."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.dense: list[str] = []
+
+
+def _uses(
+    trace: Trace, params: PyTree, pruned: Mapping[str, Weight]
+) -> dict[str, _Uses]:
+    """From one abstract pass over the program."""
+    found = {path: _Uses() for path in pruned}
+
+    def multiply(x: Array, operand: Operand) -> Array:
+        found[operand.path].rows.append(x.shape[-2])
+        return jnp.zeros((*x.shape[:-1], operand.view.d_out), operand.dtype)
+
+    def made_dense(operand: Operand, eqn: Any) -> None:
+        what = "a result of the model" if eqn is None else f"`{eqn.primitive.name}`"
+        found[operand.path].dense.append(f"{what} reads it as an array")
+
+    def run(leaves: list[Array], inputs: Any) -> list[Array]:
+        args = [
+            operand_of(path, w, pruned[path].view, w.dtype) if path in pruned else w
+            for path, w in zip(trace.paths, leaves, strict=True)
+        ]
+        flat = [*args, *jax.tree.leaves(inputs)]
+        return evaluate(trace.program, flat, multiply, made_dense)
+
+    jax.eval_shape(run, jax.tree.leaves(params), trace.inputs)
+    return found
+
+
+def _layer(
+    weight: Weight, uses: _Uses, format: Format | None, rules: Rules
+) -> tuple[Layer, PackedArray | None]:
+    """How a kernel is run; None where it stays a dense array."""
+    removed = 1 - float(np.mean(weight.kept))
+    rows = max(uses.rows, default=0)
+    whole = weight.kept.size * weight.itemsize
+    stays = lambda why: (Layer("dense", "", removed, rows, whole, why), None)
+    if uses.dense:
+        return stays(uses.dense[0])
+    if not uses.rows:
+        return stays("the program does not multiply by it")
+    tried = [format] if format is not None else _formats(weight)
+    for one in tried:
+        packed = pack_one(weight, one)
+        if packed is None:
+            continue
+        engine = choose(packed, rows=rows, rules=rules)
+        if engine is not dense:
+            taken = sum(x.nbytes for x in jax.tree.leaves(packed))
+            name = getattr(engine, "__name__", str(engine))
+            kind = type(packed).__name__
+            return Layer(name, kind, removed, rows, taken), packed
+    return stays("no rule has a quicker engine for it")
+
+
+def _formats(weight: Weight) -> list[Any]:
+    """The formats of a mask for which there may be an engine, the quickest first."""
+    there = bytes_of_each(weight)
+    order = [Condensed, *(Block(t) for t in ((1, 128), (16, 16), (1, 4))), Csr16]
+    return [one for one in order if one in there]
+
+
+def _apply_fn(trace: Trace, rules: Rules) -> Callable[..., Any]:
+    views = {path: kernel.view for path, kernel in trace.kernels.items()}
+
+    def multiply(x: Array, operand: Operand) -> Array:
+        packed = operand.value
+        if packed.values.dtype != operand.dtype:  # the model casts it
+            own = packed.values.astype(operand.dtype)
+            packed = dataclasses.replace(packed, values=own)
+        return matmul(x, packed, rules=rules)
+
+    def apply_fn(params: PyTree, *inputs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_packed)
+        shapes = [
+            jax.ShapeDtypeStruct(x.view.shape, x.values.dtype) if is_packed(x) else x
+            for x in leaves
+        ]
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        own = retrace(trace, jax.tree.unflatten(treedef, shapes), inputs)
+        args = [
+            operand_of(path, x, views[path], x.values.dtype) if is_packed(x) else x
+            for path, x in zip(trace.paths, leaves, strict=True)
+        ]
+        flat = [*args, *jax.tree.leaves(inputs)]
+        outs = evaluate(own.program, flat, multiply, lambda operand, eqn: None)
+        return jax.tree.unflatten(jax.tree.structure(own.out_shape), outs)
+
+    return apply_fn

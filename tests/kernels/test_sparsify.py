@@ -1,0 +1,243 @@
+"""A model with packed kernels computes what the masked model does."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from zoo.models import ZOO
+
+import jaxsparse as js
+from jaxsparse import formats, kernels
+
+
+def by_unpacking(x, packed):
+    """An engine for any format, as quick as it may be."""
+    return kernels.dense(x, packed)
+
+
+ANY = kernels.Rules([
+    kernels.Rule(kernels.gathered, formats.Tiles),
+    kernels.Rule(by_unpacking, formats.PackedArray),
+])
+
+
+def of_zoo(name):
+    with jax.enable_x64(True):
+        return ZOO[name]()
+
+
+WEIGHTS = js.Unstructured()
+
+
+def sparse_and_masked(apply_fn, params, inputs, *, pattern=WEIGHTS, **options):
+    trace = js.trace(apply_fn, params, *inputs)
+    pruned = js.prune(params, 0.5, pattern=pattern, trace=trace, where=trace.where)
+    options = {"rules": ANY} | options
+    return kernels.sparsify(trace, *pruned, **options), pruned
+
+
+FEW = (
+    "mlp",
+    "moe",
+    "attention_flax",
+    "attention_gqa",
+    "scan_remat",
+    "nnx",
+    "squeeze_excite",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in FEW else pytest.param(n, marks=pytest.mark.exhaustive) for n in ZOO],
+)
+def test_models_of_many_styles(name):
+    """In float64: all that differs is the order of sums."""
+    apply_fn, params, inputs = of_zoo(name)
+    with jax.enable_x64(True):
+        sparse, pruned = sparse_and_masked(
+            apply_fn, params, inputs, format=formats.Csr16
+        )
+        got = jax.jit(sparse.apply_fn)(sparse.params, *inputs)
+        want = jax.jit(apply_fn)(pruned.params, *inputs)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            most = max(1e-300, float(jnp.abs(b).max()))
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * most)
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def assert_close(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.abs(b).max()))
+
+
+def check(apply_fn, params, *inputs, packed, pattern=WEIGHTS, **options):
+    sparse, pruned = sparse_and_masked(
+        apply_fn, params, inputs, pattern=pattern, **options
+    )
+    names = {p for p, layer in sparse.layers.items() if layer.engine != "dense"}
+    assert names == set(packed), str(sparse)
+    got = jax.jit(sparse.apply_fn)(sparse.params, *inputs)
+    assert_close(got, jax.jit(apply_fn)(pruned.params, *inputs))
+    return sparse, pruned
+
+
+def test_heads_are_permuted_and_merged_on_the_way():
+    def apply_fn(p, x):
+        q = (x @ p["q"].reshape(8, 12)).reshape(-1, 3, 4)
+        k = jnp.einsum("bd,hdk->bhk", x, p["k"])  # heads first
+        y = q * k
+        return jnp.einsum("bhk,khd->bd", y, p["o"])  # (head_dim, heads, out)
+
+    params = {"q": draw(8, 3, 4), "k": draw(3, 8, 4), "o": draw(4, 3, 8)}
+    params = jax.tree.map(jnp.asarray, params)
+    check(apply_fn, params, draw(5, 8), packed=params)
+
+
+def test_a_kernel_on_the_left_and_a_transposed_one():
+    apply_fn = lambda p, x: (p["a"] @ x.T).T @ p["b"].T
+    params = {"a": jnp.asarray(draw(6, 8)), "b": jnp.asarray(draw(4, 6))}
+    check(apply_fn, params, draw(5, 8), packed=params)
+
+
+def test_layers_of_a_scan_are_handed_out_packed():
+    def apply_fn(p, x):
+        turn = lambda x, layer: (jnp.tanh(x @ layer["w"] + layer["b"]), None)
+        return jax.lax.scan(jax.checkpoint(turn), x, p)[0]
+
+    params = {"w": jnp.asarray(draw(3, 8, 8)), "b": jnp.asarray(draw(3, 1, 8))}
+    sparse, _ = check(apply_fn, params, draw(1, 8), packed={"w"})
+    assert sparse.params["w"].values.shape[0] == 3
+    text = jax.jit(sparse.apply_fn).lower(sparse.params, draw(1, 8)).as_text()
+    assert "tensor<3x8x8xf32>" not in text  # no dense stack anywhere
+
+
+def test_tiles_run_as_gathered_products_and_no_dense_kernel_is_made():
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
+    params = {"up": jnp.asarray(draw(16, 32)), "down": jnp.asarray(draw(32, 16))}
+    pattern = js.Balanced((1, 16))
+    x = draw(4, 16)
+    sparse, _ = check(
+        apply_fn, params, x, packed=params, pattern=pattern, format=pattern
+    )
+    assert {layer.engine for layer in sparse.layers.values()} == {"gathered"}
+    text = jax.jit(sparse.apply_fn).lower(sparse.params, x).as_text()
+    assert "tensor<16x32xf32>" not in text
+    assert "up      gathered" in str(sparse).replace("down", "up  ")
+
+
+def test_a_model_that_computes_in_bfloat16():
+    half = jnp.bfloat16
+    apply_fn = lambda p, x: (x.astype(half) @ p["w"].astype(half)).astype(jnp.float32)
+    params = {"w": jnp.asarray(draw(16, 8))}
+    sparse, pruned = sparse_and_masked(apply_fn, params, (draw(4, 16),))
+    got = sparse.apply_fn(sparse.params, draw(4, 16))
+    want = apply_fn(pruned.params, draw(4, 16))
+    np.testing.assert_allclose(got, want, atol=2**-6 * np.abs(want).max())
+
+
+def test_windows_of_one_place_are_products_and_others_stay():
+    def apply_fn(p, x):
+        conv = functools.partial(
+            jax.lax.conv_general_dilated,
+            padding="VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        x = conv(x, p["one"], (2, 1))
+        return conv(x, p["three"], (1, 1))
+
+    params = {"one": draw(1, 1, 4, 8), "three": draw(3, 3, 8, 4)}
+    params = jax.tree.map(jnp.asarray, params)
+    sparse, _ = check(apply_fn, params, draw(2, 7, 5, 4), packed={"one"})
+    why = "`conv_general_dilated` reads it as an array"
+    assert sparse.layers["three"].why == why
+    assert isinstance(sparse.params["three"], jax.Array)
+
+
+def test_a_kernel_that_is_read_as_an_array_too_stays_dense():
+    apply_fn = lambda p, x: x @ p["a"] + jnp.sum(jnp.abs(p["a"])) + x @ p["b"]
+    params = {k: jnp.asarray(draw(8, 8, seed=i)) for i, k in enumerate("ab")}
+    sparse, _ = check(apply_fn, params, draw(3, 8), packed={"b"})
+    assert sparse.layers["a"].why == "`abs` reads it as an array"
+    assert "`abs` reads it as an array" in str(sparse)
+
+
+def test_where_no_rule_is_quicker_kernels_stay_dense():
+    apply_fn = lambda p, x: x @ p["w"]
+    params = {"w": jnp.asarray(draw(8, 8))}
+    sparse, _ = check(apply_fn, params, draw(3, 8), packed=(), rules=kernels.Rules())
+    assert sparse.layers["w"].why == "no rule has a quicker engine for it"
+
+
+def test_gradients_of_the_values_train_the_model():
+    apply_fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+    params = {"a": jnp.asarray(draw(8, 16)), "b": jnp.asarray(draw(16, 4))}
+    x = draw(5, 8)
+    sparse, pruned = sparse_and_masked(
+        apply_fn, params, (x,), pattern=js.Balanced((1, 4)), format=js.Balanced((1, 4))
+    )
+
+    @jax.jit
+    @jax.grad
+    def grad(values):
+        packed = formats.with_values(sparse.params, values)
+        return jnp.sum(sparse.apply_fn(packed, x) ** 2)
+
+    found = formats.with_values(sparse.params, grad(formats.values(sparse.params)))
+    dense = jax.jit(jax.grad(lambda p: jnp.sum(apply_fn(p, x) ** 2)))(pruned.params)
+    masked = js.patterns.apply(dense, pruned.masks)
+    jax.tree.map(assert_close, formats.unpack(found), masked)
+
+
+def test_other_shapes_vmap_and_the_second_call():
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["w"])
+    params = {"w": jnp.asarray(draw(8, 8))}
+    sparse, pruned = sparse_and_masked(apply_fn, params, (draw(3, 8),))
+    traces = []
+
+    @jax.jit
+    def run(p, x):
+        traces.append(1)
+        return sparse.apply_fn(p, x)
+
+    for x in (draw(3, 8), draw(3, 8, seed=1), draw(7, 8)):
+        assert_close(run(sparse.params, x), apply_fn(pruned.params, x))
+    assert len(traces) == 2
+    many = jax.vmap(sparse.apply_fn, (None, 0))(sparse.params, draw(2, 3, 8))
+    assert_close(many, apply_fn(pruned.params, draw(2, 3, 8)))
+
+
+def test_on_many_devices():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    apply_fn = lambda p, x: x @ p["w"]
+    w = jax.device_put(draw(16, 64), NamedSharding(mesh, P(None, "x")))
+    pattern = js.Balanced((1, 8))
+    x = jax.device_put(draw(8, 16), NamedSharding(mesh, P()))
+    sparse, pruned = sparse_and_masked(
+        apply_fn, {"w": w}, (x,), pattern=pattern, format=pattern
+    )
+    y = jax.jit(sparse.apply_fn)(sparse.params, x)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "x")), 2)
+    assert_close(y, np.asarray(x) @ np.asarray(pruned.params["w"]))
+
+
+def test_what_does_not_belong_together_is_an_error():
+    apply_fn = lambda p, x: x @ p["w"]
+    params, masks = {"w": jnp.ones((8, 8))}, {"w": jnp.ones((8, 8), bool)}
+    trace = js.trace(apply_fn, params, draw(3, 8))
+    with pytest.raises(TypeError, match=r"trace must be what js.trace"):
+        kernels.sparsify(apply_fn, params, masks)
+    with pytest.raises(
+        ValueError, match=r"w: traced with shape \(8, 8\), got \(4, 8\)"
+    ):
+        kernels.sparsify(trace, {"w": jnp.ones((4, 8))}, {"w": jnp.ones((4, 8), bool)})
+    half = {"w": jnp.arange(64).reshape(8, 8) % 2 == 0}
+    with pytest.raises(ValueError, match="w: the tile of inputs 0 to 1"):
+        kernels.sparsify(trace, params, half, format=js.Block((2, 2)))
