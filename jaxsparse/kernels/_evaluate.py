@@ -9,11 +9,11 @@ from jaxsparse.kernels._operand import (
     Multiply,
     Operand,
     contraction,
+    convolution,
     dense_of,
     has_layers,
     layer_of,
     moved,
-    pointwise,
 )
 from jaxsparse.program import (
     Address,
@@ -96,7 +96,7 @@ class _Run:
         if name == "dot_general":
             y = contraction(eqn, values[side], values[1 - side], side, self.multiply)
         elif name == "conv_general_dilated" and side == 1:
-            y = pointwise(eqn, values[1], first, self.multiply)
+            y = convolution(eqn, values[1], first, self.multiply)
         else:
             return None
         return None if y is None else [y]

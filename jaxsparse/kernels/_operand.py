@@ -6,11 +6,12 @@ stays as it is, and an array of indices follows where each of its weights would 
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxsparse._typing import Array
 from jaxsparse.formats.dense import is_packed, matrices_of
@@ -183,30 +184,58 @@ def contraction(
     return y.astype(eqn.outvars[0].aval.dtype)
 
 
-def pointwise(eqn: Any, operand: Operand, x: Array, multiply: Multiply) -> Array | None:
-    """The result of a convolution with a window of one place, which is a product."""
-    p, shape = eqn.params, operand.index.shape
+def convolution(
+    eqn: Any, operand: Operand, x: Array, multiply: Multiply
+) -> Array | None:
+    """The result of a convolution: a product of its windows, each made one row."""
+    p, rank = eqn.params, operand.index.ndim
     numbers = p["dimension_numbers"]
-    image, kernel, out = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
-    plain = (
-        all(shape[a] == 1 for a in kernel[2:])
-        and p["feature_group_count"] == p["batch_group_count"] == 1
-        and all(low == high == 0 for low, high in p["padding"])
-        and all(d == 1 for d in p["lhs_dilation"])
-    )
-    reading = reading_of(operand, (*kernel[2:], kernel[1]), ()) if plain else None
+    kernel, out = numbers.rhs_spec, numbers.out_spec
+    plain = p["feature_group_count"] == p["batch_group_count"] == 1
+    if not plain or any(d != 1 for d in p["lhs_dilation"]):
+        return None
+    reading = reading_of(operand, (*kernel[2:], kernel[1]), ())
     if reading is None:
         return None
-    rows = x.transpose((image[0], *image[2:], image[1]))
-    steps = (slice(None), *(slice(None, None, s) for s in p["window_strides"]))
-    rows = rows[steps]
-    places = math.prod(rows.shape[:-1])
-    flat = rows.reshape(*operand.view.batch, places, rows.shape[-1])
+    window = [operand.index.shape[a] for a in kernel[2:]]
+    batch, features, *space = numbers.lhs_spec
+    image = x.transpose((batch, *space, features))
+    rows = windows(image, window, p)
+    flat = rows.reshape(
+        *operand.view.batch, math.prod(rows.shape[:-1]), operand.view.d_in
+    )
     flat = flat if reading.inputs is None else flat[..., reading.inputs]
     y = multiply(flat, operand)
     y = y if reading.outputs is None else y[..., reading.outputs]
     y = y.reshape(*rows.shape[:-1], operand.view.d_out)
     # From batch, places, features to where the result has them.
     back = (out[0], *out[2:], out[1])
-    order = tuple(back.index(a) for a in range(len(out)))
+    order = tuple(back.index(a) for a in range(rank))
     return y.transpose(order).astype(eqn.outvars[0].aval.dtype)
+
+
+def windows(image: Array, window: Sequence[int], p: Mapping[str, Any]) -> Array:
+    """`[batch, *places, window and features]` of an image `[batch, *space, features]`.
+
+    Slices that are put side by side: XLA's own way is a convolution with an identity.
+    """
+    low, high = zip(*p["padding"], strict=True) if window else ((), ())
+    edges = [(a, b, 0) for a, b in zip(low, high, strict=True)]
+    whole = (0, 0, 0)
+    zero = jnp.zeros((), image.dtype)
+    padded = lax.pad(image, zero, (whole, *edges, whole))
+    steps, spread = p["window_strides"], p["rhs_dilation"]
+    sizes = padded.shape[1:-1]
+    places = [
+        (n - (w - 1) * d - 1) // s + 1
+        for n, w, d, s in zip(sizes, window, spread, steps, strict=True)
+    ]
+    parts = []
+    for at in np.ndindex(*window):
+        begin = [i * d for i, d in zip(at, spread, strict=True)]
+        ends = [
+            b + (n - 1) * s + 1 for b, n, s in zip(begin, places, steps, strict=True)
+        ]
+        own = tuple(slice(b, e, s) for b, e, s in zip(begin, ends, steps, strict=True))
+        parts.append(padded[(slice(None), *own)])
+    return jnp.concatenate(parts, axis=-1)

@@ -81,13 +81,14 @@ def sparsify(
 
     The traced program is evaluated with the products of pruned kernels replaced by
     `js.kernels.matmul`: dense layers, attention projections, experts, layers of a scan,
-    and convolutions with a window of one place. Kernels may be reshaped, transposed and
-    cast before; they are not made dense for that. jit, grad, vmap and sharding work as
+    and convolutions without groups, whose windows become rows (as large as the windows
+    together). Kernels may be reshaped, transposed and cast before; they are not made
+    dense for that. jit, grad, vmap and sharding over meshes with automatic axes work as
     before, and inputs of other shapes are traced anew.
 
     A kernel is packed if a rule says that an engine is quicker than a dense product for
     the rows of the traced shapes. All others, and those that the program needs as an
-    array (wider windows, a norm of the weights), stay dense arrays with zeros;
+    array (grouped convolutions, a norm of the weights), stay dense arrays with zeros;
     `print(sparsified)` says which and why.
 
     Args:

@@ -143,22 +143,42 @@ def test_a_model_that_computes_in_bfloat16():
     np.testing.assert_allclose(got, want, atol=2**-6 * np.abs(want).max())
 
 
-def test_windows_of_one_place_are_products_and_others_stay():
+NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "numbers", "options"),
+    [
+        ((1, 1, 4, 8), NHWC, {"window_strides": (2, 1), "padding": "VALID"}),
+        ((3, 2, 4, 8), NHWC, {"window_strides": (2, 1), "padding": "SAME"}),
+        (
+            (8, 4, 3, 2),
+            NCHW,
+            {
+                "window_strides": (1, 2),
+                "padding": ((1, 2), (0, 3)),
+                "rhs_dilation": (2, 1),
+            },
+        ),
+    ],
+    ids=["one place", "same", "dilated"],
+)
+def test_convolutions_are_products_of_their_windows(kernel, numbers, options):
+    """And those with groups stay convolutions."""
+
     def apply_fn(p, x):
         conv = functools.partial(
-            jax.lax.conv_general_dilated,
-            padding="VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            jax.lax.conv_general_dilated, x, dimension_numbers=numbers, **options
         )
-        x = conv(x, p["one"], (2, 1))
-        return conv(x, p["three"], (1, 1))
+        return conv(p["whole"]) + conv(p["grouped"], feature_group_count=2)
 
-    params = {"one": draw(1, 1, 4, 8), "three": draw(3, 3, 8, 4)}
-    params = jax.tree.map(jnp.asarray, params)
-    sparse, _ = check(apply_fn, params, draw(2, 7, 5, 4), packed={"one"})
+    fewer = tuple(2 if n == 4 else n for n in kernel)
+    params = {"whole": jnp.asarray(draw(*kernel)), "grouped": jnp.asarray(draw(*fewer))}
+    shape = (2, 7, 6, 4) if numbers is NHWC else (2, 4, 7, 6)
+    sparse, _ = check(apply_fn, params, draw(*shape), packed={"whole"})
     why = "`conv_general_dilated` reads it as an array"
-    assert sparse.layers["three"].why == why
-    assert isinstance(sparse.params["three"], jax.Array)
+    assert sparse.layers["grouped"].why == why
+    assert isinstance(sparse.params["grouped"], jax.Array)
 
 
 def test_a_kernel_that_is_read_as_an_array_too_stays_dense():
