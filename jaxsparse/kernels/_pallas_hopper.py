@@ -12,9 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxsparse._typing import Array
 from jaxsparse.formats import Nm, Tiles
 from jaxsparse.kernels._owners import spans
+from jaxsparse.kernels._served import SHARED, bits_of, hopper_bytes, hopper_width
 
 ROWS = 64  # what a tensor core of this kind multiplies at once
-BYTES = 160 * 1024  # of shared memory for operands on their way
 DEPTH = 64  # bytes of positions in a block
 STEPS = 4  # at most on their way at once
 
@@ -58,16 +58,16 @@ def tiles(x: Array, packed: Tiles, *, interpret: Any = None) -> Array:
     ]
 
 
-def planes(x: Array, packed: Nm, bits: int, *, interpret: Any = None) -> Array:
+def planes(x: Array, packed: Nm, *, interpret: Any = None) -> Array:
     """`y = sum_j x_j @ (values at position j, else 0)`, with `x_j = x[:, j::of]`.
 
     Byte `r` has the positions of groups `each r` to `each r + each - 1`: a step takes
     the same of these from each of many bytes, so that nothing is spread over rows.
     """
     keep, groups, d_out = packed.values.shape
-    rows, of, each = x.shape[0], packed.pattern.of, 8 // bits
-    deep, wide = DEPTH, width(d_out)
-    size, steps, across = x.dtype.itemsize, groups // each // deep, d_out // wide
+    rows, of, bits = x.shape[0], packed.pattern.of, bits_of(packed)
+    each, deep, wide = 8 // bits, DEPTH, hopper_width(packed)
+    steps, across = groups // each // deep, d_out // wide
     laid = _swizzled(deep, x.dtype)
 
     def block(x: Any, values: Any, packs: Any, y: Any, own: Any, plane: Any) -> None:
@@ -85,7 +85,6 @@ def planes(x: Array, packed: Nm, bits: int, *, interpret: Any = None) -> Array:
                     plgpu.wgmma(total, x_block.at[place], plane)
                     plgpu.wgmma_wait(0)
 
-            taken = of * ROWS * deep * size + keep * deep * wide * (size + 1)
             plgpu.emit_pipeline(
                 step,
                 grid=(steps, each),
@@ -94,7 +93,7 @@ def planes(x: Array, packed: Nm, bits: int, *, interpret: Any = None) -> Array:
                     laid((keep, deep, wide), lambda s, e: (0, s, e * across + j)),
                     plgpu.BlockSpec((keep, deep, wide), lambda s, e: (0, s, j)),
                 ],
-                max_concurrent_steps=_steps(taken),
+                max_concurrent_steps=_steps(hopper_bytes(packed)),
             )(x, values, packs)
             return total[...]
 
@@ -110,11 +109,6 @@ def planes(x: Array, packed: Nm, bits: int, *, interpret: Any = None) -> Array:
     run = _kernel(block, blocks, names, wide, x, interpret, scratch)
     values = packed.values.reshape(keep, groups // each, each * d_out)
     return run(apart, values, packed.positions)[:rows]
-
-
-def width(d_out: int) -> int:
-    """Outputs of a block: as many as divide them; 0 if none do."""
-    return next((n for n in (128, 64) if d_out % n == 0), 0)
 
 
 def _positions(
@@ -171,8 +165,4 @@ def _swizzled(wide: int, dtype: Any) -> Any:
 
 
 def _steps(taken: int) -> int:
-    return max(1, min(STEPS, BYTES // taken))
-
-
-__all__ = ["depth", "planes", "tiles", "width"]
-
+    return max(1, min(STEPS, SHARED // taken))

@@ -12,10 +12,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxsparse._typing import Array
 from jaxsparse.formats import Nm, Tiles
 from jaxsparse.kernels._owners import owners
+from jaxsparse.kernels._served import bits_of, tpu_depth
 
 # A block of each operand and the next one fit into 16 MiB.
 ROWS = 256
-INPUTS = 2048
 OUTPUTS = 256
 
 
@@ -73,12 +73,12 @@ def _tile(group: Any, there: Any, row: Any, x: Any, w: Any, y: Any, total: Any) 
         y[...] = total[...].astype(y.dtype)
 
 
-def planes(x: Array, packed: Nm, bits: int, *, interpret: Any = False) -> Array:
+def planes(x: Array, packed: Nm, *, interpret: Any = False) -> Array:
     """`y = sum_j x_j @ (values at position j, else 0)`, with `x_j = x[:, j::of]`."""
     keep, groups, d_out = packed.values.shape
-    rows, of, each = x.shape[0], packed.pattern.of, 8 // bits
+    rows, of, bits = x.shape[0], packed.pattern.of, bits_of(packed)
     apart = x.reshape(rows, groups, of).transpose(2, 0, 1)
-    deep = min(groups, INPUTS >> (of - 1).bit_length())
+    deep = min(groups, tpu_depth(packed))
     # Beyond the last group inputs are zeros: 0 times what a block has there may be NaN.
     apart = jnp.pad(apart, ((0, 0), (0, 0), (0, -groups % deep)))
     block, wide = min(rows, ROWS), min(d_out, OUTPUTS)
@@ -89,7 +89,7 @@ def planes(x: Array, packed: Nm, bits: int, *, interpret: Any = False) -> Array:
         in_specs=[
             pl.BlockSpec((of, block, deep), lambda i, j, k: (0, i, k)),
             pl.BlockSpec((keep, deep, wide), lambda i, j, k: (0, k, j)),
-            pl.BlockSpec((keep, deep // each, wide), lambda i, j, k: (0, k, j)),
+            pl.BlockSpec((keep, deep * bits // 8, wide), lambda i, j, k: (0, k, j)),
         ],
         out_specs=pl.BlockSpec((block, wide), lambda i, j, k: (i, j)),
         scratch_shapes=[pltpu.VMEM((block, wide), jnp.float32)],
