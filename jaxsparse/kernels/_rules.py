@@ -74,12 +74,15 @@ class Rules:
 
 
 MEASURED = Rules((
+    Rule(gathered, Condensed, sparsity=0.1),
     Rule(native, Csr16, "cpu", sparsity=0.8),
     Rule(gathered, Tiles, "cpu", sparsity=0.75, outputs=64),
     Rule(native, Tiles, "cpu", sparsity=0.7),
+    Rule(gathered, Tiles, "cpu", sparsity=0.75, outputs=8, rows=4),
     Rule(gathered, Tiles, "cpu", sparsity=0.85, outputs=16),
-    Rule(gathered, Tiles, "cpu", sparsity=0.9, rows=16),
-    Rule(gathered, Condensed, sparsity=0.1),
+    Rule(gathered, Tiles, "cpu", sparsity=0.9, outputs=8),
+    Rule(gathered, Tiles, "cpu", sparsity=0.9, outputs=4, rows=16),
+    Rule(gathered, Tiles, "cpu", sparsity=0.95, outputs=4),
     Rule(gathered, Tiles, "gpu", sparsity=0.9, outputs=64),
     Rule(gathered, Tiles, "tpu", sparsity=0.9, outputs=64),
 ))

