@@ -144,6 +144,18 @@ def _fits(rule: Rule, packed: PackedArray, rows: int, platform: str) -> bool:
     return enough and tile >= rule.outputs and rows <= rule.rows
 
 
+def engines_of(packed: PackedArray, rules: Rules) -> list[Engine]:
+    """All engines that rules name for a packed kernel on this platform."""
+    platform, found = jax.default_backend(), {}
+    for rule in rules.rules:
+        fits = isinstance(packed, rule.format) and rule.platform in ("", platform)
+        if rule.engine is native and not _has_native_here(packed, platform):
+            continue
+        if fits:
+            found[rule.engine] = None
+    return list(found)
+
+
 def _has_native_here(packed: PackedArray, platform: str) -> bool:
     whole = packed.values.shape[len(batch_of(packed))] == 1
     balanced = isinstance(packed, Tiles) and packed.offsets is None

@@ -469,6 +469,7 @@ KINDS = {
         "another width": (np.ones((4, 5), np.float32),),
         "a list": ([[1.0] * 8],),
     },
+    "measure": SWITCH,
     "kernels.dense.x": ROWS,
     "kernels.gathered.x": ROWS,
     "kernels.matmul.x": ROWS,
