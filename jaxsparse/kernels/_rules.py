@@ -74,7 +74,7 @@ class Rules:
 
 
 MEASURED = Rules((
-    Rule(gathered, Condensed, sparsity=0.1),
+    Rule(gathered, Condensed, sparsity=0.25),
     Rule(native, Csr16, "cpu", sparsity=0.8),
     Rule(gathered, Tiles, "cpu", sparsity=0.75, outputs=64),
     Rule(native, Tiles, "cpu", sparsity=0.7),

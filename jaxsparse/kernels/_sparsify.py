@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks, patterns
+from jaxsparse._sharded import with_auto_axes
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.formats import Format
+from jaxsparse.formats import Format, unpack
 from jaxsparse.formats.dense import is_packed
 from jaxsparse.formats.weights import Weight, weight_of, with_packed
 from jaxsparse.kernels._evaluate import evaluate
@@ -20,6 +21,7 @@ from jaxsparse.kernels._matmul import matmul
 from jaxsparse.kernels._operand import Operand
 from jaxsparse.kernels._product import Engine
 from jaxsparse.kernels._rules import MEASURED, Rules
+from jaxsparse.program import abstract
 from jaxsparse.tracing import Trace, retrace
 from jaxsparse.tree import leaves_with_paths, like, select
 
@@ -68,8 +70,8 @@ def sparsify(
     `js.kernels.matmul`: dense layers, attention projections, experts, layers of a scan,
     and convolutions without groups, whose windows become rows (as large as the windows
     together). Kernels may be reshaped, transposed and cast before; they are not made
-    dense for that. jit, grad, vmap and sharding over meshes with automatic axes work as
-    before, and inputs of other shapes are traced anew.
+    dense for that. jit, grad, vmap and sharding work as before, and inputs of other
+    shapes are traced anew.
 
     A kernel is packed if a rule says that an engine is quicker than a dense product for
     the rows of the traced shapes. All others, and those that the program needs as an
@@ -165,7 +167,7 @@ def _uses(
         flat = [*args, *jax.tree.leaves(inputs)]
         return evaluate(trace.program, flat, multiply, made_dense)
 
-    jax.eval_shape(run, jax.tree.leaves(params), trace.inputs)
+    jax.eval_shape(run, list(map(abstract, jax.tree.leaves(params))), trace.inputs)
     return found
 
 
@@ -192,12 +194,24 @@ def _apply_fn(
         ]
         inputs = jax.tree.map(jnp.asarray, inputs)
         own = retrace(trace, jax.tree.unflatten(treedef, shapes), inputs)
-        args = [
-            Operand(path, x, views[path], x.values.dtype) if is_packed(x) else x
-            for path, x in zip(trace.paths, leaves, strict=True)
-        ]
-        flat = [*args, *jax.tree.leaves(inputs)]
-        outs = evaluate(own.program, flat, multiply, lambda operand, eqn: None)
+
+        def run(leaves: list[Any], flat: list[Array]) -> list[Array]:
+            args = [
+                Operand(path, x, views[path], x.values.dtype) if is_packed(x) else x
+                for path, x in zip(trace.paths, leaves, strict=True)
+            ]
+            made_dense = lambda operand, eqn: None
+            return evaluate(own.program, [*args, *flat], multiply, made_dense)
+
+        def specs(_: Any) -> list[Any]:
+            dense = unpack if any(map(is_packed, leaves)) else lambda params: params
+            whole = lambda params, xs: trace.apply_fn(dense(params), *xs)
+            outs = jax.tree.leaves(jax.eval_shape(whole, params, inputs))
+            return [jax.typeof(x).sharding.spec for x in outs]
+
+        # A trace knows of no shardings. Where they are types, the compiler decides
+        # within, and the results are sharded as the model's.
+        outs = with_auto_axes(run, specs, leaves, jax.tree.leaves(inputs))
         return jax.tree.unflatten(jax.tree.structure(own.out_shape), outs)
 
     return apply_fn

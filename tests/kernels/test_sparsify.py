@@ -276,8 +276,9 @@ def test_other_shapes_vmap_and_the_second_call():
     assert_close(many, apply_fn(pruned.params, draw(2, 3, 8)))
 
 
-def test_on_many_devices():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_on_many_devices(kind):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     apply_fn = lambda p, x: x @ p["w"]
     w = jax.device_put(draw(16, 64), NamedSharding(mesh, P(None, "x")))
     pattern = js.Balanced((1, 8))
@@ -287,7 +288,12 @@ def test_on_many_devices():
     )
     y = jax.jit(sparse.apply_fn)(sparse.params, x)
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "x")), 2)
-    assert_close(y, np.asarray(x) @ np.asarray(pruned.params["w"]))
+    want = np.asarray(x) @ np.asarray(pruned.params["w"])
+    assert_close(y, want)
+    dense, _ = sparse_and_masked(apply_fn, {"w": w}, (x,), rules=kernels.Rules())
+    assert jax.jit(dense.apply_fn)(dense.params, x).sharding.is_equivalent_to(
+        y.sharding, 2
+    )
 
 
 def test_what_does_not_belong_together_is_an_error():
