@@ -54,6 +54,7 @@ from jaxsparse.tree import Axes as Axes
 
 if TYPE_CHECKING:
     from jaxsparse import checkpoint as checkpoint
+    from jaxsparse import modules as modules
     from jaxsparse import report as report
 
 __all__ = [
@@ -85,6 +86,7 @@ __all__ = [
     "losses",
     "masking",
     "masks_of",
+    "modules",
     "narrowing",
     "oneshot",
     "patterns",
@@ -105,9 +107,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # They bring rich, matplotlib and orbax, which not every program needs; the last is
-    # a place of old names.
-    if name in {"report", "checkpoint", "structured"}:
+    # They bring rich, matplotlib, orbax and flax, which not every program needs; the
+    # last is a place of old names.
+    if name in {"report", "checkpoint", "modules", "structured"}:
         return importlib.import_module(f"jaxsparse.{name}")
     return _renamed.old_names(__name__)(name)
 

@@ -56,9 +56,9 @@ def pack(
 
     The result has packed arrays in the place of kernels, each a pytree of arrays with
     static shapes: it passes through `jax.jit`, `vmap` and `save`, and lies where the
-    kernel did (split along its outputs and layers). `unpack` gives back
-    `js.patterns.apply(params, masks)`, bit for bit and in the same type. It works on
-    the host: call it outside of jit, or with masks that are constants there.
+    kernel did (split along its outputs and layers). What stays dense is masked, so that
+    `unpack` gives back `js.patterns.apply(params, masks)`, bit for bit. It works on the
+    host: call it outside of jit, or with masks that are constants there.
 
     A format is
 
@@ -101,9 +101,23 @@ def pack(
     weights = weights_of(params, masks, where=where, axes=axes)
     formats = _formats(params, format, weights)
     packed = {path: pack_one(weights[path], own) for path, own in formats.items()}
-    leaves = leaves_with_paths(params)
-    found = [w if packed.get(path) is None else packed[path] for path, w in leaves]
-    return jax.tree.unflatten(jax.tree.structure(params), found)
+    there = {path: x for path, x in packed.items() if x is not None}
+    return with_packed(params, masks, there)
+
+
+def with_packed(
+    params: PyTree, masks: PyTree, packed: Mapping[str, PackedArray]
+) -> PyTree:
+    """The parameters with packed kernels; others are masked, and those alone copied."""
+    named = leaves_with_paths(params)
+    masks = jax.tree.leaves(like(masks, params, name="masks"))
+    pairs = zip(named, masks, strict=True)
+    pruned = {path: (w, m) for (path, w), m in pairs if np.ndim(m) or not bool(m)}
+    rest = {path: both for path, both in pruned.items() if path not in packed}
+    dense = {path: w for path, (w, _) in rest.items()}
+    masked = patterns.apply(dense, {path: m for path, (_, m) in rest.items()})
+    own = {**dict(named), **masked, **packed}
+    return jax.tree.unflatten(jax.tree.structure(params), [own[p] for p, _ in named])
 
 
 def weights_of(

@@ -26,29 +26,39 @@ class Operand:
       path: the parameter's path.
       value: the packed kernel; or a dense one, where only shapes are asked for.
       view: of the layers that are there.
-      index: an array of the shape that the program sees, with the place of each weight
-        in the kernel of `view`.
       dtype: the type that the program sees.
+      moves: an array of the shape that the program sees, with the place of each weight
+        in the kernel of `view`; None where it is seen as it is stored.
     """
 
     path: str
     value: Any
     view: MatrixView
-    index: np.ndarray
     dtype: Any
+    moves: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the program sees."""
+        return self.view.shape if self.moves is None else self.moves.shape
+
+    @property
+    def index(self) -> np.ndarray:
+        """`moves`, also where nothing was moved. As large as the kernel: not kept."""
+        return _plain(self.view) if self.moves is None else self.moves
 
     @property
     def is_whole(self) -> bool:
         """Whether the program sees it as it is stored."""
-        shape, size = self.view.shape, self.index.size
-        plain = np.arange(size).reshape(shape)
-        return self.index.shape == shape and np.array_equal(self.index, plain)
+        if self.moves is None:
+            return True
+        same = self.moves.shape == self.view.shape
+        return same and np.array_equal(self.moves, _plain(self.view))
 
 
-def operand_of(path: str, value: Any, view: MatrixView, dtype: Any) -> Operand:
-    """A parameter as a program gets it."""
-    index = np.arange(math.prod(view.shape), dtype=np.int32).reshape(view.shape)
-    return Operand(path, value, view, index, dtype)
+def _plain(view: MatrixView) -> np.ndarray:
+    """The places of weights in their own order."""
+    return np.arange(math.prod(view.shape), dtype=np.int32).reshape(view.shape)
 
 
 def layer_of(operand: Operand, value: Any) -> Operand:
@@ -56,7 +66,7 @@ def layer_of(operand: Operand, value: Any) -> Operand:
     axes, shape = operand.view.axes, operand.view.shape[1:]
     less = lambda own: tuple(a - 1 for a in own)
     own = Axes(less(axes.input), less(axes.output), less(axes.batch[1:]))
-    return operand_of(operand.path, value, matrix_view(shape, own), operand.dtype)
+    return Operand(operand.path, value, matrix_view(shape, own), operand.dtype)
 
 
 def has_layers(operand: Operand) -> bool:
@@ -68,31 +78,26 @@ def has_layers(operand: Operand) -> bool:
 
 def moved(eqn: Any, operand: Operand) -> Operand | None:
     """What an equation makes of it; None if that is more than a move or a cast."""
-    out, p = eqn.outvars[0].aval, eqn.params
-    name, index = eqn.primitive.name, operand.index
-    match name:
-        case "reshape":
-            if p.get("dimensions") is not None:
-                return None
-            index = index.reshape(out.shape)
-        case "transpose":
-            index = index.transpose(p["permutation"])
+    out, p, size = eqn.outvars[0].aval, eqn.params, math.prod(operand.shape)
+    match eqn.primitive.name:
+        case "convert_element_type" if jnp.issubdtype(out.dtype, jnp.floating):
+            return dataclasses.replace(operand, dtype=out.dtype)
+        case "copy" | "copy_p" | "sharding_constraint":
+            return operand
+        case "reshape" if p.get("dimensions") is None:
+            moves = operand.index.reshape(out.shape)
         case "squeeze":
-            index = index.reshape(out.shape)
-        case "broadcast_in_dim":
-            if math.prod(out.shape) != index.size:
-                return None
-            if tuple(sorted(p["broadcast_dimensions"])) != p["broadcast_dimensions"]:
-                return None
-            index = index.reshape(out.shape)
-        case "convert_element_type":
-            if not jnp.issubdtype(out.dtype, jnp.floating):
-                return None
-        case "copy" | "copy_p" | "sharding_constraint" | "stop_gradient":
-            pass
+            moves = operand.index.reshape(out.shape)
+        case "transpose":
+            moves = operand.index.transpose(p["permutation"])
+        case "broadcast_in_dim" if (
+            math.prod(out.shape) == size
+            and tuple(sorted(p["broadcast_dimensions"])) == p["broadcast_dimensions"]
+        ):
+            moves = operand.index.reshape(out.shape)
         case _:
             return None
-    return dataclasses.replace(operand, index=index, dtype=out.dtype)
+    return dataclasses.replace(operand, moves=moves)
 
 
 def dense_of(operand: Operand) -> Array:
@@ -121,17 +126,21 @@ def reading_of(
     operand: Operand, contracted: Sequence[int], batch: Sequence[int]
 ) -> Reading | None:
     """How it is read; None if that is not as its own matrices."""
-    index, view = operand.index, operand.view
-    free = [a for a in range(index.ndim) if a not in contracted and a not in batch]
+    view, shape = operand.view, operand.shape
+    free = [a for a in range(len(shape)) if a not in contracted and a not in batch]
     layers = math.prod(view.batch)
-    if math.prod(index.shape[a] for a in batch) != layers:
+    if math.prod(shape[a] for a in batch) != layers:
         return None
-    if math.prod(index.shape[a] for a in contracted) != view.d_in:
+    if math.prod(shape[a] for a in contracted) != view.d_in:
         return None
+    axes = view.axes
+    stored = (tuple(batch), tuple(contracted), tuple(free))
+    if operand.moves is None and stored == (axes.batch, axes.input, axes.output):
+        return Reading(None, None)
+    index = operand.index
     seen = index.transpose((*batch, *contracted, *free))
     seen = seen.reshape(layers, view.d_in, view.d_out)
-    plain = np.arange(index.size, dtype=np.int32).reshape(view.shape)
-    own = to_matrices(plain, view).reshape(layers, view.d_out, view.d_in)
+    own = to_matrices(_plain(view), view).reshape(layers, view.d_out, view.d_in)
     own = own.swapaxes(1, 2)
     if np.array_equal(seen, own):
         return Reading(None, None)
@@ -164,9 +173,8 @@ def contraction(
         return None
     x_batch = batch[1 - side]
     free = [a for a in range(x.ndim) if a not in other and a not in x_batch]
-    k_free = [
-        a for a in range(operand.index.ndim) if a not in own and a not in batch[side]
-    ]
+    shape = operand.shape
+    k_free = [a for a in range(len(shape)) if a not in own and a not in batch[side]]
     sizes = [x.shape[a] for a in x_batch], [x.shape[a] for a in free]
     rows = x.transpose((*x_batch, *free, *other))
     rows = rows.reshape(*operand.view.batch, math.prod(sizes[1]), operand.view.d_in)
@@ -175,7 +183,7 @@ def contraction(
     y = multiply(rows, operand)
     if reading.outputs is not None:
         y = y[..., reading.outputs]
-    produced = [operand.index.shape[a] for a in k_free]
+    produced = [shape[a] for a in k_free]
     y = y.reshape(*sizes[0], *sizes[1], *produced)
     if side == 0:  # the free axes of the left operand come first
         b, f, k = len(sizes[0]), len(sizes[1]), len(produced)
@@ -188,7 +196,7 @@ def convolution(
     eqn: Any, operand: Operand, x: Array, multiply: Multiply
 ) -> Array | None:
     """The result of a convolution: a product of its windows, each made one row."""
-    p, rank = eqn.params, operand.index.ndim
+    p, rank = eqn.params, len(operand.shape)
     numbers = p["dimension_numbers"]
     kernel, out = numbers.rhs_spec, numbers.out_spec
     plain = p["feature_group_count"] == p["batch_group_count"] == 1
@@ -197,7 +205,7 @@ def convolution(
     reading = reading_of(operand, (*kernel[2:], kernel[1]), ())
     if reading is None:
         return None
-    window = [operand.index.shape[a] for a in kernel[2:]]
+    window = [operand.shape[a] for a in kernel[2:]]
     batch, features, *space = numbers.lhs_spec
     image = x.transpose((batch, *space, features))
     rows = windows(image, window, p)

@@ -74,12 +74,15 @@ class Rules:
 
 
 MEASURED = Rules((
+    Rule(gathered, Condensed, sparsity=0.25),
     Rule(native, Csr16, "cpu", sparsity=0.8),
     Rule(gathered, Tiles, "cpu", sparsity=0.75, outputs=64),
     Rule(native, Tiles, "cpu", sparsity=0.7),
+    Rule(gathered, Tiles, "cpu", sparsity=0.75, outputs=8, rows=4),
     Rule(gathered, Tiles, "cpu", sparsity=0.85, outputs=16),
-    Rule(gathered, Tiles, "cpu", sparsity=0.9, rows=16),
-    Rule(gathered, Condensed, sparsity=0.1),
+    Rule(gathered, Tiles, "cpu", sparsity=0.9, outputs=8),
+    Rule(gathered, Tiles, "cpu", sparsity=0.9, outputs=4, rows=16),
+    Rule(gathered, Tiles, "cpu", sparsity=0.95, outputs=4),
     Rule(gathered, Tiles, "gpu", sparsity=0.9, outputs=64),
     Rule(gathered, Tiles, "tpu", sparsity=0.9, outputs=64),
 ))
@@ -139,6 +142,18 @@ def _fits(rule: Rule, packed: PackedArray, rows: int, platform: str) -> bool:
     # What is a rounding error short of a sparsity has it.
     enough = sparsity_of(packed) >= rule.sparsity - 1e-3
     return enough and tile >= rule.outputs and rows <= rule.rows
+
+
+def engines_of(packed: PackedArray, rules: Rules) -> list[Engine]:
+    """All engines that rules name for a packed kernel on this platform."""
+    platform, found = jax.default_backend(), {}
+    for rule in rules.rules:
+        fits = isinstance(packed, rule.format) and rule.platform in ("", platform)
+        if rule.engine is native and not _has_native_here(packed, platform):
+            continue
+        if fits:
+            found[rule.engine] = None
+    return list(found)
 
 
 def _has_native_here(packed: PackedArray, platform: str) -> bool:

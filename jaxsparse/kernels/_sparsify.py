@@ -1,6 +1,7 @@
 """`sparsify`: a traced model whose pruned kernels are multiplied in packed form."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,38 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks, patterns
+from jaxsparse._sharded import with_auto_axes
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.formats import Condensed, Csr16, Format, PackedArray
+from jaxsparse.formats import Format, unpack
 from jaxsparse.formats.dense import is_packed
-from jaxsparse.formats.weights import Weight, bytes_of_each, pack_one, weight_of
-from jaxsparse.kernels._dense import dense
+from jaxsparse.formats.weights import Weight, weight_of, with_packed
 from jaxsparse.kernels._evaluate import evaluate
+from jaxsparse.kernels._layers import Layer, Uses, chosen_of
 from jaxsparse.kernels._matmul import matmul
-from jaxsparse.kernels._operand import Operand, operand_of
-from jaxsparse.kernels._rules import MEASURED, Rules, choose
-from jaxsparse.patterns import Block
+from jaxsparse.kernels._operand import Operand
+from jaxsparse.kernels._product import Engine
+from jaxsparse.kernels._rules import MEASURED, Rules
+from jaxsparse.program import abstract
 from jaxsparse.tracing import Trace, retrace
 from jaxsparse.tree import leaves_with_paths, like, select
-
-
-class Layer(NamedTuple):
-    """How `sparsify` runs a pruned kernel.
-
-    Attributes:
-      engine: the name of the engine; "dense" for a kernel that stays a dense array.
-      format: the name of the format; "" for a dense array.
-      sparsity: the fraction of weights that its mask removes.
-      rows: the most rows that one product has, for the traced shapes.
-      bytes: what it takes.
-      why: for a dense one, why.
-    """
-
-    engine: str
-    format: str
-    sparsity: float
-    rows: int
-    bytes: int
-    why: str = ""
 
 
 class Sparsified(NamedTuple):
@@ -57,13 +40,16 @@ class Sparsified(NamedTuple):
     layers: Mapping[str, Layer]
 
     def __str__(self) -> str:
-        head = ("kernel", "engine", "format", "sparsity", "rows", "bytes", "why dense")
-        rows = [head]
+        head = ("kernel", "engine", "format", "sparsity", "rows", "bytes")
+        rows: list[tuple[str, ...]] = [(*head, "dense ms", "packed ms", "why dense")]
         for path, x in self.layers.items():
+            times = (
+                "-" if math.isnan(t) else f"{t:.3f}" for t in (x.dense_ms, x.packed_ms)
+            )
             share = f"{100 * x.sparsity:.1f} %"
-            cells = x.engine, x.format, share, f"{x.rows:,}", f"{x.bytes:,}", x.why
-            rows.append((path, *cells))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+            cells = x.engine, x.format, share, f"{x.rows:,}", f"{x.bytes:,}"
+            rows.append((path, *cells, *times, x.why))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         pad = lambda row: (c.ljust(w) for c, w in zip(row, widths, strict=True))
         return "\n".join("  ".join(pad(row)).rstrip() for row in rows)
 
@@ -76,6 +62,7 @@ def sparsify(
     format: Format | None = None,
     where: Where = None,
     rules: Rules = MEASURED,
+    measure: bool = False,
 ) -> Sparsified:
     """Run a pruned model with packed kernels, of any model that can be traced.
 
@@ -83,8 +70,8 @@ def sparsify(
     `js.kernels.matmul`: dense layers, attention projections, experts, layers of a scan,
     and convolutions without groups, whose windows become rows (as large as the windows
     together). Kernels may be reshaped, transposed and cast before; they are not made
-    dense for that. jit, grad, vmap and sharding over meshes with automatic axes work as
-    before, and inputs of other shapes are traced anew.
+    dense for that. jit, grad, vmap and sharding work as before, and inputs of other
+    shapes are traced anew.
 
     A kernel is packed if a rule says that an engine is quicker than a dense product for
     the rows of the traced shapes. All others, and those that the program needs as an
@@ -99,6 +86,9 @@ def sparsify(
         tiles from large to small and `Csr16` that its mask has and a rule takes.
       where: which kernels may be packed; by default all that a mask prunes.
       rules: which engine is quick; see `js.kernels.choose`.
+      measure: whether to time each kernel here, dense and by the engines that the rules
+        name for its format (whatever their limits), and to take the quickest: some
+        tenths of a second for each kernel of another shape, rows and sparsity.
 
     Returns:
       The function, the parameters for it, and how each pruned kernel is run.
@@ -120,22 +110,24 @@ def sparsify(
     """
     _checks.check_is(Trace, "js.trace(apply_fn, params, inputs)", trace=trace)
     _checks.check_is(Rules, "js.kernels.Rules(...)", rules=rules)
+    _checks.check_bool(measure=measure)
     _checks.check_arrays(params=params)
     masks = like(masks, params, name="masks")
     patterns.check_masks(masks, params)
     _checks.check_known("kernels.sparsify", masks=masks, params=params)
     retrace(trace, params, trace.inputs)  # raises for those of another model
-    params = patterns.apply(params, masks)
     pruned = _pruned(trace, params, masks, where)
     uses = _uses(trace, params, pruned)
-    layers, packed = {}, {}
-    for path, weight in pruned.items():
-        layers[path], found = _layer(weight, uses[path], format, rules)
-        if found is not None:
-            packed[path] = found
-    leaves = [packed.get(path, w) for path, w in leaves_with_paths(params)]
-    new = jax.tree.unflatten(jax.tree.structure(params), leaves)
-    return Sparsified(_apply_fn(trace, rules), new, layers)
+    timed: dict[Any, list[float]] | None = {} if measure else None
+    chosen = {
+        path: chosen_of(weight, uses[path], format, rules, timed)
+        for path, weight in pruned.items()
+    }
+    layers = {path: found.layer for path, found in chosen.items()}
+    packed = {p: x.packed for p, x in chosen.items() if x.packed is not None}
+    engines = {p: x.engine for p, x in chosen.items() if x.engine is not None}
+    new = with_packed(params, masks, packed)
+    return Sparsified(_apply_fn(trace, rules, engines), new, layers)
 
 
 def _pruned(
@@ -153,19 +145,11 @@ def _pruned(
     return found
 
 
-class _Uses:
-    """What a program does with a kernel."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.dense: list[str] = []
-
-
 def _uses(
     trace: Trace, params: PyTree, pruned: Mapping[str, Weight]
-) -> dict[str, _Uses]:
+) -> dict[str, Uses]:
     """From one abstract pass over the program."""
-    found = {path: _Uses() for path in pruned}
+    found = {path: Uses() for path in pruned}
 
     def multiply(x: Array, operand: Operand) -> Array:
         found[operand.path].rows.append(x.shape[-2])
@@ -177,50 +161,20 @@ def _uses(
 
     def run(leaves: list[Array], inputs: Any) -> list[Array]:
         args = [
-            operand_of(path, w, pruned[path].view, w.dtype) if path in pruned else w
+            Operand(path, w, pruned[path].view, w.dtype) if path in pruned else w
             for path, w in zip(trace.paths, leaves, strict=True)
         ]
         flat = [*args, *jax.tree.leaves(inputs)]
         return evaluate(trace.program, flat, multiply, made_dense)
 
-    jax.eval_shape(run, jax.tree.leaves(params), trace.inputs)
+    jax.eval_shape(run, list(map(abstract, jax.tree.leaves(params))), trace.inputs)
     return found
 
 
-def _layer(
-    weight: Weight, uses: _Uses, format: Format | None, rules: Rules
-) -> tuple[Layer, PackedArray | None]:
-    """How a kernel is run; None where it stays a dense array."""
-    removed = 1 - float(np.mean(weight.kept))
-    rows = max(uses.rows, default=0)
-    whole = weight.kept.size * weight.itemsize
-    stays = lambda why: (Layer("dense", "", removed, rows, whole, why), None)
-    if uses.dense:
-        return stays(uses.dense[0])
-    if not uses.rows:
-        return stays("the program does not multiply by it")
-    tried = [format] if format is not None else _formats(weight)
-    for one in tried:
-        packed = pack_one(weight, one)
-        if packed is None:
-            continue
-        engine = choose(packed, rows=rows, rules=rules)
-        if engine is not dense:
-            taken = sum(x.nbytes for x in jax.tree.leaves(packed))
-            name = getattr(engine, "__name__", str(engine))
-            kind = type(packed).__name__
-            return Layer(name, kind, removed, rows, taken), packed
-    return stays("no rule has a quicker engine for it")
-
-
-def _formats(weight: Weight) -> list[Any]:
-    """The formats of a mask for which there may be an engine, the quickest first."""
-    there = bytes_of_each(weight)
-    order = [Condensed, *(Block(t) for t in ((1, 128), (16, 16), (1, 4))), Csr16]
-    return [one for one in order if one in there]
-
-
-def _apply_fn(trace: Trace, rules: Rules) -> Callable[..., Any]:
+def _apply_fn(
+    trace: Trace, rules: Rules, engines: Mapping[str, Engine]
+) -> Callable[..., Any]:
+    """The model for packed parameters; `engines` are those that were measured."""
     views = {path: kernel.view for path, kernel in trace.kernels.items()}
 
     def multiply(x: Array, operand: Operand) -> Array:
@@ -228,6 +182,8 @@ def _apply_fn(trace: Trace, rules: Rules) -> Callable[..., Any]:
         if packed.values.dtype != operand.dtype:  # the model casts it
             own = packed.values.astype(operand.dtype)
             packed = dataclasses.replace(packed, values=own)
+        if operand.path in engines:
+            return engines[operand.path](x, packed)
         return matmul(x, packed, rules=rules)
 
     def apply_fn(params: PyTree, *inputs: Any) -> Any:
@@ -238,12 +194,24 @@ def _apply_fn(trace: Trace, rules: Rules) -> Callable[..., Any]:
         ]
         inputs = jax.tree.map(jnp.asarray, inputs)
         own = retrace(trace, jax.tree.unflatten(treedef, shapes), inputs)
-        args = [
-            operand_of(path, x, views[path], x.values.dtype) if is_packed(x) else x
-            for path, x in zip(trace.paths, leaves, strict=True)
-        ]
-        flat = [*args, *jax.tree.leaves(inputs)]
-        outs = evaluate(own.program, flat, multiply, lambda operand, eqn: None)
+
+        def run(leaves: list[Any], flat: list[Array]) -> list[Array]:
+            args = [
+                Operand(path, x, views[path], x.values.dtype) if is_packed(x) else x
+                for path, x in zip(trace.paths, leaves, strict=True)
+            ]
+            made_dense = lambda operand, eqn: None
+            return evaluate(own.program, [*args, *flat], multiply, made_dense)
+
+        def specs(_: Any) -> list[Any]:
+            dense = unpack if any(map(is_packed, leaves)) else lambda params: params
+            whole = lambda params, xs: trace.apply_fn(dense(params), *xs)
+            outs = jax.tree.leaves(jax.eval_shape(whole, params, inputs))
+            return [jax.typeof(x).sharding.spec for x in outs]
+
+        # A trace knows of no shardings. Where they are types, the compiler decides
+        # within, and the results are sharded as the model's.
+        outs = with_auto_axes(run, specs, leaves, jax.tree.leaves(inputs))
         return jax.tree.unflatten(jax.tree.structure(own.out_shape), outs)
 
     return apply_fn

@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Sequence
 
 from jaxsparse import _checks, schedules
-from jaxsparse.patterns import Block, Pattern, Unstructured
+from jaxsparse.patterns import Balanced, Block, Pattern, Unstructured
 from jaxsparse.recipes._recipe import (
     Recipe,
     check_rates,
@@ -226,7 +226,7 @@ def _gradual(
         weight_decay=weight_decay,
         temperature=temperature,
         hardness=1.0,
-        block_size=32 if isinstance(pattern, Block) else 50,
+        block_size=32 if isinstance(pattern, Block | Balanced) else 50,
         damping=1e-7,
         gradients=1024,
         examples_per_gradient=examples_per_gradient,

@@ -89,6 +89,13 @@ def packed():
 
 
 @functools.cache
+def tiles():
+    pattern = js.Balanced((1, 4))
+    pruned = js.prune(params(), 0.5, pattern=pattern, axes=AXES)
+    return js.formats.pack(*pruned, format=pattern, axes=AXES)["up"]["kernel"]
+
+
+@functools.cache
 def batch():
     return draw(3, (ROWS, 8))
 
@@ -448,6 +455,16 @@ CALLS = {
     "Balanced": lambda: {"shape": (4, 4), "reduce": "mean"},
     "formats.pack": lambda: {"params": params(), "masks": masks(), "axes": AXES},
     "formats.unpack": lambda: {"packed": packed()},
+    "kernels.choose": lambda: {"packed": tiles(), "rows": 4},
+    "kernels.dense": lambda: {"x": batch(), "packed": tiles()},
+    "kernels.gathered": lambda: {"x": batch(), "packed": tiles()},
+    "kernels.matmul": lambda: {"x": batch(), "packed": tiles()},
+    "kernels.native": lambda: {"x": batch(), "packed": tiles()},
+    "kernels.sparsify": lambda: {
+        "trace": trace(),
+        "params": params(),
+        "masks": masks(),
+    },
     "formats.sizes": lambda: {"params": params(), "masks": masks(), "axes": AXES},
     "report.format_table": lambda: {
         "sizes": js.formats.sizes(params(), masks(), axes=AXES)

@@ -235,6 +235,9 @@ LOGITS = {
     "another": {"left": np.ones((2, 6, 16), np.float32)},
     "another shape": {"up": {"kernel": np.ones((3, 3), np.float32)}},
 }
+# One row is taken, and NaN goes on, as in other products.
+ROWS = {k: v for k, v in MATRIX.items() if k not in ("a vector", "NaN")}
+ENGINES = {"None": None, "a string": "gathered", "a list": [1], "an engine": len}
 KINDS = {
     "params": TREE,
     "scores": TREE,
@@ -466,6 +469,16 @@ KINDS = {
         "another width": (np.ones((4, 5), np.float32),),
         "a list": ([[1.0] * 8],),
     },
+    "measure": SWITCH,
+    "kernels.dense.x": ROWS,
+    "kernels.gathered.x": ROWS,
+    "kernels.matmul.x": ROWS,
+    "kernels.native.x": ROWS,
+    "kernels.choose.rules": ENGINES,
+    "kernels.matmul.rules": ENGINES,
+    "kernels.sparsify.rules": ENGINES,
+    "rows": INTEGER,
+    "platform": {k: v for k, v in CHOICE.items() if k != "None"},
     "sensitivity": OBJECT,
     "runs": OBJECT,
     "xlabel": {},  # any text

@@ -24,8 +24,16 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[] if few else pytest.mark.exhaustive)
+        for name in FORMATS
+        for kind in (AxisType.Auto, AxisType.Explicit)
+        for few in [(kind == AxisType.Explicit) == (name in ("bitmap", "tiles"))]
+    ],
+    ids=str,
+)
 def test_packed_kernels_lie_as_kernels_do(name, kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     format, pattern = FORMATS[name]

@@ -40,15 +40,7 @@ def sparse_and_masked(apply_fn, params, inputs, *, pattern=WEIGHTS, **options):
     return kernels.sparsify(trace, *pruned, **options), pruned
 
 
-FEW = (
-    "mlp",
-    "moe",
-    "attention_flax",
-    "attention_gqa",
-    "scan_remat",
-    "nnx",
-    "squeeze_excite",
-)
+FEW = ("moe", "attention_flax", "attention_gqa", "scan_remat")
 
 
 @pytest.mark.parametrize(
@@ -196,6 +188,56 @@ def test_where_no_rule_is_quicker_kernels_stay_dense():
     assert sparse.layers["w"].why == "no rule has a quicker engine for it"
 
 
+def mine(x, packed):
+    """Another engine for tiles."""
+    return kernels.gathered(x, packed)
+
+
+@pytest.mark.parametrize(
+    ("times", "name"),
+    [
+        ([1.0, 3.0, 2.0], "dense"),
+        ([4.0, 3.0, 2.0], "mine"),
+        ([4.0, 1.0, 2.0], "by_unpacking"),
+    ],
+)
+def test_engines_can_be_chosen_by_the_clock(times, name, monkeypatch):
+    """The quickest of all that the rules name, or a dense product; one run for all of a
+    shape. (The clock is not the machine's here.)"""
+    apply_fn = lambda p, x: x @ p["a"] + x @ p["b"]
+    params = {k: jnp.asarray(draw(8, 8, seed=i)) for i, k in enumerate("ab")}
+    pattern, x, calls = js.Balanced((1, 8)), draw(4, 8), []
+
+    def measured(pairs, rows, dtype):
+        calls.append((len(pairs), rows, dtype))
+        return times
+
+    monkeypatch.setattr("jaxsparse.kernels._layers.milliseconds", measured)
+    engines = by_unpacking, mine
+    each = [kernels.Rule(e, formats.Tiles, sparsity=1) for e in engines]
+    rules = kernels.Rules(each)
+    options = {"rules": rules, "pattern": pattern, "format": pattern, "measure": True}
+    sparse, pruned = sparse_and_masked(apply_fn, params, (x,), **options)
+    assert calls == [(2, 4, np.float32)]
+    for layer in sparse.layers.values():
+        assert layer.engine == name
+        assert (layer.dense_ms, layer.packed_ms) == (times[0], min(times[1:]))
+    assert ("a dense product is quicker" in str(sparse)) == (name == "dense")
+    assert_close(sparse.apply_fn(sparse.params, x), apply_fn(pruned.params, x))
+
+
+def test_a_real_clock_gives_times():
+    apply_fn = lambda p, x: jnp.einsum("erd,edf->erf", x, p["w"])
+    params, x = {"w": jnp.asarray(draw(2, 8, 8))}, draw(2, 3, 8)
+    pattern = js.Balanced((1, 8))
+    options = {"pattern": pattern, "format": pattern, "measure": True}
+    sparse, _ = sparse_and_masked(apply_fn, params, (x,), **options)
+    layer = sparse.layers["w"]
+    assert layer.dense_ms > 0
+    assert layer.packed_ms > 0
+    assert (layer.engine == "dense") == (layer.dense_ms <= layer.packed_ms)
+
+
 def test_gradients_of_the_values_train_the_model():
     apply_fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
     params = {"a": jnp.asarray(draw(8, 16)), "b": jnp.asarray(draw(16, 4))}
@@ -234,8 +276,9 @@ def test_other_shapes_vmap_and_the_second_call():
     assert_close(many, apply_fn(pruned.params, draw(2, 3, 8)))
 
 
-def test_on_many_devices():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_on_many_devices(kind):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     apply_fn = lambda p, x: x @ p["w"]
     w = jax.device_put(draw(16, 64), NamedSharding(mesh, P(None, "x")))
     pattern = js.Balanced((1, 8))
@@ -245,7 +288,12 @@ def test_on_many_devices():
     )
     y = jax.jit(sparse.apply_fn)(sparse.params, x)
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "x")), 2)
-    assert_close(y, np.asarray(x) @ np.asarray(pruned.params["w"]))
+    want = np.asarray(x) @ np.asarray(pruned.params["w"])
+    assert_close(y, want)
+    dense, _ = sparse_and_masked(apply_fn, {"w": w}, (x,), rules=kernels.Rules())
+    assert jax.jit(dense.apply_fn)(dense.params, x).sharding.is_equivalent_to(
+        y.sharding, 2
+    )
 
 
 def test_what_does_not_belong_together_is_an_error():
