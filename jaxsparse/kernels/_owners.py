@@ -25,5 +25,6 @@ def owners(packed: Tiles) -> tuple[Array, Array, Array]:
     begin, end = spans(packed)
     slot = jnp.arange(packed.rows.size, dtype=jnp.int32)
     # Of groups that begin at one place only the last may have tiles.
-    group = jnp.searchsorted(begin, slot, side="right").astype(jnp.int32) - 1
+    begun = jnp.zeros(slot.size + 1, jnp.int32).at[begin].add(1)
+    group = jnp.cumsum(begun, dtype=jnp.int32)[:-1] - 1
     return group, slot < end[group], end > begin

@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA's Hopper by Mosaic GPU: tiles, and N:M by selecting from planes."""
+"""Kernels for NVIDIA's Hopper: tiles, and N:M by selecting from planes."""
 
 import functools
 from typing import Any

@@ -159,5 +159,5 @@ def _positions(packs: Array, deep: int, bits: int, group: Array) -> Array:
     return shifted & (2**bits - 1)
 
 
-def _order(*axes: str) -> Any:
+def _order(*axes: Any) -> Any:
     return pltpu.CompilerParams(dimension_semantics=axes)

@@ -41,7 +41,7 @@ def hopper_serves(x: Array, packed: Any) -> bool:
         return sides and packed.rows.size > 0
     if not isinstance(packed, Nm):
         return False
-    keep, groups, d_out = packed.values.shape
+    groups, d_out = packed.values.shape[1:]
     blocks = groups % (8 // bits_of(packed) * 64) == 0 and d_out % 64 == 0
     return blocks and bool(groups and d_out) and hopper_bytes(packed) <= SHARED
 
@@ -53,9 +53,8 @@ def hopper_width(packed: Nm) -> int:
 
 def hopper_bytes(packed: Nm) -> int:
     """What the inputs, values and positions of a step take."""
-    keep, _, _ = packed.values.shape
     inputs = packed.pattern.of * 64 * 64 * 2
-    return inputs + keep * 64 * hopper_width(packed) * 3
+    return inputs + packed.pattern.keep * 64 * hopper_width(packed) * 3
 
 
 def bits_of(packed: Nm) -> int:

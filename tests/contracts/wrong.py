@@ -474,6 +474,7 @@ KINDS = {
     "kernels.gathered.x": ROWS,
     "kernels.matmul.x": ROWS,
     "kernels.native.x": ROWS,
+    "kernels.pallas.x": ROWS,
     "kernels.choose.rules": ENGINES,
     "kernels.matmul.rules": ENGINES,
     "kernels.sparsify.rules": ENGINES,
