@@ -15,6 +15,7 @@ from jaxsparse.kernels._product import check_product, over_rows, result_type
 from jaxsparse.kernels._served import (
     bitmap_serves,
     hopper_serves,
+    is_split,
     no_bitmaps,
     tpu_serves,
 )
@@ -35,8 +36,9 @@ def pallas(x: Array, packed: PackedArray) -> Array:
 
     Tiles are read as they are stored, each once for every few hundred rows of `x`; of
     N:M the planes `x_j = x[:, j::of]` meet the values at position `j`, so that nothing
-    is gathered. A kernel works on one device: what is split over several is gathered
-    there first, so take `js.kernels.gathered` for it, or `jax.shard_map`.
+    is gathered. A kernel works on one device: where JAX splits arrays over a mesh, the
+    product is plain JAX too. Under `jax.shard_map`, with rows of `x` split, each device
+    runs the kernel.
 
     These kernels have never run on an accelerator: they are tested by interpreters on a
     processor, and lowered for `tpu` and `cuda`. The kernel of `Bitmap` is compiled for
@@ -135,6 +137,8 @@ def _plain(x: Array, values: Array, rest: Any) -> Array:
 def _kernels(x: Array, packed: Any) -> dict[str, Callable[..., Array]]:
     """By platform, what there is for a product. Imported late: Pallas takes a while."""
     found: dict[str, Callable[..., Array]] = {}
+    if is_split(x) or is_split(packed.values):
+        return found
     if tpu_serves(x, packed):
         from jaxsparse.kernels import _pallas_tpu as tpu
 

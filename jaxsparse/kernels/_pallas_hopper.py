@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -12,7 +11,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxsparse._typing import Array
 from jaxsparse.formats import Nm, Tiles
 from jaxsparse.kernels._owners import spans
-from jaxsparse.kernels._served import SHARED, bits_of, hopper_bytes, hopper_width
+from jaxsparse.kernels._served import (
+    SHARED,
+    bits_of,
+    hopper_bytes,
+    hopper_width,
+    result_of,
+    varying,
+)
 
 ROWS = 64  # what a tensor core of this kind multiplies at once
 DEPTH = 64  # bytes of positions in a block
@@ -51,11 +57,12 @@ def tiles(x: Array, packed: Tiles, *, interpret: Any = None) -> Array:
 
     whole = pl.cdiv(rows, ROWS)
     x = jnp.pad(x, ((0, -rows % ROWS), (0, 0)))
-    run = _kernel(block, (whole, groups), ("rows", "groups"), v, x, interpret)
-    values = packed.values.reshape(-1, a, v)
-    return run(x, values, packed.rows.reshape(-1).astype(jnp.int32), *spans(packed))[
-        :rows
-    ]
+    blocks, names = (whole, groups), ("rows", "groups")
+    shape = result_of(x, packed.values, whole * ROWS, packed.view.d_out)
+    run = _kernel(block, blocks, names, v, shape, interpret)
+    values, number = packed.values.reshape(-1, a, v), packed.rows.reshape(-1)
+    y = run(x, values, number.astype(jnp.int32), *spans(packed))
+    return varying(y[:rows], x, values)
 
 
 def planes(x: Array, packed: Nm, *, interpret: Any = None) -> Array:
@@ -104,11 +111,11 @@ def planes(x: Array, packed: Nm, *, interpret: Any = None) -> Array:
     # A copy has five axes at most, and two are those of tiles in shared memory.
     apart = x.reshape(-1, groups // each, each * of).transpose(2, 0, 1)
     blocks, names = (whole, across), ("rows", "outputs")
-    laid = _swizzled(deep, x.dtype)
     scratch = plgpu.SMEM((deep, wide), x.dtype, transforms=laid.keywords["transforms"])
-    run = _kernel(block, blocks, names, wide, x, interpret, scratch)
+    shape = result_of(x, packed.values, whole * ROWS, d_out)
+    run = _kernel(block, blocks, names, wide, shape, interpret, scratch)
     values = packed.values.reshape(keep, groups // each, each * d_out)
-    return run(apart, values, packed.positions)[:rows]
+    return varying(run(apart, values, packed.positions)[:rows], x, values)
 
 
 def _positions(
@@ -136,11 +143,16 @@ def _write(add: Any, own: Any, y: Any, i: Array, j: Array) -> None:
 
 
 def _kernel(
-    body: Any, grid: Any, names: Any, wide: int, x: Array, interpret: Any, *scratch: Any
+    body: Any,
+    grid: Any,
+    names: Any,
+    wide: int,
+    shape: Any,
+    interpret: Any,
+    *scratch: Any,
 ) -> Any:
-    shape = jax.ShapeDtypeStruct((x.shape[0], grid[1] * wide), x.dtype)
-    transforms = _swizzled(wide, x.dtype).keywords["transforms"]
-    own = plgpu.SMEM((ROWS, wide), x.dtype, transforms=transforms)
+    transforms = _swizzled(wide, shape.dtype).keywords["transforms"]
+    own = plgpu.SMEM((ROWS, wide), shape.dtype, transforms=transforms)
     semantics = plgpu.LoweringSemantics.Warpgroup
     return plgpu.kernel(
         body,

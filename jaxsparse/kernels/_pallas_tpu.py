@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -12,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxsparse._typing import Array
 from jaxsparse.formats import Nm, Tiles
 from jaxsparse.kernels._owners import owners
-from jaxsparse.kernels._served import bits_of, tpu_depth
+from jaxsparse.kernels._served import bits_of, result_of, tpu_depth
 
 # A block of each operand and the next one fit into 16 MiB.
 ROWS = 256
@@ -38,7 +37,7 @@ def tiles(x: Array, packed: Tiles, *, interpret: Any = False) -> Array:
     y = pl.pallas_call(
         _tile,
         grid_spec=spec,
-        out_shape=jax.ShapeDtypeStruct((groups, rows, v), x.dtype),
+        out_shape=result_of(x, packed.values, groups, rows, v),
         compiler_params=_order("parallel", "arbitrary"),
         interpret=interpret,
         name="jaxsparse_tiles",
@@ -93,7 +92,7 @@ def planes(x: Array, packed: Nm, *, interpret: Any = False) -> Array:
         ],
         out_specs=pl.BlockSpec((block, wide), lambda i, j, k: (i, j)),
         scratch_shapes=[pltpu.VMEM((block, wide), jnp.float32)],
-        out_shape=jax.ShapeDtypeStruct((rows, d_out), x.dtype),
+        out_shape=result_of(x, packed.values, rows, d_out),
         compiler_params=_order("parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="jaxsparse_planes",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxsparse._typing import Array
 from jaxsparse.formats import Bitmap
+from jaxsparse.kernels._served import result_of
 
 try:
     import jax_triton  # pyrefly: ignore[missing-import]
@@ -34,7 +35,7 @@ def bitmap(x: Array, packed: Bitmap, *, capability: int | None = None) -> Array:
         packed.bits,
         starts(packed),
         kernel=_compiled(),
-        out_shape=jax.ShapeDtypeStruct((rows, d_out), x.dtype),
+        out_shape=result_of(x, packed.values, rows, d_out),
         grid=(triton.cdiv(d_out, OUTPUTS), triton.cdiv(rows, block)),
         name="jaxsparse_bitmap",
         compute_capability=capability,

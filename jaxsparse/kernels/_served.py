@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxsparse._typing import Array
 from jaxsparse.formats import Nm, Tiles
@@ -60,6 +61,30 @@ def hopper_bytes(packed: Nm) -> int:
 def bits_of(packed: Nm) -> int:
     """Of a position; bytes hold as many as fit."""
     return next(bits for bits in (1, 2, 4, 8) if 2**bits >= packed.pattern.of)
+
+
+def result_of(x: Array, values: Array, *shape: int) -> jax.ShapeDtypeStruct:
+    """A result of a kernel, which varies over devices where an operand does."""
+    first = lambda x, w: x.reshape(-1)[0] + w.reshape(-1)[0].astype(x.dtype)
+    return jax.eval_shape(first, x, values).update(shape=shape, sharding=None)
+
+
+def varying(y: Array, x: Array, values: Array) -> Array:
+    """`y`, with the devices over which JAX takes the operands to vary.
+
+    Mosaic GPU forgets them. The choice is always the same one, and compiled away.
+    """
+    if not jax.sharding.get_abstract_mesh().axis_names:
+        return y
+    there = (x.reshape(-1)[0] == 0) | (values.reshape(-1)[0] == 0) | True
+    return jnp.where(there, y, jnp.zeros((), y.dtype))
+
+
+def is_split(x: Array) -> bool:
+    """Whether JAX, and not the caller, splits arrays over a mesh, as far as it says."""
+    manual = jax.sharding.AxisType.Manual
+    meshes = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh
+    return any(kind != manual for mesh in meshes for kind in mesh.axis_types)
 
 
 def on_hopper() -> bool:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
 from jaxsparse import formats, kernels
@@ -292,6 +294,54 @@ def test_a_batch_of_none_and_a_kernel_of_nothing():
     packed, _ = pack(js.Balanced((8, 128)), (32, 128), mask=none)
     assert lowered("tpu", packed) == set()
     assert not kernels.pallas(jnp.ones((2, 32)), packed).any()
+
+
+# On a mesh.
+
+
+def mesh_of_eight():
+    return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+
+def test_what_is_split_over_a_mesh_stays_there():
+    pattern, mesh = js.Balanced((8, 128)), mesh_of_eight()
+    packed, w = pack(pattern, (32, 1024))
+    packed = jax.device_put(packed, NamedSharding(mesh, P("x")))
+    x = jax.device_put(draw((4, 32), 2), NamedSharding(mesh, P()))
+    f = jax.jit(kernels.pallas)
+    text = f.trace(x, packed).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in text
+    y = f(x, packed)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "x")), 2)
+    np.testing.assert_allclose(y, np.asarray(x, np.float64) @ w, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", [js.Balanced((16, 128)), js.NM(2, 4)], ids=str)
+def test_each_device_runs_the_kernel_under_shard_map(format):
+    packed, w = pack(format, (1024, 128), "bfloat16")
+    x = jnp.asarray(draw((8, 1024), 2), "bfloat16")
+
+    def step(values, x):
+        def loss(values):
+            y = kernels.pallas(x, formats.with_values(packed, values))
+            return jnp.sum(y.astype(jnp.float32))
+
+        value, grads = jax.value_and_grad(loss)(values)
+        return jax.lax.psum(value, "x"), grads
+
+    specs = {"in_specs": (P(), P("x")), "out_specs": (P(), P())}
+    f = jax.jit(jax.shard_map(step, mesh=mesh_of_eight(), **specs))
+    traced = f.trace(packed.values, x)
+    for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "mosaic_gpu")):
+        assert call in traced.lower(lowering_platforms=(platform,)).as_text()
+    value, grads = f(packed.values, x)
+    each = np.asarray(x, np.float64) @ w
+    assert abs(float(value) - each.sum()) < 2**-8 * np.abs(each).sum()
+    expected = np.where(w != 0, np.asarray(x, np.float64).sum(0)[:, None], 0)
+    got = formats.unpack(formats.with_values(packed, grads))
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), expected, atol=2**-6 * np.abs(expected).max()
+    )
 
 
 # Bitmaps.
