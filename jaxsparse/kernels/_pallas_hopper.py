@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxsparse._typing import Array
 from jaxsparse.formats import Nm, Tiles
 from jaxsparse.kernels._owners import spans
+from jaxsparse.kernels._planes import plane, present
 from jaxsparse.kernels._served import (
     SHARED,
     bits_of,
@@ -77,19 +78,18 @@ def planes(x: Array, packed: Nm, *, interpret: Any = None) -> Array:
     steps, across = groups // each // deep, d_out // wide
     laid = _swizzled(deep, x.dtype)
 
-    def block(x: Any, values: Any, packs: Any, y: Any, own: Any, plane: Any) -> None:
+    def block(x: Any, values: Any, packs: Any, y: Any, own: Any, weights: Any) -> None:
         i, j = lax.axis_index("rows"), lax.axis_index("outputs")
 
         def add(total: Any) -> Array:
             def step(at: Any, x_block: Any, kept: Any, packs: Any) -> None:
-                position, there = _positions(packs, keep, bits, at[1])
+                values = [kept[p] for p in range(keep)]
+                position = _positions(packs, keep, bits, at[1])
+                there = present(position)
                 for place in range(of):
-                    w = jnp.zeros((deep, wide), kept.dtype)
-                    for p in range(keep):
-                        w = jnp.where(there[p] & (position[p] == place), kept[p], w)
-                    plane[...] = w
+                    weights[...] = plane(place, position, there, values)
                     plgpu.commit_smem()
-                    plgpu.wgmma(total, x_block.at[place], plane)
+                    plgpu.wgmma(total, x_block.at[place], weights)
                     plgpu.wgmma_wait(0)
 
             plgpu.emit_pipeline(
@@ -118,18 +118,10 @@ def planes(x: Array, packed: Nm, *, interpret: Any = None) -> Array:
     return varying(run(apart, values, packed.positions)[:rows], x, values)
 
 
-def _positions(
-    packs: Any, keep: int, bits: int, which: Array
-) -> tuple[list[Array], list[Any]]:
-    """Positions within groups, and whether a value is there."""
+def _positions(packs: Any, keep: int, bits: int, which: Array) -> list[Array]:
+    """Positions within groups, of those that are `which` in their bytes."""
     low = 2**bits - 1
-    position = [(packs[p].astype(jnp.int32) >> bits * which) & low for p in range(keep)]
-    if keep == 1:
-        return position, [position[0] >= 0]
-    there = [position[0] <= position[1]]
-    for p in range(1, keep):
-        there.append(there[-1] & (position[p] > position[p - 1]))
-    return position, there
+    return [(packs[p].astype(jnp.int32) >> bits * which) & low for p in range(keep)]
 
 
 def _write(add: Any, own: Any, y: Any, i: Array, j: Array) -> None:

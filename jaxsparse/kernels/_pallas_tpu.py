@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxsparse._typing import Array
 from jaxsparse.formats import Nm, Tiles
 from jaxsparse.kernels._owners import owners
+from jaxsparse.kernels._planes import plane, present
 from jaxsparse.kernels._served import bits_of, result_of, tpu_depth
 
 # A block of each operand and the next one fit into 16 MiB.
@@ -122,18 +123,11 @@ def _plane(
     group = lax.broadcasted_iota(jnp.int32, values.shape[1:], 0)
     inside = step * deep + group < groups
     position = [_positions(packs[j], deep, bits, group) for j in range(keep)]
-    there = [inside]
-    if keep > 1:
-        there = [inside & (position[0] <= position[1])]
-    for j in range(1, keep):
-        there.append(there[-1] & (position[j] > position[j - 1]))
+    there = [inside & some for some in present(position)]
     # Masks of 32 bits select among 32 bits: not all TPUs have others.
     kept = [values[j].astype(jnp.float32) for j in range(keep)]
     for place in range(of):
-        plane = jnp.zeros(values.shape[1:], jnp.float32)
-        for j in range(keep):
-            plane = jnp.where(there[j] & (position[j] == place), kept[j], plane)
-        own = plane.astype(x.dtype)
+        own = plane(place, position, there, kept).astype(x.dtype)
         total[...] += jnp.dot(x[place], own, preferred_element_type=jnp.float32)
 
     @pl.when(step == pl.num_programs(2) - 1)

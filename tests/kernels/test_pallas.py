@@ -134,15 +134,20 @@ def test_planes_of_several_blocks_the_last_in_part(monkeypatch):
     assert_product(engine, packed, w, 3, "float32")
 
 
-def test_groups_that_keep_fewer_than_they_may():
-    """Values behind the end of a group are not read."""
-    mask = np.zeros((64, 8), bool)
+def spoiled_behind_the_end(shape, dtype):
+    """2:4 with groups of two, one and none, and NaN where nothing may be read."""
+    mask = np.zeros(shape, bool)
     mask[::4] = True
     mask[1::8] = True
     mask[8:16, 3] = False
-    packed, w = pack(js.NM(2, 4), (64, 8), mask=mask)
+    packed, w = pack(js.NM(2, 4), shape, dtype, mask)
     spoiled = jnp.where(packed.values == 0, jnp.nan, packed.values)
-    own = formats.with_values(packed, spoiled)
+    assert jnp.isnan(spoiled).any()
+    return formats.with_values(packed, spoiled), w
+
+
+def test_groups_that_keep_fewer_on_a_tpu():
+    own, w = spoiled_behind_the_end((64, 8), "float32")
     engine = functools.partial(_pallas_tpu.planes, interpret=TPU)
     assert_product(engine, own, w, 2, "float32")
 
@@ -169,7 +174,14 @@ def test_more_rows_than_a_block_has_on_hopper():
 @pytest.mark.parametrize(("keep", "of"), [(2, 4), (1, 4), (2, 8)])
 def test_planes_on_hopper_are_those_of_float64(keep, of):
     engine = functools.partial(_pallas_hopper.planes, interpret=HOPPER)
-    packed, w = pack(js.NM(keep, of), (1024, 64), "bfloat16")
+    packed, w = pack(js.NM(keep, of), (1024, 192), "bfloat16")
+    assert_product(engine, packed, w, 67, "bfloat16")
+
+
+@interpreted
+def test_groups_that_keep_fewer_on_hopper():
+    packed, w = spoiled_behind_the_end((1024, 64), "bfloat16")
+    engine = functools.partial(_pallas_hopper.planes, interpret=HOPPER)
     assert_product(engine, packed, w, 3, "bfloat16")
 
 
@@ -203,11 +215,16 @@ SERVED = [
 
 @pytest.mark.parametrize(("format", "shape", "dtype", "tpu", "gpu"), SERVED)
 def test_what_is_served_is_lowered_for_both(format, shape, dtype, tpu, gpu):
-    packed, w = pack(format, shape, dtype)
+    packed, _ = pack(format, shape, dtype)
     assert lowered("tpu", packed) == tpu
     assert lowered("cuda", packed) == gpu
+
+
+@pytest.mark.parametrize("format", [js.Balanced((8, 128)), js.NM(2, 4)], ids=str)
+def test_on_a_processor_it_is_plain_jax(format):
+    packed, w = pack(format, (32, 256), "bfloat16")
     assert lowered("cpu", packed) == set()
-    assert_product(jax.jit(kernels.pallas), packed, w, 3, dtype)
+    assert_product(jax.jit(kernels.pallas), packed, w, 3, "bfloat16")
 
 
 def test_a_real_size_is_lowered():
