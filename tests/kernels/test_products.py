@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
 from jaxsparse import formats, kernels
+from jaxsparse.kernels import _native
 
 D_IN, D_OUT, ROWS = 24, 16, 6
 DENSE = js.Axes((0,), (1,))
@@ -233,3 +234,37 @@ def test_what_does_not_fit_is_named():
     experts, _ = packed_kernel("csr", (3, 8, 8), js.Axes((1,), (2,), (0,)))
     with pytest.raises(ValueError, match=r"x has the shape \(2, 8\); .* \[3, ..., 8\]"):
         kernels.matmul(jnp.ones((2, 8)), experts)
+
+
+NATIVE = {
+    "csr": (formats.Csr16, js.Unstructured()),
+    "4x1": (js.Block((1, 4)), js.Block((1, 4))),
+    "4x1 balanced": (js.Balanced((1, 4)), js.Balanced((1, 4))),
+}
+
+
+@pytest.mark.parametrize("layers", [(), (3,)], ids=["one", "layers"])
+@pytest.mark.parametrize("name", NATIVE)
+def test_compiled_kernels_are_the_same_or_say_what_is_missing(name, layers):
+    format, pattern = NATIVE[name]
+    shape, n = (*layers, D_IN, D_OUT), len(layers)
+    axes = js.Axes((n,), (n + 1,), tuple(range(n)))
+    options = {"pattern": pattern, "axes": axes, "where": "w"}
+    masks = js.patterns.masks({"w": draw(shape, 1)}, 0.5, **options)
+    w = jnp.asarray(draw(shape))
+    packed = formats.pack({"w": w}, masks, format=format, axes=axes)["w"]
+    x = draw((*layers, ROWS, D_IN))
+    if not _native.available():
+        with pytest.raises(RuntimeError, match=r"No compiled kernels: .+"):
+            kernels.native(x, packed)
+        assert _native.why_not()
+        return
+
+    def loss(values, x, engine):
+        return jnp.sum(jnp.sin(engine(x, formats.with_values(packed, values))))
+
+    grads = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+    got = grads(packed.values, x, kernels.native)
+    want = grads(packed.values, x, kernels.dense)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
