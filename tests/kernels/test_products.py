@@ -91,6 +91,19 @@ def _ones(packed):
     return formats.with_values(packed, jnp.ones_like(packed.values))
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_weights_of_eight_bits_are_widened(dtype):
+    """The product has the type of the activations."""
+    x = draw((ROWS, D_IN))
+    mask = {"w": jnp.asarray(draw((D_IN, D_OUT)) > 0)}
+    w = jnp.asarray(np.round(4 * draw((D_IN, D_OUT), 1)), dtype)
+    whole = np.where(mask["w"], np.asarray(w, np.float64), 0)
+    packed = formats.pack({"w": w}, mask, format=formats.Csr16, axes=DENSE)["w"]
+    y = jax.jit(kernels.matmul)(x, packed)
+    assert y.dtype == np.float32
+    assert_close(y, x.astype(np.float64) @ whole)
+
+
 @pytest.mark.parametrize("name", ["csr", "2:4", "balanced", "tiles", "outputs"])
 def test_experts_are_multiplied_each_by_its_own(name):
     shape, axes = (3, D_IN, D_OUT), js.Axes((1,), (2,), (0,))
