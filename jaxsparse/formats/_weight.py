@@ -129,6 +129,11 @@ def rows_of(kept: np.ndarray, pieces: int) -> Rows:
     flat = kept.reshape(math.prod(batch) * pieces, -1)
     counts = flat.sum(1, dtype=np.int64)
     length = int(counts.max(initial=0))
+    if length >= 2**31:
+        raise ValueError(
+            f"A kernel keeps {length:,} weights in one piece; formats count them in 32 "
+            "bits. Shard it along its outputs."
+        )
     at = np.flatnonzero(flat)
     starts = np.cumsum(counts) - counts
     index = np.full((len(flat), length), -1, np.int64)

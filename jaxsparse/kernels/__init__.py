@@ -5,6 +5,7 @@ from jaxsparse.kernels._dense import dense as dense
 from jaxsparse.kernels._gathered import gathered as gathered
 from jaxsparse.kernels._layers import Layer as Layer
 from jaxsparse.kernels._matmul import matmul as matmul
+from jaxsparse.kernels._model import packed_apply as packed_apply
 from jaxsparse.kernels._pallas import pallas as pallas
 from jaxsparse.kernels._product import Engine as Engine
 from jaxsparse.kernels._rules import MEASURED as MEASURED
@@ -26,6 +27,7 @@ __all__ = [
     "gathered",
     "matmul",
     "native",
+    "packed_apply",
     "pallas",
     "sparsify",
 ]

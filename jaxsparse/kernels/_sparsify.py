@@ -1,6 +1,5 @@
 """`sparsify`: a traced model whose pruned kernels are multiplied in packed form."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,16 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _checks, patterns
-from jaxsparse._sharded import with_auto_axes
 from jaxsparse._typing import Array, PyTree, Where
-from jaxsparse.formats import Format, unpack
-from jaxsparse.formats.dense import is_packed
+from jaxsparse.formats import Format
 from jaxsparse.formats.weights import Weight, weight_of, with_packed
 from jaxsparse.kernels._evaluate import evaluate
 from jaxsparse.kernels._layers import Layer, Uses, chosen_of
-from jaxsparse.kernels._matmul import matmul
+from jaxsparse.kernels._model import model_of
 from jaxsparse.kernels._operand import Operand
-from jaxsparse.kernels._product import Engine
 from jaxsparse.kernels._rules import MEASURED, Rules
 from jaxsparse.program import abstract
 from jaxsparse.tracing import Trace, retrace
@@ -91,7 +87,9 @@ def sparsify(
         tenths of a second for each kernel of another shape, rows and sparsity.
 
     Returns:
-      The function, the parameters for it, and how each pruned kernel is run.
+      The function, the parameters for it, and how each pruned kernel is run. Saved by
+      `js.checkpoint.save`, the parameters run in a process of their own with
+      `js.kernels.packed_apply(trace)`.
 
     Raises:
       ValueError: parameters of another model, masks that do not fit; with `format` a
@@ -127,7 +125,7 @@ def sparsify(
     packed = {p: x.packed for p, x in chosen.items() if x.packed is not None}
     engines = {p: x.engine for p, x in chosen.items() if x.engine is not None}
     new = with_packed(params, masks, packed)
-    return Sparsified(_apply_fn(trace, rules, engines), new, layers)
+    return Sparsified(model_of(trace, rules, engines), new, layers)
 
 
 def _pruned(
@@ -169,49 +167,3 @@ def _uses(
 
     jax.eval_shape(run, list(map(abstract, jax.tree.leaves(params))), trace.inputs)
     return found
-
-
-def _apply_fn(
-    trace: Trace, rules: Rules, engines: Mapping[str, Engine]
-) -> Callable[..., Any]:
-    """The model for packed parameters; `engines` are those that were measured."""
-    views = {path: kernel.view for path, kernel in trace.kernels.items()}
-
-    def multiply(x: Array, operand: Operand) -> Array:
-        packed = operand.value
-        if packed.values.dtype != operand.dtype:  # the model casts it
-            own = packed.values.astype(operand.dtype)
-            packed = dataclasses.replace(packed, values=own)
-        if operand.path in engines:
-            return engines[operand.path](x, packed)
-        return matmul(x, packed, rules=rules)
-
-    def apply_fn(params: PyTree, *inputs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(params, is_leaf=is_packed)
-        shapes = [
-            jax.ShapeDtypeStruct(x.view.shape, x.values.dtype) if is_packed(x) else x
-            for x in leaves
-        ]
-        inputs = jax.tree.map(jnp.asarray, inputs)
-        own = retrace(trace, jax.tree.unflatten(treedef, shapes), inputs)
-
-        def run(leaves: list[Any], flat: list[Array]) -> list[Array]:
-            args = [
-                Operand(path, x, views[path], x.values.dtype) if is_packed(x) else x
-                for path, x in zip(trace.paths, leaves, strict=True)
-            ]
-            made_dense = lambda operand, eqn: None
-            return evaluate(own.program, [*args, *flat], multiply, made_dense)
-
-        def specs(_: Any) -> list[Any]:
-            dense = unpack if any(map(is_packed, leaves)) else lambda params: params
-            whole = lambda params, xs: trace.apply_fn(dense(params), *xs)
-            outs = jax.tree.leaves(jax.eval_shape(whole, params, inputs))
-            return [jax.typeof(x).sharding.spec for x in outs]
-
-        # A trace knows of no shardings. Where they are types, the compiler decides
-        # within, and the results are sharded as the model's.
-        outs = with_auto_axes(run, specs, leaves, jax.tree.leaves(inputs))
-        return jax.tree.unflatten(jax.tree.structure(own.out_shape), outs)
-
-    return apply_fn

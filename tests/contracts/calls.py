@@ -460,6 +460,7 @@ CALLS = {
     "kernels.gathered": lambda: {"x": batch(), "packed": tiles()},
     "kernels.matmul": lambda: {"x": batch(), "packed": tiles()},
     "kernels.native": lambda: {"x": batch(), "packed": tiles()},
+    "kernels.packed_apply": lambda: {"trace": trace()},
     "kernels.pallas": lambda: {"x": batch(), "packed": tiles()},
     "kernels.sparsify": lambda: {
         "trace": trace(),

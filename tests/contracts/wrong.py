@@ -478,6 +478,7 @@ KINDS = {
     "kernels.choose.rules": ENGINES,
     "kernels.matmul.rules": ENGINES,
     "kernels.sparsify.rules": ENGINES,
+    "kernels.packed_apply.rules": ENGINES,
     "rows": INTEGER,
     "platform": {k: v for k, v in CHOICE.items() if k != "None"},
     "sensitivity": OBJECT,

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
 from jaxsparse import formats, kernels
+from jaxsparse.kernels import _native
 
 D_IN, D_OUT, ROWS = 24, 16, 6
 DENSE = js.Axes((0,), (1,))
@@ -88,6 +89,19 @@ def test_gradients_of_both_are_those_of_float64(engine, name):
 
 def _ones(packed):
     return formats.with_values(packed, jnp.ones_like(packed.values))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_weights_of_eight_bits_are_widened(dtype):
+    """The product has the type of the activations."""
+    x = draw((ROWS, D_IN))
+    mask = {"w": jnp.asarray(draw((D_IN, D_OUT)) > 0)}
+    w = jnp.asarray(np.round(4 * draw((D_IN, D_OUT), 1)), dtype)
+    whole = np.where(mask["w"], np.asarray(w, np.float64), 0)
+    packed = formats.pack({"w": w}, mask, format=formats.Csr16, axes=DENSE)["w"]
+    y = jax.jit(kernels.matmul)(x, packed)
+    assert y.dtype == np.float32
+    assert_close(y, x.astype(np.float64) @ whole)
 
 
 @pytest.mark.parametrize("name", ["csr", "2:4", "balanced", "tiles", "outputs"])
@@ -233,3 +247,37 @@ def test_what_does_not_fit_is_named():
     experts, _ = packed_kernel("csr", (3, 8, 8), js.Axes((1,), (2,), (0,)))
     with pytest.raises(ValueError, match=r"x has the shape \(2, 8\); .* \[3, ..., 8\]"):
         kernels.matmul(jnp.ones((2, 8)), experts)
+
+
+NATIVE = {
+    "csr": (formats.Csr16, js.Unstructured()),
+    "4x1": (js.Block((1, 4)), js.Block((1, 4))),
+    "4x1 balanced": (js.Balanced((1, 4)), js.Balanced((1, 4))),
+}
+
+
+@pytest.mark.parametrize("layers", [(), (3,)], ids=["one", "layers"])
+@pytest.mark.parametrize("name", NATIVE)
+def test_compiled_kernels_are_the_same_or_say_what_is_missing(name, layers):
+    format, pattern = NATIVE[name]
+    shape, n = (*layers, D_IN, D_OUT), len(layers)
+    axes = js.Axes((n,), (n + 1,), tuple(range(n)))
+    options = {"pattern": pattern, "axes": axes, "where": "w"}
+    masks = js.patterns.masks({"w": draw(shape, 1)}, 0.5, **options)
+    w = jnp.asarray(draw(shape))
+    packed = formats.pack({"w": w}, masks, format=format, axes=axes)["w"]
+    x = draw((*layers, ROWS, D_IN))
+    if not _native.available():
+        with pytest.raises(RuntimeError, match=r"No compiled kernels: .+"):
+            kernels.native(x, packed)
+        assert _native.why_not()
+        return
+
+    def loss(values, x, engine):
+        return jnp.sum(jnp.sin(engine(x, formats.with_values(packed, values))))
+
+    grads = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+    got = grads(packed.values, x, kernels.native)
+    want = grads(packed.values, x, kernels.dense)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """A model with packed kernels computes what the masked model does."""
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +295,25 @@ def test_on_many_devices(kind):
     assert jax.jit(dense.apply_fn)(dense.params, x).sharding.is_equivalent_to(
         y.sharding, 2
     )
+
+
+def test_a_packed_model_runs_from_a_checkpoint_without_the_dense_one(tmp_path):
+    """In a process of its own there would be a pickled template, and shapes alone."""
+    apply_fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"] + p["c"][None]
+    params = {"a": draw(16, 16), "b": draw(16, 8, seed=1), "c": draw(8)}
+    params = jax.tree.map(jnp.asarray, params)
+    axes = js.Axes((0,), (1,))
+    pruned = js.prune(params, 0.5, axes=axes)
+    format = {"a": formats.Csr16, "b": formats.Bitmap}
+    packed = formats.pack(*pruned, format=format, axes=axes)
+    js.checkpoint.save(tmp_path, step=1, params=packed)
+    template = pickle.dumps(jax.eval_shape(lambda: packed))
+    back = js.checkpoint.restore(tmp_path, params=pickle.loads(template)).params
+    shapes = jax.eval_shape(lambda: params)
+    trace = js.trace(apply_fn, shapes, jax.ShapeDtypeStruct((3, 16), jnp.float32))
+    run = jax.jit(kernels.packed_apply(trace))
+    x = draw(5, 16)  # of another shape than what was traced
+    assert_close(run(back, x), apply_fn(pruned.params, x))
 
 
 def test_what_does_not_belong_together_is_an_error():
