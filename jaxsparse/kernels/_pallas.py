@@ -149,8 +149,10 @@ def _kernels(x: Array, packed: Any) -> dict[str, Callable[..., Array]]:
 
             found["cuda"] = _pallas_triton.bitmap
     elif hopper_serves(x, packed):
-        from jaxsparse.kernels import _pallas_hopper as hopper
-
+        try:
+            from jaxsparse.kernels import _pallas_hopper as hopper
+        except ImportError:  # JAX has no Mosaic GPU on some systems
+            return found
         found["cuda"] = hopper.planes if isinstance(packed, Nm) else hopper.tiles
     return found
 

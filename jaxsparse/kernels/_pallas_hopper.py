@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -62,7 +63,8 @@ def tiles(x: Array, packed: Tiles, *, interpret: Any = None) -> Array:
     shape = result_of(x, packed.values, whole * ROWS, packed.view.d_out)
     run = _kernel(block, blocks, names, v, shape, interpret)
     values, number = packed.values.reshape(-1, a, v), packed.rows.reshape(-1)
-    y = run(x, values, number.astype(jnp.int32), *spans(packed))
+    with jax.enable_x64(False):  # the pipeline counts its steps in 32 bits
+        y = run(x, values, number.astype(jnp.int32), *spans(packed))
     return varying(y[:rows], x, values)
 
 

@@ -1,6 +1,7 @@
 """Kernels for accelerators: in interpreters, and lowered, on a processor."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +228,14 @@ def test_on_a_processor_it_is_plain_jax(format):
     assert_product(jax.jit(kernels.pallas), packed, w, 3, "bfloat16")
 
 
+@pytest.mark.parametrize("format", [js.Balanced((16, 128)), js.NM(2, 4)], ids=str)
+def test_with_64_bits_it_is_the_same_kernel(format):
+    packed, _ = pack(format, (1024, 128), "bfloat16")
+    with jax.enable_x64(True):
+        assert lowered("tpu", packed) == TPU_CALL
+        assert lowered("cuda", packed) == GPU_CALL
+
+
 def test_a_real_size_is_lowered():
     """Shapes of 7B models: nothing is as large as a kernel may be in one block."""
     packed, _ = pack(js.NM(2, 4), (4096, 256), "bfloat16")
@@ -250,6 +259,14 @@ def test_no_kernel_is_for_another_gpu(monkeypatch):
     for i, (capability, calls) in enumerate(cases):
         monkeypatch.setattr(jax, "devices", lambda kind, c=capability: seen(c))
         assert lowered("cuda", packed, rows=10 + i) == calls  # traced anew
+
+
+def test_no_kernel_is_where_jax_has_no_mosaic_gpu(monkeypatch):
+    packed, _ = pack(js.Balanced((128, 128)), (128, 128), "bfloat16")
+    monkeypatch.setitem(sys.modules, "jaxsparse.kernels._pallas_hopper", None)
+    monkeypatch.delattr(kernels, "_pallas_hopper")
+    assert lowered("cuda", packed, rows=20) == set()
+    assert lowered("tpu", packed, rows=20) == TPU_CALL
 
 
 # As any engine.
