@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxsparse._typing import Array
 from jaxsparse.formats import Bitmap
-from jaxsparse.kernels._served import result_of
+from jaxsparse.kernels._served import result_of, varying
 
 try:
     import jax_triton  # pyrefly: ignore[missing-import]
@@ -29,7 +29,7 @@ def bitmap(x: Array, packed: Bitmap, *, capability: int | None = None) -> Array:
     """`y = x @ w`: values are stored by output, and a count of bits finds each."""
     rows, d_out = x.shape[0], packed.view.d_out
     block = min(64, max(16, triton.next_power_of_2(rows)))
-    return jax_triton.triton_call(
+    y = jax_triton.triton_call(
         x,
         packed.values,
         packed.bits,
@@ -48,6 +48,7 @@ def bitmap(x: Array, packed: Bitmap, *, capability: int | None = None) -> Array:
         OUTPUTS=OUTPUTS,
         INPUTS=INPUTS,
     )
+    return varying(y, x, packed.values)
 
 
 def starts(packed: Bitmap) -> Array:
