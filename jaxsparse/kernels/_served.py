@@ -72,7 +72,7 @@ def result_of(x: Array, values: Array, *shape: int) -> jax.ShapeDtypeStruct:
 def varying(y: Array, x: Array, values: Array) -> Array:
     """`y`, with the devices over which JAX takes the operands to vary.
 
-    Not all kinds of kernels say it. The choice is always the same one, and compiled away.
+    Not all kinds of kernels say it. The choice is always the same: it costs nothing.
     """
     if not jax.sharding.get_abstract_mesh().axis_names:
         return y
