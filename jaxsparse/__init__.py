@@ -18,6 +18,8 @@ from jaxsparse import curvature as curvature
 from jaxsparse import depth as depth
 from jaxsparse import exchange as exchange
 from jaxsparse import experts as experts
+from jaxsparse import formats as formats
+from jaxsparse import kernels as kernels
 from jaxsparse import losses as losses
 from jaxsparse import masking as masking
 from jaxsparse import narrowing as narrowing
@@ -37,6 +39,7 @@ from jaxsparse.masking import straight_through as straight_through
 from jaxsparse.oneshot import Pruned as Pruned
 from jaxsparse.oneshot import prune as prune
 from jaxsparse.patterns import NM as NM
+from jaxsparse.patterns import Balanced as Balanced
 from jaxsparse.patterns import Block as Block
 from jaxsparse.patterns import Channel as Channel
 from jaxsparse.patterns import Unstructured as Unstructured
@@ -53,11 +56,13 @@ from jaxsparse.tree import Axes as Axes
 
 if TYPE_CHECKING:
     from jaxsparse import checkpoint as checkpoint
+    from jaxsparse import modules as modules
     from jaxsparse import report as report
 
 __all__ = [
     "NM",
     "Axes",
+    "Balanced",
     "Block",
     "Channel",
     "Pruned",
@@ -77,11 +82,14 @@ __all__ = [
     "enforce",
     "exchange",
     "experts",
+    "formats",
     "init_sparse",
     "keep_sparse",
+    "kernels",
     "losses",
     "masking",
     "masks_of",
+    "modules",
     "narrowing",
     "oneshot",
     "patterns",
@@ -103,9 +111,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # They bring rich, matplotlib and orbax, which not every program needs; the last is
-    # a place of old names.
-    if name in {"report", "checkpoint", "structured"}:
+    # They bring rich, matplotlib, orbax and flax, which not every program needs; the
+    # last is a place of old names.
+    if name in {"report", "checkpoint", "modules", "structured"}:
         return importlib.import_module(f"jaxsparse.{name}")
     return _renamed.old_names(__name__)(name)
 

@@ -110,7 +110,7 @@ def block_layout(
 def _ordered(path, shape, axes, pattern):
     """`split`, `order`, the size of a unit, and how many axes number layers."""
     if axes is None:
-        if isinstance(pattern, patterns.NM | patterns.Block):
+        if isinstance(pattern, patterns.NM | patterns.Block | patterns.Balanced):
             default_axes(path, jax.ShapeDtypeStruct(shape, jnp.float32))  # says why not
         return shape or (1,), tuple(range(max(1, len(shape)))), 1, 0
     plain = (*axes.batch, *axes.output, *axes.input)
@@ -120,7 +120,7 @@ def _ordered(path, shape, axes, pattern):
             d_in = math.prod(shape[a] for a in axes.input)
             _check_divides(path, shape, pattern, of, d_in, "number of inputs")
             return shape, plain, of, layers
-        case patterns.Block(shape=(a, b)):
+        case patterns.Block(shape=(a, b)) | patterns.Balanced(shape=(a, b)):
             i, o = axes.input[-1], axes.output[-1]
             _check_divides(path, shape, pattern, a, shape[i], f"axis {i}")
             _check_divides(path, shape, pattern, b, shape[o], f"axis {o}")

@@ -269,6 +269,15 @@ def _check_groups(kernels: Mapping[str, Kernel], pattern: patterns.Pattern) -> N
                 f"divide its {d_in}. Leave it out with `where`, or choose another "
                 "pattern for it."
             )
+        if isinstance(pattern, patterns.Balanced):
+            sizes = (d_in, kernel.view.d_out)
+            for side, size in zip(pattern.shape, sizes, strict=True):
+                if size % side:
+                    raise ValueError(
+                        f"{path}: {pattern} has tiles that do not divide its {d_in} "
+                        f"inputs and {kernel.view.d_out} outputs. Leave it out with "
+                        "`where`, or choose another pattern for it."
+                    )
 
 
 def _evidence(stats: InputStats, share: Any, gram: bool) -> Any:

@@ -17,6 +17,7 @@ from jaxsparse.patterns._masks import pack as pack
 from jaxsparse.patterns._masks import unpack as unpack
 from jaxsparse.patterns._shards import AxisName as AxisName
 from jaxsparse.patterns._spec import NM as NM
+from jaxsparse.patterns._spec import Balanced as Balanced
 from jaxsparse.patterns._spec import Block as Block
 from jaxsparse.patterns._spec import Channel as Channel
 from jaxsparse.patterns._spec import Pattern as Pattern
@@ -28,6 +29,7 @@ from jaxsparse.patterns.selection import masks as masks
 __all__ = [
     "NM",
     "AxisName",
+    "Balanced",
     "Block",
     "Channel",
     "Overlap",

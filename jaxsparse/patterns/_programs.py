@@ -16,7 +16,14 @@ from jaxsparse._sharded import each_sharded_like, sharded_like
 from jaxsparse._typing import Array
 from jaxsparse.patterns._floor import top_k_with_floor
 from jaxsparse.patterns._rows import together, top_k_masks_of_each
-from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
+from jaxsparse.patterns._spec import (
+    NM,
+    Balanced,
+    Block,
+    Channel,
+    Pattern,
+    Unstructured,
+)
 from jaxsparse.patterns._units import (
     batch_axes,
     block_scores,
@@ -98,7 +105,7 @@ def split_of_units(split: Split, pattern: Pattern, axes: Axes | None) -> Split:
 
 def competing_axes(ndim: int, pattern: Pattern, axes: Axes | None) -> tuple[int, ...]:
     """The axes along which units compete; the others number the groups."""
-    if isinstance(pattern, Unstructured) and pattern.scope == "output":
+    if isinstance(pattern, Unstructured | Balanced) and pattern.scope == "output":
         assert axes is not None
         return tuple(sorted(axes.input))
     batch = batch_axes(pattern, ndim, axes)
@@ -115,7 +122,7 @@ def units_of(
     match pattern:
         case Channel():
             return channel_scores(path, x, pattern, axes, split)
-        case Block():
+        case Block() | Balanced():
             assert axes is not None
             return block_scores(path, x, pattern, axes)
         case _:
@@ -123,7 +130,7 @@ def units_of(
 
 
 def _expand(mask: Array, shape: tuple[int, ...], pattern: Pattern) -> Array:
-    return expand_blocks(mask, shape) if isinstance(pattern, Block) else mask
+    return expand_blocks(mask, shape) if isinstance(pattern, Block | Balanced) else mask
 
 
 # Jitted, so that an eager caller compiles once for each shape: a loop whose body is a

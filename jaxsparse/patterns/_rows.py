@@ -78,7 +78,7 @@ def top_k_masks_of_each(scores: Sequence[Array], keep: Sequence[Array]) -> list[
         kept = _masks(keys, most[:, None], (1,))
     numbers = unknown(most[0], range(len(scores)), np.int32)
     return [
-        lax.dynamic_slice(kept, (n, 0), (1, x.size)).reshape(x.shape)
+        lax.dynamic_slice(kept, (n, jnp.zeros_like(n)), (1, x.size)).reshape(x.shape)
         for n, x in zip(numbers, scores, strict=True)
     ]
 

@@ -101,16 +101,7 @@ class Block:
     scope: LayerScope = "layer"
 
     def __post_init__(self):
-        if not isinstance(self.shape, tuple | list):
-            raise TypeError(
-                f"A Block's shape is (inputs, outputs); got {self.shape!r}. For square "
-                "tiles write js.Block((4, 4))."
-            )
-        object.__setattr__(self, "shape", tuple(self.shape))
-        if len(self.shape) != 2:
-            raise ValueError(f"A Block's shape is (inputs, outputs); got {self.shape}.")
-        for size in self.shape:
-            _checks.check_positive_int(size, name="shape")
+        object.__setattr__(self, "shape", _tile("Block", self.shape))
         _checks.check_choice(get_args(Reduce), reduce=self.reduce)
         _checks.check_choice(get_args(LayerScope), scope=self.scope)
 
@@ -145,4 +136,56 @@ class Channel:
         _checks.check_choice(get_args(LayerScope), scope=self.scope)
 
 
-Pattern = Unstructured | NM | Block | Channel
+@dataclasses.dataclass(frozen=True)
+class Balanced:
+    """Tiles of `shape = (inputs, outputs)` weights, as many for every group of outputs.
+
+    The outputs of a tile are a group, and the tiles along the inputs of a group compete
+    with each other alone: all groups of a layer keep the same number. That is what lets
+    a matrix product run as one batched product of gathered inputs, on any platform and
+    without a kernel of its own (see `jaxsparse.formats.Tiles` and `jaxsparse.kernels`).
+    Tiles lie as those of `Block` do, which lets all tiles of a layer compete.
+    `Balanced((1, 1))` is `Unstructured("output")`.
+
+    Attributes:
+      shape: the inputs and outputs of a tile; they must divide the axes of the kernel.
+        `(1, 128)` removes single inputs of 128 neighboring outputs; `(16, 16)` is a
+        square; `(1, 4)` is what small vector units like.
+      reduce: a tile's score from its weights' scores, their mean or their maximum.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> kernel = jnp.array([[1.0, 2.0, 9.0, 8.0], [3.0, 4.0, 7.0, 6.0]])
+      >>> masks = js.prune({"kernel": kernel}, 0.5, pattern=js.Balanced((1, 2))).masks
+      >>> masks["kernel"].astype(int).tolist()
+      [[0, 0, 1, 1], [1, 1, 0, 0]]
+    """
+
+    shape: tuple[int, int] = (1, 128)
+    reduce: Reduce = "mean"
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", _tile("Balanced", self.shape))
+        _checks.check_choice(get_args(Reduce), reduce=self.reduce)
+
+    @property
+    def scope(self) -> Literal["output"]:
+        """Which tiles compete: those of one group of outputs."""
+        return "output"
+
+
+def _tile(name: str, shape: object) -> tuple[int, int]:
+    """The sides of a tile, checked."""
+    if not isinstance(shape, tuple | list):
+        raise TypeError(
+            f"A {name}'s shape is (inputs, outputs); got {shape!r}. For square tiles "
+            f"write js.{name}((4, 4))."
+        )
+    if len(shape) != 2:
+        raise ValueError(f"A {name}'s shape is (inputs, outputs); got {shape}.")
+    for size in shape:
+        _checks.check_positive_int(size, name="shape")
+    return (shape[0], shape[1])
+
+
+Pattern = Unstructured | NM | Block | Channel | Balanced

@@ -5,7 +5,7 @@ from jax import lax
 
 from jaxsparse._typing import Array
 from jaxsparse.linalg.ordered_sums import ordered_mean
-from jaxsparse.patterns._spec import Block, Channel, Pattern
+from jaxsparse.patterns._spec import Balanced, Block, Channel, Pattern
 from jaxsparse.ranking.shards import Split, names_along, pieces
 from jaxsparse.tree import Axes
 
@@ -40,7 +40,9 @@ def channel_scores(
     return lax.pmax(most, over) if over else most
 
 
-def block_scores(path: str, scores: Array, pattern: Block, axes: Axes) -> Array:
+def block_scores(
+    path: str, scores: Array, pattern: Block | Balanced, axes: Axes
+) -> Array:
     """Scores of the tiles."""
     sides = _sides(path, scores, pattern, axes)
     tiles, inner = scores, []
@@ -77,7 +79,9 @@ def _split(x: Array, axis: int, side: int) -> Array:
     return x.reshape(*shape[:axis], shape[axis] // side, side, *shape[axis + 1 :])
 
 
-def _sides(path: str, scores: Array, pattern: Block, axes: Axes) -> list[int]:
+def _sides(
+    path: str, scores: Array, pattern: Block | Balanced, axes: Axes
+) -> list[int]:
     """The tile's side on every axis; 1 where the tile does not reach."""
     sides = [1] * scores.ndim
     named = zip(

@@ -1,5 +1,7 @@
 """Does a mask obey its pattern, and how sparse is it?"""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Where
 from jaxsparse.patterns._algebra import count
 from jaxsparse.patterns._masks import check_masks
-from jaxsparse.patterns._spec import NM, Block, Channel, Pattern
+from jaxsparse.patterns._spec import NM, Balanced, Block, Channel, Pattern
 from jaxsparse.patterns._units import block_scores, channel_scores
 from jaxsparse.patterns.nm import group_inputs
 from jaxsparse.tree import (
@@ -63,7 +65,8 @@ def verify(
       masks: a tree of bools.
       params: the parameters; only their shapes are read.
       pattern: `NM`: at most `keep` of every `of` inputs are kept; `Block`: each tile is
-        kept or removed whole; `Channel`: each slice; `Unstructured`: any mask passes.
+        kept or removed whole; `Balanced`: so too, and as many for each group of
+        outputs of a layer; `Channel`: each slice; `Unstructured`: any mask passes.
       where: which parameters are checked.
       axes: as for `masks`.
 
@@ -103,11 +106,13 @@ def _verify_one(path: str, mask: Array, pattern: Pattern, stated) -> None:
                     f"{path}: group {worst} keeps {int(kept[worst])} of {of}, against "
                     f"{pattern}."
                 )
-        case Block():
+        case Block() | Balanced():
             kernel = kernel_axes(path, mask, stated)
             tiles = Block(pattern.shape, reduce="max")
             any_of = lambda m: block_scores(path, m, tiles, kernel)
             _all_or_none(path, mask, pattern, any_of)
+            if isinstance(pattern, Balanced):
+                _same_in_each_group(path, any_of(mask), pattern, kernel)
         case Channel(axis=axis):
             slices = Channel(axis, reduce="max")
             any_of = lambda m: channel_scores(path, m, slices, stated.get(path))
@@ -131,4 +136,21 @@ def _all_or_none(path: str, mask: Array, pattern: Pattern, any_of) -> None:
         raise ValueError(
             f"{path}: unit {int(jnp.argmax(broken))} is kept in part, against "
             f"{pattern}."
+        )
+
+
+def _same_in_each_group(path: str, kept: Array, pattern: Balanced, axes: Axes) -> None:
+    """Raises unless the groups of each layer keep as many tiles."""
+    order = (*axes.batch, *axes.output, *axes.input)
+    groups = math.prod(kept.shape[a] for a in axes.output)
+    layers = math.prod(kept.shape[a] for a in axes.batch)
+    tiles = np.asarray(kept).transpose(order).reshape(layers, groups, -1)
+    counts = tiles.sum(-1)
+    wrong = counts != counts[:, :1]
+    if wrong.any():
+        layer, group = np.unravel_index(np.argmax(wrong), wrong.shape)
+        raise ValueError(
+            f"{path}: group {group} of {pattern.shape[1]} outputs keeps "
+            f"{counts[layer, group]} tiles, the first group of its layer keeps "
+            f"{counts[layer, 0]}, against {pattern}."
         )

@@ -13,7 +13,14 @@ from jaxsparse._sharded import sharded_like
 from jaxsparse._typing import Array, PyTree, Sparsity
 from jaxsparse.patterns._counts import removed_count
 from jaxsparse.patterns._masks import kept_count
-from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
+from jaxsparse.patterns._spec import (
+    NM,
+    Balanced,
+    Block,
+    Channel,
+    Pattern,
+    Unstructured,
+)
 from jaxsparse.patterns._units import block_scores, channel_scores, expand_blocks
 from jaxsparse.ranking.shards import Split
 from jaxsparse.tree import Axes, AxesRule, kernel_axes, map_with_path, resolve_axes
@@ -62,7 +69,7 @@ def _any_left(
             whole = dataclasses.replace(pattern, reduce="max")
             count = mask.astype(jnp.int8)  # there is no maximum of bools over a mesh
             return channel_scores(path, count, whole, axes, split) > 0
-        case Block():
+        case Block() | Balanced():
             assert axes is not None
             whole = dataclasses.replace(pattern, reduce="max")
             return expand_blocks(block_scores(path, mask, whole, axes), mask.shape)
@@ -84,15 +91,21 @@ def may_have_lost_more(sparsity: Any, pattern: Pattern) -> bool:
 
 
 def group_size(pattern: Pattern, shape: tuple[int, ...]) -> int:
-    """How many weights of a matrix `[d_out, d_in]` compete with each other."""
+    """How many units of a matrix `[d_out, d_in]` compete with each other."""
     if isinstance(pattern, NM):
         return pattern.of
+    if isinstance(pattern, Balanced):
+        return shape[1] // pattern.shape[0]
     return shape[1] if pattern == Unstructured("output") else math.prod(shape)
 
 
 def most_lost(gone: Array, sparsity: Any, pattern: Pattern) -> tuple[int, int, int]:
     """The most that a group of some matrices has lost, may lose, and its size."""
     size = group_size(pattern, gone.shape[-2:])
+    if isinstance(pattern, Balanced):
+        a, v = pattern.shape
+        *batch, d_out, d_in = gone.shape
+        gone = gone.reshape(*batch, d_out // v, v, d_in // a, a).all((-3, -1))
     lost = jnp.max(jnp.sum(gone.reshape(-1, size), axis=1, dtype=jnp.int32))
     return int(lost), int(removed_count(sparsity, size)), size
 
@@ -133,7 +146,7 @@ def gone_before(
     def one(path: str, mask: Array, w: Array, taken: bool) -> Array:
         if not taken:
             return jnp.zeros((), bool)
-        tiles = isinstance(pattern, Block)
+        tiles = isinstance(pattern, Block | Balanced)
         own = kernel_axes(path, w, stated) if tiles else stated.get(path)
         return gone_units(path, mask, w.shape, pattern, own)
 

@@ -24,7 +24,14 @@ from jaxsparse.patterns._programs import (
 )
 from jaxsparse.patterns._shards import AxisName, splits_of
 from jaxsparse.patterns._sparsities import keep_of, sparsities_of
-from jaxsparse.patterns._spec import NM, Block, Channel, Pattern, Unstructured
+from jaxsparse.patterns._spec import (
+    NM,
+    Balanced,
+    Block,
+    Channel,
+    Pattern,
+    Unstructured,
+)
 from jaxsparse.patterns.earlier_masks import Revived, check_budget, sink, without_gone
 from jaxsparse.patterns.nm import group_inputs
 from jaxsparse.ranking.shards import Split, names_along, pieces
@@ -250,7 +257,7 @@ def _read_often(scores: PyTree, selected: list[bool], pattern: Pattern) -> bool:
 
 def _axes_for(path: str, x: Array, pattern: Pattern, stated) -> Axes | None:
     """The axes that the pattern has to know; None where it needs none."""
-    needed = isinstance(pattern, NM | Block) or (
+    needed = isinstance(pattern, NM | Block | Balanced) or (
         isinstance(pattern, Unstructured) and pattern.scope == "output"
     )
     axes = kernel_axes(path, x, stated) if needed else stated.get(path)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxsparse.patterns import Block, Pattern, Unstructured
+from jaxsparse.patterns import Balanced, Block, Pattern, Unstructured
 from jaxsparse.recipes._recipe import Recipe
 from jaxsparse.recipes._rewinding import check_training, gradual
 
@@ -165,7 +165,7 @@ def obert_upstream(
 def _fisher(pattern: Pattern, *, examples_per_gradient: int) -> dict[str, Any]:
     """The settings of the score."""
     return {
-        "block_size": 32 if isinstance(pattern, Block) else 50,
+        "block_size": 32 if isinstance(pattern, Block | Balanced) else 50,
         "damping": 1e-7,
         "gradients": 1024,
         "examples_per_gradient": examples_per_gradient,

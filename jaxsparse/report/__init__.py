@@ -4,6 +4,7 @@ from jaxsparse.report._by_layer import plot_errors as plot_errors
 from jaxsparse.report._by_layer import plot_sparsity as plot_sparsity
 from jaxsparse.report._curves import plot_sensitivity as plot_sensitivity
 from jaxsparse.report._curves import plot_tradeoff as plot_tradeoff
+from jaxsparse.report._formats import format_table as format_table
 from jaxsparse.report._histograms import plot_weights as plot_weights
 from jaxsparse.report._html import write_html as write_html
 from jaxsparse.report._layers import layer_table as layer_table
@@ -19,6 +20,7 @@ __all__ = [
     "Progress",
     "Row",
     "Table",
+    "format_table",
     "layer_table",
     "mean_of_known",
     "plot",

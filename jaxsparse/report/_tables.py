@@ -233,8 +233,8 @@ _COLUMNS = {
     "reached": lambda r: percent(r.reached) if r.pruned else "-",
     "kept": lambda r: f"{r.kept:,}" + (" !" if r.nearly_empty else ""),
     "weights": lambda r: f"{r.size:,}",
-    "dense": lambda r: _bytes(r.dense_bytes),
-    "packed": lambda r: _bytes(r.packed_bytes),
+    "dense": lambda r: size_text(r.dense_bytes),
+    "packed": lambda r: size_text(r.packed_bytes),
     "leaked": lambda r: f"{r.leaked:,}" if r.leaked else "",
 }
 
@@ -255,7 +255,8 @@ def percent(x: float | None) -> str:
     return f"{text} %"
 
 
-def _bytes(n: int) -> str:
+def size_text(n: int) -> str:
+    """A number of bytes as text."""
     if n < 1024:
         return f"{n} B"
     size, unit = n / 1024, "KiB"

@@ -12,6 +12,7 @@ from jaxsparse._typing import Array
 from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.gram import GramFactor, damped_inverse, factor_gram
 from jaxsparse.solvers import _arguments, _solved
+from jaxsparse.solvers._arguments import LayerPattern
 from jaxsparse.solvers._refit import conjugate_gradients
 from jaxsparse.solvers._solved import Solved
 
@@ -23,7 +24,7 @@ def admm(
     gram: Array | GramFactor,
     sparsity: float | Array | None = None,
     *,
-    pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+    pattern: LayerPattern = patterns.Unstructured(),
     mask: Array | None = None,
     rho: float = 1.0,
     iterations: int = 20,
@@ -47,7 +48,7 @@ def admm(
       gram: `X^T X / n`, `[d_in, d_in]`; of a factor the undamped matrix is taken.
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
-      pattern: `Unstructured("layer" or "output")`, or `NM`.
+      pattern: `Unstructured("layer" or "output")`, `NM` or `Balanced`.
       mask: the mask of earlier pruning; True = kept. Removed weights stay removed and
         count toward the sparsity.
       rho: the penalty, relative to a diagonal of ones.
@@ -86,7 +87,7 @@ def alps(
     gram: Array | GramFactor,
     sparsity: float | Array | None = None,
     *,
-    pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+    pattern: LayerPattern = patterns.Unstructured(),
     mask: Array | None = None,
     rho: float = 0.1,
     iterations: int = 300,
@@ -109,7 +110,7 @@ def alps(
       gram: `X^T X / n`, `[d_in, d_in]`; of a factor the undamped matrix is taken.
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
-      pattern: `Unstructured("layer" or "output")`, or `NM`.
+      pattern: `Unstructured("layer" or "output")`, `NM` or `Balanced`.
       mask: the mask of earlier pruning; True = kept. Removed weights stay removed and
         count toward the sparsity.
       rho: the first penalty, relative to a diagonal of ones.
@@ -266,6 +267,13 @@ def _choose(
 ) -> Array:
     """The mask of what is largest; of dead inputs the smallest weights go first."""
     dead, below = unused
-    score = jnp.where(dead[None, :], below, jnp.abs(w))
+    size = jnp.abs(w)
+    if isinstance(pattern, patterns.Balanced):
+        # The nearest matrix with tiles of zeros keeps those of the largest squares. A
+        # tile is dead if all of its inputs are.
+        side = pattern.shape[0]
+        size = jnp.where(dead[None, :], jnp.zeros_like(w), w * w)
+        dead = jnp.repeat(dead.reshape(-1, side).all(1), side)
+    score = jnp.where(dead[None, :], below, size)
     options = {"pattern": pattern, "axes": _solved.AXES, "masks": before}
     return patterns.masks(score, sparsity, **options)

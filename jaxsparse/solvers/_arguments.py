@@ -17,6 +17,9 @@ from jaxsparse.linalg.gram import (
 from jaxsparse.patterns.earlier_masks import group_size, may_have_lost_more, most_lost
 from jaxsparse.patterns.nm import check_removable
 
+LayerPattern = patterns.Unstructured | patterns.NM | patterns.Balanced
+"""What a solver of one layer chooses masks of."""
+
 
 def check_layer(w: Array, gram: Array | GramFactor) -> None:
     """Raises unless a kernel and a gram matrix belong together."""
@@ -44,16 +47,25 @@ def check_layer(w: Array, gram: Array | GramFactor) -> None:
 
 
 def _check_pattern(
-    pattern: patterns.Pattern, sparsity: Any, d_in: int, *, solver: str
+    pattern: patterns.Pattern,
+    sparsity: Any,
+    shape: tuple[int, ...],
+    *,
+    solver: str,
+    tiles: bool,
 ) -> Any:
     """The sparsity to use, after checks."""
     _checks.check_pattern(patterns.Pattern, pattern)
-    if not isinstance(pattern, patterns.Unstructured | patterns.NM):
+    kinds = patterns.Unstructured | patterns.NM
+    if not isinstance(pattern, kinds | patterns.Balanced if tiles else kinds):
+        also = ", js.NM and js.Balanced" if tiles else " and js.NM"
         raise TypeError(
-            f"{solver} prunes js.Unstructured and js.NM, got {pattern}. For tiles and "
-            "channels choose masks with js.patterns.masks, then js.solvers.refit."
+            f"{solver} prunes js.Unstructured{also}, got {pattern}. For other tiles "
+            "and channels choose masks with js.patterns.masks, then js.solvers.refit."
         )
-    if isinstance(pattern, patterns.Unstructured):
+    if isinstance(pattern, patterns.Balanced):
+        check_tiles(pattern, *shape)
+    if not isinstance(pattern, patterns.NM):
         if pattern.scope == "global":
             raise ValueError(
                 f"{solver} sees one layer, so {pattern} cannot be obeyed. Divide the "
@@ -65,13 +77,22 @@ def _check_pattern(
             )
         _checks.check_sparsity(sparsity)
         return sparsity
-    if d_in % pattern.of:
-        raise ValueError(f"{pattern}: {pattern.of} does not divide d_in = {d_in}.")
+    if shape[1] % pattern.of:
+        raise ValueError(f"{pattern}: {pattern.of} does not divide d_in = {shape[1]}.")
     if sparsity is None:
         return pattern.sparsity
     _checks.check_sparsity(sparsity)
     check_removable(pattern, sparsity)
     return sparsity
+
+
+def check_tiles(pattern: patterns.Balanced, d_out: int, d_in: int) -> None:
+    """Raises unless tiles fit a matrix."""
+    for side, size, name in zip(
+        pattern.shape, (d_in, d_out), ("d_in", "d_out"), strict=True
+    ):
+        if size % side:
+            raise ValueError(f"{pattern}: {side} does not divide {name} = {size}.")
 
 
 def check_mask(mask: Array | None, w: Array) -> None:
@@ -109,16 +130,23 @@ def _check_gone(
 
 
 def check_choice(
-    w: Array, sparsity: Any, pattern: patterns.Pattern, mask: Any, *, solver: str
+    w: Array,
+    sparsity: Any,
+    pattern: patterns.Pattern,
+    mask: Any,
+    *,
+    solver: str,
+    tiles: bool = True,
 ) -> Any:
     """The sparsity to use, after checks of what says which weights go."""
-    sparsity = _check_pattern(pattern, sparsity, w.shape[1], solver=solver)
+    kind = {"solver": solver, "tiles": tiles}
+    sparsity = _check_pattern(pattern, sparsity, w.shape, **kind)
     _check_gone(mask, w, sparsity, pattern)
     return sparsity
 
 
 def removed_of_group(w: Array, sparsity: Any, pattern: patterns.Pattern) -> Array:
-    """How many weights each group of a layer that compete loses."""
+    """How many units each group of a layer that compete loses."""
     removed = patterns.removed_count(sparsity, group_size(pattern, w.shape))
     return jnp.asarray(removed, count_dtype(w.size))
 

@@ -7,6 +7,7 @@ from jaxsparse._typing import Array
 from jaxsparse.linalg.energy import energy
 from jaxsparse.linalg.gram import GramFactor
 from jaxsparse.solvers import _arguments, _solved
+from jaxsparse.solvers._arguments import LayerPattern
 from jaxsparse.solvers._solved import Solved
 
 
@@ -15,7 +16,7 @@ def wanda(
     gram: Array | GramFactor,
     sparsity: float | Array | None = None,
     *,
-    pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured("output"),
+    pattern: LayerPattern = patterns.Unstructured("output"),
     mask: Array | None = None,
 ) -> Solved:
     """Keep the weights with the largest `|w_ij| sqrt(E[x_j^2])` unchanged.
@@ -31,7 +32,7 @@ def wanda(
         error in the info assumes inputs without correlations.
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
-      pattern: `Unstructured("output" or "layer")`, or `NM`.
+      pattern: `Unstructured("output" or "layer")`, `NM` or `Balanced`.
       mask: the mask of earlier pruning; True = kept. Removed weights stay removed and
         count toward the sparsity.
 
@@ -56,7 +57,7 @@ def magnitude(
     gram: Array | GramFactor,
     sparsity: float | Array | None = None,
     *,
-    pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+    pattern: LayerPattern = patterns.Unstructured(),
     mask: Array | None = None,
 ) -> Solved:
     """Keep the largest weights unchanged; the inputs only determine the error.
@@ -66,7 +67,7 @@ def magnitude(
       gram: as for `wanda`.
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
-      pattern: `Unstructured("layer" or "output")`, or `NM`.
+      pattern: `Unstructured("layer" or "output")`, `NM` or `Balanced`.
       mask: the mask of earlier pruning; True = kept. Removed weights stay removed and
         count toward the sparsity.
 

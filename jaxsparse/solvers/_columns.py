@@ -18,6 +18,7 @@ from jaxsparse.linalg.factor import matmul
 from jaxsparse.linalg.gram import GramFactor
 from jaxsparse.ranking.threshold import ordered_keys, top_k_masks
 from jaxsparse.solvers import _arguments, _solved
+from jaxsparse.solvers._arguments import LayerPattern
 from jaxsparse.solvers._solved import Solved
 from jaxsparse.solvers._sweep import (
     TILE,
@@ -35,7 +36,7 @@ def sparsegpt(
     gram: Array | GramFactor,
     sparsity: float | Array | None = None,
     *,
-    pattern: patterns.Unstructured | patterns.NM = patterns.Unstructured(),
+    pattern: LayerPattern = patterns.Unstructured(),
     mask: Array | None = None,
     block_size: int = 128,
     rel_damping: float | Array = 0.01,
@@ -76,7 +77,7 @@ def sparsegpt(
         kernels that read the same input share it.
       sparsity: the fraction to remove, in [0, 1), possibly traced; for `NM` it may be
         left out.
-      pattern: `Unstructured("layer" or "output")`, or `NM`.
+      pattern: `Unstructured("layer" or "output")`, `NM` or `Balanced`.
       mask: the mask of earlier pruning; True = kept.
       block_size: the number of columns whose weights compete, 128 in the paper.
       rel_damping: the damping relative to the mean diagonal of the Gram matrix. Not
@@ -108,6 +109,8 @@ def sparsegpt(
     if isinstance(pattern, patterns.NM):
         # Groups are chosen alone, so that this is a matter of speed.
         block_size = max(1, min(block_size, 64) // pattern.of) * pattern.of
+    if isinstance(pattern, patterns.Balanced):  # a tile lies in one block
+        block_size = max(1, block_size // pattern.shape[0]) * pattern.shape[0]
     options: Any = {"pattern": pattern, "block_size": min(block_size, w.shape[1])}
     return _solved.done(_solve(w, factor, removed, mask, **options))
 
@@ -125,6 +128,47 @@ class _Problem(NamedTuple):
     dead: Array  # [n]
     before: Array | None  # the mask of what was pruned before, [n, d_out]
     removed: Array
+
+
+class _Units:
+    """The tiles of a transposed layer `[n, d_out]`: `[n / a, d_out / v]`."""
+
+    def __init__(self, pattern: patterns.Balanced):
+        (self.a, self.v), self.reduce = pattern.shape, pattern.reduce
+
+    def _split(self, x: Array) -> Array:
+        n, d_out = x.shape
+        return x.reshape(n // self.a, self.a, d_out // self.v, self.v)
+
+    def mean(self, x: Array) -> Array:
+        """Of each tile."""
+        return jnp.mean(self._split(x), axis=(1, 3))
+
+    def any(self, flags: Array) -> Array:
+        """Whether a flag of a tile is set."""
+        return jnp.any(self._split(flags), axis=(1, 3))
+
+    def all_inputs(self, flags: Array) -> Array:
+        """Whether the flags of all inputs of a tile are set, `[n / a]`."""
+        return flags.reshape(-1, self.a).all(1)
+
+    def weights(self, tiles: Array) -> Array:
+        """One value a tile, for each of its weights."""
+        return jnp.repeat(jnp.repeat(tiles, self.a, axis=0), self.v, axis=1)
+
+    def scores(self, columns: Columns) -> Array:
+        """`(w_ij / U_jj)^2` over a tile, of what is there and has inputs."""
+        ratio = columns.now / jnp.diagonal(columns.lower)[:, None]
+        dead, before = columns.dead[:, None], columns.before
+        left = ~dead if before is None else before & ~dead
+        own = self._split(jnp.where(left, ratio * ratio, jnp.zeros_like(ratio)))
+        score = jnp.max(own, (1, 3)) if self.reduce == "max" else jnp.mean(own, (1, 3))
+        unused = _solved.below_zero(self.mean(jnp.abs(columns.now)))
+        score = jnp.where(self.all_inputs(columns.dead)[:, None], unused, score)
+        if before is None:
+            return score
+        none = jnp.full((), -jnp.inf, score.dtype)
+        return jnp.where(self.any(before), score, none)
 
 
 class _Swept(NamedTuple):
@@ -154,6 +198,16 @@ def _solve(
     if isinstance(pattern, patterns.Unstructured):
         by_row = pattern.scope == "output"
         removed = _counts(removed, before, dead, x, block_size, by_row)
+    elif isinstance(pattern, patterns.Balanced):
+        units = _Units(pattern)
+        removed = _counts(
+            removed,
+            None if before is None else units.any(before),
+            units.all_inputs(dead),
+            units.mean(jnp.abs(x)),
+            block_size // pattern.shape[0],
+            by_row=True,
+        )
     more = -d_in % block_size
     problem = _Problem(
         longer(x, more),
@@ -316,17 +370,21 @@ def _block(
     now = own + matmul(lower, passed)
     before = None if problem.before is None else cut(problem.before)
     block = Columns(now, lower, cut(problem.dead), before)
-    if isinstance(pattern, patterns.Unstructured):
-        gone = lax.dynamic_index_in_dim(problem.removed, number, 0)  # [1, 1 or d_out]
-        there = jnp.minimum(d_in - start, size).astype(gone.dtype)
-        scores = scores_of(block)
+    if not isinstance(pattern, patterns.NM):
+        units = _Units(pattern) if isinstance(pattern, patterns.Balanced) else None
+        side = 1 if units is None else units.a
+        # [1, 1], or for each output or group of outputs.
+        gone = lax.dynamic_index_in_dim(problem.removed, number, 0)
+        there = (jnp.minimum(d_in - start, size) // side).astype(gone.dtype)
+        scores = scores_of(block) if units is None else units.scores(block)
         if d_in < problem.x.shape[0]:  # what was added is the first to go
-            added = jnp.arange(size, dtype=there.dtype)[:, None] >= there
+            added = jnp.arange(size // side, dtype=there.dtype)[:, None] >= there
             scores = jnp.where(added, jnp.full((), -jnp.inf, scores.dtype), scores)
         if pattern.scope == "output":
             (kept,) = top_k_masks([scores], there - gone, axes=(0,))
         else:
             (kept,) = top_k_masks([scores], there * now.shape[1] - gone[0, 0])
+        kept = kept if units is None else units.weights(kept)
         fixed = sweep(block, kept, TILE, lambda _, kept: kept, TILE)
     else:
         assert isinstance(pattern, patterns.NM)

@@ -82,7 +82,8 @@ def exact_obs(
       [[0.0, 3.0, 3.0]]
     """
     _arguments.check_layer(w, gram)
-    asked = _arguments.check_choice(w, sparsity, pattern, mask, solver="exact_obs")
+    kind: Any = {"solver": "exact_obs", "tiles": False}
+    asked = _arguments.check_choice(w, sparsity, pattern, mask, **kind)
     if chunk is not None:
         _checks.check_positive_int(chunk, name="chunk")
     factor = _solved.factor_of(w, gram, damping, rel_damping)

@@ -234,7 +234,7 @@ def _loss(w: Array, diagonal: Array) -> Array:
 
 
 def _is_tiled(rules: _Rules) -> bool:
-    return isinstance(rules.pattern, patterns.Block)
+    return isinstance(rules.pattern, patterns.Block | patterns.Balanced)
 
 
 def _most(sparsity: Sparsity, pattern: patterns.Pattern) -> int | None:

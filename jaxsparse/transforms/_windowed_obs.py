@@ -149,7 +149,7 @@ def windowed_obs(
         return estimator.finalize(sums, damping=damping, rel_damping=rel_damping)
 
     def score_by(fisher: curvature.BlockFisher, params: PyTree) -> PyTree:
-        if isinstance(pattern, patterns.Block):
+        if isinstance(pattern, patterns.Block | patterns.Balanced):
             rho = dict(leaves_with_paths(curvature.group_scores(fisher, params)[0]))
             none = lambda w: jnp.zeros_like(w, dtype=jnp.float32)
             return map_with_path(lambda p, w: rho[p] if p in rho else none(w), params)

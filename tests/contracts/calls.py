@@ -84,6 +84,18 @@ def sparsities():
 
 
 @functools.cache
+def packed():
+    return js.formats.pack(params(), masks(), axes=AXES)
+
+
+@functools.cache
+def tiles():
+    pattern = js.Balanced((1, 4))
+    pruned = js.prune(params(), 0.5, pattern=pattern, axes=AXES)
+    return js.formats.pack(*pruned, format=pattern, axes=AXES)["up"]["kernel"]
+
+
+@functools.cache
 def batch():
     return draw(3, (ROWS, 8))
 
@@ -460,6 +472,30 @@ CALLS = {
     },
     "NM": lambda: {"keep": 2, "of": 4},
     "Block": lambda: {"shape": (4, 4), "reduce": "mean", "scope": "layer"},
+    "Balanced": lambda: {"shape": (4, 4), "reduce": "mean"},
+    "formats.pack": lambda: {"params": params(), "masks": masks(), "axes": AXES},
+    "formats.unpack": lambda: {"packed": packed()},
+    "kernels.choose": lambda: {"packed": tiles(), "rows": 4},
+    "kernels.dense": lambda: {"x": batch(), "packed": tiles()},
+    "kernels.gathered": lambda: {"x": batch(), "packed": tiles()},
+    "kernels.matmul": lambda: {"x": batch(), "packed": tiles()},
+    "kernels.native": lambda: {"x": batch(), "packed": tiles()},
+    "kernels.packed_apply": lambda: {"trace": trace()},
+    "kernels.pallas": lambda: {"x": batch(), "packed": tiles()},
+    "kernels.sparsify": lambda: {
+        "trace": trace(),
+        "params": params(),
+        "masks": masks(),
+    },
+    "formats.sizes": lambda: {"params": params(), "masks": masks(), "axes": AXES},
+    "report.format_table": lambda: {
+        "sizes": js.formats.sizes(params(), masks(), axes=AXES)
+    },
+    "formats.values": lambda: {"packed": packed()},
+    "formats.with_values": lambda: {
+        "packed": packed(),
+        "values": js.formats.values(packed()),
+    },
     "Channel": lambda: {"axis": -1, "reduce": "mean", "scope": "layer"},
     "Unstructured": lambda: {"scope": "layer"},
     "Axes": lambda: {"input": (0,), "output": (1,), "batch": ()},

@@ -138,6 +138,7 @@ PATTERNS = {
     "nm": js.NM(2, 4),
     "block": js.Block((4, 4)),
     "block, global": js.Block((4, 4), reduce="max", scope="global"),
+    "balanced": js.Balanced((2, 8)),
     "channel": js.Channel(),
     "channel, global": js.Channel(axis=0, scope="global"),
 }

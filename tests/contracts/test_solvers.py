@@ -24,6 +24,8 @@ PATTERNS = {
     "output": js.Unstructured("output"),
     "nm": js.NM(2, 4),
 }
+TILES = js.Balanced((2, 4))
+TILED = PATTERNS | {"balanced": TILES}
 CHANNELS = {"channel": WHOLE_INPUTS}
 
 
@@ -89,12 +91,12 @@ def by_fisher(layer, sparsity, pattern, **options):
 
 s = js.solvers
 SOLVERS = {
-    "sparsegpt": (by_gram(s.sparsegpt, block_size=8), PATTERNS),
+    "sparsegpt": (by_gram(s.sparsegpt, block_size=8), TILED),
     "exact_obs": (by_gram(s.exact_obs), PATTERNS),
-    "admm": (by_gram(s.admm, iterations=5, mask_iterations=3), PATTERNS),
-    "alps": (by_gram(s.alps, iterations=20), PATTERNS),
-    "wanda": (by_gram(s.wanda), PATTERNS),
-    "magnitude": (by_gram(s.magnitude), PATTERNS),
+    "admm": (by_gram(s.admm, iterations=5, mask_iterations=3), TILED),
+    "alps": (by_gram(s.alps, iterations=20), TILED),
+    "wanda": (by_gram(s.wanda), TILED),
+    "magnitude": (by_gram(s.magnitude), TILED),
     "refit": (of_masks(s.refit, lambda mask: mask, rel_damping=1e-2), PATTERNS),
     "refit, iterated": (of_masks(s.refit, lambda mask: mask, iterations=5), PATTERNS),
     "refit_channels": (
@@ -105,19 +107,20 @@ SOLVERS = {
         CHANNELS,
     ),
     "remove_channels": (removing, CHANNELS),
-    "obs": (by_fisher, PATTERNS),
+    "obs": (by_fisher, TILED),
     "obs, greedy": (functools.partial(by_fisher, greedy=True), PATTERNS),
 }
 
 every_solver = pytest.mark.parametrize("name", SOLVERS)
-# Each with the first pattern, which other tests take too, and with one of the others.
+# Each with the first pattern, which other tests take too, with one of the others, and
+# with tiles.
 every_pair = pytest.mark.parametrize(
     ("name", "pattern"),
     [
         pytest.param(name, pattern, marks=[] if few else pytest.mark.exhaustive)
         for i, (name, (_, patterns)) in enumerate(SOLVERS.items())
         for j, pattern in enumerate(patterns)
-        for few in [j in {0, 1 + i % 2}]
+        for few in [j in {0, 1 + i % 2} or pattern == "balanced"]
     ],
 )
 
@@ -144,7 +147,11 @@ def assert_pruned(w, mask, before, sparsity, pattern):
         js.NM(2, 4): (-1, 4),
         WHOLE_INPUTS: (D_OUT, D_IN),
     }
-    removed = ~np.asarray(mask).reshape(groups[pattern])
+    removed = ~np.asarray(mask)
+    if pattern == TILES:  # a weight stands for its tile
+        removed = removed[::4, ::2]
+        groups[TILES] = removed.shape
+    removed = removed.reshape(groups[pattern])
     count = js.patterns.removed_count(sparsity, removed.shape[1])
     np.testing.assert_array_equal(removed.sum(1), count)
     assert not np.asarray(w)[~np.asarray(mask)].any()

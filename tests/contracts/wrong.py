@@ -250,6 +250,9 @@ MASK_NUMBERS = {
     "bools": np.ones(8, bool),
     "a matrix": np.ones((2, 4), np.float32),
 }
+# One row is taken, and NaN goes on, as in other products.
+ROWS = {k: v for k, v in MATRIX.items() if k not in ("a vector", "NaN")}
+ENGINES = {"None": None, "a string": "gathered", "a list": [1], "an engine": len}
 KINDS = {
     "params": TREE,
     "scores": TREE,
@@ -324,6 +327,14 @@ KINDS = {
     "opt_state": OBJECT,
     "table_or_tables": OBJECT,
     "drop": DROP,
+    "values": LIKE,
+    "format": {
+        "a string": "bitmap",
+        "a number": 3,
+        "a pattern of no format": js.Unstructured(),
+        "no match": {"nothing_like_it": js.formats.Bitmap},
+        "an array": np.ones(2),
+    },
     "losses": BY_NAME,
     "sizes": BY_NAME,
     "costs": BY_NAME,
@@ -473,6 +484,18 @@ KINDS = {
         "another width": (np.ones((4, 5), np.float32),),
         "a list": ([[1.0] * 8],),
     },
+    "measure": SWITCH,
+    "kernels.dense.x": ROWS,
+    "kernels.gathered.x": ROWS,
+    "kernels.matmul.x": ROWS,
+    "kernels.native.x": ROWS,
+    "kernels.pallas.x": ROWS,
+    "kernels.choose.rules": ENGINES,
+    "kernels.matmul.rules": ENGINES,
+    "kernels.sparsify.rules": ENGINES,
+    "kernels.packed_apply.rules": ENGINES,
+    "rows": INTEGER,
+    "platform": {k: v for k, v in CHOICE.items() if k != "None"},
     "sensitivity": OBJECT,
     "runs": OBJECT,
     "xlabel": {},  # any text

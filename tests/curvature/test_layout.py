@@ -30,6 +30,7 @@ PATTERNS = [
     js.Block((4, 1)),
     js.Block((1, 2)),
     js.Block((2, 4)),
+    js.Balanced((2, 2)),
 ]
 
 
@@ -46,7 +47,7 @@ def units(shape, axes, pattern):
     """For each weight the number of the unit it is in, of the parameter's shape."""
     place = np.indices(shape)
     match pattern:
-        case js.Block(shape=(a, b)):
+        case js.Block(shape=(a, b)) | js.Balanced(shape=(a, b)):
             place[axes.input[-1]] //= a
             place[axes.output[-1]] //= b
             rows = place.reshape(len(shape), -1)

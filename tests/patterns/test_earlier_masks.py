@@ -18,6 +18,7 @@ PATTERNS = {
     "output": js.Unstructured("output"),
     "nm": js.NM(2, 4),
     "tile": js.Block((4, 2)),
+    "balanced": js.Balanced((4, 2)),
     "tiles of all": js.Block((4, 2), reduce="max", scope="global"),
     "channel": js.Channel(),
     "channels of all": js.Channel(scope="global"),

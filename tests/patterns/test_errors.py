@@ -90,6 +90,7 @@ def test_a_vector_has_no_inputs():
         lambda: js.Unstructured("tensor"),
         lambda: js.Block((4,)),
         lambda: js.Block((0, 4)),
+        lambda: js.Balanced((4, 0)),
         lambda: js.Block((4, 4), reduce="sum"),
         lambda: js.Channel(scope="output"),
         lambda: js.NM(0, 4),

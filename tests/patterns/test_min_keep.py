@@ -19,6 +19,7 @@ PATTERNS = [
     js.Unstructured("output"),
     js.Unstructured("global"),
     js.Block((2, 2)),
+    js.Balanced((2, 2)),
     js.Block((2, 2), reduce="max", scope="global"),
     js.Channel(),
     js.Channel(axis=-2, reduce="max", scope="global"),

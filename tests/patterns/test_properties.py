@@ -17,6 +17,7 @@ PATTERNS = {
     "output": js.Unstructured("output"),
     "nm": js.NM(2, 4),
     "block": js.Block((2, 2), reduce="max"),
+    "balanced": js.Balanced((2, 2), reduce="max"),
     "channel": js.Channel(reduce="max"),
 }
 # Few distinct values make ties; wild ones are every float32 but NaN.
@@ -99,7 +100,7 @@ def test_without_ties_a_permutation_of_the_weights_permutes_the_mask(
 def test_without_ties_a_permutation_of_outputs_permutes_the_mask(
     name, scores, order, sparsity
 ):
-    if name == "block":
+    if name in {"block", "balanced"}:
         order = [2 * i + j for i in np.argsort(order[:3]) for j in (0, 1)]
     kept = MASKS[name](scores, sparsity)
     np.testing.assert_array_equal(

@@ -71,10 +71,11 @@ def in_shards(pattern, axis_name, *, specs=SPECS, check_vma=True):
         exhaustive(js.Channel(reduce="max", scope="global"), True),
         exhaustive(js.Block((1, 1), scope="global"), False),
         exhaustive(js.Block((2, 1)), True),
+        exhaustive(js.Balanced((2, 1)), True),
     ],
 )
 def test_masks_of_shards_are_those_of_one_device(pattern, check_vma):
-    tiles = isinstance(pattern, js.Block | js.NM)  # lie on one device
+    tiles = isinstance(pattern, js.Block | js.Balanced | js.NM)  # lie on one device
     specs = SPECS | ({"last": P(None, "x")} if tiles else {})
     shards = in_shards(pattern, specs, specs=specs, check_vma=check_vma)
     one = jax.jit(functools.partial(select, pattern=pattern))

@@ -29,7 +29,7 @@ LEAVES = {
 }
 AXES = {name: axes for name, (_, _, axes) in LEAVES.items() if axes}
 EVERYWHERE = [js.Unstructured("global"), js.Unstructured("output"), js.NM(2, 4)]
-IN_EACH = [js.Unstructured(), js.Block((4, 2)), js.Channel()]
+IN_EACH = [js.Unstructured(), js.Block((4, 2)), js.Balanced((4, 2)), js.Channel()]
 UNITS_IN_ALL = [
     js.Block((2, 2), reduce="max", scope="global"),
     js.Channel(axis=0, reduce="max", scope="global"),

@@ -11,6 +11,7 @@ CASES = [
     (js.NM(2, 4), (2, 6, 5), js.Axes(input=(0, 1), output=(2,))),
     (js.Block((4, 2)), (8, 6), None),
     (js.Block((2, 2)), (3, 4, 4), stacked),
+    (js.Balanced((2, 2)), (3, 8, 4), stacked),
     (js.Channel(), (8, 6), None),
     (js.Channel(), (3, 4, 4), stacked),
 ]
@@ -102,3 +103,16 @@ def test_masks_of_another_model_are_refused():
         js.patterns.verify(
             {"a": np.array(True)}, {"b": np.ones((4, 4))}, pattern=js.NM(2, 4)
         )
+
+
+def test_a_group_of_outputs_with_another_count_is_named():
+    mask = np.zeros((2, 8, 6), bool)
+    mask[:, :4] = True
+    axes = js.Axes(input=(1,), output=(2,), batch=(0,))
+    verify(mask, js.Balanced((2, 3)), axes)
+    mask[1, 4:6, 3:] = True
+    message = "block/w: group 1 of 3 outputs keeps 3 tiles, the first .* keeps 2"
+    with pytest.raises(ValueError, match=message):
+        verify(mask, js.Balanced((2, 3)), axes)
+    with pytest.raises(ValueError, match=r"block/w: unit .* is kept in part"):
+        verify(mask, js.Balanced((4, 3)), axes)

@@ -59,7 +59,7 @@ def units(scores: np.ndarray, pattern, axes: js.Axes | None):
     """The score of every unit, and for each the slices of its weights."""
     scores = np.asarray(scores, np.float64)
     sides = [1] * scores.ndim
-    if isinstance(pattern, js.Block):
+    if isinstance(pattern, js.Block | js.Balanced):
         sides[axes.input[-1]], sides[axes.output[-1]] = pattern.shape
     if isinstance(pattern, js.Channel):
         batch = () if axes is None else axes.batch
@@ -95,7 +95,11 @@ def mask(scores, sparsity: float, pattern, axes: js.Axes | None = None) -> np.nd
     batch = axes.batch
     if isinstance(pattern, js.Channel):
         batch = tuple(a for a in batch if a != pattern.axis % scores.ndim)
-    kept = keep_in_groups(values, layer_groups(values.shape, batch), sparsity)
+    if isinstance(pattern, js.Balanced):
+        groups = [np.sort(g) for g in input_groups(values.shape, axes)]
+    else:
+        groups = layer_groups(values.shape, batch)
+    kept = keep_in_groups(values, groups, sparsity)
     full = np.zeros(scores.shape, bool)
     for unit, place in places.items():
         full[place] = kept[unit]

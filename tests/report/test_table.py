@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import jaxsparse as js
-from jaxsparse.report._tables import _bytes, percent
+from jaxsparse.report._tables import percent, size_text
 
 VALUES = np.array([[3.0, 0.0, 2.0], [0.0, 4.0, 0.0]], np.float32)
 KERNEL, MASK = jnp.asarray(VALUES), jnp.asarray(VALUES != 0)
@@ -413,8 +413,8 @@ def test_percent(x, text):
         (5000 * 1024**4, "5000.0 TiB"),
     ],
 )
-def test_bytes(n, text):
-    assert _bytes(n) == text
+def testsize_text(n, text):
+    assert size_text(n) == text
 
 
 # Bad input

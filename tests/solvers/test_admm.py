@@ -57,7 +57,7 @@ def test_counts_and_dead_inputs(solve):
     ("options", "error", "match"),
     [
         ({"sparsity": -0.1}, ValueError, r"must lie in \[0, 1\)"),
-        ({"pattern": js.Block((4, 4))}, TypeError, "prunes js.Unstructured and js.NM"),
+        ({"pattern": js.Block((4, 4))}, TypeError, "js.Unstructured, js.NM and"),
         ({"rho": 0.0}, ValueError, "rho must be positive"),
         ({"iterations": 0}, ValueError, "iterations must be at least 1"),
         ({"rel_damping": float("nan")}, ValueError, "rel_damping must be"),

@@ -23,6 +23,7 @@ PATTERNS = {
     "column of 4": js.Block((4, 1)),
     "tile": js.Block((2, 2)),
     "tile, global": js.Block((2, 2), scope="global"),
+    "tile, balanced": js.Balanced((2, 2)),
     "channel": js.Channel(),
     "channel, global": js.Channel(axis=0, scope="global"),
 }

@@ -115,11 +115,12 @@ def test_static_masks_are_random_and_stay():
     [
         (js.NM(2, 4), lambda m: m.reshape(6, 4, 20).sum(1) == 2),
         (js.Block((4, 4)), lambda m: m.reshape(6, 4, 5, 4).any((1, 3)).sum() == 15),
+        (js.Balanced((2, 5)), lambda m: m[::2, ::5].sum(0) == 6),
         (js.Channel(axis=1), lambda m: m.any(0).sum() == 10),
         (js.Unstructured("output"), lambda m: m.sum(0) == 12),
         (js.Unstructured("global"), lambda m: m.sum() == 240),
     ],
-    ids=["2:4", "tiles", "channels", "outputs", "global"],
+    ids=["2:4", "tiles", "balanced", "channels", "outputs", "global"],
 )
 def test_patterns_keep_their_structure_while_masks_move(pattern, units):
     method = transforms.rigl(0.5, every=1, key=KEY, pattern=pattern, track=True)

@@ -1,0 +1,36 @@
+"""The meaning of a product with a packed kernel: the dense one."""
+
+from jaxsparse._typing import Array
+from jaxsparse.formats import PackedArray
+from jaxsparse.formats.dense import matrices_of
+from jaxsparse.kernels._product import check_product, contract, over_rows, result_type
+
+
+def dense(x: Array, packed: PackedArray) -> Array:
+    """Multiply by the unpacked kernel: `y = x @ w`, added up in float32 at least.
+
+    The meaning of all engines, and the quickest where a mask keeps much. Each call
+    makes the dense array anew, so for speed alone keep such kernels dense.
+
+    Args:
+      x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
+      packed: a kernel of `js.formats.pack`.
+
+    Returns:
+      `[*batch, ..., d_out]`, in the type that a dense product would have.
+
+    Raises:
+      ValueError: `x` of another width.
+      TypeError: something else than a packed kernel, or `x` not of floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params, masks = js.prune({"w": jnp.array([[3.0, 1.0], [2.0, 4.0]])}, 0.5)
+      >>> packed = js.formats.pack(params, masks, format=js.formats.Csr16)["w"]
+      >>> js.kernels.dense(jnp.ones((1, 2)), packed)
+      Array([[3., 4.]], dtype=float32)
+    """
+    check_product(x, packed)
+    dtype = result_type(x, packed.values)
+    one = lambda x, packed: contract(x, matrices_of(packed), dtype, ((1,), (1,)))
+    return over_rows(one, x, packed).astype(dtype)
