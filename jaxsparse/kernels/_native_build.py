@@ -33,6 +33,10 @@ _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     "-mprefer-vector-width=512",
 )
+# Where vectors are written out, the compiler makes no more of them from what is left.
+_AS_WRITTEN = ("-fno-tree-vectorize", "-fno-tree-slp-vectorize")
+# What is quantized is the same on every processor.
+_ROUNDED = ("-ffp-contract=off",)
 _COMPILERS = ("c++", "g++", "clang++")
 _HANDLERS = ("matmul", "transposed", "sampled", "int8_matmul")
 _SECONDS = 300
@@ -174,14 +178,17 @@ def _run(command: Sequence[str], folder: pathlib.Path) -> None:
 
 def _units() -> list[tuple[str, tuple[str, ...]]]:
     """The source files with the flags of each instruction set they are compiled for."""
-    kinds = ("float32.cc", "int8.cc")
-    units = [("handlers.cc", ())]
-    units += [(file, ("-DNAMESPACE=portable",)) for file in kinds]
+    sets = {"portable": ()}
     if platform.machine() in ("x86_64", "AMD64"):
         vnni = (*_AVX512, "-mavx512vnni")
-        units += [(file, ("-DNAMESPACE=avx2", *_AVX2)) for file in kinds]
-        units.append(("float32.cc", ("-DNAMESPACE=avx512", *_AVX512)))
-        units.append(("int8.cc", ("-DNAMESPACE=avx512vnni", *vnni)))
+        sets |= {"avx2": _AVX2, "avx512": _AVX512, "avx512vnni": vnni}
+    units = [("handlers.cc", ())]
+    for name, flags in sets.items():
+        flags = (*flags, f"-DNAMESPACE={name}")
+        if name != "avx512vnni":
+            units += [("structure.cc", flags), ("float32.cc", (*flags, *_AS_WRITTEN))]
+        if name != "avx512":
+            units.append(("int8.cc", (*flags, *_AS_WRITTEN, *_ROUNDED)))
     return units
 
 

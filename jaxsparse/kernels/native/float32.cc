@@ -47,12 +47,15 @@ inline void WithPanel(int width, F f) {
 #if defined(__AVX512F__)
 const int kRowWidths[] = {1, 4, 8, 16, 32, 48, 64, 96, 128, 0};
 const int kTileWidths[] = {1, 4, 8, 16, 32, 48, 64, 0};
+const int* const kBackwardWidths = kTileWidths;
 #elif defined(__AVX2__)
 const int kRowWidths[] = {1, 4, 8, 16, 24, 32, 48, 64, 0};
 const int kTileWidths[] = {1, 4, 8, 16, 0};
+const int kBackwardWidths[] = {1, 4, 8, 16, 24, 32, 0};
 #else
 const int kRowWidths[] = {1, 4, 8, 12, 16, 24, 32, 0};
 const int kTileWidths[] = {1, 4, 8, 0};
+const int kBackwardWidths[] = {1, 4, 8, 12, 16, 0};
 #endif
 
 template <class F>
@@ -74,7 +77,10 @@ void ForwardPanel(const Structure& s, const Index* indices, const float* values,
   constexpr int W = P::W, N = P::N, U = kApart<T, N>;
   using V = Floats<W>;
   for (int64_t g = groups.begin; g < groups.end; ++g) {
-    V sums[U][T][N] = {};
+    V sums[U][T][N];
+    for (int u = 0; u < U; ++u)
+      for (int t = 0; t < T; ++t)
+        for (int n = 0; n < N; ++n) sums[u][t][n] = V{};
     const auto add = [&](V(&into)[T][N], int64_t e) {
       const float* row = x + int64_t{indices[e]} * P::width;
       V input[N];
@@ -92,6 +98,37 @@ void ForwardPanel(const Structure& s, const Index* indices, const float* values,
         for (int n = 0; n < N; ++n) sums[0][t][n] += sums[u][t][n];
     for (int t = 0; t < T; ++t)
       StoreSome<W, N>(y + (g * T + t) * stride, sums[0][t], used);
+  }
+}
+
+// One token: four entries are the vector. What is left of a group is added without a
+// branch for each entry, which no processor could predict.
+template <class Index>
+void ForwardRowsOfOne(const Structure& s, const Index* indices, const float* values,
+                      const float* x, float* y, int64_t stride, Range groups) {
+  constexpr int U = 2, W = 4;
+  using V = Floats<W>;
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    V sums[U] = {V{}, V{}};
+    const int64_t last = s.offsets[g + 1];
+    int64_t e = s.offsets[g];
+    for (; e + U * W <= last; e += U * W)
+      for (int u = 0; u < U; ++u) {
+        const Index* at = indices + e + u * W;
+        sums[u] += Load<V>(values + e + u * W) * V{x[at[0]], x[at[1]], x[at[2]], x[at[3]]};
+      }
+    if (e < last) {
+      for (int u = 0; u < U; ++u, e += W) {
+        V product;
+        for (int w = 0; w < W; ++w) {
+          const int64_t at = e + w < last ? e + w : last - 1;
+          product[w] = values[at] * x[indices[at]];
+        }
+        const int32_t left = static_cast<int32_t>(last - e);
+        sums[u] += Ints<W>{0, 1, 2, 3} < left ? product : V{};
+      }
+    }
+    y[g * stride] = Sum<W>(sums[0] + sums[1]);
   }
 }
 
@@ -119,8 +156,12 @@ void Forward(const Structure& s, const float* values, int width, const float* x,
              int64_t stride, int used, Range groups) {
   WithIndices(s, [&](auto indices) {
     WithPanel<T>(width, [&](auto panel) {
-      if constexpr (T == 4 && decltype(panel)::width == 1) {
-        ForwardTilesOfOne(s, indices, values, x, y, stride, groups);
+      if constexpr (decltype(panel)::width == 1) {
+        if constexpr (T == 1) {
+          ForwardRowsOfOne(s, indices, values, x, y, stride, groups);
+        } else {
+          ForwardTilesOfOne(s, indices, values, x, y, stride, groups);
+        }
       } else {
         ForwardPanel<T, decltype(panel)>(s, indices, values, x, y, stride, used, groups);
       }
@@ -128,13 +169,14 @@ void Forward(const Structure& s, const float* values, int width, const float* x,
   });
 }
 
-// Inputs are visited in blocks whose gradients stay in the first cache, and each group
-// adds the entries that it has there; the gradients of its outputs are in registers.
+// Inputs are visited in blocks whose gradients stay near, and each group adds the entries
+// that it has there, while the gradients of its outputs are in registers. Smaller blocks
+// fit into the first cache, but then a group has too few entries in each.
 template <int T, class P, class Index>
 void BackwardPanel(const Structure& s, const Index* indices, const float* values,
                    const float* dy, float* dx, Range inputs, int32_t* cursors) {
   constexpr int W = P::W, N = P::N;
-  constexpr int64_t kBlock = 4096 / P::width;  // inputs, 16 KiB
+  constexpr int64_t kBlock = 14336 / P::width;  // inputs, 56 KiB
   using V = Floats<W>;
   for (int64_t i = inputs.begin * P::width; i < inputs.end * P::width; ++i) dx[i] = 0;
   for (int64_t begin = inputs.begin; begin < inputs.end; begin += kBlock) {
@@ -187,7 +229,8 @@ void SampledPanel(const Structure& s, const Index* indices, const float* x,
         outer[t][n] = Load<V>(dy + (g * T + t) * P::width + n * W);
     // Four sums at a time.
     const auto some = [&](int64_t e, auto count) {
-      V sums[count.value * T] = {};
+      V sums[count.value * T];
+      for (int i = 0; i < count.value * T; ++i) sums[i] = V{};
       for (int u = 0; u < count.value; ++u) {
         const float* row = x + int64_t{indices[e + u]} * P::width;
         for (int n = 0; n < N; ++n) {
@@ -196,8 +239,12 @@ void SampledPanel(const Structure& s, const Index* indices, const float* x,
         }
       }
       float* to = dvalues + e * T;
-      for (int i = 0; i < count.value * T; ++i)
-        to[i] = Sum<W>(sums[i]) + (add ? to[i] : 0.0f);
+      if constexpr (count.value * T == 4) {
+        const Floats<4> four = Sums<W>(sums[0], sums[1], sums[2], sums[3]);
+        Store(to, add ? four + Load<Floats<4>>(to) : four);
+      } else {
+        *to = add ? *to + Sum<W>(sums[0]) : Sum<W>(sums[0]);
+      }
     };
     const int64_t last = s.offsets[g + 1];
     int64_t e = s.offsets[g];
@@ -218,8 +265,8 @@ void Sampled(const Structure& s, int width, const float* x, const float* dy,
 
 }  // namespace
 
-const FloatKernels rows = {kRowWidths, Forward<1>, Backward<1>, Sampled<1>};
-const FloatKernels tiles = {kTileWidths, Forward<4>, Backward<4>, Sampled<4>};
+const FloatKernels rows = {kRowWidths, kBackwardWidths, Forward<1>, Backward<1>, Sampled<1>};
+const FloatKernels tiles = {kTileWidths, kTileWidths, Forward<4>, Backward<4>, Sampled<4>};
 
 }  // namespace NAMESPACE
 }  // namespace jaxsparse

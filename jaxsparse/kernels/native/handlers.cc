@@ -27,6 +27,7 @@ namespace ffi = xla::ffi;
 struct Variant {
   const char* name;
   bool (*runs)();  // whether this processor and its system have the instructions
+  const StructureKernels* structure;
   const FloatKernels* rows;
   const FloatKernels* tiles;
   const Int8Kernels* int8;
@@ -46,11 +47,11 @@ bool Always() { return true; }
 // The best first. AVX-512 is nothing new for int8 without VNNI.
 const Variant kVariants[] = {
 #if defined(__x86_64__)
-    {"avx512vnni", HasVnni, &avx512::rows, &avx512::tiles, &avx512vnni::int8},
-    {"avx512", HasAvx512, &avx512::rows, &avx512::tiles, &avx2::int8},
-    {"avx2", HasAvx2, &avx2::rows, &avx2::tiles, &avx2::int8},
+    {"avx512vnni", HasVnni, &avx512::structure, &avx512::rows, &avx512::tiles, &avx512vnni::int8},
+    {"avx512", HasAvx512, &avx512::structure, &avx512::rows, &avx512::tiles, &avx2::int8},
+    {"avx2", HasAvx2, &avx2::structure, &avx2::rows, &avx2::tiles, &avx2::int8},
 #endif
-    {"portable", Always, &portable::rows, &portable::tiles, &portable::int8},
+    {"portable", Always, &portable::structure, &portable::rows, &portable::tiles, &portable::int8},
 };
 
 // The variant of a name, the best for "", or null.
@@ -117,36 +118,6 @@ std::unique_ptr<T[], Free> Allocate(int64_t count) {
 // ---- Checks -----------------------------------------------------------------------------
 
 constexpr int kTooLarge = 1, kNotAscending = 2;
-
-template <class Index>
-int CheckIndices(const Index* indices, int64_t begin, int64_t end, int64_t limit) {
-  Index largest = 0;
-  for (int64_t e = begin; e < end; ++e) largest = std::max(largest, indices[e]);
-  return begin < end && largest >= limit ? kTooLarge : 0;
-}
-
-int CheckIndices(const Structure& s, Range groups) {
-  const int64_t begin = s.offsets[groups.begin], end = s.offsets[groups.end];
-  return s.wide ? CheckIndices(static_cast<const uint32_t*>(s.indices), begin, end, s.inputs)
-                : CheckIndices(static_cast<const uint16_t*>(s.indices), begin, end, s.inputs);
-}
-
-// Counts the entries of each group below an input, and looks whether they ascend.
-template <class Index>
-int Cursors(const Structure& s, const Index* indices, int64_t input, int32_t* cursors) {
-  int wrong = 0;
-  for (int64_t g = 0; g < s.groups; ++g) {
-    const int64_t begin = s.offsets[g], end = s.offsets[g + 1];
-    int32_t below = 0;
-    bool descends = false;
-    if (input > 0)
-      for (int64_t e = begin; e < end; ++e) below += indices[e] < input;
-    for (int64_t e = begin + 1; e < end; ++e) descends |= indices[e] < indices[e - 1];
-    cursors[g] = s.offsets[g] + below;
-    if (descends) wrong = kNotAscending;
-  }
-  return wrong ? wrong : CheckIndices(indices, s.offsets[0], s.offsets[s.groups], s.inputs);
-}
 
 ffi::Error Wrong(const std::string& message) {
   return ffi::Error::InvalidArgument("jaxsparse: " + message);
@@ -256,14 +227,31 @@ ffi::Error Matmul(ffi::ThreadPool pool, F32Matrix x, F32Vector values, ffi::AnyB
   ParallelFor(pool, blocks.size() * ranges.size(), [&](int64_t i) {
     const size_t b = i / ranges.size();
     const Range& groups = ranges[i % ranges.size()];
-    if (const int code = CheckIndices(s, groups)) {
-      wrong = code;
+    if (!v->structure->are_below(s, groups)) {
+      wrong = kTooLarge;
       return;
     }
     kernels->forward(s, values.typed_data(), blocks[b].width, panels[b],
                      y->typed_data() + blocks[b].begin, batch, blocks[b].used, groups);
   });
   return wrong ? IndexError(wrong, s.inputs) : ffi::Error::Success();
+}
+
+// The gradient of one panel for the inputs of a range.
+void BackwardBlock(const FloatKernels& kernels, const Structure& s,
+                       const float* values, const Block& block, const float* dy,
+                       int64_t batch, Range inputs, int32_t* cursors, float* dx) {
+  if (block.width == batch) {
+    kernels.backward(s, values, block.width, dy, dx, inputs, cursors);
+    return;
+  }
+  const int64_t rows = inputs.end - inputs.begin;
+  const auto panel = Allocate<float>(rows * block.width);
+  kernels.backward(s, values, block.width, dy,
+                   panel.get() - inputs.begin * block.width, inputs, cursors);
+  for (int64_t k = 0; k < rows; ++k)
+    std::memcpy(dx + (inputs.begin + k) * batch + block.begin,
+                panel.get() + k * block.width, block.used * sizeof(float));
 }
 
 ffi::Error Transposed(ffi::ThreadPool pool, F32Matrix dy, F32Vector values,
@@ -280,38 +268,27 @@ ffi::Error Transposed(ffi::ThreadPool pool, F32Matrix dy, F32Vector values,
     return Wrong("the gradient of the outputs has another shape than tokens by outputs.");
   if (batch == 0 || features == 0) return ffi::Error::Success();
 
-  const std::vector<Block> blocks = Blocks(kernels->widths, batch);
+  const std::vector<Block> blocks = Blocks(kernels->backward_widths, batch);
   const Panels panels(pool, blocks, dy.typed_data(), s.groups * height, batch);
-  const double work = (0.25 * batch + 1.0) * values.element_count();
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t cut = std::max<int64_t>(1, threads / static_cast<int64_t>(blocks.size()));
-  const int64_t parts = std::min({Parts(pool, work / blocks.size()), cut, features});
+  // All threads have something to do, and no more of them pass over all groups.
+  const double work = (0.5 * batch + 1.0) * values.element_count();
+  const int64_t count = blocks.size();
+  const int64_t cut = Parts(pool, work) == 1 ? 1 : (pool.num_threads() - 1) / count + 1;
+  const int64_t parts = std::min(cut, features);
   std::atomic<int> wrong{0};
-  ParallelFor(pool, blocks.size() * parts, [&](int64_t i) {
-    const Block& block = blocks[i / parts];
+  ParallelFor(pool, parts * count, [&](int64_t i) {
     const int64_t p = i % parts;
     const Range inputs{features * p / parts, features * (p + 1) / parts};
     const auto cursors = Allocate<int32_t>(s.groups);
-    const int code =
-        s.wide ? Cursors(s, static_cast<const uint32_t*>(s.indices), inputs.begin, cursors.get())
-               : Cursors(s, static_cast<const uint16_t*>(s.indices), inputs.begin, cursors.get());
-    if (code) {
-      wrong = code;
-      return;
+    if (!v->structure->are_below(s, {0, s.groups})) {
+      wrong = kTooLarge;
+    } else if (!v->structure->cursors(s, inputs.begin, cursors.get())) {
+      wrong = kNotAscending;
+    } else {
+      BackwardBlock(*kernels, s, values.typed_data(), blocks[i / parts],
+                        panels[i / parts], batch, inputs, cursors.get(),
+                        dx->typed_data());
     }
-    float* const out = dx->typed_data();
-    if (block.width == batch) {
-      kernels->backward(s, values.typed_data(), block.width, panels[i / parts], out, inputs,
-                        cursors.get());
-      return;
-    }
-    const int64_t rows = inputs.end - inputs.begin;
-    const auto panel = Allocate<float>(rows * block.width);
-    kernels->backward(s, values.typed_data(), block.width, panels[i / parts],
-                      panel.get() - inputs.begin * block.width, inputs, cursors.get());
-    for (int64_t k = 0; k < rows; ++k)
-      std::memcpy(out + (inputs.begin + k) * batch + block.begin,
-                  panel.get() + k * block.width, block.used * sizeof(float));
   });
   return wrong ? IndexError(wrong, s.inputs) : ffi::Error::Success();
 }
@@ -347,8 +324,8 @@ ffi::Error Sampled(ffi::ThreadPool pool, F32Matrix x, F32Matrix dy, ffi::AnyBuff
   const std::vector<Range> ranges = Split(s, Parts(pool, (0.25 * batch + 4.0) * size));
   std::atomic<int> wrong{0};
   ParallelFor(pool, ranges.size(), [&](int64_t i) {
-    if (const int code = CheckIndices(s, ranges[i])) {
-      wrong = code;
+    if (!v->structure->are_below(s, ranges[i])) {
+      wrong = kTooLarge;
       return;
     }
     for (size_t b = 0; b < blocks.size(); ++b)
@@ -414,8 +391,8 @@ ffi::Error Int8Matmul(ffi::ThreadPool pool, F32Matrix x, S8Vector values,
   ParallelFor(pool, blocks.size() * ranges.size(), [&](int64_t i) {
     const size_t b = i / ranges.size();
     const Range& groups = ranges[i % ranges.size()];
-    if (const int code = CheckIndices(s, groups)) {
-      wrong = code;
+    if (!v->structure->are_below(s, groups)) {
+      wrong = kTooLarge;
       return;
     }
     kernels.forward(s, values.typed_data(), scale.typed_data(), blocks[b].width, panel(b),

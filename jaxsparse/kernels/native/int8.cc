@@ -27,6 +27,7 @@ template <class F>
 inline void WithPanel(int width, F f) {
   constexpr int W = kWidest;
   switch (width) {
+    case 1: return f(Panel<1, 1>{});
     case 4: return f(Panel<4, 1>{});
 #if defined(__AVX2__)
     case 8: return f(Panel<8, 1>{});
@@ -42,14 +43,17 @@ inline void WithPanel(int width, F f) {
 }
 
 #if defined(__AVX512F__)
-const int kWidths[] = {4, 8, 16, 32, 64, 128, 0};
+const int kWidths[] = {1, 4, 8, 16, 32, 64, 128, 0};
 #elif defined(__AVX2__)
-const int kWidths[] = {4, 8, 16, 32, 64, 0};
+const int kWidths[] = {1, 4, 8, 16, 32, 64, 0};
 #else
-const int kWidths[] = {4, 8, 16, 32, 0};
+const int kWidths[] = {1, 4, 8, 16, 32, 0};
 #endif
 
 // ---- Activations ------------------------------------------------------------------------
+
+// What is smaller has no inverse, and its token is taken for 0.
+inline float Inverse(float scale) { return scale >= 1e-37f ? 1.0f / scale : 0.0f; }
 
 // Rounds to the nearest integer, ties to even: |v| is far below 2^22.
 template <int W>
@@ -77,8 +81,7 @@ void QuantizeLanes(const float* x, int64_t stride, int64_t features, int used, i
   const Floats<W> scale = Load<Floats<W>>(&largest) * (1.0f / 127.0f);
   Store(scales, scale);
   Floats<W> inverse;
-  // What is smaller has no inverse: it is 0.
-  for (int w = 0; w < W; ++w) inverse[w] = scale[w] >= 1e-37f ? 1.0f / scale[w] : 0.0f;
+  for (int w = 0; w < W; ++w) inverse[w] = Inverse(scale[w]);
 
   for (int64_t k = 0; k < features; k += 4) {
     Ints<W> q[4] = {};
@@ -97,10 +100,51 @@ void QuantizeLanes(const float* x, int64_t stride, int64_t features, int used, i
   }
 }
 
+// One token: its features lie together when they are packed.
+void QuantizeOne(const float* x, int64_t stride, int64_t features, void* packed,
+                 float* scales) {
+  constexpr int W = kWidest;
+#if defined(__AVX512VNNI__)
+  typedef uint8_t Word;
+  constexpr int kOffset = 128;
+#else
+  typedef int16_t Word;
+  constexpr int kOffset = 0;
+#endif
+  typedef Word Words __attribute__((vector_size(sizeof(Word) * W)));
+  const int64_t whole = features / W * W;
+  const auto read = [&](int64_t k) {
+    if (stride == 1 && k < whole) return Load<Floats<W>>(x + k);
+    Floats<W> v = {};
+    for (int w = 0; w < W && k + w < features; ++w) v[w] = x[(k + w) * stride];
+    return v;
+  };
+  Ints<W> largest = {};
+  for (int64_t k = 0; k < features; k += W) {
+    const Floats<W> v = read(k);
+    const Ints<W> bits = Load<Ints<W>>(&v) & 0x7FFFFFFF;
+    largest = bits > largest ? bits : largest;
+  }
+  int32_t most = 0;
+  for (int w = 0; w < W; ++w) most = largest[w] > most ? largest[w] : most;
+  *scales = Load<float>(&most) * (1.0f / 127.0f);
+  const float inverse = Inverse(*scales);
+  Word* const to = static_cast<Word*>(packed);
+  for (int64_t k = 0; k < features; k += W) {
+    const Words q = __builtin_convertvector(Round<W>(read(k) * inverse) + kOffset, Words);
+    if (k < whole) {
+      Store(to + k, q);
+    } else {
+      __builtin_memcpy(to + k, &q, ((features - k + 3) & ~int64_t{3}) * sizeof(Word));
+    }
+  }
+}
+
 void Quantize(const float* x, int64_t stride, int64_t features, int used, int width,
               void* packed, float* scales) {
   int32_t* to = static_cast<int32_t*>(packed);
   switch (width < kWidest ? width : kWidest) {
+    case 1: return QuantizeOne(x, stride, features, packed, scales);
     case 4: return QuantizeLanes<4>(x, stride, features, used, width, to, scales);
 #if defined(__AVX2__)
     case 8: return QuantizeLanes<8>(x, stride, features, used, width, to, scales);
@@ -158,15 +202,19 @@ void ForwardPanel(const Structure& s, const Index* indices, const int8_t* values
   Floats<W> token[N];
   for (int n = 0; n < N; ++n) token[n] = Load<Floats<W>>(scales + n * W);
   for (int64_t g = groups.begin; g < groups.end; ++g) {
-    V sums[U][N] = {};
-    Ints<4> extra = {};
-    const auto add = [&](V(&into)[N], int64_t e) {
+    V sums[U][N];
+    for (int u = 0; u < U; ++u)
+      for (int n = 0; n < N; ++n) sums[u][n] = V{};
+    Ints<4> extra[U];
+    for (int u = 0; u < U; ++u) extra[u] = Ints<4>{};
+    const auto add = [&](int u, int64_t e) {
+      V(&into)[N] = sums[u];
       const int32_t* row = packed + int64_t{indices[e]} * kWords * P::width;
 #if defined(__AVX512VNNI__)
       const V weights = Load<int32_t>(values + 4 * e) - V{};
       for (int n = 0; n < N; ++n)
         into[n] = Dot(into[n], Load<V>(row + n * W), weights);
-      extra = Dot(extra, Ints<4>{} - 0x7F7F7F80, Load<int32_t>(values + 4 * e) - Ints<4>{});
+      extra[u] = Dot(extra[u], Ints<4>{} - 0x7F7F7F80, Load<int32_t>(values + 4 * e) - Ints<4>{});
 #else
       const int8_t* w = values + 4 * e;
       const V low = Pair(w[0], w[1]) - V{}, high = Pair(w[2], w[3]) - V{};
@@ -179,15 +227,62 @@ void ForwardPanel(const Structure& s, const Index* indices, const int8_t* values
     const int64_t last = s.offsets[g + 1];
     int64_t e = s.offsets[g];
     for (; e + U <= last; e += U)
-      for (int u = 0; u < U; ++u) add(sums[u], e + u);
-    for (; e < last; ++e) add(sums[0], e);
+      for (int u = 0; u < U; ++u) add(u, e + u);
+    for (; e < last; ++e) add(0, e);
     Floats<W> out[N];
     for (int n = 0; n < N; ++n) {
-      V sum = sums[0][n] - extra[0];
-      for (int u = 1; u < U; ++u) sum += sums[u][n];
+      V sum = V{};
+      for (int u = 0; u < U; ++u) sum += sums[u][n] - extra[u][0];
       out[n] = __builtin_convertvector(sum, Floats<W>) * (token[n] * scale[g]);
     }
     StoreSome<W, N>(y + g * stride, out, used);
+  }
+}
+
+// One token: entries are the vector.
+template <class Index>
+void ForwardOne(const Structure& s, const Index* indices, const int8_t* values,
+                const float* scale, const int32_t* packed, float token, float* y,
+                int64_t stride, Range groups) {
+#if defined(__AVX512VNNI__)
+  constexpr int U = 4;  // entries of one word in a vector
+#else
+  constexpr int U = 2;  // entries of two words
+#endif
+  const auto dot = [&](Ints<4> sum, const int32_t* x, const int8_t* w) {
+#if defined(__AVX512VNNI__)
+    const Ints<4> weights = Load<Ints<4>>(w);
+    sum -= Dot(Ints<4>{}, Ints<4>{} - 0x7F7F7F80, weights);
+    return Dot(sum, Load<Ints<4>>(x), weights);
+#else
+    const Ints<4> weights = {Pair(w[0], w[1]), Pair(w[2], w[3]), Pair(w[4], w[5]),
+                             Pair(w[6], w[7])};
+    return Dot<4>(sum, Load<Ints<4>>(x), weights);
+#endif
+  };
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    Ints<4> sums = {};
+    int32_t x[4];
+    const int64_t last = s.offsets[g + 1];
+    int64_t e = s.offsets[g];
+    for (; e + U <= last; e += U) {
+      for (int u = 0; u < U; ++u)
+        for (int k = 0; k < kWords; ++k)
+          x[u * kWords + k] = packed[int64_t{indices[e + u]} * kWords + k];
+      sums = dot(sums, x, values + 4 * e);
+    }
+    if (e < last) {
+      int8_t w[4 * U] = {};
+      for (int u = 0; u < U; ++u) {
+        const int64_t at = e + u < last ? e + u : last - 1;
+        for (int k = 0; k < kWords; ++k)
+          x[u * kWords + k] = packed[int64_t{indices[at]} * kWords + k];
+      }
+      __builtin_memcpy(w, values + 4 * e, 4 * (last - e));
+      sums = dot(sums, x, w);
+    }
+    const int32_t sum = (sums[0] + sums[2]) + (sums[1] + sums[3]);
+    y[g * stride] = static_cast<float>(sum) * (token * scale[g]);
   }
 }
 
@@ -198,7 +293,11 @@ void Forward(const Structure& s, const int8_t* values, const float* scale, int w
   WithPanel(width, [&](auto panel) {
     using P = decltype(panel);
     const auto run = [&](auto indices) {
-      ForwardPanel<P>(s, indices, values, scale, from, scales, y, stride, used, groups);
+      if constexpr (P::width == 1) {
+        ForwardOne(s, indices, values, scale, from, *scales, y, stride, groups);
+      } else {
+        ForwardPanel<P>(s, indices, values, scale, from, scales, y, stride, used, groups);
+      }
     };
     if (s.wide) {
       run(static_cast<const uint32_t*>(s.indices));

@@ -29,9 +29,18 @@ struct Range {
   int64_t begin, end;
 };
 
+struct StructureKernels {
+  // Whether all indices of a range of groups are below s.inputs.
+  bool (*are_below)(const Structure& s, Range groups);
+
+  // Where each group's entries of at least `input` begin; false where indices descend.
+  bool (*cursors)(const Structure& s, int64_t input, int32_t* cursors);
+};
+
 // Kernels for groups of T outputs by one input; `values` is [entries, T].
 struct FloatKernels {
   const int* widths;  // of panels, ascending, 0 behind the last
+  const int* backward_widths;
 
   // y[o * stride + b] = sum of values * x, for b < used and the groups of a range.
   void (*forward)(const Structure&, const float* values, int width, const float* x,
@@ -63,6 +72,7 @@ struct Int8Kernels {
 
 #define JAXSPARSE_DECLARE(name)           \
   namespace name {                        \
+  extern const StructureKernels structure; \
   extern const FloatKernels rows;         \
   extern const FloatKernels tiles;        \
   extern const Int8Kernels int8;          \

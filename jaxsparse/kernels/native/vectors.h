@@ -45,16 +45,41 @@ inline void Store(void* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+// The halves of a vector.
+template <int W>
+inline Floats<W / 2> Low(const Floats<W>& v) {
+  if constexpr (W == 16) return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  else return __builtin_shufflevector(v, v, 0, 1, 2, 3);
+}
+template <int W>
+inline Floats<W / 2> High(const Floats<W>& v) {
+  if constexpr (W == 16) return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  else return __builtin_shufflevector(v, v, 4, 5, 6, 7);
+}
+
 template <int W>
 inline float Sum(const Floats<W>& v) {
+  if constexpr (W == 1) return v;
+  else if constexpr (W == 4) return (v[0] + v[2]) + (v[1] + v[3]);
+  else return Sum<W / 2>(Low<W>(v) + High<W>(v));
+}
+
+// The sums of four vectors.
+template <int W>
+inline Floats<4> Sums(const Floats<W>& a, const Floats<W>& b, const Floats<W>& c,
+                      const Floats<W>& d) {
   if constexpr (W == 1) {
-    return v;
+    return Floats<4>{a, b, c, d};
   } else if constexpr (W == 4) {
-    return (v[0] + v[2]) + (v[1] + v[3]);
+    const Floats<4> ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) +
+                         __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Floats<4> cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) +
+                         __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
+           __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
   } else {
-    Floats<W / 2> half[2];
-    __builtin_memcpy(half, &v, sizeof(v));
-    return Sum<W / 2>(half[0] + half[1]);
+    return Sums<W / 2>(Low<W>(a) + High<W>(a), Low<W>(b) + High<W>(b),
+                       Low<W>(c) + High<W>(c), Low<W>(d) + High<W>(d));
   }
 }
 
@@ -70,7 +95,10 @@ inline void StoreSome(float* to, const Floats<W>* from, int used) {
   if (used == W * N) {
     for (int n = 0; n < N; ++n) Store(to + n * W, from[n]);
   } else {
-    __builtin_memcpy(to, from, used * sizeof(float));
+    // A copy: the vectors themselves then need no address and stay in registers.
+    float all[W * N];
+    for (int n = 0; n < N; ++n) Store(all + n * W, from[n]);
+    __builtin_memcpy(to, all, used * sizeof(float));
   }
 }
 
