@@ -3,20 +3,20 @@
 Weights are `[d_in, d_out]`, grouped by outputs: a group is one output (CSR) or four
 consecutive ones (tiles), and each of its entries names an input; within a group inputs
 ascend. Entries beyond `offsets[-1]` are padding: they are not read, and their gradient
-is 0. Leading axes of activations are tokens; so is the axis of a `vmap` over activations.
-A `vmap` over weights is a loop.
+is 0. Leading axes of activations are tokens, and so is the axis of a `vmap` over
+activations. A `vmap` over weights is a loop.
 
 Inside, activations are feature-major: the kernels ask XLA for that layout, and what is
 elementwise between two of them XLA computes in it, without a transposition.
 
 The kernels check every index when they run: a wrong one is an error of the program, and
-nothing beyond an array is read. Each output is summed by one thread in one order, so the
-number of threads changes no bit.
+nothing beyond an array is read. Each output is summed by one thread in one order, so
+the number of threads changes no bit.
 
 Under `jit` the partitioner knows nothing of these products: it gathers sharded arrays
 that they read, and the result is replicated. In `jax.shard_map` nothing is gathered:
-with tokens sharded and weights replicated, or with weights that are packed for each shard
-of outputs.
+with tokens sharded and weights replicated, or with weights that are packed for each
+shard of outputs.
 """
 
 import math
@@ -61,7 +61,7 @@ def _asked() -> str:
 def csr_matmul(
     x: Array, values: Array, columns: Array, offsets: Array, *, variant: str = ""
 ) -> Array:
-    """`x [..., d_in] @ w`, of values `[nnz]`, columns `[nnz]`, offsets `[d_out + 1]`."""
+    """`x [..., d_in] @ w` of values and columns `[nnz]`, offsets `[d_out + 1]`."""
     kind = calls.Kind(1, _variant(variant))
     _check_structure(columns, offsets, "columns")
     _check_values(values, columns, ())
@@ -99,7 +99,7 @@ def csr_sampled(
 def tiles4_matmul(
     x: Array, values: Array, rows: Array, offsets: Array, *, variant: str = ""
 ) -> Array:
-    """`x [..., d_in] @ w`, of values `[n, 4]`, rows `[n]`, offsets `[d_out / 4 + 1]`."""
+    """`x [..., d_in] @ w` of values `[n, 4]`, rows `[n]`, offsets `[d_out / 4 + 1]`."""
     kind = calls.Kind(4, _variant(variant))
     _check_structure(rows, offsets, "rows")
     _check_values(values, rows, (4,))
@@ -149,8 +149,9 @@ def int8_tiles_matmul(
     """`x [..., d_in] @ (w * scale)`, of int8 weights in tiles of four inputs.
 
     Each token is quantized: `q = round(x / s)` with `s = max |x| / 127`. Products are
-    summed exactly, in int32. A token with a NaN or an infinity has no finite output; one
-    whose `s` is below 1e-37 is taken for 0. There is no gradient.
+    summed exactly, in int32, so the result is the same on every processor. A token with
+    a NaN or an infinity has no finite output; one whose `s` is below 1e-37 is taken for
+    0. There is no gradient.
 
     Args:
       x: float32 `[..., d_in]`.
@@ -182,8 +183,9 @@ def _variant(given: str) -> str:
     chosen = given or _asked()
     if chosen and chosen not in variants():
         raise ValueError(
-            f"This processor runs no variant {chosen!r} of the native kernels: expected "
-            f"one of {', '.join(variants())}, as `variant` or in JAXSPARSE_NATIVE."
+            f"This processor runs no variant {chosen!r} of the native kernels: "
+            f"expected one of {', '.join(variants())}, as `variant` or in "
+            "JAXSPARSE_NATIVE."
         )
     return chosen
 

@@ -1,13 +1,15 @@
 """The library of native kernels: compiled at first use, kept in the user's cache.
 
-The sources in `native/` are compiled for each instruction set, linked into one library and
-kept as `<key>-<digest>.so`: the key is that of the sources, the flags and jaxlib, the
-digest that of the file itself. So an outdated library has another name and a damaged one
-shows; both are built anew. A file is written aside and then renamed: processes that build
-at the same time do not disturb each other.
+The sources in `native/` are compiled for each instruction set, linked into one library
+and kept as `<key>-<digest>.so`: the key is that of the sources, the flags and jaxlib,
+the digest that of the file itself. So an outdated library has another name and a
+damaged one shows; both are built anew. A file is written aside and then renamed:
+processes that build at the same time do not disturb each other. As a rule one builds
+and the others wait.
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import hashlib
 import importlib.resources
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,8 +43,8 @@ _COMPILERS = ("c++", "g++", "clang++")
 _HANDLERS = ("matmul", "transposed", "sampled", "int8_matmul")
 _SECONDS = 300
 _INSTALL = (
-    "install g++ or clang++ (Debian: apt install g++; macOS: xcode-select --install), or "
-    "set CXX to a C++17 compiler"
+    "install g++ or clang++ (Debian: apt install g++; macOS: xcode-select --install), "
+    "or set CXX to a C++17 compiler"
 )
 
 
@@ -50,8 +52,8 @@ class Loaded(NamedTuple):
     """The library of this process.
 
     Attributes:
-      variants: the instruction sets that the processor runs, the best first; empty where
-        there is no library.
+      variants: the instruction sets that the processor runs, the best first; empty
+        where there is no library.
       problem: why there is none, in one line; "" where there is one.
     """
 
@@ -78,11 +80,12 @@ def load() -> Loaded:
 def _load() -> Loaded:
     try:
         folder = cache_folder()
-        path = find(folder)
-        library = None if path is None else _open(path)
-        if library is None:
-            path = build(folder, compiler())
-            library = ctypes.CDLL(str(path))
+        with _alone(folder):
+            path = find(folder)
+            library = None if path is None else _open(path)
+            if library is None:
+                path = build(folder, compiler())
+                library = ctypes.CDLL(str(path))
     except BuildError as e:
         return Loaded((), str(e))
     except OSError as e:
@@ -92,6 +95,17 @@ def _load() -> Loaded:
         jax.ffi.register_ffi_target(f"jaxsparse_{name}", handler, platform="cpu")
     library.jaxsparse_variants.restype = ctypes.c_char_p
     return Loaded(tuple(library.jaxsparse_variants().decode().split(",")), "")
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Generator[None]:
+    """Lets one process build and others wait, where the system can lock files."""
+    with open(folder / "lock", "a") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _open(path: pathlib.Path) -> ctypes.CDLL | None:
@@ -111,8 +125,8 @@ def cache_folder() -> pathlib.Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as e:
         raise BuildError(
-            f"the native kernels have no place: {e}; set JAXSPARSE_CACHE to a folder that "
-            "can be written to"
+            f"the native kernels have no place: {e}; set JAXSPARSE_CACHE to a folder "
+            "that can be written to"
         ) from e
     return folder
 
@@ -161,7 +175,12 @@ def _run(command: Sequence[str], folder: pathlib.Path) -> None:
     """Runs a step of a build; its first error is the message."""
     try:
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as e:
         raise BuildError(
@@ -178,11 +197,11 @@ def _run(command: Sequence[str], folder: pathlib.Path) -> None:
 
 def _units() -> list[tuple[str, tuple[str, ...]]]:
     """The source files with the flags of each instruction set they are compiled for."""
-    sets = {"portable": ()}
+    sets: dict[str, tuple[str, ...]] = {"portable": ()}
     if platform.machine() in ("x86_64", "AMD64"):
         vnni = (*_AVX512, "-mavx512vnni")
         sets |= {"avx2": _AVX2, "avx512": _AVX512, "avx512vnni": vnni}
-    units = [("handlers.cc", ())]
+    units: list[tuple[str, tuple[str, ...]]] = [("handlers.cc", ())]
     for name, flags in sets.items():
         flags = (*flags, f"-DNAMESPACE={name}")
         if name != "avx512vnni":

@@ -1,6 +1,6 @@
 """Calls of the native kernels on `[tokens, features]`, with derivatives and vmap.
 
-A layer's three products are one trilinear form, so each is the derivative of the others:
+A layer's three products are one trilinear form: each is the derivative of the others.
 
     matmul:      y[b, o]  = sum over entries of w[i, o] * x[b, i]
     transposed:  dx[b, i] = sum over entries of w[i, o] * dy[b, o]
@@ -83,9 +83,7 @@ transposed.defvjp(_transposed_fwd, _transposed_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def sampled(
-    kind: Kind, size: int, x: Array, dy: Array, structure: Structure
-) -> Array:
+def sampled(kind: Kind, size: int, x: Array, dy: Array, structure: Structure) -> Array:
     """`dvalues [size]` of `x [tokens, inputs]` and `dy [tokens, outputs]`."""
     return _in_turn(_call("sampled", lambda _: (size,), kind))(x, dy, *structure)
 

@@ -265,7 +265,8 @@ void Sampled(const Structure& s, int width, const float* x, const float* dy,
 
 }  // namespace
 
-const FloatKernels rows = {kRowWidths, kBackwardWidths, Forward<1>, Backward<1>, Sampled<1>};
+const FloatKernels rows = {kRowWidths, kBackwardWidths, Forward<1>, Backward<1>,
+                           Sampled<1>};
 const FloatKernels tiles = {kTileWidths, kTileWidths, Forward<4>, Backward<4>, Sampled<4>};
 
 }  // namespace NAMESPACE

@@ -34,7 +34,10 @@ struct Variant {
 };
 
 #if defined(__x86_64__)
-bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool HasAvx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 bool HasAvx512() {
   return HasAvx2() && __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -47,11 +50,13 @@ bool Always() { return true; }
 // The best first. AVX-512 is nothing new for int8 without VNNI.
 const Variant kVariants[] = {
 #if defined(__x86_64__)
-    {"avx512vnni", HasVnni, &avx512::structure, &avx512::rows, &avx512::tiles, &avx512vnni::int8},
+    {"avx512vnni", HasVnni, &avx512::structure, &avx512::rows, &avx512::tiles,
+     &avx512vnni::int8},
     {"avx512", HasAvx512, &avx512::structure, &avx512::rows, &avx512::tiles, &avx2::int8},
     {"avx2", HasAvx2, &avx2::structure, &avx2::rows, &avx2::tiles, &avx2::int8},
 #endif
-    {"portable", Always, &portable::structure, &portable::rows, &portable::tiles, &portable::int8},
+    {"portable", Always, &portable::structure, &portable::rows, &portable::tiles,
+     &portable::int8},
 };
 
 // The variant of a name, the best for "", or null.
@@ -74,7 +79,8 @@ std::vector<Block> Blocks(const int* widths, int64_t batch) {
   for (const int* w = widths; *w; ++w) widest = *w;
   std::vector<Block> blocks;
   int64_t begin = 0;
-  for (; batch - begin >= widest; begin += widest) blocks.push_back({begin, widest, widest});
+  for (; batch - begin >= widest; begin += widest)
+    blocks.push_back({begin, widest, widest});
   if (begin < batch) {
     const int rest = static_cast<int>(batch - begin);
     while (*widths < rest) ++widths;
@@ -203,11 +209,12 @@ const FloatKernels* KernelsOf(const Variant& v, int64_t height) {
   return height == 1 ? v.rows : height == 4 ? v.tiles : nullptr;
 }
 
-constexpr const char* kNoVariant = "this processor does not run the variant that was asked for.";
+constexpr const char* kNoVariant =
+    "this processor does not run the variant that was asked for.";
 
-ffi::Error Matmul(ffi::ThreadPool pool, F32Matrix x, F32Vector values, ffi::AnyBuffer indices,
-                  S32Vector offsets, ffi::Result<F32Matrix> y, int64_t height,
-                  std::string_view variant) {
+ffi::Error Matmul(ffi::ThreadPool pool, F32Matrix x, F32Vector values,
+                  ffi::AnyBuffer indices, S32Vector offsets, ffi::Result<F32Matrix> y,
+                  int64_t height, std::string_view variant) {
   const Variant* v = Find(variant);
   const FloatKernels* kernels = v ? KernelsOf(*v, height) : nullptr;
   if (!kernels) return Wrong(kNoVariant);
@@ -346,7 +353,8 @@ ffi::Error Int8Matmul(ffi::ThreadPool pool, F32Matrix x, S8Vector values,
   const int64_t batch = x.dimensions()[0], features = x.dimensions()[1];
   const int64_t inputs = (features + 3) / 4;
   if (features * 127 * 128 > INT32_MAX)
-    return Wrong("int8 sums of " + std::to_string(features) + " inputs do not fit into int32.");
+    return Wrong("int8 sums of " + std::to_string(features) +
+                 " inputs do not fit into int32.");
   Structure s;
   ffi::Error error = Read(indices, offsets, values.element_count() / 4, inputs, &s);
   if (error.failure()) return error;

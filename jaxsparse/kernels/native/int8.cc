@@ -214,7 +214,8 @@ void ForwardPanel(const Structure& s, const Index* indices, const int8_t* values
       const V weights = Load<int32_t>(values + 4 * e) - V{};
       for (int n = 0; n < N; ++n)
         into[n] = Dot(into[n], Load<V>(row + n * W), weights);
-      extra[u] = Dot(extra[u], Ints<4>{} - 0x7F7F7F80, Load<int32_t>(values + 4 * e) - Ints<4>{});
+      extra[u] = Dot(extra[u], Ints<4>{} - 0x7F7F7F80,  // 128 in each byte
+                     Load<int32_t>(values + 4 * e) - Ints<4>{});
 #else
       const int8_t* w = values + 4 * e;
       const V low = Pair(w[0], w[1]) - V{}, high = Pair(w[2], w[3]) - V{};
