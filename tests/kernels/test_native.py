@@ -1,5 +1,6 @@
 """Native kernels against dense products in float64, in each variant that runs here."""
 
+import concurrent.futures
 import functools
 
 import jax
@@ -371,6 +372,18 @@ def test_repeated_runs_are_the_same_bits():
     first = np.asarray(run(x))
     for _ in range(5):
         np.testing.assert_array_equal(run(x), first)
+
+
+def test_many_callers_at_once():
+    """They share XLA's threads, and none waits for what has not begun."""
+    w, packed = weights("csr", 512, 1024)
+    run = jax.jit(lambda x: native.csr_matmul(x, *packed))
+    x = activations(64, 512)
+    expected, magnitude = x @ w, np.abs(x) @ np.abs(w)
+    run(x).block_until_ready()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for y in pool.map(lambda _: np.asarray(run(x)), range(64)):
+            close(y, expected, magnitude)
 
 
 def test_sharded():
