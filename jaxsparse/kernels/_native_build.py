@@ -201,7 +201,8 @@ def _units() -> list[tuple[str, tuple[str, ...]]]:
     if platform.machine() in ("x86_64", "AMD64"):
         vnni = (*_AVX512, "-mavx512vnni")
         sets |= {"avx2": _AVX2, "avx512": _AVX512, "avx512vnni": vnni}
-    units: list[tuple[str, tuple[str, ...]]] = [("handlers.cc", ("-O1",))]  # it calls, and computes nothing
+    # Handlers compute nothing themselves.
+    units: list[tuple[str, tuple[str, ...]]] = [("handlers.cc", ("-O1",))]
     for name, flags in sets.items():
         flags = (*flags, f"-DNAMESPACE={name}")
         if name != "avx512vnni":
