@@ -10,13 +10,13 @@ Inside, activations are feature-major: the kernels ask XLA for that layout, and 
 elementwise between two of them XLA computes in it, without a transposition.
 
 The kernels check every index when they run: a wrong one is an error of the program, and
-nothing beyond an array is read. Each output is summed by one thread in one order, so
-the number of threads changes no bit.
+nothing beyond an array is read. Each output is summed by one thread, in an order that
+the number of tokens and the instruction set decide: threads change no bit.
 
-Under `jit` the partitioner knows nothing of these products: it gathers sharded arrays
-that they read, and the result is replicated. In `jax.shard_map` nothing is gathered:
-with tokens sharded and weights replicated, or with weights that are packed for each
-shard of outputs.
+Tokens that are sharded stay where they are, and so do outputs; weights are replicated,
+and features that are sharded are gathered. All arrays of such a program must lie on one
+mesh. With weights that are packed for each shard of outputs, call the products within
+`jax.shard_map`.
 """
 
 import math

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse._typing import Array
+from jaxsparse.kernels._native_sharding import split_over_tokens
 
 # In memory the tokens of one feature lie together.
 _FEATURE_MAJOR = (1, 0)
@@ -40,7 +41,7 @@ Structure = tuple[Array, Array]  # indices and offsets
 def matmul(kind: Kind, x: Array, values: Array, structure: Structure) -> Array:
     """`y [tokens, outputs]` of `x [tokens, inputs]`."""
     outputs = (structure[1].shape[0] - 1) * kind.height
-    call = _call("matmul", lambda x: (x.shape[0], outputs), kind)
+    call = _call("matmul", outputs, kind)
     return _foldable(call)(x, values, *structure)
 
 
@@ -62,7 +63,7 @@ def transposed(
     kind: Kind, inputs: int, dy: Array, values: Array, structure: Structure
 ) -> Array:
     """`dx [tokens, inputs]` of `dy [tokens, outputs]`."""
-    call = _call("transposed", lambda dy: (dy.shape[0], inputs), kind)
+    call = _call("transposed", inputs, kind)
     return _foldable(call)(dy, values, *structure)
 
 
@@ -85,7 +86,7 @@ transposed.defvjp(_transposed_fwd, _transposed_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sampled(kind: Kind, size: int, x: Array, dy: Array, structure: Structure) -> Array:
     """`dvalues [size]` of `x [tokens, inputs]` and `dy [tokens, outputs]`."""
-    return _in_turn(_call("sampled", lambda _: (size,), kind))(x, dy, *structure)
+    return _in_turn(_call("sampled", size, kind))(x, dy, *structure)
 
 
 def _sampled_fwd(
@@ -110,7 +111,7 @@ def int8_matmul(
 ) -> Array:
     """`y [tokens, outputs]` of int8 values and of activations quantized on the way."""
     outputs = structure[1].shape[0] - 1
-    call = _call("int8_matmul", lambda x: (x.shape[0], outputs), Kind(0, variant))
+    call = _call("int8_matmul", outputs, Kind(0, variant))
     return _foldable(call)(x, values, scale, *structure)
 
 
@@ -124,25 +125,27 @@ def _int8_fwd(*_: Any) -> Any:
 int8_matmul.defvjp(_int8_fwd, _int8_fwd)
 
 
-def _call(
-    name: str, shape_of: Callable[[Array], tuple[int, ...]], kind: Kind
-) -> Callable[..., Array]:
-    """The call of a handler: matrices are feature-major, in and out."""
+@functools.cache
+def _call(name: str, size: int, kind: Kind) -> Callable[..., Array]:
+    """The call of a handler: matrices are feature-major, in and out.
+
+    The result is `[tokens, size]`, or `[size]` where it is a sum over tokens.
+    """
+    of_tokens = name != "sampled"
     height = {"height": kind.height} if kind.height else {}
 
     def call(*args: Array) -> Array:
         layout = lambda ndim: _FEATURE_MAJOR if ndim == 2 else None
-        shape = shape_of(args[0])
-        made = jax.ShapeDtypeStruct(shape, jnp.float32)
+        shape = (args[0].shape[0], size) if of_tokens else (size,)
         f = jax.ffi.ffi_call(
             f"jaxsparse_{name}",
-            made,
+            jax.ShapeDtypeStruct(shape, jnp.float32),
             input_layouts=[layout(a.ndim) for a in args],
             output_layouts=layout(len(shape)),
         )
         return f(*args, variant=kind.variant, **height)
 
-    return call
+    return split_over_tokens(call, of_tokens=of_tokens)
 
 
 def _foldable(call: Callable[..., Array]) -> Callable[..., Array]:

@@ -386,21 +386,65 @@ def test_many_callers_at_once():
             close(y, expected, magnitude)
 
 
-def test_sharded():
-    """Gathered under jit; in `shard_map` each device multiplies what it has."""
-    w, (values, columns, offsets) = weights("csr")
+@functools.cache
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((4, 2), ("batch", "model"), axis_types=(kind,) * 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_tokens_stay_where_they_are(kind):
+    """Under jit and without it, in products and in gradients; nothing is gathered."""
+    w, (values, *where) = weights("csr")
     x = activations(16, D_IN)
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
-    rows = NamedSharding(mesh, P("batch"))
-    f = lambda x, values: native.csr_matmul(x, values, columns, offsets)
+    loss = lambda values, x: jnp.sum(native.csr_matmul(x, values, *where) ** 2)
+
+    def both(values, x):
+        y = native.csr_matmul(x, values, *where)
+        return y, *jax.grad(loss, (0, 1))(values, x)
+
+    run = jax.jit(both)
     expected, magnitude = x @ w, np.abs(x) @ np.abs(w)
-    sharded = jax.device_put(x, rows)
-    close(jax.jit(f)(sharded, values), expected, magnitude)
-    specs = {"in_specs": (P("batch"), P()), "out_specs": P("batch")}
-    mapped = jax.jit(jax.shard_map(f, mesh=mesh, **specs, check_vma=False))
-    y = mapped(sharded, values)
-    assert y.sharding.is_equivalent_to(rows, 2)
+    to_values = PACK["csr"](2 * x.astype(np.float64).T @ expected, w != 0)[0]
+    to_x = 2 * expected @ w.T
+    for axes in (("batch",), (("batch", "model"),)):
+        rows = NamedSharding(mesh(kind), P(*axes))
+        sharded = jax.device_put(x, rows)
+        y, dvalues, dx = run(values, sharded)
+        eager = native.csr_matmul(sharded, values, *where)
+        assert all(a.sharding.is_equivalent_to(rows, 2) for a in (y, dx, eager))
+        assert "all-gather" not in run.lower(values, sharded).compile().as_text()
+        close(y, expected, magnitude)
+        close(eager, expected, magnitude)
+        close(dx, to_x, 10 * np.abs(to_x).max())
+        close(dvalues, to_values, 10 * np.abs(to_values).max())
+
+
+def test_other_shardings_are_gathered():
+    """Features that are split, a number of tokens that does not divide, `shard_map`."""
+    w, (values, *where) = weights("csr")
+    x = activations(16, D_IN)
+    f = lambda x, values: native.csr_matmul(x, values, *where)
+    expected, magnitude = x @ w, np.abs(x) @ np.abs(w)
+    split = NamedSharding(mesh(), P("batch", "model"))
+    y = jax.jit(f)(jax.device_put(x, split), values)
     close(y, expected, magnitude)
+
+    def uneven(x):
+        return f(jax.lax.with_sharding_constraint(x[:13], split), values)
+
+    close(jax.jit(uneven)(x), expected[:13], magnitude[:13])
+    for manual in ({"batch"}, {"batch", "model"}):
+        mapped = jax.shard_map(
+            f,
+            mesh=mesh(),
+            in_specs=(P("batch"), P()),
+            out_specs=P("batch"),
+            axis_names=manual,
+            check_vma=False,
+        )
+        y = jax.jit(mapped)(x, values)
+        close(y, expected, magnitude)
+        assert y.sharding.is_equivalent_to(NamedSharding(mesh(), P("batch")), 2)
 
 
 # ---- What is wrong -------------------------------------------------------------------
