@@ -240,47 +240,48 @@ void ForwardPanel(const Structure& s, const Index* indices, const int8_t* values
   }
 }
 
+// The words of entries that fill a vector.
+template <class Index>
+inline Ints<4> Words(const int32_t* packed, const Index* at) {
+#if defined(__AVX512VNNI__)
+  return Ints<4>{packed[at[0]], packed[at[1]], packed[at[2]], packed[at[3]]};
+#else
+  typedef int64_t Two __attribute__((vector_size(16)));
+  const Two both = {Load<int64_t>(packed + int64_t{at[0]} * 2),
+                    Load<int64_t>(packed + int64_t{at[1]} * 2)};
+  return Load<Ints<4>>(&both);
+#endif
+}
+
 // One token: entries are the vector.
 template <class Index>
 void ForwardOne(const Structure& s, const Index* indices, const int8_t* values,
                 const float* scale, const int32_t* packed, float token, float* y,
                 int64_t stride, Range groups) {
-#if defined(__AVX512VNNI__)
-  constexpr int U = 4;  // entries of one word in a vector
-#else
-  constexpr int U = 2;  // entries of two words
-#endif
-  const auto dot = [&](Ints<4> sum, const int32_t* x, const int8_t* w) {
+  constexpr int U = 4 / kWords;
+  const auto dot = [&](Ints<4> sum, Ints<4> x, const int8_t* w) {
 #if defined(__AVX512VNNI__)
     const Ints<4> weights = Load<Ints<4>>(w);
-    sum -= Dot(Ints<4>{}, Ints<4>{} - 0x7F7F7F80, weights);
-    return Dot(sum, Load<Ints<4>>(x), weights);
+    sum -= Dot(Ints<4>{}, Ints<4>{} - 0x7F7F7F80, weights);  // 128 in each byte
+    return Dot(sum, x, weights);
 #else
     const Ints<4> weights = {Pair(w[0], w[1]), Pair(w[2], w[3]), Pair(w[4], w[5]),
                              Pair(w[6], w[7])};
-    return Dot<4>(sum, Load<Ints<4>>(x), weights);
+    return Dot<4>(sum, x, weights);
 #endif
   };
   for (int64_t g = groups.begin; g < groups.end; ++g) {
     Ints<4> sums = {};
-    int32_t x[4];
     const int64_t last = s.offsets[g + 1];
     int64_t e = s.offsets[g];
-    for (; e + U <= last; e += U) {
-      for (int u = 0; u < U; ++u)
-        for (int k = 0; k < kWords; ++k)
-          x[u * kWords + k] = packed[int64_t{indices[e + u]} * kWords + k];
-      sums = dot(sums, x, values + 4 * e);
-    }
-    if (e < last) {
+    for (; e + U <= last; e += U)
+      sums = dot(sums, Words(packed, indices + e), values + 4 * e);
+    if (e < last) {  // the last entry again, with weights of 0
+      Index at[U];
       int8_t w[4 * U] = {};
-      for (int u = 0; u < U; ++u) {
-        const int64_t at = e + u < last ? e + u : last - 1;
-        for (int k = 0; k < kWords; ++k)
-          x[u * kWords + k] = packed[int64_t{indices[at]} * kWords + k];
-      }
+      for (int u = 0; u < U; ++u) at[u] = indices[e + u < last ? e + u : last - 1];
       __builtin_memcpy(w, values + 4 * e, 4 * (last - e));
-      sums = dot(sums, x, w);
+      sums = dot(sums, Words(packed, at), w);
     }
     const int32_t sum = (sums[0] + sums[2]) + (sums[1] + sums[3]);
     y[g * stride] = static_cast<float>(sum) * (token * scale[g]);
