@@ -87,7 +87,9 @@ def _is_array(x: Any, abstract: bool) -> bool:
         return x.dtype.kind in "biufcV" and x.dtype.names is None
     if isinstance(x, jax.ShapeDtypeStruct):
         return abstract
-    return hasattr(x, "__jax_array__") or (abstract and hasattr(x, "shape"))
+    # A variable of Keras converts to an array but lacks its attributes.
+    whole = hasattr(x, "__jax_array__") and hasattr(x, "size")
+    return whole or (abstract and hasattr(x, "shape"))
 
 
 def _no_array(name: str, keys: Any, leaf: Any) -> str:
@@ -103,7 +105,11 @@ def _no_array(name: str, keys: Any, leaf: Any) -> str:
     elif isinstance(leaf, bool | int | float | complex):
         advice = f"Write jnp.asarray({leaf!r})."
     else:
-        advice = "What is no array is kept apart (eqx.partition, nnx.split) or is None."
+        advice = (
+            "Pass a tree of arrays alone: variables['params'] (Linen), nnx.state(model, "
+            "nnx.Param), eqx.partition(model, eqx.is_array)[0], or [v.value for v in "
+            "model.trainable_variables] (Keras). None may stand where nothing is."
+        )
     return f"{which}; got {shown(leaf)}. {advice}"
 
 

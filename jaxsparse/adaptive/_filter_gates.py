@@ -124,7 +124,7 @@ def filter_logits(
       `[batch, filters]`, float32 at least.
 
     Raises:
-      ValueError: another pool, maps of other channels.
+      ValueError: an unknown `pool`, or maps whose channels the predictor does not fit.
       TypeError: a predictor that is none, maps that are not floating point.
 
     Example:

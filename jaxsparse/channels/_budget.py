@@ -93,7 +93,7 @@ def drop_to_budget(
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"budget must be a number, got {budget!r}.")
     if math.isnan(budget):
-        raise ValueError("budget is NaN.")
+        raise ValueError("budget is NaN. Pass the largest cost that may be left.")
     limits = limits_of(round_to, min_keep, max_sparsity)
     chains = chains_of(groups, scores, per_copy, limits, where)
     which, after = _pace(chains, scopes_of(groups, chains, scope))
@@ -125,12 +125,12 @@ def drop_to_budget(
 
 def _number(x: Any) -> Any:
     if not isinstance(x, numbers.Real) and np.shape(x) != ():
-        raise TypeError(f"cost(drop) must be one number, got {x!r}.")
+        raise TypeError(f"cost(drop) must be one number, such as a sum, got {x!r}.")
     x = x if isinstance(x, numbers.Real) else on_host(x).item()
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
-        raise TypeError(f"cost(drop) must be one number, got {x!r}.")
+        raise TypeError(f"cost(drop) must be one number, such as a sum, got {x!r}.")
     if math.isnan(x):
-        raise ValueError("cost(drop) is NaN.")
+        raise ValueError("cost(drop) is NaN, so it cannot be compared with the budget.")
     return x
 
 

@@ -115,8 +115,8 @@ def hybrid_gate(
     """Return the gate of all modules at a step: open at first, 0 or 1 at the end.
 
     `sigmoid(T m) + max(1/2 - t / G, 0)` with `T = 1 / (1 - ln t / ln G + 1e-6)` for
-    step t of `G = total_steps`. At `m = 0` it is 1 in the first step. From `frozen_from
-    * G` on it is that of this step, and does not train m any more.
+    step t of `G = total_steps`. At `m = 0` the gate is 1 in the first step. From step
+    `frozen_from * G` on the gate no longer changes, and m gets no gradient.
 
     Differs from the reference implementation, whose gates are at least 4.5e-5, and 0 at
     `m = 0` at the end, where its loss counts such a channel as kept.

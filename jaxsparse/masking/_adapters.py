@@ -215,7 +215,10 @@ def _fitting(params: PyTree, adapters: PyTree) -> dict[str, Adapter]:
     for path, (a, b) in named.items():
         w = owners.get(path)
         if w is None:
-            raise ValueError(f"adapters: {path or 'that'} is no parameter.")
+            raise ValueError(
+                f"adapters: {path or 'that'} is no parameter. "
+                "js.masking.init_adapters(params, ...) makes adapters for these."
+            )
         fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
         if not fits or (a.shape[0], b.shape[1]) != jnp.shape(w):
             raise ValueError(

@@ -148,7 +148,7 @@ def masked_by_logits(
 
     Differs from the reference implementation, which keeps one-hot patterns and their
     products for whole layers: here one sum over patterns is taken, `groups_at_once`
-    groups at a time, and computed anew for the gradient. The patterns of any N:M.
+    groups at a time, and computed anew for the gradient. It supports every N:M.
 
     Args:
       params: the parameters.

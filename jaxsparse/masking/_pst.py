@@ -164,7 +164,10 @@ def _by_path(factors: PyTree) -> dict[str, LowRank]:
 
 def _check_fits(path: str, own: LowRank, w: Array | None) -> None:
     if w is None:
-        raise ValueError(f"factors: {path} is no parameter.")
+        raise ValueError(
+            f"factors: {path} is no parameter. js.masking.init_low_rank(params, ...) "
+            "makes factors for these parameters."
+        )
     shapes = jax.tree.map(jnp.shape, (own.update, own.score))
     for left, right in shapes:
         if (left[0], right[1]) != w.shape or left[1] != right[0]:

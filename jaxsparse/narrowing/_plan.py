@@ -125,7 +125,9 @@ def _indices(group: Group, gone: Any) -> np.ndarray:
         )
     gone = np.sort(gone, axis=-1)
     if np.any(np.diff(gone, axis=-1) == 0):
-        raise ValueError(f"{name}: an index is given twice.")
+        raise ValueError(
+            f"{name}: an index is given twice, in {gone.tolist()}. Name each once."
+        )
     if gone.shape[-1] == group.size:
         raise ValueError(
             f"{name}: all {group.size} indices would be dropped; keep at least one. "

@@ -81,7 +81,7 @@ class Recipe(NamedTuple):
 
         Raises:
           TypeError: an `inner` that is no function of a learning rate.
-          ValueError: masks and a score.
+          ValueError: both `masks` and a score are given.
 
         Example:
           >>> import jax.numpy as jnp, optax, jaxsparse as js

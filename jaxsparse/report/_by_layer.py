@@ -63,7 +63,10 @@ def plot_errors(
     check_path(path)
     check_info(info)
     if not info:
-        raise ValueError("info is empty: no kernel was solved.")
+        raise ValueError(
+            "info is empty: no kernel was solved. Pass the `info` that "
+            "js.oneshot.layerwise returned."
+        )
     paths = natural_order(info)
     error = np.array([mean_of_known(info[p].relative_error) for p in paths])
     masked = np.array([mean_of_known(info[p].masked_error) for p in paths])

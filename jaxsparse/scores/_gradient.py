@@ -126,9 +126,9 @@ def grasp(
     and round as the model's sums do: scores of one device differ in the last place.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`. It gets parameters and a batch whose
-        numbers of less than 32 bits are cast to float32: products of three derivatives
-        would leave their range.
+      loss_fn: `loss_fn(params, batch) -> scalar`. Parameters and batch are cast to
+        float32 first where they have fewer bits, because products of three derivatives
+        overflow narrower types.
       params: a tree of arrays.
       batch: what `loss_fn` takes.
 

@@ -39,7 +39,10 @@ def retrace(trace_: Trace, params: PyTree, inputs: tuple[Any, ...]) -> Trace:
     shapes = [abstract(x) for x in jax.tree.leaves(params)]
     traced = [v.aval for v in trace_.program.jaxpr.invars[: len(trace_.paths)]]
     if treedef != trace_.treedef:
-        raise ValueError("params have another structure than those that were traced.")
+        raise ValueError(
+            "params have another structure than those that were traced: expected "
+            f"{trace_.treedef}, got {treedef}. Trace this model with js.trace."
+        )
     for path, s, t in zip(trace_.paths, shapes, traced, strict=True):
         if s.shape != t.shape:
             raise ValueError(f"{path}: traced with shape {t.shape}, got {s.shape}.")

@@ -33,7 +33,7 @@ def acdc(
     they are before step `end`. Keep a copy of them, and fine-tune it if you like.
 
     Differs from the reference implementation, which resets the moments of all weights
-    when a dense phase begins: here of those that come back.
+    when a dense phase begins. Here only weights that come back lose their moments.
 
     Args:
       sparsity: of the sparse phases, in (0, 1).

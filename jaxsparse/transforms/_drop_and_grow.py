@@ -68,8 +68,8 @@ def drop_and_grow(
         rate(0)` for a learning rate `rate`.
       score: a function of `params`, larger = stay.
       pattern: which weights are dropped and grow together, and which compete. For `NM`
-        the weights of a whole layer compete for staying, and in each group the free
-        places go to those that grow first.
+        the weights of a whole layer compete for staying, and each group fills its free
+        places in the order in which weights grow.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
       min_keep: how many units each group and each layer keeps at least, as there.
