@@ -106,7 +106,7 @@ def _no_array(name: str, keys: Any, leaf: Any) -> str:
         advice = f"Write jnp.asarray({leaf!r})."
     else:
         advice = (
-            "Pass a tree of arrays alone: variables['params'] (Linen), nnx.state(model, "
+            "Pass a tree of arrays alone: variables['params'] (Linen), nnx.state(net, "
             "nnx.Param), eqx.partition(model, eqx.is_array)[0], or [v.value for v in "
             "model.trainable_variables] (Keras). None may stand where nothing is."
         )

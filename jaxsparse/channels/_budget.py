@@ -75,7 +75,7 @@ def drop_to_budget(
     Raises:
       ValueError: a budget that is not met with all removed that may be (the message has
         what can be reached); a cost that is NaN; as for `drop_lowest`.
-      TypeError: a cost that is no number; as for `drop_lowest`.
+      TypeError: a cost that is not a number; as for `drop_lowest`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -44,7 +44,7 @@ def init_hybrid(width: int, *, key: Array, rank: int = 200) -> Hybrid:
 
     Raises:
       ValueError: a width or rank below 1.
-      TypeError: a key that is none.
+      TypeError: a `key` that is not a random key.
 
     Example:
       >>> import jax, jaxsparse as js
@@ -89,7 +89,7 @@ def hybrid(module: Hybrid, x: Array, gate: Array) -> Array:
 
     Raises:
       ValueError: a module or gate of another width.
-      TypeError: a module that is none.
+      TypeError: a `module` of another type.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -194,7 +194,7 @@ def hybrid_loss(mask: Array, modules: PyTree, *, width: int) -> HybridLoss:
 
     Raises:
       ValueError: a width outside of 1 ... d, a mask that is no vector.
-      TypeError: modules that are none.
+      TypeError: `modules` of another type.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -249,7 +249,7 @@ def fold_hybrid(
 
     Raises:
       ValueError: a kernel, gate or bias of another width.
-      TypeError: a module that is none.
+      TypeError: a `module` of another type.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

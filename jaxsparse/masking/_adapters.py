@@ -50,7 +50,7 @@ def init_adapters(
 
     Raises:
       ValueError: a selected parameter that is no matrix, `rank < 1`.
-      TypeError: a key that is none.
+      TypeError: a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -112,7 +112,7 @@ def with_adapters(
 
     Raises:
       ValueError: adapters or masks that do not fit the parameters.
-      TypeError: adapters that are no tree of `Adapter`.
+      TypeError: adapters that are not a tree of `Adapter`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -166,7 +166,7 @@ def adapter_importance(
 
     Raises:
       ValueError: adapters or gradients that do not fit.
-      TypeError: adapters that are no tree of `Adapter`.
+      TypeError: adapters that are not a tree of `Adapter`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

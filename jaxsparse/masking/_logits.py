@@ -68,7 +68,7 @@ def init_mask_logits(
     Raises:
       ValueError: `of` does not divide the inputs of a kernel; a pattern with more than
         1,024 choices; masks that do not fit.
-      TypeError: a pattern other than N:M, a key that is none.
+      TypeError: a pattern other than N:M, a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -168,7 +168,7 @@ def masked_by_logits(
     Raises:
       ValueError: logits that do not fit the parameters and the pattern; a number of
         groups at once that does not divide.
-      TypeError: a pattern other than N:M, a key that is none.
+      TypeError: a pattern other than N:M, a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

@@ -80,7 +80,7 @@ class Recipe(NamedTuple):
           A gradient transformation.
 
         Raises:
-          TypeError: an `inner` that is no function of a learning rate.
+          TypeError: an `inner` that is not a function of a learning rate.
           ValueError: both `masks` and a score are given.
 
         Example:

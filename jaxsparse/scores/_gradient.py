@@ -36,7 +36,7 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
     Raises:
       ValueError: gradients of another structure or shape, or with NaN (in eager use;
         under jit their scores are NaN, which counts as the lowest).
-      TypeError: a leaf that is no array.
+      TypeError: a leaf that is not an array.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -85,7 +85,7 @@ def drop_and_grow(
       ValueError: a drop fraction outside (0, 1]; at `init`, one by which no parameter
         drops a weight; under `enforce`, a member before it that keeps statistics, which
         hides the gradients; what `prune_schedule` raises.
-      TypeError: `grow` or `score` that is no score; a key that is none.
+      TypeError: `grow` or `score` that is no score; a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js

@@ -104,7 +104,7 @@ def test_a_donated_parameter_is_named():
 
 
 def test_no_parameters_at_all():
-    with pytest.raises(TypeError, match="params: there are no arrays"):
+    with pytest.raises(TypeError, match="params: expected a tree of arrays"):
         js.prune({}, 0.5)
 
 
