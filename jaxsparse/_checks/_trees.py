@@ -100,15 +100,16 @@ def _no_array(name: str, keys: Any, leaf: Any) -> str:
             f"{which}; this one is abstract (jax.ShapeDtypeStruct), it has no values. "
             "Pass arrays, or call this within jax.eval_shape."
         )
-    if isinstance(keys[-1] if keys else None, jax.tree_util.SequenceKey):
+    number = isinstance(leaf, bool | int | float | complex)
+    if number and isinstance(keys[-1] if keys else None, jax.tree_util.SequenceKey):
         advice = "A list is a tree of its entries: write jnp.asarray(list)."
-    elif isinstance(leaf, bool | int | float | complex):
+    elif number:
         advice = f"Write jnp.asarray({leaf!r})."
     else:
         advice = (
             "Pass a tree of arrays alone: variables['params'] (Linen), nnx.state(net, "
             "nnx.Param), eqx.partition(model, eqx.is_array)[0], or [v.value for v in "
-            "model.trainable_variables] (Keras). None may stand where nothing is."
+            "model.trainable_variables] (Keras). A leaf may be None."
         )
     return f"{which}; got {shown(leaf)}. {advice}"
 

@@ -57,7 +57,7 @@ def _zeros(grads: PyTree) -> PyTree:
     named = leaves_with_paths(grads)
     if not named:
         raise ValueError(
-            "grads: expected a tree of arrays [m, *shape], got one without leaves."
+            "grads: expected a tree of arrays [m, *shape], but it has no leaves."
         )
     for path, g in named:
         if jnp.ndim(g) == 0:

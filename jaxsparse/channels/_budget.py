@@ -125,10 +125,10 @@ def drop_to_budget(
 
 def _number(x: Any) -> Any:
     if not isinstance(x, numbers.Real) and np.shape(x) != ():
-        raise TypeError(f"cost(drop) must be one number, such as a sum, got {x!r}.")
+        raise TypeError(f"cost(drop) must be one number, got {x!r}.")
     x = x if isinstance(x, numbers.Real) else on_host(x).item()
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
-        raise TypeError(f"cost(drop) must be one number, such as a sum, got {x!r}.")
+        raise TypeError(f"cost(drop) must be one number, got {x!r}.")
     if math.isnan(x):
         raise ValueError("cost(drop) is NaN, so it cannot be compared with the budget.")
     return x

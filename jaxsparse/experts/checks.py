@@ -28,8 +28,8 @@ def check_labels(labels: Any, n: int) -> tuple[np.ndarray, int]:
     """The labels as numpy integers, and how many groups they have."""
     if not _checks.is_concrete(labels):
         raise ValueError(
-            "labels are traced, but they decide shapes. Call this outside of jit, or "
-            "close over the labels."
+            "labels decide shapes, so they cannot be traced. Call this outside of jit, "
+            "or close over the labels."
         )
     labels = on_host(labels)
     integer = labels.dtype.kind in "iu"
