@@ -17,11 +17,11 @@ Confidence = Callable[[Array], Array]
 
 
 class Exit(NamedTuple):
-    """Where inputs leave a model, and with what.
+    """The exit at which each input leaves a model, and its logits.
 
     Attributes:
       index: `[batch]` int32, which exit, 0 for the first.
-      logits: `[batch, classes]`, those of this exit.
+      logits: `[batch, classes]`, the logits of this exit.
       confidence: `[batch]`, its confidence, float32 at least.
     """
 

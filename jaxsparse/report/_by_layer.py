@@ -47,7 +47,7 @@ def plot_errors(
 
     Raises:
       TypeError: something else than infos.
-      ValueError: no infos; a `path` that does not end in `.png`.
+      ValueError: an empty `info`; a `path` that does not end in `.png`.
       ImportError: matplotlib is not installed.
 
     Example:
