@@ -87,7 +87,9 @@ def _is_array(x: Any, abstract: bool) -> bool:
         return x.dtype.kind in "biufcV" and x.dtype.names is None
     if isinstance(x, jax.ShapeDtypeStruct):
         return abstract
-    return hasattr(x, "__jax_array__") or (abstract and hasattr(x, "shape"))
+    # A variable of Keras converts to an array but lacks its attributes.
+    whole = hasattr(x, "__jax_array__") and hasattr(x, "size")
+    return whole or (abstract and hasattr(x, "shape"))
 
 
 def _no_array(name: str, keys: Any, leaf: Any) -> str:
@@ -98,12 +100,17 @@ def _no_array(name: str, keys: Any, leaf: Any) -> str:
             f"{which}; this one is abstract (jax.ShapeDtypeStruct), it has no values. "
             "Pass arrays, or call this within jax.eval_shape."
         )
-    if isinstance(keys[-1] if keys else None, jax.tree_util.SequenceKey):
+    number = isinstance(leaf, bool | int | float | complex)
+    if number and isinstance(keys[-1] if keys else None, jax.tree_util.SequenceKey):
         advice = "A list is a tree of its entries: write jnp.asarray(list)."
-    elif isinstance(leaf, bool | int | float | complex):
+    elif number:
         advice = f"Write jnp.asarray({leaf!r})."
     else:
-        advice = "What is no array is kept apart (eqx.partition, nnx.split) or is None."
+        advice = (
+            "Pass a tree of arrays alone: variables['params'] (Linen), nnx.state(net, "
+            "nnx.Param), eqx.partition(model, eqx.is_array)[0], or [v.value for v in "
+            "model.trainable_variables] (Keras). A leaf may be None."
+        )
     return f"{which}; got {shown(leaf)}. {advice}"
 
 

@@ -1,4 +1,4 @@
-"""What a model computes for one input, and what it leaves out."""
+"""Compute less for one input: filter gates and early exit."""
 
 from jaxsparse.adaptive._early_exit import Exit as Exit
 from jaxsparse.adaptive._early_exit import ExitThreshold as ExitThreshold

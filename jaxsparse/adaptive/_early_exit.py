@@ -17,11 +17,11 @@ Confidence = Callable[[Array], Array]
 
 
 class Exit(NamedTuple):
-    """Where inputs leave a model, and with what.
+    """The exit at which each input leaves a model, and its logits.
 
     Attributes:
       index: `[batch]` int32, which exit, 0 for the first.
-      logits: `[batch, classes]`, those of this exit.
+      logits: `[batch, classes]`, the logits of this exit.
       confidence: `[batch]`, its confidence, float32 at least.
     """
 
@@ -202,7 +202,10 @@ def exit_threshold(
     _checks.check_number(budget=budget)
     sure = on_host(_confidence(confidence, stacked)).reshape(len(stacked), -1)
     if np.isnan(sure).any():
-        raise ValueError(f"logits: {int(np.isnan(sure).sum())} confidences are NaN.")
+        raise ValueError(
+            f"logits: {int(np.isnan(sure).sum())} confidences are NaN. Look for NaN "
+            "in the parameters and the inputs."
+        )
     if budget < given[0]:
         raise ValueError(
             f"budget={budget!r}: each input costs {given[0]} at least, up to the first "
@@ -236,7 +239,9 @@ def _check_threshold(threshold: Any) -> None:
     """Raises unless it is a number; infinity, which nothing reaches, is one."""
     _checks.check_scalar(threshold=threshold)
     if _checks.is_concrete(threshold) and np.isnan(float(threshold)):
-        raise ValueError("threshold is NaN.")
+        raise ValueError(
+            "threshold is NaN. Pass a number, such as 0.9; jnp.inf is never reached."
+        )
 
 
 def _stacked(logits: Sequence[Array]) -> Array:

@@ -52,7 +52,7 @@ def mass_targets(maps: Array, *, mass: float) -> Array:
 
 
 class FilterPredictor(NamedTuple):
-    """What predicts the gates of one layer: a convolution of 1 x 1 on pooled maps.
+    """The predictor of one layer's gates, a 1 x 1 convolution on pooled maps.
 
     Attributes:
       kernel: `[channels, filters]`.
@@ -78,7 +78,7 @@ def init_filter_predictor(
 
     Raises:
       ValueError: numbers below 1.
-      TypeError: a key that is none.
+      TypeError: a `key` that is not a random key.
 
     Example:
       >>> import jax, jaxsparse as js
@@ -124,8 +124,8 @@ def filter_logits(
       `[batch, filters]`, float32 at least.
 
     Raises:
-      ValueError: another pool, maps of other channels.
-      TypeError: a predictor that is none, maps that are not floating point.
+      ValueError: an unknown `pool`, or maps whose channels the predictor does not fit.
+      TypeError: a `predictor` of another type, maps that are not floating point.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -61,7 +61,7 @@ def sensitivity(
     Raises:
       ValueError: no sparsities, one outside [0, 1), a pattern of the global scope or
         with a sparsity of its own, and what `jaxsparse.patterns.masks` raises.
-      TypeError: a loss that is no scalar.
+      TypeError: a loss that is not a scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

@@ -35,7 +35,10 @@ def grouped(tree: PyTree, sparsity: float, where: Where, groups: Groups) -> Bloc
                 )
             blocks.setdefault(name, []).append((path, x))
     if not blocks:
-        raise ValueError("The selected parameters hold no weights at all.")
+        raise ValueError(
+            "The selected parameters hold no weights: all their sizes are 0, or none "
+            "is selected. Look at `where`."
+        )
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""What kernels see: statistics of their inputs, and of their gradients."""
+"""Measure the inputs and the gradients of kernels."""
 
 from jaxsparse.calibration._batch_norm import batch_statistics as batch_statistics
 from jaxsparse.calibration._gradients import gradient_norms as gradient_norms

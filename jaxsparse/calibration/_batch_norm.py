@@ -53,7 +53,7 @@ def batch_statistics(
     Raises:
       ValueError: no batch; statistics that do not follow the rule above (the message
         names the first), perhaps because `update` runs in inference mode.
-      TypeError: an `update` that is no function of two arguments.
+      TypeError: an `update` that is not a function of two arguments.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -56,7 +56,9 @@ def _zeros(grads: PyTree) -> PyTree:
     _checks.check_arrays(grads=grads)
     named = leaves_with_paths(grads)
     if not named:
-        raise ValueError("The tree of gradients has no leaves.")
+        raise ValueError(
+            "grads: expected a tree of arrays [m, *shape], but it has no leaves."
+        )
     for path, g in named:
         if jnp.ndim(g) == 0:
             raise ValueError(f"{path}: gradients are `[m, *shape]`, got a scalar.")

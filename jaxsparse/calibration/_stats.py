@@ -180,8 +180,8 @@ def merge(a: RunningStats, b: RunningStats) -> RunningStats:
     _checks.check_is(RunningStats, "js.calibration.init(...)", a=a, b=b)
     if (a.products is None) != (b.products is None):
         raise ValueError(
-            "One of the statistics has products, the other has not: call `init` with "
-            "the same `gram` for both."
+            "One of the statistics has a Gram matrix, the other has none: call "
+            "`init` with the same `gram` for both."
         )
     if a.mean.shape != b.mean.shape:
         raise ValueError(

@@ -75,7 +75,7 @@ def drop_to_budget(
     Raises:
       ValueError: a budget that is not met with all removed that may be (the message has
         what can be reached); a cost that is NaN; as for `drop_lowest`.
-      TypeError: a cost that is no number; as for `drop_lowest`.
+      TypeError: a cost that is not a number; as for `drop_lowest`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -93,7 +93,7 @@ def drop_to_budget(
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"budget must be a number, got {budget!r}.")
     if math.isnan(budget):
-        raise ValueError("budget is NaN.")
+        raise ValueError("budget is NaN. Pass the largest cost that may be left.")
     limits = limits_of(round_to, min_keep, max_sparsity)
     chains = chains_of(groups, scores, per_copy, limits, where)
     which, after = _pace(chains, scopes_of(groups, chains, scope))
@@ -130,7 +130,7 @@ def _number(x: Any) -> Any:
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"cost(drop) must be one number, got {x!r}.")
     if math.isnan(x):
-        raise ValueError("cost(drop) is NaN.")
+        raise ValueError("cost(drop) is NaN, so it cannot be compared with the budget.")
     return x
 
 

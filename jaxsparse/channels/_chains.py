@@ -142,8 +142,8 @@ def _concrete(group: Group, scores: Any) -> np.ndarray:
     name, shape = group.name, (*group.copies, group.size)
     if not _checks.is_concrete(scores):
         raise TypeError(
-            f"{name}: what goes changes shapes, so the scores have to be known: call "
-            "js.channels.drop_lowest outside of jit."
+            f"{name}: chosen channels decide shapes, so scores must not be traced: "
+            "call js.channels.drop_lowest outside of jit."
         )
     x = on_host(scores)
     if x.shape != shape:

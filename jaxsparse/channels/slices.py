@@ -47,7 +47,9 @@ def slices_of(
     if isinstance(roles, str) or not roles or set(roles) - set(ROLES):
         raise ValueError(f"roles={roles!r}: expected a tuple of some of {ROLES}.")
     if not groups:
-        raise ValueError("groups: there are none.")
+        raise ValueError(
+            "groups: there are none. js.coupling.groups(trace) finds those of a model."
+        )
     found = {}
     for name, group in groups.items():
         if not group.prunable:

@@ -146,7 +146,10 @@ def load_export(
         opened = _read(path, "the file", lambda: reader(file, max_bytes))
         text = opened.note
         if text is None:
-            raise ValueError(f"{path}: not a file of js.checkpoint.export.")
+            raise ValueError(
+                f"{path}: not a file of js.checkpoint.export. Other files have no note "
+                "of shapes and checksums; open them with NumPy or safetensors."
+            )
         note = _read(path, "its text", lambda: _note.parsed(text, opened.crc))
         # In the order of the leaves, which files do not keep.
         params = {

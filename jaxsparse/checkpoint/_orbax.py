@@ -77,8 +77,8 @@ def save(
     killed. A killed process on another host cannot be seen: where jobs are restarted on
     another machine, delete the lock before they begin.
 
-    With many processes each of them calls `save`, and all see
-    the directory; of arrays that are local to each, the first process writes its own.
+    With many processes each of them calls `save`, and all see the directory. Where each
+    process has its own copy of an array, the first process writes its copy.
     A crash of the machine, not of the process, may lose what its file
     system had not yet written.
 

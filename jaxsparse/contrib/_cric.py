@@ -134,7 +134,7 @@ def cric(
     wide = dtype_of(slices, params)
     data = list(batches)
     if not data:
-        raise ValueError("batches: there are none.")
+        raise ValueError("batches: there are none. Was the iterator used up before?")
 
     @jax.jit
     def sample(params: PyTree, batch: Any) -> dict[str, Array]:

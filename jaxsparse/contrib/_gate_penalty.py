@@ -73,13 +73,18 @@ def gate_penalty(
     _checks.check_number(budget=budget)
     if set(gates) != set(costs):
         differ = sorted(set(gates) ^ set(costs))
-        raise ValueError(f"gates and costs must have the same blocks: {differ[:4]}.")
+        raise ValueError(
+            f"gates and costs must have the same blocks: {differ[:4]} are in one of "
+            "them only."
+        )
     if _checks.is_concrete(budget) and not 0 <= float(budget) <= 1:
         raise ValueError(f"budget={budget!r}: expected a fraction in [0, 1].")
     names = list(gates)
     shares = np.array([float(costs[name]) for name in names])
     if not np.all(shares >= 0) or not shares.sum() > 0:
-        raise ValueError(f"costs must be at least 0 and some of them above: {costs}.")
+        raise ValueError(
+            f"costs must be at least 0 and some of them above; got {costs}."
+        )
     for name in names:
         if shape := jnp.shape(gates[name]):
             raise ValueError(f"{name}: a gate is a scalar, got the shape {shape}.")

@@ -55,7 +55,7 @@ def threshold_gates(
     group's threshold `t`, the soft gate of channel c is `sigmoid((s_c - t) /
     temperature)` and the hard gate `[s_c >= t]`, with the derivative of the soft one;
     the best channel (of each copy) always stays. The thresholds learn from the loss and
-    from a constraint of the cost::
+    from a penalty on the cost::
 
         def loss_fn(trained, batch):
             params, thresholds = trained

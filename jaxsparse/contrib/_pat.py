@@ -44,7 +44,7 @@ def init_hybrid(width: int, *, key: Array, rank: int = 200) -> Hybrid:
 
     Raises:
       ValueError: a width or rank below 1.
-      TypeError: a key that is none.
+      TypeError: a `key` that is not a random key.
 
     Example:
       >>> import jax, jaxsparse as js
@@ -89,7 +89,7 @@ def hybrid(module: Hybrid, x: Array, gate: Array) -> Array:
 
     Raises:
       ValueError: a module or gate of another width.
-      TypeError: a module that is none.
+      TypeError: a `module` of another type.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -115,8 +115,8 @@ def hybrid_gate(
     """Return the gate of all modules at a step: open at first, 0 or 1 at the end.
 
     `sigmoid(T m) + max(1/2 - t / G, 0)` with `T = 1 / (1 - ln t / ln G + 1e-6)` for
-    step t of `G = total_steps`. At `m = 0` it is 1 in the first step. From `frozen_from
-    * G` on it is that of this step, and does not train m any more.
+    step t of `G = total_steps`. At `m = 0` the gate is 1 in the first step. From step
+    `frozen_from * G` on the gate no longer changes, and m gets no gradient.
 
     Differs from the reference implementation, whose gates are at least 4.5e-5, and 0 at
     `m = 0` at the end, where its loss counts such a channel as kept.
@@ -194,7 +194,7 @@ def hybrid_loss(mask: Array, modules: PyTree, *, width: int) -> HybridLoss:
 
     Raises:
       ValueError: a width outside of 1 ... d, a mask that is no vector.
-      TypeError: modules that are none.
+      TypeError: `modules` of another type.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -249,7 +249,7 @@ def fold_hybrid(
 
     Raises:
       ValueError: a kernel, gate or bias of another width.
-      TypeError: a module that is none.
+      TypeError: a `module` of another type.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -282,7 +282,7 @@ def merge_clusters(
       A `MergedExperts`; the cluster with label 0 comes first.
 
     Raises:
-      ValueError: as `medoids`; another number of experts in the router.
+      ValueError: as for `medoids`; a router with another number of experts.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jaxsparse as js

@@ -1,4 +1,4 @@
-"""What the loss's second derivatives say: Fisher matrices and their inverses."""
+"""Estimate the curvature of a loss: Fisher matrices and their inverses."""
 
 from jaxsparse.curvature import _block_inverse as _block_inverse  # what blocks answer
 from jaxsparse.curvature._blocks import BlockFisher as BlockFisher

@@ -42,7 +42,7 @@ class MFac:
     """The inverse of a damped Fisher matrix, as the gradients and a small factor.
 
     Attributes:
-      grads: for each parameter `[m, *shape]`, as they were given: not copied.
+      grads: the gradients as given, `[m, *shape]` for each parameter, not copied.
       root: the triangle `R` with `R^T R = (m * damping * I + G G^T)^-1`, `[m, m]`.
       damping: the number added to the diagonal, a scalar.
       treedef: the structure of the gradients.

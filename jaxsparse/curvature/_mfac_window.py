@@ -238,7 +238,7 @@ def window_mask(state: MFacWindow, masks: PyTree) -> MFacWindow:
 
     Raises:
       ValueError: masks of another model.
-      TypeError: masks that are not of bools.
+      TypeError: masks whose dtype is not bool.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -108,7 +108,7 @@ def chosen(
     found = residual_blocks(trace, join=join)
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"names must be those of blocks, got {name!r}.")
+            raise TypeError(f"names: expected names of blocks, as text, got {name!r}.")
         if name not in found:
             raise ValueError(
                 f"{name}: not a block of this model. Similar: "

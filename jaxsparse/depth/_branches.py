@@ -16,7 +16,7 @@ def flat_of(trace: Trace) -> Flat:
     found = _flattened(trace)
     if not found.additions:
         raise ValueError(
-            "This model has no residual branches. What is looked for is a sum x + y of "
+            "This model has no residual branches. The search looks for a sum x + y of "
             "two values of one shape, with y computed from x by at least one "
             "contraction (a matrix product, a convolution) of a parameter; in the "
             "model itself or in a scan that hands out slices of stacked parameters."

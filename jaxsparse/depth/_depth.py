@@ -64,11 +64,16 @@ def knapsack(
     names = list(losses)
     if set(names) != set(sizes):
         differ = sorted(set(names) ^ set(sizes))
-        raise ValueError(f"losses and sizes must have the same blocks: {differ[:4]}.")
+        raise ValueError(
+            f"losses and sizes must have the same blocks: {differ[:4]} are in one "
+            "of them only."
+        )
     values = np.array([float(losses[name]) for name in names])
     for name, value in zip(names, values, strict=True):
         if math.isnan(value):
-            raise ValueError(f"losses[{name!r}] is NaN.")
+            raise ValueError(
+                f"losses[{name!r}] is NaN. Look for NaN where it was measured."
+            )
         _checks.check_positive_int(sizes[name], name=f"sizes[{name!r}]", least=0)
     total = sum(sizes.values())
     if at_least > total:

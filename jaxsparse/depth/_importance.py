@@ -170,7 +170,10 @@ def output_losses(
         ]
         count = sum(outs[i].size for i in floating)
         if not count:
-            raise ValueError("The model's results are not floating point.")
+            raise ValueError(
+                "The model's results are not floating point, so they have no distance. "
+                "Return logits or hidden states from apply_fn."
+            )
         rows = np.concatenate([np.ones((1, len(names))), 1 - np.eye(len(names))])
 
         def losses(leaves: list[Any], inputs: list[Any]) -> Any:

@@ -127,8 +127,8 @@ def dgc(
     Deep Gradient Compression, Lin et al. (2018, arXiv:1712.01887). Of each matrix, `u =
     momentum * u + g; v = v + u`; a worker sends the `ceil(fraction * n)` entries of
     largest `|v|`, and clears both `u` and `v` there (momentum factor masking). The
-    update is the mean of what was sent; vectors go whole, with the same momentum. As
-    momentum is in it, plain SGD comes after it: `optax.chain(js.exchange.dgc(0.001,
+    update is the mean of what was sent; vectors go whole, with the same momentum. It
+    includes momentum, so plain SGD follows it: `optax.chain(js.exchange.dgc(0.001,
     ...), optax.sgd(rate))`, with weight decay there too. Clip the worker's own
     gradients before it.
 

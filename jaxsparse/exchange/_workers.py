@@ -18,9 +18,9 @@ AxisName = str | tuple[str, ...]
 def specs(opt_state: optax.OptState, axis_name: AxisName) -> PyTree:
     """Return how an optimizer state is laid out over workers, for `jax.shard_map`.
 
-    What each worker remembers of its own gradients (the arrays of `top_k`, `dgc` and
-    `ef21` with an axis of workers in front) is split along that axis; all else is the
-    same everywhere.
+    Each worker remembers something of its own gradients: the arrays of `top_k`, `dgc`
+    and `ef21` with an axis of workers in front. They are split along that axis; all
+    other arrays are the same everywhere.
 
     Args:
       opt_state: the state, or its shapes.
@@ -30,7 +30,7 @@ def specs(opt_state: optax.OptState, axis_name: AxisName) -> PyTree:
       A tree of `PartitionSpec` with the structure of `opt_state`.
 
     Raises:
-      TypeError: an `axis_name` that is none.
+      TypeError: an `axis_name` that is not a name or a tuple of names.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

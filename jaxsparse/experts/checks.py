@@ -27,7 +27,10 @@ def count_experts(experts: PyTree) -> int:
 def check_labels(labels: Any, n: int) -> tuple[np.ndarray, int]:
     """The labels as numpy integers, and how many groups they have."""
     if not _checks.is_concrete(labels):
-        raise ValueError("labels decide about shapes, so they cannot be traced.")
+        raise ValueError(
+            "labels decide shapes, so they cannot be traced. Call this outside of jit, "
+            "or close over the labels."
+        )
     labels = on_host(labels)
     integer = labels.dtype.kind in "iu"
     groups = int(labels.max()) + 1 if integer and labels.size else 0
@@ -45,7 +48,10 @@ def check_total(name: str, total: Any, sizes: list[int], at_least: Any) -> None:
     _checks.check_positive_int(total, name=name)
     _checks.check_positive_int(at_least, name="at_least")
     if not sizes:
-        raise ValueError("There are no layers: the tree has no leaves.")
+        raise ValueError(
+            "There are no layers: expected a tree with an array for each layer, got "
+            "one without leaves."
+        )
     if at_least > min(sizes):
         raise ValueError(
             f"at_least is {at_least}, but a layer has {min(sizes)} experts."

@@ -50,7 +50,7 @@ def init_adapters(
 
     Raises:
       ValueError: a selected parameter that is no matrix, `rank < 1`.
-      TypeError: a key that is none.
+      TypeError: a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -112,7 +112,7 @@ def with_adapters(
 
     Raises:
       ValueError: adapters or masks that do not fit the parameters.
-      TypeError: adapters that are no tree of `Adapter`.
+      TypeError: adapters that are not a tree of `Adapter`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -166,7 +166,7 @@ def adapter_importance(
 
     Raises:
       ValueError: adapters or gradients that do not fit.
-      TypeError: adapters that are no tree of `Adapter`.
+      TypeError: adapters that are not a tree of `Adapter`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -215,7 +215,10 @@ def _fitting(params: PyTree, adapters: PyTree) -> dict[str, Adapter]:
     for path, (a, b) in named.items():
         w = owners.get(path)
         if w is None:
-            raise ValueError(f"adapters: {path or 'that'} is no parameter.")
+            raise ValueError(
+                f"adapters: {path or 'that'} is no parameter. "
+                "js.masking.init_adapters(params, ...) makes adapters for these."
+            )
         fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
         if not fits or (a.shape[0], b.shape[1]) != jnp.shape(w):
             raise ValueError(

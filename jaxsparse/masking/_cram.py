@@ -137,5 +137,8 @@ def _one_of(key: Array, functions: list[Callable], x: PyTree) -> PyTree:
         return functions[0](x)
     shapes = [jax.tree.map(jnp.shape, jax.eval_shape(f, x)) for f in functions]
     if any(shape != shapes[0] for shape in shapes):  # of channels beside weights
-        raise ValueError("cram: `choices` have masks of different shapes.")
+        raise ValueError(
+            "cram: `choices` have masks of different shapes, and one program takes "
+            "them all. Broadcast each mask to its parameter."
+        )
     return lax.switch(jax.random.randint(key, (), 0, len(functions)), functions, x)

@@ -68,7 +68,7 @@ def init_mask_logits(
     Raises:
       ValueError: `of` does not divide the inputs of a kernel; a pattern with more than
         1,024 choices; masks that do not fit.
-      TypeError: a pattern other than N:M, a key that is none.
+      TypeError: a pattern other than N:M, a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -148,7 +148,7 @@ def masked_by_logits(
 
     Differs from the reference implementation, which keeps one-hot patterns and their
     products for whole layers: here one sum over patterns is taken, `groups_at_once`
-    groups at a time, and computed anew for the gradient. The patterns of any N:M.
+    groups at a time, and computed anew for the gradient. It supports every N:M.
 
     Args:
       params: the parameters.
@@ -168,7 +168,7 @@ def masked_by_logits(
     Raises:
       ValueError: logits that do not fit the parameters and the pattern; a number of
         groups at once that does not divide.
-      TypeError: a pattern other than N:M, a key that is none.
+      TypeError: a pattern other than N:M, a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

@@ -18,7 +18,7 @@ from jaxsparse.tree import (
 
 
 class LowRank(NamedTuple):
-    """What parameter-efficient sparse training learns of one kernel `[d_in, d_out]`.
+    """The low-rank factors that PST learns for one kernel `[d_in, d_out]`.
 
     Attributes:
       update: `U, V`, `[d_in, r]` and `[r, d_out]`, of the weights.
@@ -53,7 +53,7 @@ def init_low_rank(
 
     Raises:
       ValueError: a selected parameter that is no matrix, `rank < 1`.
-      TypeError: a key that is none.
+      TypeError: a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -164,7 +164,10 @@ def _by_path(factors: PyTree) -> dict[str, LowRank]:
 
 def _check_fits(path: str, own: LowRank, w: Array | None) -> None:
     if w is None:
-        raise ValueError(f"factors: {path} is no parameter.")
+        raise ValueError(
+            f"factors: {path} is no parameter. js.masking.init_low_rank(params, ...) "
+            "makes factors for these parameters."
+        )
     shapes = jax.tree.map(jnp.shape, (own.update, own.score))
     for left, right in shapes:
         if (left[0], right[1]) != w.shape or left[1] != right[0]:

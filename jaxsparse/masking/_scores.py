@@ -32,7 +32,7 @@ def init_scores(
 
     Raises:
       ValueError: a `where` that matches nothing.
-      TypeError: an `init` that is no function.
+      TypeError: an `init` that is not a function.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -186,9 +186,9 @@ def soft_threshold(params: Tree, thresholds: PyTree) -> Tree:
     """Return the parameters shrunk by trained thresholds, `sign(w) max(|w| - t, 0)`.
 
     Soft threshold reparametrization (STR, Kusupati et al., 2020, arXiv:2002.03231):
-    `t = sigmoid(s)` with one `s` a layer that is trained with the weights. What pulls
-    on `s`, and so makes the network sparse, is its weight decay: the sparsity is not
-    asked for but found. All derivatives are those of the formula.
+    `t = sigmoid(s)` with one `s` a layer that is trained with the weights. Weight
+    decay pulls on `s` and so makes the network sparse. The sparsity is not chosen; it
+    results from the decay. All derivatives are those of the formula.
 
         loss_fn = lambda trained, batch: task_loss(
             js.masking.soft_threshold(*trained), batch)

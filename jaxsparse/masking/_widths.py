@@ -157,11 +157,11 @@ def width_gates(
 
 
 class SoftToHard(NamedTuple):
-    """What the soft and the hard network say.
+    """The logits of the soft and of the hard network.
 
     Attributes:
       soft: the logits of the soft network, `[..., classes]`.
-      hard: those of the hard network.
+      hard: the logits of the hard network.
       divergence: KL(soft || hard) of each example, `[...]`.
     """
 

@@ -124,8 +124,10 @@ def _indices(group: Group, gone: Any) -> np.ndarray:
             f"{gone.max()}."
         )
     gone = np.sort(gone, axis=-1)
-    if np.any(np.diff(gone, axis=-1) == 0):
-        raise ValueError(f"{name}: an index is given twice.")
+    if (twice := gone[..., 1:][np.diff(gone, axis=-1) == 0]).size:
+        raise ValueError(
+            f"{name}: an index is given twice, {twice[0]} first. Name each once."
+        )
     if gone.shape[-1] == group.size:
         raise ValueError(
             f"{name}: all {group.size} indices would be dropped; keep at least one. "

@@ -239,7 +239,7 @@ def _sparsities(
     """One number for each kernel, but for those that no rule matches."""
     if sparsity is None:
         if not isinstance(pattern, patterns.NM):
-            raise ValueError(f"{pattern} needs a sparsity.")
+            raise ValueError(f"{pattern} needs a sparsity, the fraction to remove.")
         return dict.fromkeys(kernels)
     wanted: dict[str, Any]
     if isinstance(sparsity, Mapping) and set(sparsity) >= set(kernels):

@@ -87,7 +87,7 @@ def prune(
     _checks.check_score(score)
     _checks.check_arrays(params=params)
     if not jax.tree.leaves(params):
-        raise TypeError("params: there are no arrays in them.")
+        raise TypeError("params: expected a tree of arrays, got one without arrays.")
     _checks.check_pattern(patterns.Pattern, pattern)
     check_positive_int(steps, name="steps")
     if trace is not None:

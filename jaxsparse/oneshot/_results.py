@@ -1,4 +1,4 @@
-"""What a layer-wise run returns."""
+"""The results of a layer-wise run."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -42,7 +42,7 @@ def union(*masks: PyTree) -> PyTree:
     Raises:
       ValueError: no masks, masks of another structure, or shapes that do not broadcast;
         the message has the path.
-      TypeError: a leaf that is not of bools.
+      TypeError: a leaf whose dtype is not bool.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -64,7 +64,7 @@ def intersection(*masks: PyTree) -> PyTree:
 
     Raises:
       ValueError: as for `union`.
-      TypeError: a leaf that is not of bools.
+      TypeError: a leaf whose dtype is not bool.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -96,7 +96,7 @@ def overlap(first: PyTree, second: PyTree, params: PyTree) -> Overlap:
 
     Raises:
       ValueError: masks of another structure, or that do not broadcast.
-      TypeError: a leaf that is not of bools.
+      TypeError: a leaf whose dtype is not bool.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -136,7 +136,7 @@ def count(masks: PyTree, params: PyTree) -> PyTree:
 
     Raises:
       ValueError: masks of another structure, or that do not broadcast.
-      TypeError: a leaf that is not of bools.
+      TypeError: a leaf whose dtype is not bool.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -175,7 +175,7 @@ def indices(masks: PyTree, params: PyTree) -> PyTree:
 
     Raises:
       ValueError: masks of another structure, or that do not broadcast.
-      TypeError: a leaf that is not of bools.
+      TypeError: a leaf whose dtype is not bool.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

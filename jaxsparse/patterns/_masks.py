@@ -45,7 +45,7 @@ def apply(params: Tree, masks: PyTree) -> Tree:
 
     Raises:
       ValueError: another structure, or a mask that does not broadcast.
-      TypeError: a mask that is not of bools.
+      TypeError: a mask whose dtype is not bool.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -76,7 +76,7 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
 
     Raises:
       ValueError: another structure, or a mask that does not broadcast to its parameter.
-      TypeError: a leaf that is not of bools.
+      TypeError: a leaf whose dtype is not bool.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -161,7 +161,7 @@ def pack(masks: PyTree) -> Packed:
       The bits and the masks' shapes.
 
     Raises:
-      TypeError: a leaf that is not of bools.
+      TypeError: a leaf whose dtype is not bool.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

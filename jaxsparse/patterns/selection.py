@@ -92,10 +92,10 @@ def masks(
         without them. An N:M group that has lost more than the pattern removes keeps
         fewer than `keep`.
       axis_name: under `jax.shard_map`, where `scores` are shards: the mesh axes over
-        which counts are added up, so that the masks are the shards of those that one
-        device would choose. A name or a tuple of names means that scores which differ
-        along them are split along their first axis (with `check_vma=False`, all scores
-        that take part). For other splits pass the tree of `PartitionSpec` that
+        which counts are added up, so that each shard gets its part of the masks that
+        one device would choose. A name or a tuple of names means that scores which
+        differ along them are split along their first axis (with `check_vma=False`, all
+        scores that take part). For other splits pass the tree of `PartitionSpec` that
         `shard_map` has as its `in_specs`. `()`: each device has a model of its own.
         Outside of `shard_map`, where arrays are whole, it has no effect.
 

@@ -15,7 +15,7 @@ from jaxsparse.tree import AxesRule, leaves_with_paths, resolve_axes, select
 
 
 class Ticket(NamedTuple):
-    """What a round of `lottery_tickets` has found.
+    """The result of one round of `lottery_tickets`.
 
     Attributes:
       round: 0 for the dense training.
@@ -79,7 +79,7 @@ def lottery_tickets(
       ValueError: arguments out of range, a `rewind_to` of another model, trained
         parameters that are not zero under the masks, a directory of a run with other
         arguments.
-      TypeError: a `train` that is no function of three arguments.
+      TypeError: a `train` that is not a function of three arguments.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -116,7 +116,7 @@ def obert_upstream(
     epochs. Other lengths are scaled. The batch size was 256.
 
     Afterwards a task is learned with the masks as they are: in the paper 8 epochs with
-    `js.keep_sparse(masks)`, a learning rate that falls in a line from 1.5e-4 to 1.5e-6,
+    `js.keep_sparse(masks)`, a learning rate that falls linearly from 1.5e-4 to 1.5e-6,
     and distillation at temperature 5.5, hardness 1.
 
     The paper's table 10 has a rewind every half epoch; its section 4.2 and the recipes

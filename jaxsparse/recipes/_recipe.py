@@ -80,8 +80,8 @@ class Recipe(NamedTuple):
           A gradient transformation.
 
         Raises:
-          TypeError: an `inner` that is no function of a learning rate.
-          ValueError: masks and a score.
+          TypeError: an `inner` that is not a function of a learning rate.
+          ValueError: both `masks` and a score are given.
 
         Example:
           >>> import jax.numpy as jnp, optax, jaxsparse as js

@@ -47,7 +47,7 @@ def plot_errors(
 
     Raises:
       TypeError: something else than infos.
-      ValueError: no infos; a `path` that does not end in `.png`.
+      ValueError: an empty `info`; a `path` that does not end in `.png`.
       ImportError: matplotlib is not installed.
 
     Example:
@@ -63,7 +63,10 @@ def plot_errors(
     check_path(path)
     check_info(info)
     if not info:
-        raise ValueError("info is empty: no kernel was solved.")
+        raise ValueError(
+            "info is empty: no kernel was solved. Pass the `info` that "
+            "js.oneshot.layerwise returned."
+        )
     paths = natural_order(info)
     error = np.array([mean_of_known(info[p].relative_error) for p in paths])
     masked = np.array([mean_of_known(info[p].masked_error) for p in paths])

@@ -58,7 +58,7 @@ def write_html(
       The path.
 
     Raises:
-      TypeError: a part that is none of these.
+      TypeError: a part of another type.
       FileNotFoundError: the folder does not exist.
 
     Example:

@@ -55,7 +55,7 @@ def table(
       ValueError: masks or `asked` of another structure, a mask that does not broadcast,
         no pruning in `opt_state`, an `asked` outside [0, 1), no values where they are
         needed.
-      TypeError: a leaf that is not an array, a mask that is not of bools, an `asked`
+      TypeError: a leaf that is not an array, a mask whose dtype is not bool, an `asked`
         that is not a number.
 
     Example:

@@ -108,7 +108,9 @@ def progress(
       ...     layers.say(f"{layer}: error 0.1")
     """
     if not isinstance(iterable, Iterable) and not hasattr(iterable, "__getitem__"):
-        raise TypeError(f"iterable must be one, such as a list; got {iterable!r}.")
+        raise TypeError(
+            f"iterable: expected something to iterate over, got {iterable!r}."
+        )
     if total is not None:
         check_positive_int(total, name="total", least=0)
     elif isinstance(iterable, Sized):

@@ -119,8 +119,8 @@ def alternating(
     at 0 in turn; sparse for good from `end` on. Peste et al. (2021, arXiv:2106.12379).
 
     Differs from the reference implementation in what a new phase does to the
-    optimizer: under `jaxsparse.enforce` the moments of the coordinates that return are
-    reset, theirs alone; the reference zeroes all of them.
+    optimizer: under `jaxsparse.enforce` only the coordinates that return lose their
+    moments; the reference zeroes all moments.
 
     Args:
       sparsity: the sparsity of the sparse phases, in [0, 1).

@@ -24,7 +24,7 @@ def bias_compensation(w: Array, mean: Array, kept: Array) -> Array:
 
     Raises:
       ValueError: a mean or a mask of another shape.
-      TypeError: a mask that is not of bools.
+      TypeError: a mask whose dtype is not bool.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -36,7 +36,7 @@ def taylor(params: PyTree, grads: PyTree) -> PyTree:
     Raises:
       ValueError: gradients of another structure or shape, or with NaN (in eager use;
         under jit their scores are NaN, which counts as the lowest).
-      TypeError: a leaf that is no array.
+      TypeError: a leaf that is not an array.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -126,9 +126,9 @@ def grasp(
     and round as the model's sums do: scores of one device differ in the last place.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`. It gets parameters and a batch whose
-        numbers of less than 32 bits are cast to float32: products of three derivatives
-        would leave their range.
+      loss_fn: `loss_fn(params, batch) -> scalar`. Parameters and batch are cast to
+        float32 first where they have fewer bits, because products of three derivatives
+        overflow narrower types.
       params: a tree of arrays.
       batch: what `loss_fn` takes.
 

@@ -37,8 +37,8 @@ def synflow(
 
     Args:
       apply_fn: `apply_fn(params, inputs) -> outputs`, linear in its inputs but for
-        activations that pass positive numbers on (ReLU). It gets parameters and inputs
-        of less than 32 bits in float32.
+        activations that pass positive numbers on (ReLU). Parameters and inputs are
+        cast to float32 first where they have fewer bits.
       params: a tree of arrays.
       inputs: an example input, of any values: its shape, dtype and structure count.
 

@@ -235,7 +235,7 @@ def refit_channels(
       ValueError: shapes that do not fit, NaN or Inf, nothing kept (where it is known),
         a matrix of the kept columns that is not positive definite (in eager use; under
         jit see `info.failed`).
-      TypeError: `keep` not of bools, types that are not floating point.
+      TypeError: `keep` whose dtype is not bool, types that are not floating point.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -289,7 +289,9 @@ def _check_keep(keep: Any, d_in: int) -> None:
             f"{jnp.shape(keep)}. For masks that differ from row to row see refit."
         )
     if _checks.is_concrete(keep) and not np.any(keep):
-        raise ValueError("keep removes all columns: nothing would be left.")
+        raise ValueError(
+            f"keep removes all {d_in} columns: nothing would be left. True = kept."
+        )
 
 
 # The work.

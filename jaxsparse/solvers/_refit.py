@@ -57,7 +57,7 @@ def refit(
       ValueError: shapes that do not fit, NaN or Inf, and, for the exact method, a
         matrix that is not positive definite (in eager use; under jit see
         `info.failed`).
-      TypeError: a mask not of bools, types that are not floating point.
+      TypeError: a mask whose dtype is not bool, types that are not floating point.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

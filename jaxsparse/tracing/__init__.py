@@ -1,4 +1,4 @@
-"""What a model does with each of its parameters, from one walk of its jaxpr."""
+"""Find how a model uses each of its parameters, in one walk of its jaxpr."""
 
 from jaxsparse.tracing._found import Kernel as Kernel
 from jaxsparse.tracing._found import Unfollowed as Unfollowed

@@ -35,11 +35,10 @@ def retrace(trace_: Trace, params: PyTree, inputs: tuple[Any, ...]) -> Trace:
     _checks.check_arrays(abstract=True, params=params)
     if not isinstance(inputs, tuple):
         raise TypeError(f"inputs must be a tuple, got {_checks.shown(inputs)}.")
-    treedef = jax.tree.structure(params)
     shapes = [abstract(x) for x in jax.tree.leaves(params)]
     traced = [v.aval for v in trace_.program.jaxpr.invars[: len(trace_.paths)]]
-    if treedef != trace_.treedef:
-        raise ValueError("params have another structure than those that were traced.")
+    expected = trace_.treedef.unflatten(traced)
+    _checks.same_structure(params, expected, name="params", of="the traced model")
     for path, s, t in zip(trace_.paths, shapes, traced, strict=True):
         if s.shape != t.shape:
             raise ValueError(f"{path}: traced with shape {t.shape}, got {s.shape}.")

@@ -30,7 +30,7 @@ Found = TypeVar("Found")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
-    """What a model does with each of its parameters. It holds no parameters.
+    """The use of each parameter in a model. It holds no parameters.
 
     Attributes:
       kernels: by path, in the order in which the model first reads them.

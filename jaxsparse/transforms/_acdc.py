@@ -24,16 +24,16 @@ def acdc(
 
     Dense to step `begin`; then `sparse` steps under the masks of the largest magnitudes
     and `dense` steps without masks, in turn; sparse for good from `end` on. Masks are
-    chosen when a sparse phase begins and hold for all of it. What comes back in a dense
-    phase begins at 0, with its moments reset, under `jaxsparse.enforce`. Peste et al.
-    (2021, arXiv:2106.12379): 5 epochs a phase, dense for the first 10, the last dense
-    phase twice as long, the last 15 sparse.
+    chosen when a sparse phase begins and hold for all of it. A weight that comes back
+    in a dense phase begins at 0, with its moments reset, under `jaxsparse.enforce`.
+    Peste et al. (2021, arXiv:2106.12379): 5 epochs a phase, dense for the first 10, the
+    last dense phase twice as long, the last 15 sparse.
 
     The training gives a dense model too: the parameters after the last dense phase, as
     they are before step `end`. Keep a copy of them, and fine-tune it if you like.
 
     Differs from the reference implementation, which resets the moments of all weights
-    when a dense phase begins: here of those that come back.
+    when a dense phase begins. Here only weights that come back lose their moments.
 
     Args:
       sparsity: of the sparse phases, in (0, 1).

@@ -68,8 +68,8 @@ def drop_and_grow(
         rate(0)` for a learning rate `rate`.
       score: a function of `params`, larger = stay.
       pattern: which weights are dropped and grow together, and which compete. For `NM`
-        the weights of a whole layer compete for staying, and in each group the free
-        places go to those that grow first.
+        the weights of a whole layer compete for staying, and each group fills its free
+        places in the order in which weights grow.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
       min_keep: how many units each group and each layer keeps at least, as there.
@@ -85,7 +85,7 @@ def drop_and_grow(
       ValueError: a drop fraction outside (0, 1]; at `init`, one by which no parameter
         drops a weight; under `enforce`, a member before it that keeps statistics, which
         hides the gradients; what `prune_schedule` raises.
-      TypeError: `grow` or `score` that is no score; a key that is none.
+      TypeError: `grow` or `score` that is no score; a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js

@@ -52,7 +52,7 @@ def static(
 
     Raises:
       ValueError: what `prune_schedule` raises.
-      TypeError: a key that is none.
+      TypeError: a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
@@ -95,7 +95,7 @@ def set_(
 
     Raises:
       ValueError: what `drop_and_grow` raises.
-      TypeError: a key that is none.
+      TypeError: a `key` that is not a random key.
 
     Example:
       >>> import jax, optax, jaxsparse as js
@@ -155,7 +155,7 @@ def rigl(
     Raises:
       ValueError: what `drop_and_grow` raises; in `keep_sparse`, which sees no
         gradients.
-      TypeError: a key that is none.
+      TypeError: a `key` that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
@@ -203,7 +203,7 @@ def snfs(
 
     Raises:
       ValueError: a decay outside [0, 1), what `drop_and_grow` raises.
-      TypeError: a key that is none.
+      TypeError: a `key` that is not a random key.
 
     Example:
       >>> import jax, optax, jaxsparse as js

@@ -43,7 +43,7 @@ class PruneScheduleState(NamedTuple):
 
 
 class DropAndGrowState(NamedTuple):
-    """What `drop_and_grow` remembers besides the masks.
+    """The state of `drop_and_grow` besides the masks.
 
     Attributes:
       grow: the state of the score by which weights grow.

@@ -101,7 +101,10 @@ def matrix_view(
     _checks.check_is(Axes, "js.Axes(input=(0,), output=(1,))", axes=axes)
     split = tuple(shape) if split is None else tuple(split)
     if math.prod(split) != math.prod(shape):
-        raise ValueError(f"split {split} holds not as much as the shape {shape}.")
+        raise ValueError(
+            f"split {split} holds not as much as the shape {shape}: "
+            f"{math.prod(split)} entries for {math.prod(shape)}."
+        )
     return MatrixView(tuple(shape), split, axes.normalised("kernel", len(split)))
 
 

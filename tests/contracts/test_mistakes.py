@@ -104,7 +104,7 @@ def test_a_donated_parameter_is_named():
 
 
 def test_no_parameters_at_all():
-    with pytest.raises(TypeError, match="params: there are no arrays"):
+    with pytest.raises(TypeError, match="params: expected a tree of arrays"):
         js.prune({}, 0.5)
 
 
@@ -143,6 +143,20 @@ def test_a_leaf_that_is_no_array_is_named_before_the_optimizer_fails_on_it():
     tx = TRANSFORMS["enforce"]()
     with pytest.raises(TypeError, match="activation: params must hold arrays"):
         tx.init({**PARAMS, "activation": jax.nn.relu})
+
+
+class Variable:
+    """Converts to an array, as a variable of Keras, and is none."""
+
+    shape, dtype = (2, 2), np.dtype(np.float32)
+
+    def __jax_array__(self):
+        return jnp.ones(self.shape)
+
+
+def test_a_variable_is_not_an_array_and_the_error_says_how_to_get_one():
+    with pytest.raises(TypeError, match=r"0: params must hold .*v\.value for v in"):
+        js.prune([Variable()], 0.5)
 
 
 def init_and_assert(params):
