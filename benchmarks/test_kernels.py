@@ -141,16 +141,25 @@ def bert(params, x):
     return x
 
 
-@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
-def test_bert_base(sparsity, compare, record, large):
-    """One sequence of 128 tokens, from end to end."""
+@functools.cache
+def bert_params():
     d, layers = 768, 12
     shapes = dict.fromkeys("qkvo", (d, d)) | {"up": (d, 4 * d), "down": (4 * d, d)}
-    params = [
+    return [
         {k: draw(s, 10 * i + j) for j, (k, s) in enumerate(shapes.items())}
         for i in range(layers)
     ]
-    x = draw((1, 128, d), 99) * np.sqrt(128)
+
+
+def tokens():
+    """One sequence of 128."""
+    return draw((1, 128, 768), 99) * np.sqrt(128)
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
+def test_bert_base(sparsity, compare, record, large):
+    """From end to end."""
+    params, x = bert_params(), tokens()
     trace = js.trace(bert, params, x)
     pruned = js.prune(params, sparsity, pattern=js.Balanced((1, 128)), trace=trace)
     sparse = js.kernels.sparsify(trace, *pruned)
@@ -164,6 +173,33 @@ def test_bert_base(sparsity, compare, record, large):
     share = size(sparse.params) / size(params)
     record(benchmark=f"BERT-base, {sparsity:.0%}", what="bytes", ratio=round(share, 4))
     del large
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.95])
+def test_bert_base_by_compiled_kernels(sparsity, compare, record):
+    """From end to end: tiles of four outputs in float32, and of four inputs in int8.
+
+    Each has a mask of its own tiles, and is compared with its own masked model.
+    """
+    trace = js.trace(bert, bert_params(), tokens())
+    dense, x, calls = jax.jit(bert), tokens(), {}
+    title = f"BERT-base, 128 tokens, compiled, {sparsity:.0%}"
+    kinds = {
+        "4x1 float32": (js.Block((1, 4)), js.Block((1, 4))),
+        "int8 tiles": (js.Block((4, 1)), js.formats.Int8Tiles),
+    }
+    for name, (pattern, format) in kinds.items():
+        pruned = js.prune(bert_params(), sparsity, pattern=pattern, trace=trace)
+        sparse = js.kernels.sparsify(trace, *pruned, format=format)
+        engines = "/".join(sorted({layer.engine for layer in sparse.layers.values()}))
+        packed = jax.jit(sparse.apply_fn)
+        want, got = dense(pruned.params, x), packed(sparse.params, x)
+        error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+        calls.setdefault("dense", lambda params=pruned.params: dense(params, x))
+        calls[f"{name} ({engines})"] = lambda f=packed, p=sparse.params: f(p, x)
+        assert error < (0.1 if "int8" in name else 1e-4)
+        record(benchmark=title, what=f"error of {name}", ratio=round(error, 6))
+    compare(title, calls)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

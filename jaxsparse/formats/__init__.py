@@ -3,6 +3,7 @@
 from jaxsparse.formats._bitmap import Bitmap as Bitmap
 from jaxsparse.formats._condensed import Condensed as Condensed
 from jaxsparse.formats._csr import Csr16 as Csr16
+from jaxsparse.formats._int8 import Int8Tiles as Int8Tiles
 from jaxsparse.formats._nm import Nm as Nm
 from jaxsparse.formats._pack import Format as Format
 from jaxsparse.formats._pack import pack as pack
@@ -18,6 +19,7 @@ __all__ = [
     "Condensed",
     "Csr16",
     "Format",
+    "Int8Tiles",
     "Nm",
     "PackedArray",
     "Tiles",

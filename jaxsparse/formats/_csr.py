@@ -5,7 +5,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._typing import Array
@@ -13,8 +12,8 @@ from jaxsparse.formats._weight import (
     Weight,
     index_type,
     placed,
-    row_of_each,
     rows_of,
+    spread,
     taken,
 )
 from jaxsparse.tree import MatrixView
@@ -72,17 +71,5 @@ def csr_bytes(weight: Weight) -> int:
 
 def csr_matrices(packed: Csr16) -> Array:
     """The dense matrices `[*batch, d_out, d_in]`."""
-    values, columns, offsets = packed.values, packed.columns, packed.offsets
-    *batch, pieces, length = values.shape
-    d_out, d_in = packed.view.d_out, packed.view.d_in
-    parts = math.prod(batch) * pieces
-    row = row_of_each(offsets, length).reshape(parts, length)
-
-    def one(values: Array, row: Array, column: Array) -> Array:
-        dense = jnp.zeros((d_out // pieces, d_in), values.dtype)
-        # What is behind the last value is in no row.
-        return dense.at[row, column].set(values, mode="drop", unique_indices=True)
-
-    flat = lambda x: x.reshape(parts, length)
-    dense = jax.vmap(one)(flat(values), row, flat(columns).astype(jnp.int32))
-    return dense.reshape(*batch, d_out, d_in)
+    own = packed.values, packed.columns, packed.offsets
+    return spread(*own, packed.view.d_in)

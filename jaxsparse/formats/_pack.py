@@ -1,5 +1,6 @@
 """Trees of parameters with packed kernels in their place."""
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from jaxsparse.formats._condensed import (
     condensed_of,
 )
 from jaxsparse.formats._csr import Csr16, csr_bytes, csr_of
+from jaxsparse.formats._int8 import Int8Tiles, int8_bytes, int8_tiles_of
 from jaxsparse.formats._nm import nm_bytes, nm_of
 from jaxsparse.formats._tiles import (
     check_divides,
@@ -37,9 +39,26 @@ from jaxsparse.tree import (
     select,
 )
 
-Format = type[Bitmap] | type[Csr16] | type[Condensed] | NM | Block | Balanced
+Format = (
+    type[Bitmap]
+    | type[Csr16]
+    | type[Condensed]
+    | type[Int8Tiles]
+    | NM
+    | Block
+    | Balanced
+)
 """A format: a class, or the pattern of N:M groups or tiles."""
 
+ROUNDED = frozenset({Int8Tiles.__name__})
+"""The formats, by name, whose weights are not those that were packed."""
+
+_MAKERS: dict[Any, Any] = {
+    Bitmap: bitmap_of,
+    Csr16: csr_of,
+    Condensed: condensed_of,
+    Int8Tiles: int8_tiles_of,
+}
 _TILES = ((1, 128), (16, 16), (1, 4))
 _GROUPS = (NM(2, 4), NM(1, 4), NM(4, 8))
 
@@ -57,8 +76,9 @@ def pack(
     The result has packed arrays in the place of kernels, each a pytree of arrays with
     static shapes: it passes through `jax.jit`, `vmap` and `save`, and lies where the
     kernel did (split along its outputs and layers). What stays dense is masked, so that
-    `unpack` gives back `js.patterns.apply(params, masks)`, bit for bit. It works on the
-    host: call it outside of jit, or with masks that are constants there.
+    `unpack` gives back `js.patterns.apply(params, masks)`, bit for bit (but for
+    `Int8Tiles`, which rounds). It works on the host: call it outside of jit, or with
+    masks that are constants there.
 
     A format is
 
@@ -68,8 +88,11 @@ def pack(
     - `js.NM(2, 4)`: at most so many of each group, stored as `formats.Nm`.
     - `js.Block((1, 4))`, `js.Balanced((1, 128))`: whole tiles, stored as
       `formats.Tiles`.
-    - None: for each kernel the one of these with the fewest bytes, or dense where that
-      is the smallest. `js.kernels` says which of them is quick, and on what.
+    - `formats.Int8Tiles`: weights rounded to int8. Any mask, smallest and quickest with
+      those of `js.Block((4, 1))`. Never chosen unless asked for.
+    - None: for each kernel the one of these with the fewest bytes that gives back the
+      same weights, or dense where that is the smallest. `js.kernels` says which of them
+      is quick, and on what.
 
     Args:
       params: a tree of arrays.
@@ -86,8 +109,10 @@ def pack(
     Raises:
       ValueError: a mask without the structure of its format, with the first tile or
         group; tiles or groups that do not divide a kernel; a kernel without weights;
-        masks that do not fit; an expression that matches nothing.
-      TypeError: something else than a format; masks that are traced or not of bools.
+        masks that do not fit; an expression that matches nothing; for `Int8Tiles` a
+        weight that is not finite.
+      TypeError: something else than a format; masks that are traced or not of bools;
+        for `Int8Tiles` weights that are traced or not of floating point.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -164,13 +189,13 @@ def _formats(
 
 
 def check_format(name: str, format: Any) -> None:
-    if format in (Bitmap, Csr16, Condensed) or isinstance(
-        format, NM | Block | Balanced
-    ):
+    known = isinstance(format, type) and format in _MAKERS
+    if known or isinstance(format, NM | Block | Balanced):
         return
     raise TypeError(
-        f"{name} must be formats.Bitmap, Csr16 or Condensed, a pattern such as "
-        f"js.NM(2, 4) or js.Balanced((1, 128)), or None; got {_checks.shown(format)}."
+        f"{name} must be formats.Bitmap, Csr16, Condensed or Int8Tiles, a pattern such "
+        f"as js.NM(2, 4) or js.Balanced((1, 128)), or None; got "
+        f"{_checks.shown(format)}."
     )
 
 
@@ -185,12 +210,11 @@ def pack_one(weight: Weight, format: Format | None) -> PackedArray | None:
         case Block(shape=tile) | Balanced(shape=tile):
             check_divides(weight, tile)
             return tiles_of(weight, tile)
-    made: Any = {Bitmap: bitmap_of, Csr16: csr_of, Condensed: condensed_of}
-    return made[format](weight)
+    return _MAKERS[format](weight)
 
 
 def bytes_of_each(weight: Weight) -> dict[Format, int]:
-    """What a kernel takes in each format whose structure its mask has."""
+    """What a kernel takes in each format that is exact and whose structure it has."""
     found: dict[Format, int] = {}
     tries: list[tuple[Format, Any]] = [
         (Condensed, condensed_bytes),
@@ -221,8 +245,9 @@ def sizes(
       axes: as for `pack`.
 
     Returns:
-      For each kernel's path the bytes by the format's name, "dense" first. A format is
-      left out where the mask has not its structure.
+      For each kernel's path the bytes by the format's name, "dense" first, and last
+      `Int8Tiles`, which rounds. A format is left out where the mask has not its
+      structure.
 
     Raises:
       ValueError: as for `pack`.
@@ -233,13 +258,15 @@ def sizes(
       >>> kernel = jnp.arange(4096.0).reshape(64, 64)
       >>> params, masks = js.prune({"kernel": kernel}, 0.9, axes=js.Axes((0,), (1,)))
       >>> js.formats.sizes(params, masks, axes=js.Axes((0,), (1,)))["kernel"]
-      {'dense': 16384, 'Bitmap': 2152, 'Csr16': 2720}
+      {'dense': 16384, 'Bitmap': 2152, 'Csr16': 2720, 'Int8Tiles': 1284}
     """
     found = {}
     for path, weight in weights_of(params, masks, where=where, axes=axes).items():
         each = bytes_of_each(weight)
         named = {_name(format): count for format, count in each.items()}
         found[path] = {"dense": weight.kept.size * weight.itemsize, **named}
+        with contextlib.suppress(TypeError, ValueError):  # not every kernel is rounded
+            found[path][Int8Tiles.__name__] = int8_bytes(weight)
     return found
 
 

@@ -13,16 +13,18 @@ from jaxsparse import _checks
 from jaxsparse._sharded import fitting, with_auto_axes
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.formats._condensed import Condensed
+from jaxsparse.formats._int8 import Int8Tiles
 from jaxsparse.formats._nm import Nm
 from jaxsparse.formats.dense import PackedArray, is_packed, matrices_of
-from jaxsparse.tree import from_matrices
+from jaxsparse.tree import from_matrices, path_str
 
 
 def unpack(packed: PyTree) -> PyTree:
     """Give back the dense parameters, in which removed weights are 0.
 
     Jitted, XLA may fuse it into what uses the weights; `js.kernels` multiplies without
-    the dense array.
+    the dense array. Of `Int8Tiles` it gives `scale * q`, which is the weight to within
+    `scale / 2`; of all other formats the bits that were packed.
 
     Args:
       packed: a tree of `pack`, or a packed array.
@@ -59,7 +61,8 @@ def check_tree(packed: PyTree) -> None:
 
 @jax.jit
 def _dense(packed: PackedArray) -> Array:
-    make = lambda x: from_matrices(_exact(x), x.view)
+    own = matrices_of if isinstance(packed, Int8Tiles) else _exact
+    make = lambda x: from_matrices(own(x), x.view)
     return with_auto_axes(make, functools.partial(_spec, packed), packed)
 
 
@@ -116,7 +119,7 @@ def values(packed: PyTree) -> PyTree:
       The tree with the values in the place of packed kernels; other leaves as they are.
 
     Raises:
-      TypeError: something else.
+      TypeError: something else; `Int8Tiles`, whose values are integers.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -126,8 +129,21 @@ def values(packed: PyTree) -> PyTree:
       {'kernel': Array([[3., 4.]], dtype=float32)}
     """
     check_tree(packed)
+    _check_trains(packed)
     one = lambda x: x.values if is_packed(x) else x
     return jax.tree.map(one, packed, is_leaf=is_packed)
+
+
+def _check_trains(packed: PyTree) -> None:
+    """Raises for a kernel whose values cannot be trained."""
+    leaves = jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_packed)
+    for keys, x in leaves:
+        if isinstance(x, Int8Tiles):
+            raise TypeError(
+                f"{path_str(keys) or 'packed'}: the values of Int8Tiles are rounded "
+                "integers and cannot be trained. Train in another format, such as "
+                "formats.Csr16, and pack what comes out as Int8Tiles."
+            )
 
 
 def with_values(packed: PyTree, values: PyTree) -> PyTree:
@@ -142,7 +158,7 @@ def with_values(packed: PyTree, values: PyTree) -> PyTree:
 
     Raises:
       ValueError: values of another structure, or of other shapes.
-      TypeError: something else than packed parameters.
+      TypeError: something else than packed parameters; `Int8Tiles` among them.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -153,6 +169,7 @@ def with_values(packed: PyTree, values: PyTree) -> PyTree:
       [[1.5, 0.0], [0.0, 2.0]]
     """
     check_tree(packed)
+    _check_trains(packed)
     one = lambda x: x.values if is_packed(x) else x
     plain = jax.tree.map(one, packed, is_leaf=is_packed)
     _checks.check_like(plain, of="packed", values=values)

@@ -165,3 +165,28 @@ def row_of_each(offsets: Array, length: int) -> Array:
 
     flat = offsets[..., 1:].reshape(math.prod(lead), rows)
     return jax.vmap(find)(flat).reshape(*lead, length)
+
+
+def spread(units: Array, column: Array, offsets: Array, columns: int) -> Array:
+    """Kept units where `rows_of` found them, `[*batch, rows, columns, *unit]`; else 0.
+
+    Args:
+      units: `[*batch, pieces, length, *unit]`.
+      column: the place of each in its row, `[*batch, pieces, length]`.
+      offsets: where each row begins, `[*batch, pieces, rows / pieces + 1]`.
+      columns: how many a row has.
+    """
+    *batch, pieces, length = column.shape
+    rows, unit = offsets.shape[-1] - 1, units.shape[column.ndim :]
+    parts = math.prod(batch) * pieces
+
+    def one(units: Array, row: Array, column: Array) -> Array:
+        dense = jnp.zeros((rows, columns, *unit), units.dtype)
+        # What is behind the last unit is in no row.
+        return dense.at[row, column].set(units, mode="drop", unique_indices=True)
+
+    flat = lambda x: x.reshape(parts, length)
+    each = units.reshape(parts, length, *unit)
+    row = flat(row_of_each(offsets, length))
+    dense = jax.vmap(one)(each, row, flat(column).astype(jnp.int32))
+    return dense.reshape(*batch, pieces * rows, columns, *unit)

@@ -1,16 +1,19 @@
 """The dense matrices of packed kernels, as far as other packages need them."""
 
+import dataclasses
 from typing import Any
 
 from jaxsparse._typing import Array
 from jaxsparse.formats._bitmap import Bitmap, bitmap_matrices
 from jaxsparse.formats._condensed import Condensed, condensed_matrices
 from jaxsparse.formats._csr import Csr16, csr_matrices
+from jaxsparse.formats._int8 import MOST_INT8_INPUTS, Int8Tiles, int8_matrices
+from jaxsparse.formats._int8 import integer_matrices as integers_of
 from jaxsparse.formats._nm import Nm, nm_matrices
 from jaxsparse.formats._nm import nm_planes as planes_of
 from jaxsparse.formats._tiles import Tiles, tiles_matrices
 
-PackedArray = Bitmap | Csr16 | Nm | Tiles | Condensed
+PackedArray = Bitmap | Csr16 | Nm | Tiles | Condensed | Int8Tiles
 """What stands in the place of a kernel."""
 
 
@@ -32,6 +35,31 @@ def matrices_of(packed: PackedArray) -> Array:
             return tiles_matrices(packed)
         case Condensed():
             return condensed_matrices(packed)
+        case Int8Tiles():
+            return int8_matrices(packed)
 
 
-__all__ = ["PackedArray", "is_packed", "matrices_of", "planes_of"]
+def dtype_of(packed: PackedArray) -> Any:
+    """The type of the kernel that it stands for."""
+    return packed.dtype if isinstance(packed, Int8Tiles) else packed.values.dtype
+
+
+def with_dtype(packed: PackedArray, dtype: Any) -> PackedArray:
+    """The packed kernel, cast to another type of floating point."""
+    if dtype_of(packed) == dtype:
+        return packed
+    if isinstance(packed, Int8Tiles):
+        return dataclasses.replace(packed, dtype=dtype)
+    return dataclasses.replace(packed, values=packed.values.astype(dtype))
+
+
+__all__ = [
+    "MOST_INT8_INPUTS",
+    "PackedArray",
+    "dtype_of",
+    "integers_of",
+    "is_packed",
+    "matrices_of",
+    "planes_of",
+    "with_dtype",
+]

@@ -1,6 +1,13 @@
 """What other packages need of a kernel on its way into a format."""
 
-from jaxsparse.formats._pack import bytes_of_each, pack_one, with_packed
+from jaxsparse.formats._pack import ROUNDED, bytes_of_each, pack_one, with_packed
 from jaxsparse.formats._weight import Weight, weight_of
 
-__all__ = ["Weight", "bytes_of_each", "pack_one", "weight_of", "with_packed"]
+__all__ = [
+    "ROUNDED",
+    "Weight",
+    "bytes_of_each",
+    "pack_one",
+    "weight_of",
+    "with_packed",
+]

@@ -7,16 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse._typing import Array
-from jaxsparse.formats import Csr16, PackedArray, Tiles
+from jaxsparse.formats import Csr16, Int8Tiles, PackedArray, Tiles
 from jaxsparse.kernels import _native
 from jaxsparse.kernels._product import batch_of, check_product, result_type
 
 
 def native(x: Array, packed: PackedArray) -> Array:
-    """Multiply by compiled kernels: `Csr16`, and `Tiles` of one input and four outputs.
+    """Multiply by compiled kernels: `Csr16`, `Int8Tiles`, and `Tiles` of (1, 4).
 
     On processors, in float32: other types are widened in each call. With gradients of
-    `x` and of the values, under jit and vmap.
+    `x` and of the values, under jit and vmap. `Int8Tiles` have no gradient; their
+    products are those of `js.kernels.dense`, bit for bit.
+
+    Compiled at first use, which takes up to a minute, once for a user: see "Compiled
+    kernels" on this page.
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
@@ -27,7 +31,7 @@ def native(x: Array, packed: PackedArray) -> Array:
 
     Raises:
       ValueError: `x` of another width, a kernel that is split over devices.
-      TypeError: another format, or `x` not of floating point.
+      TypeError: another format, `x` not of floating point, a gradient of `Int8Tiles`.
       RuntimeError: there are no compiled kernels; the message says what is missing.
 
     Example: see `jaxsparse.kernels.matmul`, which takes it where it is quicker.
@@ -35,8 +39,8 @@ def native(x: Array, packed: PackedArray) -> Array:
     check_product(x, packed)
     if not has_native(packed):
         raise TypeError(
-            "packed: kernels.native multiplies Csr16 and Tiles of (1, 4), got a "
-            f"{type(packed).__name__}. Take kernels.matmul, which chooses."
+            "packed: kernels.native multiplies Csr16, Int8Tiles and Tiles of (1, 4), got "
+            f"a {type(packed).__name__}. Take kernels.matmul, which chooses."
         )
     if not _native.available():
         raise RuntimeError(
@@ -53,14 +57,14 @@ def native(x: Array, packed: PackedArray) -> Array:
     for _ in batch:
         one = _over_layers(one)
     y = one(x.astype(jnp.float32), packed)
-    return y.astype(result_type(x, packed.values))
+    return y.astype(result_type(x, packed))
 
 
 def has_native(packed: PackedArray) -> bool:
     """Whether there is a compiled kernel for this format."""
     if isinstance(packed, Tiles):
         return packed.tile == (1, 4)
-    return isinstance(packed, Csr16)
+    return isinstance(packed, Csr16 | Int8Tiles)
 
 
 def _is_balanced(packed: PackedArray) -> bool:
@@ -73,6 +77,9 @@ def _over_layers(one: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def _one(x: Array, packed: Any) -> Array:
+    if isinstance(packed, Int8Tiles):
+        parts = packed.rows[0], packed.offsets[0]
+        return _native.int8_tiles_matmul(x, packed.values[0], packed.scale, *parts)
     values = packed.values.astype(jnp.float32)
     if isinstance(packed, Csr16):
         parts = values[0], packed.columns[0], packed.offsets[0]

@@ -1,8 +1,11 @@
 """The meaning of a product with a packed kernel: the dense one."""
 
+import jax.numpy as jnp
+
 from jaxsparse._typing import Array
-from jaxsparse.formats import PackedArray
+from jaxsparse.formats import Int8Tiles, PackedArray
 from jaxsparse.formats.dense import matrices_of
+from jaxsparse.kernels._int8 import int8_product
 from jaxsparse.kernels._product import check_product, contract, over_rows, result_type
 
 
@@ -11,6 +14,11 @@ def dense(x: Array, packed: PackedArray) -> Array:
 
     The meaning of all engines, and the quickest where a mask keeps much. Each call
     makes the dense array anew, so for speed alone keep such kernels dense.
+
+    Of `Int8Tiles` it is a product of integers: each row is rounded as weights are, `q =
+    round(x / s)` with `s = max |x| / 127`, in float32, and `y = (q_x @ q_w) * (s *
+    scale)` with exact sums in int32. A row with a NaN or an infinity gives NaN, and one
+    whose `s` is below 1e-37 gives 0. There is no gradient.
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
@@ -21,7 +29,8 @@ def dense(x: Array, packed: PackedArray) -> Array:
 
     Raises:
       ValueError: `x` of another width.
-      TypeError: something else than a packed kernel, or `x` not of floating point.
+      TypeError: something else than a packed kernel, or `x` not of floating point; a
+        gradient of `Int8Tiles`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -31,6 +40,9 @@ def dense(x: Array, packed: PackedArray) -> Array:
       Array([[3., 4.]], dtype=float32)
     """
     check_product(x, packed)
-    dtype = result_type(x, packed.values)
+    dtype = result_type(x, packed)
+    if isinstance(packed, Int8Tiles):
+        y = over_rows(int8_product, jnp.asarray(x, jnp.float32), packed)
+        return y.astype(dtype)
     one = lambda x, packed: contract(x, matrices_of(packed), dtype, ((1,), (1,)))
     return over_rows(one, x, packed).astype(dtype)

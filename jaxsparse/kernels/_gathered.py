@@ -49,7 +49,7 @@ def gathered(x: Array, packed: PackedArray) -> Array:
             f"packed: kernels.gathered multiplies Tiles, Condensed and Nm, got a "
             f"{type(packed).__name__}. Take kernels.matmul, which chooses."
         )
-    dtype = result_type(x, packed.values)
+    dtype = result_type(x, packed)
     one = functools.partial(engines[type(packed)], dtype=dtype)
     return over_rows(one, x, packed).astype(dtype)
 

@@ -13,7 +13,8 @@ def matmul(x: Array, packed: PackedArray, *, rules: Rules = MEASURED) -> Array:
     """Multiply activations by a packed kernel: `y[..., o] = sum_i x[..., i] w[i, o]`.
 
     Several input axes of a kernel are one here, the last fastest, and so are its output
-    axes. Sums are those of the dense product, in float32 at least, in another order.
+    axes. Sums are those of the dense product, in float32 at least, in another order; of
+    `Int8Tiles` those of rounded activations (see `dense`), without gradients.
     Which engine computes it is a matter of speed: see `choose`. Shapes decide, so a
     jitted function always takes the same. With gradients of `x` and of the values:
 

@@ -1,6 +1,5 @@
 """The model of a trace for packed parameters."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from jaxsparse import _checks
 from jaxsparse._sharded import with_auto_axes
 from jaxsparse._typing import Array, PyTree
 from jaxsparse.formats import unpack
-from jaxsparse.formats.dense import is_packed
+from jaxsparse.formats.dense import dtype_of, is_packed, with_dtype
 from jaxsparse.kernels._evaluate import evaluate
 from jaxsparse.kernels._matmul import matmul
 from jaxsparse.kernels._operand import Operand
@@ -65,10 +64,7 @@ def model_of(
     views = {path: kernel.view for path, kernel in trace.kernels.items()}
 
     def multiply(x: Array, operand: Operand) -> Array:
-        packed = operand.value
-        if packed.values.dtype != operand.dtype:  # the model casts it
-            own = packed.values.astype(operand.dtype)
-            packed = dataclasses.replace(packed, values=own)
+        packed = with_dtype(operand.value, operand.dtype)  # the model may cast it
         if operand.path in engines:
             return engines[operand.path](x, packed)
         return matmul(x, packed, rules=rules)
@@ -76,7 +72,7 @@ def model_of(
     def apply_fn(params: PyTree, *inputs: Any) -> Any:
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_packed)
         shapes = [
-            jax.ShapeDtypeStruct(x.view.shape, x.values.dtype) if is_packed(x) else x
+            jax.ShapeDtypeStruct(x.view.shape, dtype_of(x)) if is_packed(x) else x
             for x in leaves
         ]
         inputs = jax.tree.map(jnp.asarray, inputs)
@@ -84,7 +80,7 @@ def model_of(
 
         def run(leaves: list[Any], flat: list[Array]) -> list[Array]:
             args = [
-                Operand(path, x, views[path], x.values.dtype) if is_packed(x) else x
+                Operand(path, x, views[path], dtype_of(x)) if is_packed(x) else x
                 for path, x in zip(trace.paths, leaves, strict=True)
             ]
             made_dense = lambda operand, eqn: None

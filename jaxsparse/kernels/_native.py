@@ -27,10 +27,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxsparse._typing import Array
+from jaxsparse.formats.dense import MOST_INT8_INPUTS
 from jaxsparse.kernels import _native_build
 from jaxsparse.kernels import _native_calls as calls
-
-_MOST_INT8_INPUTS = (2**31 - 1) // (127 * 128)
 
 
 def available() -> bool:
@@ -166,10 +165,10 @@ def int8_tiles_matmul(
     _check_values(values, rows, (4,), jnp.int8)
     _check(scale, "scale", jnp.float32, (d_out,))
     _check_tokens(x, "x")
-    if x.shape[-1] > _MOST_INT8_INPUTS:
+    if x.shape[-1] > MOST_INT8_INPUTS:
         raise ValueError(
             f"Sums of int8 products over {x.shape[-1]} inputs may not fit into int32: "
-            f"expected at most {_MOST_INT8_INPUTS}. Keep these weights in float32."
+            f"expected at most {MOST_INT8_INPUTS}. Keep these weights in float32."
         )
     flat = values.reshape(-1)
     call = lambda x: calls.int8_matmul(chosen, x, flat, scale, (rows, offsets))

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.resources
+import logging
 import os
 import pathlib
 import platform
@@ -46,6 +47,9 @@ _INSTALL = (
     "install g++ or clang++ (Debian: apt install g++; macOS: xcode-select --install), "
     "or set CXX to a C++17 compiler"
 )
+
+
+_log = logging.getLogger("jaxsparse")
 
 
 class Loaded(NamedTuple):
@@ -84,7 +88,15 @@ def _load() -> Loaded:
             path = find(folder)
             library = None if path is None else _open(path)
             if library is None:
-                path = build(folder, compiler())
+                command = compiler()
+                # A warning, since it is seen without a setting: it explains a wait.
+                _log.warning(
+                    "Compiling kernels for this processor with %s, once, into %s: 10 "
+                    "to 60 seconds. JAXSPARSE_NATIVE=off does without.",
+                    shlex.join(command),
+                    folder,
+                )
+                path = build(folder, command)
                 library = ctypes.CDLL(str(path))
     except BuildError as e:
         return Loaded((), str(e))

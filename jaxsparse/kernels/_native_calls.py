@@ -115,14 +115,16 @@ def int8_matmul(
     return _foldable(call)(x, values, scale, *structure)
 
 
-def _int8_fwd(*_: Any) -> Any:
+def no_int8_gradient(*_: Any) -> Any:
+    """Raises, in the place of a gradient."""
     raise TypeError(
         "Products with int8 weights have no gradient: their activations are rounded. "
-        "Train with float32 values and quantize them afterwards."
+        "Train in another format, such as formats.Csr16, and pack what comes out as "
+        "formats.Int8Tiles."
     )
 
 
-int8_matmul.defvjp(_int8_fwd, _int8_fwd)
+int8_matmul.defvjp(no_int8_gradient, no_int8_gradient)
 
 
 @functools.cache

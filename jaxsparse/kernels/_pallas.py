@@ -72,7 +72,7 @@ def pallas(x: Array, packed: PackedArray) -> Array:
         )
     if isinstance(packed, Bitmap) and no_bitmaps():
         raise RuntimeError(f"packed: {no_bitmaps()}. kernels.matmul does without.")
-    dtype = result_type(x, packed.values)
+    dtype = result_type(x, packed)
 
     def one(x: Array, packed: Any) -> Array:
         own = packed.values.astype(dtype)

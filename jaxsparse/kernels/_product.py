@@ -11,7 +11,19 @@ from jax import lax
 from jaxsparse import _checks
 from jaxsparse._platform import on_cpu
 from jaxsparse._typing import Array
-from jaxsparse.formats import Bitmap, Condensed, Csr16, Nm, PackedArray, Tiles
+from jaxsparse.formats import (
+    Bitmap,
+    Condensed,
+    Csr16,
+    Int8Tiles,
+    Nm,
+    PackedArray,
+    Tiles,
+)
+from jaxsparse.formats.dense import dtype_of
+
+# Of the values of one layer.
+_AXES = {Bitmap: 2, Csr16: 2, Condensed: 2, Nm: 3, Tiles: 4, Int8Tiles: 3}
 
 Engine = Callable[[Array, PackedArray], Array]
 """`engine(x, packed)`, of `[*batch, ..., d_in]` and a kernel `[*batch, ..., d_out]`."""
@@ -42,8 +54,7 @@ def check_packed(packed: Any) -> None:
 
 def batch_of(packed: PackedArray) -> tuple[int, ...]:
     """The layers that are there: none in a turn of a scan."""
-    own = {Bitmap: 2, Csr16: 2, Condensed: 2, Nm: 3, Tiles: 4}[type(packed)]
-    return packed.values.shape[: packed.values.ndim - own]
+    return packed.values.shape[: packed.values.ndim - _AXES[type(packed)]]
 
 
 def over_rows(engine: Callable[[Array, Any], Array], x: Array, packed: Any) -> Array:
@@ -57,12 +68,13 @@ def over_rows(engine: Callable[[Array, Any], Array], x: Array, packed: Any) -> A
     return y.reshape(*batch, *lead, y.shape[-1])
 
 
-def result_type(x: Array, values: Array) -> Any:
+def result_type(x: Array, packed: PackedArray) -> Any:
     """The type of a product, that of `x` where weights have 8 bits."""
-    if values.dtype.itemsize < 2:
+    dtype = dtype_of(packed)
+    if dtype.itemsize < 2:
         return x.dtype
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(x.dtype, values.dtype)
+        return jnp.result_type(x.dtype, dtype)
 
 
 def contract(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from jaxsparse import _checks
-from jaxsparse.formats import Condensed, Csr16, PackedArray, Tiles
+from jaxsparse.formats import Condensed, Csr16, Int8Tiles, PackedArray, Tiles
 from jaxsparse.kernels import _native
 from jaxsparse.kernels._compiled import has_native, native
 from jaxsparse.kernels._dense import dense
@@ -76,6 +76,7 @@ class Rules:
 MEASURED = Rules((
     Rule(gathered, Condensed, sparsity=0.25),
     Rule(native, Csr16, "cpu", sparsity=0.8),
+    Rule(native, Int8Tiles, "cpu", sparsity=0.7),
     Rule(gathered, Tiles, "cpu", sparsity=0.75, outputs=64),
     Rule(native, Tiles, "cpu", sparsity=0.7),
     Rule(gathered, Tiles, "cpu", sparsity=0.75, outputs=8, rows=4),
@@ -164,6 +165,7 @@ def _has_native_here(packed: PackedArray, platform: str) -> bool:
 
 
 def sparsity_of(packed: PackedArray) -> float:
-    """The fraction of weights that are not stored."""
+    """The fraction of weights that are not stored; 0 where what fills up outweighs."""
     view, layers = packed.view, math.prod(batch_of(packed))
-    return 1 - packed.values.size / max(1, layers * view.d_in * view.d_out)
+    share = packed.values.size / max(1, layers * view.d_in * view.d_out)
+    return max(0.0, 1 - share)

@@ -80,6 +80,8 @@ def sparsify(
       masks: a tree of bools with their structure.
       format: the format of all kernels; by default for each the first of `Condensed`,
         tiles from large to small and `Csr16` that its mask has and a rule takes.
+        `js.formats.Int8Tiles` is never a default: it rounds weights and activations, an
+        error of about 1 % in each product, and has no gradient.
       where: which kernels may be packed; by default all that a mask prunes.
       rules: which engine is quick; see `js.kernels.choose`.
       measure: whether to time each kernel here, dense and by the engines that the rules

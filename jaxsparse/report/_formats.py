@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from jaxsparse import _checks
+from jaxsparse.formats.weights import ROUNDED
 from jaxsparse.report._order import natural_order
 from jaxsparse.report._tables import size_text
 
@@ -10,8 +11,9 @@ from jaxsparse.report._tables import size_text
 def format_table(sizes: Mapping[str, Mapping[str, int]]) -> str:
     """Format the bytes of pruned kernels in each sparse format as a table.
 
-    The last column is the smallest format of a kernel, and the last line the sums: of
-    the smallest formats, and of those that every kernel has.
+    The last column is the smallest format of a kernel among those that give back the
+    same weights, which `Int8Tiles` does not. The last line are the sums: of the smallest
+    formats, and of those that every kernel has.
 
     Args:
       sizes: what `js.formats.sizes(params, masks)` gives.
@@ -29,9 +31,9 @@ def format_table(sizes: Mapping[str, Mapping[str, int]]) -> str:
       >>> axes = js.Axes((0,), (1,))
       >>> params, masks = js.prune({"kernel": kernel}, 0.9, axes=axes)
       >>> print(js.report.format_table(js.formats.sizes(params, masks, axes=axes)))
-      kernel     dense   Bitmap    Csr16  smallest
-      kernel  16.0 KiB  2.1 KiB  2.7 KiB  Bitmap 13.1 %
-      total   16.0 KiB  2.1 KiB  2.7 KiB  13.1 %
+      kernel     dense   Bitmap    Csr16  Int8Tiles  smallest
+      kernel  16.0 KiB  2.1 KiB  2.7 KiB    1.3 KiB  Bitmap 13.1 %
+      total   16.0 KiB  2.1 KiB  2.7 KiB    1.3 KiB  13.1 %
     """
     _checks.check_mapping(Mapping, "js.formats.sizes(params, masks)", sizes=sizes)
     for path, own in sizes.items():
@@ -45,7 +47,8 @@ def format_table(sizes: Mapping[str, Mapping[str, int]]) -> str:
     least = 0
     for path in natural_order(sizes):
         own = sizes[path]
-        best = min(own, key=lambda name, own=own: own[name])
+        exact = {name: n for name, n in own.items() if name not in ROUNDED}
+        best = min(exact, key=exact.__getitem__)
         least += own[best]
         cells = (size_text(own[name]) if name in own else "-" for name in names)
         rows.append((path, *cells, f"{best} {_share(own[best], own['dense'])}"))

@@ -57,4 +57,5 @@ def test_the_table_of_bytes():
     assert "Block" in lines[2]
     packed = formats.pack(params, masks, axes=axes)
     taken = sum(x.nbytes for x in jax.tree.leaves(packed["up"]))
-    assert taken == min(sizes["up"].values())
+    rounds = sizes["up"].pop("Int8Tiles")  # never by itself, however small
+    assert taken == min(sizes["up"].values()) > rounds

@@ -85,6 +85,18 @@ def test_what_no_system_opens_is_built_anew(tmp_path, copying, monkeypatch):
     assert len(built) == 1
 
 
+def test_a_build_is_announced(tmp_path, copying, monkeypatch, caplog):
+    """Without a setting of the user's: it explains why a first product takes so long."""
+    monkeypatch.setenv("JAXSPARSE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", copying[0])
+    assert "cannot be built or opened" in build._load().problem  # it is no library
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("jaxsparse", "WARNING")
+    assert copying[0] in record.getMessage()
+    assert str(tmp_path / "native") in record.getMessage()
+    assert "JAXSPARSE_NATIVE=off" in record.getMessage()
+
+
 def test_without_a_compiler(tmp_path, monkeypatch):
     """One line says what is missing and how to get it."""
     monkeypatch.setenv("JAXSPARSE_CACHE", str(tmp_path))
@@ -156,3 +168,4 @@ def test_an_import_builds_nothing_and_a_second_process_nothing_more(tmp_path):
         check=False,
     )
     assert done.stdout == "portable\n", done.stderr
+    assert "Compiling" not in done.stderr
