@@ -44,9 +44,9 @@ class Int8Tiles:
     eight: at 90 % of whole tiles 0.0375 of a dense float32 array, besides the outputs.
 
     Products round the activations too, each row by its own scale, and add up integers
-    exactly (Jacob et al. 2018): about 1 % of error in all. `pack` and `sparsify` take it
-    only where it is asked for. It cannot be trained: prune and train in another format,
-    and round at the end.
+    exactly (Jacob et al. 2018): about 1 % of error in all. `pack` and `sparsify` take
+    it only where it is asked for. It cannot be trained: prune and train in another
+    format, and round at the end.
 
     Attributes:
       values: `[*batch, pieces, length, 4]`, int8 from -127 to 127; output after output,
@@ -89,8 +89,8 @@ def _check_can_round(weight: Weight) -> None:
     dtype, d_in = weight.matrices.dtype, weight.view.d_in
     if not isinstance(weight.matrices, np.ndarray):
         raise TypeError(
-            f"{weight.path}: formats.Int8Tiles rounds weights where they are known, but "
-            "these are traced. Call pack outside of jit and grad."
+            f"{weight.path}: formats.Int8Tiles rounds weights where they are known, "
+            "but these are traced. Call pack outside of jit and grad."
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
@@ -99,9 +99,9 @@ def _check_can_round(weight: Weight) -> None:
         )
     if d_in > MOST_INT8_INPUTS:
         raise ValueError(
-            f"{weight.path}: sums of int8 products over {d_in:,} inputs may not fit into "
-            f"int32; formats.Int8Tiles takes {MOST_INT8_INPUTS:,} at most. Take another "
-            "format: formats.Csr16 has any number."
+            f"{weight.path}: sums of int8 products over {d_in:,} inputs may not fit "
+            f"into int32; formats.Int8Tiles takes {MOST_INT8_INPUTS:,} at most. Take "
+            "another format: formats.Csr16 has any number."
         )
 
 
@@ -132,7 +132,8 @@ def _rounded(weight: Weight) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"{weight.path}: the largest weight of output {output}{of} is "
             f"{largest[at]}; formats.Int8Tiles rounds finite numbers of float32. Find "
-            "where it comes from, or take another format: formats.Bitmap has any weight."
+            "where it comes from, or take another format: formats.Bitmap has any "
+            "weight."
         )
     scale = np.maximum((largest / 127).astype(np.float32), _LEAST)
     return np.rint(w / scale[..., None]).astype(np.int8), scale

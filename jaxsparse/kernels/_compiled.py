@@ -39,8 +39,8 @@ def native(x: Array, packed: PackedArray) -> Array:
     check_product(x, packed)
     if not has_native(packed):
         raise TypeError(
-            "packed: kernels.native multiplies Csr16, Int8Tiles and Tiles of (1, 4), got "
-            f"a {type(packed).__name__}. Take kernels.matmul, which chooses."
+            "packed: kernels.native multiplies Csr16, Int8Tiles and Tiles of (1, 4), "
+            f"got a {type(packed).__name__}. Take kernels.matmul, which chooses."
         )
     if not _native.available():
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Products with int8 weights in plain JAX: what the compiled kernel computes, bit for bit.
+"""Products with int8 weights in plain JAX, to the bits of the compiled kernel.
 
 Rounded activations times rounded weights are integers, and their sums are exact in any
 order. So every platform gets the same sums, and the same result to the last bit where

@@ -12,8 +12,8 @@ def format_table(sizes: Mapping[str, Mapping[str, int]]) -> str:
     """Format the bytes of pruned kernels in each sparse format as a table.
 
     The last column is the smallest format of a kernel among those that give back the
-    same weights, which `Int8Tiles` does not. The last line are the sums: of the smallest
-    formats, and of those that every kernel has.
+    same weights, which `Int8Tiles` does not. The last line are the sums: of the
+    smallest formats, and of those that every kernel has.
 
     Args:
       sizes: what `js.formats.sizes(params, masks)` gives.
