@@ -81,8 +81,9 @@ def int8_tiles_of(weight: Weight) -> Int8Tiles:
     number = rows.column.astype(index_type(kept.shape[-1]))
     at = len(weight.view.batch)
     place = functools.partial(placed, place=weight.place, axis=at)
-    arrays = map(place, (values, scale, number, rows.offsets))
-    return Int8Tiles(*arrays, np.dtype(weight.matrices.dtype), weight.view)
+    structure = place(number), place(rows.offsets)
+    dtype = np.dtype(weight.matrices.dtype)
+    return Int8Tiles(place(values), place(scale), *structure, dtype, weight.view)
 
 
 def _check_can_round(weight: Weight) -> None:

@@ -22,6 +22,7 @@ def by_unpacking(x, packed):
     return kernels.dense(x, packed)
 
 
+OF_FOUR = js.Block((4, 1))
 ANY = kernels.Rules([kernels.Rule(by_unpacking, formats.PackedArray)])
 
 
@@ -229,7 +230,7 @@ def test_which_engine():
 # A whole model.
 
 
-def sparsified(apply_fn, params, x, pattern=js.Block((4, 1)), **options):
+def sparsified(apply_fn, params, x, pattern=OF_FOUR, **options):
     trace = js.trace(apply_fn, params, x)
     pruned = js.prune(params, 0.75, pattern=pattern, trace=trace)
     options = {"format": formats.Int8Tiles, "rules": ANY} | options

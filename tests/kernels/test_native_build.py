@@ -86,7 +86,7 @@ def test_what_no_system_opens_is_built_anew(tmp_path, copying, monkeypatch):
 
 
 def test_a_build_is_announced(tmp_path, copying, monkeypatch, caplog):
-    """Without a setting of the user's: it explains why a first product takes so long."""
+    """Without a setting of the user's: it explains why a first call takes so long."""
     monkeypatch.setenv("JAXSPARSE_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", copying[0])
     assert "cannot be built or opened" in build._load().problem  # it is no library
