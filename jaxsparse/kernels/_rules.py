@@ -76,7 +76,7 @@ class Rules:
 MEASURED = Rules((
     Rule(gathered, Condensed, sparsity=0.25),
     Rule(native, Csr16, "cpu", sparsity=0.8),
-    Rule(native, Int8Tiles, "cpu", sparsity=0.7),
+    Rule(native, Int8Tiles, "cpu", sparsity=0.5),
     Rule(gathered, Tiles, "cpu", sparsity=0.75, outputs=64),
     Rule(native, Tiles, "cpu", sparsity=0.7),
     Rule(gathered, Tiles, "cpu", sparsity=0.75, outputs=8, rows=4),
