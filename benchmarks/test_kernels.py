@@ -194,11 +194,16 @@ def test_bert_base_by_compiled_kernels(sparsity, compare, record):
         engines = "/".join(sorted({layer.engine for layer in sparse.layers.values()}))
         packed = jax.jit(sparse.apply_fn)
         want, got = dense(pruned.params, x), packed(sparse.params, x)
-        error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+        # Of what the layers add, not of what passes by them.
+        error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want - x))
         calls.setdefault("dense", lambda params=pruned.params: dense(params, x))
         calls[f"{name} ({engines})"] = lambda f=packed, p=sparse.params: f(p, x)
-        assert error < (0.1 if "int8" in name else 1e-4)
+        assert error < (0.05 if "int8" in name else 1e-4)
         record(benchmark=title, what=f"error of {name}", ratio=round(error, 6))
+        kept = sum(int(m.sum()) for m in jax.tree.leaves(pruned.masks))
+        speed = 4 if "int8" in name else 1  # of products, in those of float32
+        floor = floor_ms(sparse.params, kept / speed, x.shape[1])
+        record(benchmark=title, what=f"floor of {name}", floor_ms=round(floor, 3))
     compare(title, calls)
 
 
