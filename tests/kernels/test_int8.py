@@ -186,6 +186,16 @@ def test_there_is_no_gradient(engine):
         jax.grad(lambda x: run(x, packed).sum())(draw((2, 26)))
 
 
+def test_what_comes_after_can_be_trained():
+    """A head on features of int8."""
+    packed, head, x = packed_kernel(), jnp.asarray(draw((12, 2))), draw((5, 26))
+    loss = lambda head: jnp.sum(kernels.matmul(x, packed) @ head)
+    features = product(x, packed).astype(np.float64)
+    expected = np.repeat(features.sum(0)[:, None], 2, 1)
+    error = np.abs(np.asarray(jax.jit(jax.grad(loss))(head)) - expected)
+    assert (error <= 1e-6 * np.abs(features).sum(0)[:, None]).all()
+
+
 def test_outputs_that_are_split_over_devices():
     """Compiled kernels work on one device: there it is the product in plain JAX."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
@@ -264,6 +274,24 @@ def test_a_model_in_bfloat16_and_a_convolution():
     assert {layer.format for layer in sparse.layers.values()} == {"Int8Tiles"}
     got, want = sparse.apply_fn(sparse.params, x), apply_fn(pruned.params, x)
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.05
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_rows_that_are_split_over_devices_stay_there(kind):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    params = {"a": (64, 32), "b": (32, 16)}
+    params = {
+        k: jax.device_put(draw(s), NamedSharding(mesh, P())) for k, s in params.items()
+    }
+    x = jax.device_put(draw((16, 64)), NamedSharding(mesh, P("x")))
+    for rules in (ANY, kernels.MEASURED) if _native.available() else (ANY,):
+        sparse, _ = sparsified(apply_fn, params, x, rules=rules)
+        packed = sparse.params
+        y = jax.jit(sparse.apply_fn)(packed, x)
+        assert y.sharding.is_equivalent_to(NamedSharding(mesh, P("x")), 2)
+        hidden = np.maximum(product(np.asarray(x), packed["a"]), 0)
+        np.testing.assert_array_equal(y, product(hidden, packed["b"]))
 
 
 def test_a_packed_model_runs_without_the_dense_one():
