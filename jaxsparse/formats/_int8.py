@@ -44,7 +44,7 @@ class Int8Tiles:
     eight: at 90 % of whole tiles 0.0375 of a dense float32 array, besides the outputs.
 
     Products round the activations too, each row by its own scale, and add up integers
-    exactly (Jacob et al. 2018): about 1 % of error in all. `pack` and `sparsify` take
+    exactly (Jacob et al. 2018): about 1 % of error each. `pack` and `sparsify` take
     it only where it is asked for. It cannot be trained: prune and train in another
     format, and round at the end.
 
