@@ -139,6 +139,9 @@ def _call(name: str, size: int, kind: Kind) -> Callable[..., Array]:
     def call(*args: Array) -> Array:
         layout = lambda ndim: _FEATURE_MAJOR if ndim == 2 else None
         shape = (args[0].shape[0], size) if of_tokens else (size,)
+        if not args[0].size or not size:
+            # XLA's compiler dies of what it would turn for an empty matrix.
+            return jnp.zeros(shape, jnp.float32)
         f = jax.ffi.ffi_call(
             f"jaxsparse_{name}",
             jax.ShapeDtypeStruct(shape, jnp.float32),

@@ -10,6 +10,7 @@ from jax import lax
 from jaxsparse import _checks, patterns, scores
 from jaxsparse._dtypes import widen
 from jaxsparse._typing import Array, PyTree, Where
+from jaxsparse.patterns.selection import choose
 from jaxsparse.tree import AxesRule
 
 
@@ -94,13 +95,14 @@ def cram(
 
     def chosen(params: PyTree, pattern: patterns.Pattern, sparsity: Array) -> PyTree:
         own = isinstance(pattern, patterns.NM)
-        return patterns.masks(
-            scores.magnitude(params),
+        return choose(
+            params,
             None if own else sparsity,
             pattern=pattern,
             where=where,
             axes=axes,
-        )
+            of=scores.magnitude,  # which need not be held
+        )[0]
 
     def value_and_grad(params: PyTree, *args: Any, key: Array, **kwargs: Any):
         _checks.check_key(key)

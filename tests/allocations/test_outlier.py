@@ -326,7 +326,7 @@ def test_a_block_without_a_name_is_refused(name):
 
 
 def test_parameters_without_weights_are_refused():
-    with pytest.raises(ValueError, match="no weights at all"):
+    with pytest.raises(ValueError, match="hold no weights"):
         js.allocations.owl({"w": np.ones((0, 3))}, 0.5)
 
 
