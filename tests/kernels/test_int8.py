@@ -128,6 +128,16 @@ def test_a_row_that_is_not_finite_is_lost_alone(engine):
         np.testing.assert_array_equal(y[:4], product(x[:4], packed))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_kernel_that_keeps_nothing_gives_zeros(engine):
+    run, w = engine_of(engine), {"w": jnp.ones((8, 4))}
+    none = {"w": jnp.zeros((8, 4), bool)}
+    packed = formats.pack(w, none, format=formats.Int8Tiles, axes=DENSE)["w"]
+    for rows in (0, 1, 3):
+        y = run(jnp.ones((rows, 8)), packed)
+        np.testing.assert_array_equal(y, np.zeros((rows, 4)))
+
+
 def test_the_error_is_that_of_the_roundings():
     """Of float64 products of the weights: half a step of activations and of weights."""
     w = draw((96, 32))
