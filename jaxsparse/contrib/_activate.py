@@ -77,7 +77,7 @@ def dead_neurons(trace: Trace, params: PyTree, batches: Iterable[Any]) -> DeadNe
 
 
 def activation_gains(trace: Trace, params: PyTree, batches: Iterable[Any]) -> PyTree:
-    """Score weights by how much their removal lifts neurons that are asleep.
+    """Score weights by how much their removal raises inactive neurons.
 
     `-w dA/dw`, to first order the change of `A` when w is removed, where `A` is the
     mean over examples and neurons of `min(z, 0)`: the inputs z of the ReLUs below 0, of
@@ -90,7 +90,7 @@ def activation_gains(trace: Trace, params: PyTree, batches: Iterable[Any]) -> Py
       batches: as for `dead_neurons`; they are gone through twice.
 
     Returns:
-      A tree like the parameters, in their types.
+      A tree like the parameters, of the same types.
 
     Raises:
       ValueError: as `dead_neurons`.
@@ -136,11 +136,11 @@ def activate(
     where: Where = None,
     axes: AxesRule = None,
 ) -> PyTree:
-    """Let gains decide about weights that the scores hardly tell apart (AP).
+    """Decide by gains between weights of nearly equal scores (AP).
 
-    Weights that `scores` remove already at `sparsity - pool / 2` go, and those that
-    they keep at `sparsity + pool / 2` stay; among the rest those of the largest gain
-    go. Any score can stand in front::
+    Weights that `scores` already remove at `sparsity - pool / 2` are removed, and
+    weights that they still keep at `sparsity + pool / 2` are kept. Among the rest, the
+    weights with the largest gains are removed. Any score can be used::
 
         gains = js.contrib.activation_gains(trace, params, batches)
         scores = js.contrib.activate(js.scores.magnitude(params), gains, 0.8)
@@ -150,10 +150,10 @@ def activate(
     arXiv:2212.06145): pruning methods that leave neurons active are better, so among
     candidates choose those that lower the dynamic dead neuron rate (`dead_neurons`).
     The paper's algorithm was not at hand, only its abstract; candidates and gains are
-    our own reading of it. It lowers the rate as it says; that it raises accuracy is not
-    confirmed: on a small network of Fashion-MNIST, pruned in one shot to 90 % and
-    fine-tuned, a pool of 0.02 took the rate from 0.72 to 0.69 and changed accuracy by
-    less than 0.3 points; pools of 0.1, or 97 %, cost points. Keep the pool small.
+    our own reading of it. It lowers the rate as intended, but we could not confirm that
+    it raises accuracy. On a small network of Fashion-MNIST, pruned in one shot to 90 %
+    and fine-tuned, a pool of 0.02 took the rate from 0.72 to 0.69 and changed accuracy
+    by less than 0.3 points; pools of 0.1, or 97 %, cost points. Keep the pool small.
 
     Args:
       scores: a tree like the parameters, larger = keep.

@@ -59,7 +59,7 @@ def cric(
     criteria: Criteria = Criteria(),  # noqa: B008  (a NamedTuple of numbers)
     roles: Collection[str] = PRODUCERS,
 ) -> Redundancy:
-    """Correct which channels are redundant, in cycles of trial removals (CRIC).
+    """Find redundant channels by cycles of trial removals (CRIC).
 
     Saliency at one point predicts poorly what happens far from it: a channel of small
     slices with no gradient seems redundant, whatever depends on it. A cycle takes the

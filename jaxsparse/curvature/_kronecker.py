@@ -119,7 +119,7 @@ def kronecker_fisher(
       grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for
         parameters that take no part.
       damping: added to the diagonal.
-      rel_damping: instead of it a factor for the mean diagonal of `F` over all weights
+      rel_damping: the damping as a factor of the mean diagonal of `F` over all weights
         whose input and output have gradients.
       axes: the axes of kernels whose layout is not flax's; see `jaxsparse.Axes`.
       accurate: False sums up and factors in the gradients' own type, which is quicker

@@ -71,12 +71,12 @@ def pack(
     where: Where = None,
     axes: AxesRule = None,
 ) -> PyTree:
-    """Put kernels into a sparse format: arrays that are as small as what is kept.
+    """Store pruned kernels in a sparse format.
 
     The result has packed arrays in the place of kernels, each a pytree of arrays with
     static shapes: it passes through `jax.jit`, `vmap` and `save`, and lies where the
-    kernel did (split along its outputs and layers). What stays dense is masked, so that
-    `unpack` gives back `js.patterns.apply(params, masks)`, bit for bit (but for
+    kernel did (split along its outputs and layers). Kernels that stay dense are masked,
+    so `unpack` returns `js.patterns.apply(params, masks)` bit for bit (except for
     `Int8Tiles`, which rounds). It works on the host: call it outside of jit, or with
     masks that are constants there.
 
@@ -214,7 +214,7 @@ def pack_one(weight: Weight, format: Format | None) -> PackedArray | None:
 
 
 def bytes_of_each(weight: Weight) -> dict[Format, int]:
-    """What a kernel takes in each format that is exact and whose structure it has."""
+    """Return the bytes of a kernel in each exact format whose structure it has."""
     found: dict[Format, int] = {}
     tries: list[tuple[Format, Any]] = [
         (Condensed, condensed_bytes),
@@ -246,7 +246,7 @@ def sizes(
 
     Returns:
       For each kernel's path the bytes by the format's name, "dense" first, and last
-      `Int8Tiles`, which rounds. A format is left out where the mask has not its
+      `Int8Tiles`, which rounds. A format is left out where the mask does not have its
       structure.
 
     Raises:

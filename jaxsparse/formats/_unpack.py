@@ -20,11 +20,11 @@ from jaxsparse.tree import from_matrices, path_str
 
 
 def unpack(packed: PyTree) -> PyTree:
-    """Give back the dense parameters, in which removed weights are 0.
+    """Return the dense parameters, in which removed weights are 0.
 
-    Jitted, XLA may fuse it into what uses the weights; `js.kernels` multiplies without
-    the dense array. Of `Int8Tiles` it gives `scale * q`, which is the weight to within
-    `scale / 2`; of all other formats the bits that were packed.
+    Under jit, XLA may fuse it into the operations that use the weights; `js.kernels`
+    multiplies without the dense array. Of `Int8Tiles` it gives `scale * q`, which is
+    the weight to within `scale / 2`; of all other formats the bits that were packed.
 
     Args:
       packed: a tree of `pack`, or a packed array.

@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A kernel and what is kept of it.
+    """A kernel and the mask of its kept weights.
 
     Attributes:
       path: the parameter's path, for messages.

@@ -12,8 +12,9 @@ from jaxsparse.kernels._product import check_product, contract, over_rows, resul
 def dense(x: Array, packed: PackedArray) -> Array:
     """Multiply by the unpacked kernel: `y = x @ w`, added up in float32 at least.
 
-    The meaning of all engines, and the quickest where a mask keeps much. Each call
-    makes the dense array anew, so for speed alone keep such kernels dense.
+    It defines the result of all engines, and is the quickest if a mask keeps many
+    weights. Each call makes the dense array anew, so for speed alone keep such kernels
+    dense.
 
     Of `Int8Tiles` it is a product of integers: each row is rounded as weights are, `q =
     round(x / s)` with `s = max |x| / 127`, in float32, and `y = (q_x @ q_w) * (s *

@@ -15,8 +15,8 @@ def gathered(x: Array, packed: PackedArray) -> Array:
     """Multiply without native code: gather inputs, then multiply dense matrices.
 
     - `Tiles`: `y_g = x[:, rows_g] @ values_g` for all groups of outputs in one batched
-      product. Balanced tiles are what it is made for; others are filled up to the
-      largest group in each call.
+      product. This is made for balanced tiles; others are padded to the largest group
+      in each call.
     - `Condensed`: one smaller product.
     - `Nm`: `y = sum_j x[:, j::of] @ (values at position j, else 0)`: no gather, for
       accelerators.

@@ -25,8 +25,8 @@ class Layer(NamedTuple):
       format: the name of the format; "" for a dense array.
       sparsity: the fraction of weights that its mask removes.
       rows: the most rows that one product has, for the traced shapes.
-      bytes: what it takes.
-      why: for a dense one, why.
+      bytes: the size of the kernel in bytes.
+      why: the reason why a kernel stays dense.
       dense_ms: with `measure` the milliseconds of a dense product, else NaN.
       packed_ms: and those of the quickest engine.
     """

@@ -46,10 +46,10 @@ class Rule(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """A table of engines: the first rule that fits counts, and where none does, dense.
+    """A table of engines: the first rule that matches applies, or `dense` if none does.
 
-    `print(js.kernels.MEASURED)` shows the default one. For another machine measure, and
-    pass rules of your own: `rules=js.kernels.Rules((rule, ...))`.
+    `print(js.kernels.MEASURED)` shows the default one. For another machine, measure and
+    pass your own rules, `rules=js.kernels.Rules((rule, ...))`.
 
     Attributes:
       rules: in order.

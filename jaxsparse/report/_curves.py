@@ -127,9 +127,9 @@ def plot_tradeoff(
     """Draw the quality of several methods against sparsity, size or time.
 
     Args:
-      runs: by the name of a method its points, two sequences of the same length: x (a
-        sparsity, bytes, milliseconds) and the quality there. A single point is drawn as
-        a mark, for a dense model for example.
+      runs: a mapping from the name of a method to two sequences of the same length, x
+        (a sparsity, bytes, milliseconds) and the quality at x. A single point is drawn
+        as a mark, for a dense model for example.
       xlabel: what x is, with its unit.
       ylabel: what y is.
       logx: whether the x axis is logarithmic, as for sizes.

@@ -47,7 +47,7 @@ def static(
         `total_steps`, as for `jaxsparse.prune_schedule`.
 
     Returns:
-      A gradient transformation with the methods `wrap` and `adopt`, as
+      A gradient transformation with the methods `wrap` and `adopt`, like
       `prune_schedule`. `init` makes the masks.
 
     Raises:
