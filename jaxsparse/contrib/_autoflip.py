@@ -22,8 +22,8 @@ def guidance(params: PyTree, clients: Iterable[PyTree]) -> PyTree:
     Weights that no client moves are not needed by any client. Interno et al. (2024,
     AutoFLIP, arXiv:2405.10271).
 
-    Clients come one after another, and one sum is kept. Where each client is a device
-    of `jax.shard_map`, the same is `jax.lax.pmean` of the squares. The scores are used
+    Clients are read one after another into one sum. Where each client is a device of
+    `jax.shard_map`, use `jax.lax.pmean` of the squares instead. The scores are used
     like any others: `guidance_masks` cuts them at a threshold, as the paper does, and
     `jaxsparse.patterns.masks` at a sparsity.
 
@@ -37,7 +37,7 @@ def guidance(params: PyTree, clients: Iterable[PyTree]) -> PyTree:
     Raises:
       ValueError: no clients, parameters of another model, NaN in them (the message
         says which client).
-      TypeError: `clients` that cannot be gone through.
+      TypeError: `clients` that cannot be iterated over.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -89,8 +89,8 @@ def guidance_masks(
     Args:
       scores: what `guidance` returned.
       threshold: in [0, 1].
-      axis: the axis of units that live or die together, such as -1 for the outputs of a
-        kernel `(in, out)`; None for single weights.
+      axis: the axis of units that are kept or removed together, such as -1 for the
+        outputs of a kernel `(in, out)`; None for single weights.
       where: which parameters take part; see `jaxsparse.tree.select`.
 
     Returns:

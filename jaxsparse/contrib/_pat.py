@@ -76,7 +76,7 @@ def hybrid(module: Hybrid, x: Array, gate: Array) -> Array:
             task = task_loss(params, modules, gate, batch)    # calls js.contrib.hybrid
             return task + sum(js.contrib.hybrid_loss(mask, modules, width=3_072))
 
-    At the end `fold_hybrid` makes the modules part of the kernels before them, and
+    At the end `fold_hybrid` merges the modules into the kernels before them, and
     `js.narrowing.narrow` removes the closed channels.
 
     Args:
@@ -223,7 +223,7 @@ def hybrid_loss(mask: Array, modules: PyTree, *, width: int) -> HybridLoss:
 def fold_hybrid(
     module: Hybrid, kernel: Array, gate: Array, *, bias: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """Fold a module into the kernel (and bias) whose output it stands behind.
+    """Fold a module into the kernel (and bias) before it.
 
     `W (I + down up) diag(gate * scale)`: the model without its modules then computes
     the same. With the final gate, closed channels are exactly 0 in every output that

@@ -39,12 +39,12 @@ def self_distilled(
     The dense model answers, before it is pruned: pass it the prompt with the target in
     it, as the paper does ("rewrite this answer in your own words"), which `generate`
     puts together, or the prompt alone. `check` compares final answers, numbers or
-    choices, not texts; where there is none to extract (open questions), a `check` that
+    choices, not texts; where there is no final answer (open questions), a `check` that
     is always True keeps every answer.
 
     Args:
       prompts: the prompts, of any type.
-      targets: the answers of the data, as many.
+      targets: the answers in the data, one for each prompt.
       generate: `generate(prompts, targets) -> answers`, of `batch_size` examples (fewer
         in the last call), with the model and its sampling in it.
       check: `check(answer, target) -> bool`.

@@ -276,7 +276,7 @@ def merge_clusters(
         goes in and comes out transposed.
       labels: `[E]` integers, the cluster of each expert, as `cluster_experts` makes.
       average_up_to: the largest number of clusters whose members are averaged. 0 (the
-        default of the reference implementation) keeps medoids always.
+        default of the reference implementation) always keeps medoids.
 
     Returns:
       A `MergedExperts`; the cluster with label 0 comes first.

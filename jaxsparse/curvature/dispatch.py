@@ -1,4 +1,4 @@
-"""What an approximation of the Fisher matrix can be asked: one function a question.
+"""Functions to query an approximation of the Fisher matrix, one for each operation.
 
 Each is dispatched on the kind of approximation. So a new one is a file: a frozen
 dataclass with what `Fisher` names, registered as a pytree, and what it answers,

@@ -24,7 +24,7 @@ def native(x: Array, packed: PackedArray) -> Array:
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
-      packed: a kernel of `js.formats.pack`, in one of these formats, on one device.
+      packed: a kernel from `js.formats.pack`, in one of these formats, on one device.
 
     Returns:
       `[*batch, ..., d_out]`, in the type that a dense product would have.

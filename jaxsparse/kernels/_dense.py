@@ -23,14 +23,14 @@ def dense(x: Array, packed: PackedArray) -> Array:
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
-      packed: a kernel of `js.formats.pack`.
+      packed: a kernel from `js.formats.pack`.
 
     Returns:
       `[*batch, ..., d_out]`, in the type that a dense product would have.
 
     Raises:
       ValueError: `x` of another width.
-      TypeError: something else than a packed kernel, or `x` not of floating point; a
+      TypeError: anything other than a packed kernel, or `x` not of floating point; a
         gradient of `Int8Tiles`.
 
     Example:

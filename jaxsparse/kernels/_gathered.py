@@ -21,11 +21,11 @@ def gathered(x: Array, packed: PackedArray) -> Array:
     - `Nm`: `y = sum_j x[:, j::of] @ (values at position j, else 0)`: no gather, for
       accelerators.
 
-    Runs on every platform, under jit, vmap and grad.
+    It runs on every platform, under jit, vmap and grad.
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
-      packed: a kernel of `js.formats.pack`, in one of these formats.
+      packed: a kernel from `js.formats.pack`, in one of these formats.
 
     Returns:
       `[*batch, ..., d_out]`, in the type that a dense product would have.

@@ -24,7 +24,7 @@ def matmul(x: Array, packed: PackedArray, *, rules: Rules = MEASURED) -> Array:
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
-      packed: a kernel of `js.formats.pack`.
+      packed: a kernel from `js.formats.pack`.
       rules: the rules that choose the engine.
 
     Returns:
@@ -32,7 +32,7 @@ def matmul(x: Array, packed: PackedArray, *, rules: Rules = MEASURED) -> Array:
 
     Raises:
       ValueError: `x` of another width.
-      TypeError: something else than a packed kernel or rules, or `x` not of floating
+      TypeError: anything other than a packed kernel or rules, or `x` not of floating
         point.
 
     Example:

@@ -42,7 +42,7 @@ def packed_apply(trace: Trace, *, rules: Rules = MEASURED) -> Callable[..., Any]
       `apply_fn(params, *inputs)`, for parameters with any kernels packed.
 
     Raises:
-      TypeError: something else than a trace or rules.
+      TypeError: anything other than a trace or rules.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

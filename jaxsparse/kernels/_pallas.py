@@ -42,11 +42,11 @@ def pallas(x: Array, packed: PackedArray) -> Array:
 
     These kernels have never run on an accelerator: they are tested by interpreters on a
     processor, and lowered for `tpu` and `cuda`. The kernel of `Bitmap` is compiled for
-    Hopper where the extra is there. No rule of `js.kernels.MEASURED` takes them.
+    Hopper where the extra is there. No rule of `js.kernels.MEASURED` uses them.
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
-      packed: a kernel of `js.formats.pack`, in one of these formats.
+      packed: a kernel from `js.formats.pack`, in one of these formats.
 
     Returns:
       `[*batch, ..., d_out]`, in the type that a dense product would have.

@@ -102,7 +102,7 @@ def choose(
     """Return the engine that multiplies a packed kernel.
 
     Args:
-      packed: a kernel of `js.formats.pack`.
+      packed: a kernel from `js.formats.pack`.
       rows: the number of rows of `x`, such as tokens.
       rules: the table to look in.
       platform: `"cpu"`, `"gpu"` or `"tpu"`; by default JAX's.
@@ -111,7 +111,7 @@ def choose(
       `js.kernels.dense`, `gathered`, `native`, or an engine of the caller's rules.
 
     Raises:
-      TypeError: something else than a packed kernel or rules.
+      TypeError: anything other than a packed kernel or rules.
       ValueError: a negative number of rows, another platform.
 
     Example:

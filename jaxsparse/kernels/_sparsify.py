@@ -96,7 +96,7 @@ def sparsify(
     Raises:
       ValueError: parameters of another model, masks that do not fit; with `format` a
         mask of another structure.
-      TypeError: something else than a trace or rules, traced masks.
+      TypeError: anything other than a trace or rules, traced masks.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -22,9 +22,9 @@ class Unstructured:
     """Single weights.
 
     Attributes:
-      scope: which weights compete: those of one parameter (`"layer"`; of one layer of
-        it where it has batch axes), all selected weights (`"global"`), or the weights
-        of one output unit (`"output"`, Wanda's choice).
+      scope: which weights compete: the weights of one parameter (`"layer"`; of one
+        layer of it where it has batch axes), all selected weights (`"global"`), or the
+        weights of one output unit (`"output"`, Wanda's choice).
 
     Example:
       >>> import jaxsparse as js

@@ -125,7 +125,7 @@ class Recipe(NamedTuple):
         teacher_logits: Array | None = None,
         labels: Array | None = None,
     ) -> Array:
-        """Return each example's loss from labels and teacher, as the recipe weights them.
+        """Return each example's loss from labels and teacher, weighted as stated.
 
         Args:
           student_logits: `[..., classes]`.

@@ -50,7 +50,7 @@ def plot_sensitivity(
       A matplotlib figure.
 
     Raises:
-      TypeError: something else than a `Sensitivity`.
+      TypeError: anything other than a `Sensitivity`.
       ValueError: no parameters; `named` out of range; a `path` that does not end in
         `.png`.
       ImportError: matplotlib is not installed.
@@ -139,7 +139,7 @@ def plot_tradeoff(
       A matplotlib figure.
 
     Raises:
-      TypeError: something else than a mapping to pairs of numbers.
+      TypeError: anything other than a mapping to pairs of numbers.
       ValueError: no runs, more than 7 (the colors that a reader can tell apart),
         sequences of unequal lengths, x that is not positive on a logarithmic axis; a
         `path` that does not end in `.png`.

@@ -114,11 +114,9 @@ def grasp(
 ) -> PyTree:
     """Score weights by `w * (H g)` from values of the loss (ZO-GraSP).
 
-    This is This is This is This is This is This is This is This is This is This is
-    This is This is This is This is This is This is This is This is This is This is
-    GraSP (see `jaxsparse.scores.grasp`) with both gradients estimated along the same
-    random directions, `g_0 = g(w)` and `g_1 = g(w + mu v)` with `v = g_0 / |g_0|`; then
-    `H g = |g_0| (g_1 - g_0) / mu`. DeepZero (Chen et al., 2024, arXiv:2310.02025)
+    This is GraSP (see `jaxsparse.scores.grasp`) with both gradients estimated along the
+    same random directions, `g_0 = g(w)` and `g_1 = g(w + mu v)` with `v = g_0 / |g_0|`;
+    then `H g = |g_0| (g_1 - g_0) / mu`. DeepZero (Chen et al., 2024, arXiv:2310.02025)
     computes it once, from 192 directions, only to find the sparsities of the layers,
     because single scores are noise where weights outnumber directions. It evaluates
     `2 (count + 1)` losses; jit it. A second difference divides by `mu` twice: where the
