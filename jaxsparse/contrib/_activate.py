@@ -170,7 +170,7 @@ def activate(
 
     Raises:
       ValueError: a sparsity or pool outside [0, 1), gains of another structure or
-        shape; what `jaxsparse.patterns.masks` raises.
+        shape; or as for `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -6,9 +6,9 @@ dataclass with what `Fisher` names, registered as a pytree, and what it answers,
     @dispatch.ihvp.register
     def _(fisher: OwnFisher, xs: list[Array]) -> list[Array]: ...
 
-It must implement `ihvp` and `inverse_diagonal`; call `can` before using any other.
-Trees are taken apart by the public functions of the same names: here they are lists,
-with an array for each parameter that takes part.
+An approximation must implement `ihvp` and `inverse_diagonal`; call `can` before using
+any other. Trees are taken apart by the public functions of the same names: here they
+are lists, with an array for each parameter that takes part.
 """
 
 import dataclasses

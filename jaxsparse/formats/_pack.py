@@ -75,10 +75,10 @@ def pack(
 
     The result has packed arrays in place of kernels, each a pytree of arrays with
     static shapes. It passes through `jax.jit`, `vmap` and `save`, and keeps the
-    kernel's sharding (split along its outputs and layers). Kernels that stay dense are
-    masked, so `unpack` returns `js.patterns.apply(params, masks)` bit for bit (except
-    for `Int8Tiles`, which rounds). It works on the host: call it outside of jit, or
-    with masks that are constants there.
+    kernel's sharding (split along its outputs and layers). Parameters that stay dense
+    are masked, so `unpack` returns `js.patterns.apply(params, masks)` bit for bit
+    (except for `Int8Tiles`, which rounds). It works on the host: call it outside of
+    jit, or with masks that are constants there.
 
     A format is
 

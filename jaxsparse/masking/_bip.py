@@ -52,8 +52,8 @@ def bip(
       `init_scores` makes them.
 
     Raises:
-      ValueError: a sparsity outside [0, 1), a `gamma` that is not above 0, what
-        `jaxsparse.patterns.masks` raises.
+      ValueError: a sparsity outside [0, 1), a `gamma` that is not above 0, or as for
+        `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -66,7 +66,7 @@ def cram(
 
     Raises:
       ValueError: no sparsity or pattern; a sparsity outside [0, 1); a negative `rho`;
-        what `jaxsparse.patterns.masks` raises.
+        or as for `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

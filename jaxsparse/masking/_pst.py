@@ -121,8 +121,8 @@ def masked_by_low_rank(
       Parameters of the same structure, exactly 0 where pruned.
 
     Raises:
-      ValueError: factors that do not fit their parameter, what
-        `jaxsparse.patterns.masks` raises.
+      ValueError: factors that do not fit their parameter, or as for
+        `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

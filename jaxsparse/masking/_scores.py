@@ -99,8 +99,8 @@ def masked_by_scores(
 
     Raises:
       ValueError: both a sparsity and a threshold, a threshold with a pattern of more
-        than single weights, scores of another structure or shape, what
-        `jaxsparse.patterns.masks` raises.
+        than single weights, scores of another structure or shape, or as for
+        `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

@@ -63,8 +63,8 @@ def straight_through(
       Parameters of the same structure, exactly 0 where pruned.
 
     Raises:
-      ValueError: both a sparsity and masks, masks of another model, and what
-        `jaxsparse.patterns.masks` raises.
+      ValueError: both a sparsity and masks, masks of another model, or as for
+        `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

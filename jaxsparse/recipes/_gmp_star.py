@@ -23,7 +23,7 @@ def gmp_star(
     """Return the recipe of well-tuned gradual magnitude pruning for a transformer.
 
     GMP* (Kurtic & Alistarh, 2022, arXiv:2210.06384) and the guidelines of Kurtic et al.
-    (2023, arXiv:2312.13547), which makes magnitude pruning work on the benchmark
+    (2023, arXiv:2312.13547), which make magnitude pruning work on the benchmark
     "Sparsity May Cry":
 
     - Prune the linear layers of the blocks alone, in one ranking over all of them.

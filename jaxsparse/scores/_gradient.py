@@ -70,7 +70,7 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
       scores of the selected parameters add up to 1.
 
     Raises:
-      ValueError: what `taylor` raises.
+      ValueError: as for `taylor`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -55,8 +55,8 @@ def acdc(
       `prune_schedule`.
 
     Raises:
-      ValueError: a sparsity outside [0, 1), an empty phase, `end < begin`, what
-        `prune_schedule` raises.
+      ValueError: a sparsity outside [0, 1), an empty phase, `end < begin`, or as for
+        `prune_schedule`.
 
     Example:
       >>> import optax, jaxsparse as js

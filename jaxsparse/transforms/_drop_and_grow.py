@@ -84,7 +84,7 @@ def drop_and_grow(
     Raises:
       ValueError: a drop fraction outside (0, 1]; at `init`, one by which no parameter
         drops a weight; under `enforce`, a member before it that keeps statistics, which
-        hides the gradients; what `prune_schedule` raises.
+        hides the gradients; or as for `prune_schedule`.
       TypeError: `grow` or `score` that is no score; a `key` that is not a random key.
 
     Example:

@@ -49,8 +49,8 @@ def coordinate_grads(
         grads = estimate(params, batch, indices)     # jitted; counts never change
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`. Parameters and batch are passed in
-        float32 at least, because narrower types would lose small differences.
+      loss_fn: `loss_fn(params, batch) -> scalar`. Numbers of less than 32 bits are
+        passed as float32, because narrower types would lose small differences.
       params: a tree of floating-point arrays.
       batch: the batch for `loss_fn`.
       indices: a tree like `params` of vectors of distinct flat indices, such as

@@ -139,7 +139,7 @@ def grasp(
       keep. `jaxsparse.allocations.from_global_scores` turns them into sparsities.
 
     Raises:
-      ValueError: what `random_grads` raises.
+      ValueError: as for `random_grads`.
       TypeError: a key that is not a random key, parameters that are not floating-point.
 
     Example:
