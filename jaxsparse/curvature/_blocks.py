@@ -102,8 +102,8 @@ def block_fisher(
       block_size: the weights of a block.
       damping: added to the diagonal. oBERT takes 1e-7, WoodFisher 1e-5. A larger one
         tends to magnitude pruning, a smaller one trusts few gradients too much.
-      rel_damping: the damping as a factor of the mean diagonal of `F` over all weights
-        that have gradients.
+      rel_damping: given instead of `damping`, a factor of the mean diagonal of `F` over
+        all weights that have gradients.
       pattern: units of it are kept whole within a block, and can then be scored and
         removed together.
       axes: the axes of kernels whose layout is not flax's; see `jaxsparse.Axes`.

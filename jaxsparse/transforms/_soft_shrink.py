@@ -48,8 +48,8 @@ def soft_shrink(
       A gradient transformation without a state of its own.
 
     Raises:
-      ValueError: a factor or sparsity out of range; at `update`, without `params`,
-        or as for `jaxsparse.patterns.masks`.
+      ValueError: a factor or sparsity out of range; at `update`, without
+        `params`, or as for `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
