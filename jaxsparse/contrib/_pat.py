@@ -178,7 +178,7 @@ class HybridLoss(NamedTuple):
 
 
 def hybrid_loss(mask: Array, modules: PyTree, *, width: int) -> HybridLoss:
-    """Return losses that drive the gate to a width, modules to projections (PAT).
+    """Return the terms of the loss for the gate and its modules (PAT).
 
     Differs from the reference implementation, where the mean over no channels is NaN:
     here it is 0. A module whose rank is above the width cannot reach 0 in the last

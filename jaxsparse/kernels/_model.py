@@ -22,9 +22,10 @@ from jaxsparse.tracing import Trace, retrace
 def packed_apply(trace: Trace, *, rules: Rules = MEASURED) -> Callable[..., Any]:
     """Return a traced model as a function of packed parameters.
 
-    It is the function that `sparsify` returns, for parameters that are already packed,
-    by a checkpoint or by `js.formats.pack` in a chosen format. A trace needs no
-    parameters, so a process that runs the packed model never holds the dense one:
+    This is the function that `sparsify` returns, for parameters that are already
+    packed: restored from a checkpoint, or packed by `js.formats.pack` in a chosen
+    format. A trace needs no parameters, so a process that runs the packed model never
+    holds the dense one:
 
         shapes = jax.eval_shape(init)                      # of the dense parameters
         trace = js.trace(model, shapes, x)

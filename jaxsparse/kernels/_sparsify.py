@@ -60,7 +60,7 @@ def sparsify(
     rules: Rules = MEASURED,
     measure: bool = False,
 ) -> Sparsified:
-    """Run a pruned model that can be traced with packed kernels.
+    """Run a pruned, traced model with packed kernels.
 
     The traced program is evaluated with the products of pruned kernels replaced by
     `js.kernels.matmul`: dense layers, attention projections, experts, layers of a scan,
