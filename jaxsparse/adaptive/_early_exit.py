@@ -38,12 +38,12 @@ def choose_exit(
 ) -> Exit:
     """Choose for each input the first exit that is confident, or the last one.
 
-    The input leaves at the first exit k with `confidence(logits[k]) >= threshold`. This
-    is what a model with early exits answers; all exits are computed already, so it
-    saves nothing: it is for validation and training. `run_until_confident` computes no
-    more than is needed. Teerapittayanon et al. (2016, BranchyNet, arXiv:1709.01686)
-    exit by the entropy of the softmax, MSDNet (Huang et al., 2018, arXiv:1703.09844)
-    by its maximum.
+    The input leaves at the first exit k with `confidence(logits[k]) >= threshold`. The
+    result is the answer of a model with early exits. All exits are computed already, so
+    nothing is saved: use it for validation and training, and use `run_until_confident`
+    to skip the stages after the exit. Teerapittayanon et al. (2016, BranchyNet,
+    arXiv:1709.01686) exit by the entropy of the softmax, MSDNet (Huang et al., 2018,
+    arXiv:1703.09844) by its maximum.
 
     Args:
       logits: for each exit `[batch, classes]`, the same shape for all.
@@ -52,7 +52,7 @@ def choose_exit(
         default the largest probability of the softmax.
 
     Returns:
-      An `Exit`. A confidence of NaN is none.
+      An `Exit`. An exit whose confidence is NaN is not confident.
 
     Raises:
       ValueError: no exits, logits of different shapes, a threshold that is NaN.
@@ -87,17 +87,17 @@ def run_until_confident(
 ) -> Exit:
     """Run a model stage by stage for one input, and stop where it is confident.
 
-    Under `jit` each stage after the first stands within a `lax.cond`: what comes after
-    the exit is not computed, and one program serves all inputs. That is so for a batch
-    of one input. `vmap` would make a selection of each choice and compute all stages,
-    so larger batches are an error: use `choose_exit`, or call this once for each input
-    (`lax.map`).
+    Under `jit` each stage after the first runs within a `lax.cond`, so stages after the
+    exit are not computed, and one program serves all inputs. This needs a batch of one
+    input: `vmap` would turn each `lax.cond` into a selection and compute all stages.
+    Larger batches are therefore an error; use `choose_exit`, or call this once for each
+    input (`lax.map`).
 
     Args:
       stages: for each exit a function `h -> (h, logits)`: the part of the model up to
         the exit, and its classifier. All give logits `[1, classes]` of one shape and
         type; the `h` may differ. Close over the parameters.
-      x: what the first stage takes, one input: its arrays have a leading axis of 1.
+      x: one input of the first stage; its arrays have a leading axis of length 1.
       threshold: as for `choose_exit`.
       confidence: as for `choose_exit`.
 
@@ -168,11 +168,11 @@ def exit_threshold(
 ) -> ExitThreshold:
     """Find the highest threshold whose mean cost is within a budget.
 
-    The higher the threshold, the later inputs leave, so the cost never falls with it:
-    the answer is exact for the inputs given, which should be none that the model was
-    trained on. All thresholds between two confidences do the same; it is the middle, so
-    that the rounding of another program changes nothing. It sorts the confidences on
-    the host, O(n log n) of n inputs and exits.
+    A higher threshold makes inputs leave later, so the cost never falls with it and the
+    result is exact for the given inputs, which should not be training data. All
+    thresholds between two confidences give the same exits; the middle is returned, so
+    that rounding in another program changes nothing. It sorts the confidences on the
+    host, O(n log n) of n inputs and exits.
 
     Args:
       logits: for each exit `[batch, classes]`, of validation data.
@@ -181,11 +181,12 @@ def exit_threshold(
       confidence: as for `choose_exit`.
 
     Returns:
-      An `ExitThreshold`. Where all inputs may run to the end its threshold is infinite.
+      An `ExitThreshold`. Its threshold is infinite where the budget lets all inputs run
+      to the end.
 
     Raises:
-      ValueError: costs that fall from exit to exit, or not one for each; a budget
-        below the first cost; confidences that are NaN.
+      ValueError: costs that decrease from exit to exit, another number of costs than of
+        exits; a budget below the first cost; confidences that are NaN.
       TypeError: logits that are not floating point, or not known (under jit).
 
     Example:

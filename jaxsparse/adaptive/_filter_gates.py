@@ -16,16 +16,16 @@ def mass_targets(maps: Array, *, mass: float) -> Array:
     """Choose for each input the filters that hold most of a layer's activations (FTWT).
 
     The mass of a filter is the largest magnitude in its map, divided by the sum over
-    the filters. Filters are kept from the largest mass on while the sum of the masses
-    kept, their own included, is at most `mass` (and 1e-5): the filter that crosses it
-    is dropped, so a small mass may keep none. Filters whose map is 0 are dropped.
+    the filters. Filters are kept in order of falling mass while the sum of the kept
+    masses is at most `mass` (plus 1e-5). The filter that crosses this limit is dropped,
+    so a small `mass` may keep none. Filters whose map is 0 are dropped.
 
     Args:
       maps: `[batch, *spatial, filters]`, the activations of the whole layer.
       mass: between 0 and 1; 1 drops only maps of 0.
 
     Returns:
-      `[batch, filters]` bool, True = kept, with no derivative. Of equal masses the
+      `[batch, filters]` bool, True = kept, with no derivative. Among equal masses the
       lower index is kept first.
 
     Raises:
@@ -103,8 +103,8 @@ def filter_logits(
 ) -> Array:
     """Predict from a layer's input which of its filters matter, `pool(x) W + b` (FTWT).
 
-    The predictors learn with the model, from the masses of what the whole layer would
-    have given (`mass_targets`), in each layer::
+    In each layer the predictor learns with the model, from targets that `mass_targets`
+    computes from the output of the whole layer::
 
         logits = js.adaptive.filter_logits(predictor, x)
         whole = jax.nn.relu(conv(params, x))
@@ -117,8 +117,9 @@ def filter_logits(
     Args:
       predictor: as `init_filter_predictor` makes.
       maps: `[batch, *spatial, channels]`, the input of the layer.
-      pool: over all positions, "max" or "mean".
-      decoupled: keeps the predictor's loss from changing the layers before it.
+      pool: how to pool over all positions, "max" or "mean".
+      decoupled: whether to keep the predictor's loss from changing the layers before
+        it.
 
     Returns:
       `[batch, filters]`, float32 at least.
@@ -163,12 +164,12 @@ def filter_gates(logits: Array) -> Array:
 
     They multiply the maps of a layer. In a batch, and under `jit`, that saves no
     operation: each input has filters of its own, and all of them are computed. An
-    implementation that runs one input at a time on its own filters needs the mean of
-    the gates of the layer's operations; where the layer's input is gated too, the mean
-    over inputs of the product of both fractions.
+    implementation that runs each input on its own filters alone needs only a fraction
+    of the layer's operations: the mean of the gates or, if the layer's input is gated
+    too, the mean over inputs of the product of both fractions.
 
     Args:
-      logits: `[batch, filters]`, of `filter_logits`.
+      logits: `[batch, filters]`, from `filter_logits`.
 
     Returns:
       The gates, of the same shape and type.

@@ -60,7 +60,7 @@ def sensitivity(
 
     Raises:
       ValueError: no sparsities, one outside [0, 1), a pattern of the global scope or
-        with a sparsity of its own, and what `jaxsparse.patterns.masks` raises.
+        with a sparsity of its own, or as for `jaxsparse.patterns.masks`.
       TypeError: a loss that is not a scalar.
 
     Example:

@@ -1,4 +1,4 @@
-"""Scores of coupled channels, and the choice of those that go."""
+"""Scores of coupled channels, and the choice of channels to remove."""
 
 from jaxsparse.channels._budget import Selected as Selected
 from jaxsparse.channels._budget import drop_to_budget as drop_to_budget

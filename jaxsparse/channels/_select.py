@@ -67,10 +67,10 @@ def drop_lowest(
         mapping does not name keep all channels. In a scope of several groups the sum of
         their shares is removed. A layer's density d of single weights becomes channels
         by `1 - sqrt(d)` (PreCropping, arXiv:2203.02549).
-      scope: which channels compete: those of a "group", all of them ("global"; scores
-        need a common scale, see `normalize_mean`), the channels of "isomorphic" groups
-        (equal `Group.key`; Fang et al. 2024, arXiv:2407.04616), or of groups for which
-        a function has the same value.
+      scope: which channels compete: the channels of a "group", all of them ("global";
+        scores need a common scale, see `normalize_mean`), the channels of "isomorphic"
+        groups (equal `Group.key`; Fang et al. 2024, arXiv:2407.04616), or of groups for
+        which a function has the same value.
       per_copy: whether each copy loses channels of its own. If not, the copies' scores
         are averaged and all copies lose the same channels.
       round_to: rounds the number of kept channels up to a multiple of this. A group

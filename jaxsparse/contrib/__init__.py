@@ -1,9 +1,10 @@
-"""Methods that wait for a second use.
+"""Experimental methods that nothing else in the library uses yet.
 
 A method is here if nothing else in the library uses it, and it comes from one paper or
 in a form that is our own reading of it. It has the same tests and documentation as all
 others. It moves up when another method builds on it, or when a second paper or a
-published result confirms it; what nobody uses goes, with a release of notice.
+published result confirms it; methods that nobody uses are removed, with one release of
+notice.
 """
 
 from jaxsparse.contrib._activate import DeadNeurons as DeadNeurons

@@ -36,12 +36,11 @@ class DeadNeurons(NamedTuple):
 def dead_neurons(trace: Trace, params: PyTree, batches: Iterable[Any]) -> DeadNeurons:
     """Measure the dynamic dead neuron rate of a ReLU network.
 
-    Of all pairs of an example and a neuron, the fraction of those whose output is 0
-    for this example, without neurons that are 0 for all examples (counted as
-    `static`). A neuron is one entry of an example's activation: of a convolution one
-    channel at one position. Activations are found in the trace: each `max(z, 0)` of a
-    `z` that depends on the examples, also within scans, but not within `while` and
-    `cond`. See `activate`.
+    The rate is the fraction of all pairs of an example and a neuron whose output is 0,
+    without neurons that are 0 for all examples (counted as `static`). A neuron is one
+    entry of an example's activation, e.g. one channel at one position of a convolution.
+    Activations are found in the trace, as each `max(z, 0)` of a `z` that depends on the
+    examples, also within scans, but not within `while` and `cond`. See `activate`.
 
     Args:
       trace: from `js.trace`.
@@ -77,20 +76,20 @@ def dead_neurons(trace: Trace, params: PyTree, batches: Iterable[Any]) -> DeadNe
 
 
 def activation_gains(trace: Trace, params: PyTree, batches: Iterable[Any]) -> PyTree:
-    """Score weights by how much their removal lifts neurons that are asleep.
+    """Score weights by how much their removal raises inactive neurons.
 
-    `-w dA/dw`, to first order the change of `A` when w is removed, where `A` is the
-    mean over examples and neurons of `min(z, 0)`: the inputs z of the ReLUs below 0, of
-    neurons that other examples wake up. The larger, the more neurons come nearer to
-    being active.
+    The gain is `-w dA/dw`, to first order the change of `A` when w is removed. `A` is
+    the mean over examples and neurons of `min(z, 0)`, with z the inputs of ReLUs that
+    are active for other examples. A larger gain brings more neurons closer to being
+    active.
 
     Args:
       trace: from `js.trace`.
       params: the parameters.
-      batches: as for `dead_neurons`; they are gone through twice.
+      batches: as for `dead_neurons`; they are read twice.
 
     Returns:
-      A tree like the parameters, in their types.
+      A tree like the parameters, of the same types.
 
     Raises:
       ValueError: as `dead_neurons`.
@@ -136,11 +135,11 @@ def activate(
     where: Where = None,
     axes: AxesRule = None,
 ) -> PyTree:
-    """Let gains decide about weights that the scores hardly tell apart (AP).
+    """Decide by gains between weights of nearly equal scores (AP).
 
-    Weights that `scores` remove already at `sparsity - pool / 2` go, and those that
-    they keep at `sparsity + pool / 2` stay; among the rest those of the largest gain
-    go. Any score can stand in front::
+    Weights that `scores` already remove at `sparsity - pool / 2` are removed, and
+    weights that they still keep at `sparsity + pool / 2` are kept. Among the rest, the
+    weights with the largest gains are removed. Any score can be used::
 
         gains = js.contrib.activation_gains(trace, params, batches)
         scores = js.contrib.activate(js.scores.magnitude(params), gains, 0.8)
@@ -149,9 +148,9 @@ def activate(
     Liu et al. (2022, AP: Selective Activation for De-sparsifying Pruned Networks,
     arXiv:2212.06145): pruning methods that leave neurons active are better, so among
     candidates choose those that lower the dynamic dead neuron rate (`dead_neurons`).
-    The paper's algorithm was not at hand, only its abstract; candidates and gains are
-    our own reading of it. It lowers the rate as it says; that it raises accuracy is not
-    confirmed: on a small network of Fashion-MNIST, pruned in one shot to 90 % and
+    Only the paper's abstract was available; candidates and gains are our own reading of
+    it. It lowers the rate as intended, but we could not confirm that it raises
+    accuracy. On a small network of Fashion-MNIST, pruned in one shot to 90 % and
     fine-tuned, a pool of 0.02 took the rate from 0.72 to 0.69 and changed accuracy by
     less than 0.3 points; pools of 0.1, or 97 %, cost points. Keep the pool small.
 
@@ -171,7 +170,7 @@ def activate(
 
     Raises:
       ValueError: a sparsity or pool outside [0, 1), gains of another structure or
-        shape; what `jaxsparse.patterns.masks` raises.
+        shape; or as for `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

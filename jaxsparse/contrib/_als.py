@@ -24,7 +24,7 @@ def als(
     groups: Groups = None,
     where: Where = None,
 ) -> PyTree:
-    """Allocate by ALS: a linear program removes most where layers are redundant.
+    """Allocate sparsity by a linear program over the redundancy of layers (ALS).
 
     It maximizes `sum_l redundancy_l * n_l * s_l` over sparsities in `[lower, upper]`
     that meet the total. The program has one equation, so one pass over the blocks, the

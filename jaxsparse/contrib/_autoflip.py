@@ -19,13 +19,13 @@ def guidance(params: PyTree, clients: Iterable[PyTree]) -> PyTree:
 
     `mean_c (w_c - w)^2`: each client trains a copy of the common initial weights `w`
     for a few epochs on its own data, and the server averages the squared deviations.
-    What no client moves is not needed by any. Interno et al. (2024, AutoFLIP,
-    arXiv:2405.10271).
+    Weights that no client moves are not needed by any client. Interno et al. (2024,
+    AutoFLIP, arXiv:2405.10271).
 
-    Clients come one after another, and one sum is kept. Where each client is a device
-    of `jax.shard_map`, the same is `jax.lax.pmean` of the squares. The scores are
-    scores as all others: `guidance_masks` cuts them at a threshold, as the paper does,
-    and `jaxsparse.patterns.masks` at a sparsity.
+    Clients are read one after another into one sum. Where each client is a device of
+    `jax.shard_map`, use `jax.lax.pmean` of the squares instead. The scores are used
+    like any others: `guidance_masks` cuts them at a threshold, as the paper does, and
+    `jaxsparse.patterns.masks` at a sparsity.
 
     Args:
       params: the common initial parameters.
@@ -37,7 +37,7 @@ def guidance(params: PyTree, clients: Iterable[PyTree]) -> PyTree:
     Raises:
       ValueError: no clients, parameters of another model, NaN in them (the message
         says which client).
-      TypeError: `clients` that cannot be gone through.
+      TypeError: `clients` that cannot be iterated over.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -74,22 +74,23 @@ def guidance_masks(
     axis: int | None = None,
     where: Where = None,
 ) -> PyTree:
-    """Cut scores at a part of the largest one of each parameter.
+    """Keep the scores above a fraction of the largest one in each parameter.
 
     A weight is kept where `score >= threshold * max(score)`, over its parameter; with
-    an `axis` a unit is kept by the sum of its scores, against the largest sum. So each
-    parameter keeps one unit at least, and one that nobody moved (all scores 0) keeps
-    all. Shared by all clients for all rounds: `js.keep_sparse(masks)`.
+    an `axis` a unit is kept by the sum of its scores, against the largest sum. Each
+    parameter thus keeps at least one unit, and a parameter that no client moved (all
+    scores 0) keeps all. All clients share the masks in all rounds, with
+    `js.keep_sparse(masks)`.
 
-    The paper binarizes its guidance matrix by a threshold; that it is relative, and to
-    each parameter, is our reading. How much goes follows from the scores. For a
-    sparsity that is asked for use `jaxsparse.patterns.masks`.
+    The paper binarizes its guidance matrix by a threshold; we read it as relative to
+    the maximum of each parameter. The sparsity follows from the scores; for a given
+    sparsity use `jaxsparse.patterns.masks`.
 
     Args:
       scores: what `guidance` returned.
       threshold: in [0, 1].
-      axis: the axis of units that live or die together, such as -1 for the outputs of a
-        kernel `(in, out)`; None for single weights.
+      axis: the axis of units that are kept or removed together, such as -1 for the
+        outputs of a kernel `(in, out)`; None for single weights.
       where: which parameters take part; see `jaxsparse.tree.select`.
 
     Returns:

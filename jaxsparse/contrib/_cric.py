@@ -59,7 +59,7 @@ def cric(
     criteria: Criteria = Criteria(),  # noqa: B008  (a NamedTuple of numbers)
     roles: Collection[str] = PRODUCERS,
 ) -> Redundancy:
-    """Correct which channels are redundant, in cycles of trial removals (CRIC).
+    """Find redundant channels by cycles of trial removals (CRIC).
 
     Saliency at one point predicts poorly what happens far from it: a channel of small
     slices with no gradient seems redundant, whatever depends on it. A cycle takes the
@@ -94,7 +94,7 @@ def cric(
       optimizer: the optimizer of trial removals, with a fresh state in each cycle.
       steps: the length of a trial removal.
       max_cycles: the largest number of cycles.
-      tolerance: it ends when a cycle has at most this many new violators.
+      tolerance: the method stops when a cycle has at most this many new violators.
       loss_weight: how much the increase of the loss counts; 0 not at all.
       criteria: weights of the saliency's parts.
       roles: as for `js.penalties.group_lasso`.

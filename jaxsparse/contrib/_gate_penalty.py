@@ -11,7 +11,7 @@ from jaxsparse._typing import Array
 
 
 class GatePenalty(NamedTuple):
-    """Two terms of a loss that closes gates; both are 0 where nothing is left to do.
+    """Two terms of a loss that closes gates; both are 0 at their minimum.
 
     Attributes:
       polarization: how far gates are from 0 and 1, at most 1/4.

@@ -68,10 +68,10 @@ def threshold_gates(
         drop = js.channels.drop_closed(gates.hard)                     # at the end
 
     Zhai et al. (2023, LAPP, arXiv:2309.14157). The paper's formulas and its code were
-    not at hand: this is the plainest form of what its abstract says, learnable
-    thresholds on the importance of filters and a constraint of the operations in the
-    first epochs. Its light bypass beside each pruned convolution is not part of it.
-    No derivative goes through the importance: weights learn from the loss alone.
+    not at hand: this is the plainest form of its abstract, with learnable thresholds on
+    the importance of filters and a constraint of the operations in the first epochs.
+    Its light bypass beside each pruned convolution is not part of it. No derivative
+    goes through the importance: weights learn from the loss alone.
 
     Args:
       scores: `[*copies, size]` by the groups' names, larger = keep.

@@ -13,7 +13,7 @@ from jaxsparse.contrib._spectral import spectral_labels
 
 
 class RecoveryData(NamedTuple):
-    """What `paser` has chosen.
+    """The result of `paser`.
 
     Attributes:
       indices: of the chosen samples, in the order of choice, int64.
@@ -40,7 +40,7 @@ def paser(
     key: Array,
     concepts: Sequence[Collection[Hashable]] | None = None,
 ) -> RecoveryData:
-    """Choose the data that recover most of what pruning has damaged, for a budget.
+    """Choose, within a budget, the data that best recover a pruned model (PASER).
 
     He et al. (2025, PASER, arXiv:2502.12594), in three steps:
 
@@ -53,8 +53,8 @@ def paser(
        chosen samples, and never together. Then the next one takes its place.
 
     Differs from the paper, which rounds `n_k` down: here they add up to the budget, by
-    largest remainder, and what a small cluster cannot use goes to the others. Clusters
-    come in falling order of degradation. The paper takes a diffusion kernel,
+    largest remainder, and small clusters leave their unused budget to the others.
+    Clusters come in falling order of degradation. The paper takes a diffusion kernel,
     non-negative factors and their number from the data; here the kernel's eigenvectors
     and k-means, of a given number, through 1,024 landmarks where there are more samples
     (`O(samples * 1024 * (d + 1024))`, on the host). The details are our reading.
@@ -78,7 +78,8 @@ def paser(
       ValueError: arrays that do not fit each other, NaN, negative divergences or none
         above 0, costs of 1 or less, a budget or a number of clusters above that of
         samples.
-      TypeError: what is no array of numbers, a key that is none.
+      TypeError: arguments that are not arrays of numbers, a key that is not a random
+        key.
 
     Example:
       >>> import jax, numpy as np, jaxsparse as js

@@ -65,10 +65,10 @@ def init_hybrid(width: int, *, key: Array, rank: int = 200) -> Hybrid:
 def hybrid(module: Hybrid, x: Array, gate: Array) -> Array:
     """Return `(x + x down up) * gate * scale`, the hybrid sparsification module (PAT).
 
-    It stands behind everything that writes to the residual stream (the embedding, the
-    projections at the ends of attention and MLP), each place with a module of its own
-    and all with one gate (`hybrid_gate`), so that the whole width of the stream
-    shrinks. Liu et al. (2024, PAT, arXiv:2408.14721)::
+    Apply it to every output that writes to the residual stream (the embedding, the
+    projections at the ends of attention and MLP), with a separate module at each place
+    and one gate (`hybrid_gate`) for all, so that the whole width of the stream shrinks.
+    Liu et al. (2024, PAT, arXiv:2408.14721)::
 
         def loss_fn(trained, batch, step):
             params, modules, mask = trained
@@ -76,7 +76,7 @@ def hybrid(module: Hybrid, x: Array, gate: Array) -> Array:
             task = task_loss(params, modules, gate, batch)    # calls js.contrib.hybrid
             return task + sum(js.contrib.hybrid_loss(mask, modules, width=3_072))
 
-    At the end `fold_hybrid` makes the modules part of the kernels before them, and
+    At the end `fold_hybrid` merges the modules into the kernels before them, and
     `js.narrowing.narrow` removes the closed channels.
 
     Args:
@@ -178,7 +178,7 @@ class HybridLoss(NamedTuple):
 
 
 def hybrid_loss(mask: Array, modules: PyTree, *, width: int) -> HybridLoss:
-    """Return what drives the gate to a width, and the modules to projections (PAT).
+    """Return the terms of the loss for the gate and its modules (PAT).
 
     Differs from the reference implementation, where the mean over no channels is NaN:
     here it is 0. A module whose rank is above the width cannot reach 0 in the last
@@ -223,11 +223,11 @@ def hybrid_loss(mask: Array, modules: PyTree, *, width: int) -> HybridLoss:
 def fold_hybrid(
     module: Hybrid, kernel: Array, gate: Array, *, bias: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """Fold a module into the kernel (and bias) whose output it stands behind.
+    """Fold a module into the kernel (and bias) before it.
 
     `W (I + down up) diag(gate * scale)`: the model without its modules then computes
-    the same. With the gate of the end its closed channels are exactly 0 in all that
-    writes to the stream, so they can go::
+    the same. With the final gate, closed channels are exactly 0 in every output that
+    writes to the stream, so they can be removed::
 
         closed = np.flatnonzero(gate == 0)
         small = js.narrowing.narrow(trace, folded, {name: closed})
@@ -235,7 +235,7 @@ def fold_hybrid(
     with a trace of the model without modules, and the name of the stream's group in
     `js.coupling.groups(trace)`. A norm that divides by the root of the mean square
     (RMSNorm, as the paper's models have) does the same before and after; LayerNorm does
-    not: its mean makes closed channels act, until they are gone.
+    not, because closed channels affect its mean until they are removed.
 
     Args:
       module: as `init_hybrid` makes, trained or not.

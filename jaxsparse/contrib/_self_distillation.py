@@ -32,20 +32,19 @@ def self_distilled(
     """Replace targets by the dense model's own answers, where these are right.
 
     With `a = generate(x, y)` an example `(x, y)` becomes `(x, a)` where `check(a, y)`
-    says that the answer in `a` is that in `y`, else it stays. A pruned model that is
-    fine-tuned on such data stays closer to what the dense model knew than one that
-    learns the style of another source. Thangarasu et al. (2024, self-data distillation,
-    arXiv:2410.09982).
+    says that the answer in `a` is that in `y`, else it stays. Fine-tuning on such data
+    keeps a pruned model closer to the dense model than learning the style of another
+    source does. Thangarasu et al. (2024, self-data distillation, arXiv:2410.09982).
 
     The dense model answers, before it is pruned: pass it the prompt with the target in
     it, as the paper does ("rewrite this answer in your own words"), which `generate`
     puts together, or the prompt alone. `check` compares final answers, numbers or
-    choices, not texts; where there is none to extract (open questions), a `check` that
+    choices, not texts; where there is no final answer (open questions), a `check` that
     is always True keeps every answer.
 
     Args:
-      prompts: what is asked, of any type.
-      targets: the answers of the data, as many.
+      prompts: the prompts, of any type.
+      targets: the answers in the data, one for each prompt.
       generate: `generate(prompts, targets) -> answers`, of `batch_size` examples (fewer
         in the last call), with the model and its sampling in it.
       check: `check(answer, target) -> bool`.

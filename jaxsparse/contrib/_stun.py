@@ -49,8 +49,8 @@ def expert_distances(
     Lee et al. (2024, arXiv:2409.06211).
 
     As in the reference implementation the mean is over all `E^2` entries, the diagonal
-    being 0. Differs from it where no two experts ever act together (a router that
-    picks one): the second term is 0, not NaN.
+    being 0. The result differs where no two experts ever act together (a router that
+    picks one): here the second term is 0, there it is NaN.
 
     Args:
       router: `[E, d]`; a flax kernel `[d, E]` is transposed.
@@ -266,9 +266,9 @@ def merge_clusters(
     its row (`medoids`). Lee et al. (2024, arXiv:2409.06211), where it balances two
     errors: means are closer to all members, and members are experts that were trained.
 
-    Differs from the reference implementation: biases of the router are averaged, where
-    there a mean has a bias of 0. Hidden units are matched by position, as there; to
-    average matched units, call `align_experts` first.
+    Differs from the reference implementation: biases of the router are averaged, while
+    the reference sets the bias of a mean to 0. Like the reference, it matches hidden
+    units by position; to average matched units, call `align_experts` first.
 
     Args:
       experts: a tree of arrays `[E, ...]`.
@@ -276,7 +276,7 @@ def merge_clusters(
         goes in and comes out transposed.
       labels: `[E]` integers, the cluster of each expert, as `cluster_experts` makes.
       average_up_to: the largest number of clusters whose members are averaged. 0 (the
-        default of the reference implementation) keeps medoids always.
+        default of the reference implementation) always keeps medoids.
 
     Returns:
       A `MergedExperts`; the cluster with label 0 comes first.

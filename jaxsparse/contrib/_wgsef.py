@@ -49,8 +49,8 @@ def wgsef_prox(
     is `lam / (2 t^2)`.) Indices with `u_c = 0` are exactly 0.0 after
     `optax.apply_updates`; they come back if the gradient makes them large enough.
 
-    It stands LAST, where it sees the finished update. `strength` is the learning rate
-    times the penalty's weight; with a learning rate schedule let it be one too::
+    Place it last in a chain, where it sees the final update. `strength` is the learning
+    rate times the penalty's weight; with a learning rate schedule let it be one too::
 
         tx = optax.chain(optax.sgd(rate), js.contrib.wgsef_prox(
             groups, sparsity=0.5, strength=rate * 0.1))

@@ -89,10 +89,10 @@ def block_fisher(
     `block_size + 2` float32 a weight, summed up and inverted in place, and some 40 MB
     (on a mesh: as much again while one parameter is worked on). For BERT-base (85e6
     weights in kernels, block size 50, m = 1024 gradients): 17.7 GB of blocks, 8.7 TFLOP
-    in float64, which is 0.9 s at 10 TFLOP/s, and 348 GB of float32 gradients, which are
-    to be summed up chunk by chunk as they are made (see `block_estimator`); on 8
-    devices an eighth of each, without communication. For 7e9 weights: 1.5 TB of blocks,
-    19 devices of 80 GB; with block size 8, 280 GB, 4 devices.
+    in float64, which is 0.9 s at 10 TFLOP/s, and 348 GB of float32 gradients. Sum these
+    up chunk by chunk as they are made (see `block_estimator`). On 8 devices each takes
+    an eighth, without communication. Blocks of 7e9 weights take 1.5 TB, or 19 devices
+    of 80 GB; with block size 8 they take 280 GB, or 4 devices.
 
     Blocks much larger than m are cheaper without their matrix: see `mfac`.
 
@@ -102,8 +102,8 @@ def block_fisher(
       block_size: the weights of a block.
       damping: added to the diagonal. oBERT takes 1e-7, WoodFisher 1e-5. A larger one
         tends to magnitude pruning, a smaller one trusts few gradients too much.
-      rel_damping: instead of it a factor for the mean diagonal of `F` over all weights
-        that have gradients.
+      rel_damping: given instead of `damping`, a factor of the mean diagonal of `F` over
+        all weights that have gradients.
       pattern: units of it are kept whole within a block, and can then be scored and
         removed together.
       axes: the axes of kernels whose layout is not flax's; see `jaxsparse.Axes`.

@@ -119,8 +119,8 @@ def kronecker_fisher(
       grads: leaves `[m, *shape]`, as `per_example_grads` makes them; None for
         parameters that take no part.
       damping: added to the diagonal.
-      rel_damping: instead of it a factor for the mean diagonal of `F` over all weights
-        whose input and output have gradients.
+      rel_damping: given instead of `damping`, a factor of the mean diagonal of `F` over
+        all weights whose input and output have gradients.
       axes: the axes of kernels whose layout is not flax's; see `jaxsparse.Axes`.
       accurate: False sums up and factors in the gradients' own type, which is quicker
         where float64 is slow. The diagonal of `F^-1` then has errors of 1e-5 to 1e-3

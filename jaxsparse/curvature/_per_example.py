@@ -244,8 +244,8 @@ def stream_grads(
       Trees with leaves `[m, *shape]`, for an estimator's `update`.
 
     Raises:
-      ValueError: no batch, or fewer gradients than `count`; what `per_example_grads`
-        raises.
+      ValueError: no batch, or fewer gradients than `count`; or as for
+        `per_example_grads`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

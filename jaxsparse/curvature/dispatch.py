@@ -1,4 +1,4 @@
-"""What an approximation of the Fisher matrix can be asked: one function a question.
+"""Functions to query an approximation of the Fisher matrix, one for each operation.
 
 Each is dispatched on the kind of approximation. So a new one is a file: a frozen
 dataclass with what `Fisher` names, registered as a pytree, and what it answers,
@@ -6,9 +6,9 @@ dataclass with what `Fisher` names, registered as a pytree, and what it answers,
     @dispatch.ihvp.register
     def _(fisher: OwnFisher, xs: list[Array]) -> list[Array]: ...
 
-`ihvp` and `inverse_diagonal` it has to answer; who needs more asks `can` before. Trees
-are taken apart by the public functions of the same names: here they are lists, with an
-array for each parameter that takes part.
+An approximation must implement `ihvp` and `inverse_diagonal`; call `can` before using
+any other. Trees are taken apart by the public functions of the same names: here they
+are lists, with an array for each parameter that takes part.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Gradients of which workers exchange a few entries: values and indices."""
+"""Exchange of a few entries of each gradient between workers."""
 
 from jaxsparse.exchange._ef21 import EF21State as EF21State
 from jaxsparse.exchange._ef21 import ef21 as ef21

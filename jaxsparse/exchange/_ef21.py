@@ -31,9 +31,10 @@ class EF21State(NamedTuple):
 
     Attributes:
       own: each worker's estimate of its gradient, with an axis of workers in front;
-        None leaves for vectors.
+        None for vectors.
       mean: the mean of all estimates, the same on all workers; None likewise.
-      bytes_moved: what one worker has sent so far to each of the others, float32.
+      bytes_moved: the bytes that each worker has sent so far to each other worker,
+        float32.
     """
 
     own: PyTree
@@ -54,24 +55,25 @@ def ef21(
 
     Each worker keeps an estimate `h` of its gradient: it sends `c`, the `ceil(fraction
     * n)` largest entries of `g - h` of each matrix, and `h = h + c`; the update is the
-    mean of all estimates, which moves by the mean of what was sent. Vectors go whole.
-    Richtarik et al. (2021, EF21, arXiv:2106.05203); with plain gradient descent it
-    converges for rates up to `1 / (L + L2 sqrt(b / t))`, `t = 1 - sqrt(1 - fraction)`,
-    `b = (1 - fraction) / t`.
+    mean of all estimates, which moves by the mean of the entries sent. Vectors are sent
+    whole. Richtarik et al. (2021, EF21, arXiv:2106.05203); with plain gradient descent
+    it converges for rates up to `1 / (L + L2 sqrt(b / t))`, `t = 1 - sqrt(1 -
+    fraction)`, `b = (1 - fraction) / t`.
 
     With `weight` it is EF21-W (Richtarik et al., 2024, arXiv:2402.10774): a worker
-    compresses `g / (workers * weight)`, and the estimates are averaged by the weights,
-    `weight_i = L_i / sum(L)` of the smoothness of each worker's loss.
+    compresses `g / (workers * weight)`, and the estimates are averaged by the weights
+    `weight_i = L_i / sum(L)`, with `L_i` the smoothness of each worker's loss.
 
-    It is a method of exact gradients: with those of small batches the changes are
-    mostly noise, and `dgc` and `top_k` do better. It stands where `top_k` stands.
+    The method assumes exact gradients. With small batches the changes are mostly noise,
+    and `dgc` and `top_k` do better. Place it in the chain as `top_k`.
 
     Args:
       fraction: of the entries of each matrix, in (0, 1].
       axis_name: the mesh axis, or axes, of the workers.
-      workers: how many there are.
-      weight: this worker's, a number that varies over the workers (within `shard_map`,
-        `weights[jax.lax.axis_index(axis_name)]`); all of them add up to 1.
+      workers: the number of workers.
+      weight: the weight of this worker (within `shard_map`,
+        `weights[jax.lax.axis_index(axis_name)]`); the weights of all workers add up to
+        1.
 
     Returns:
       A gradient transformation. Its state is an `EF21State`.

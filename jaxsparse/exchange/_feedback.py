@@ -35,10 +35,11 @@ class FeedbackState(NamedTuple):
 
     Attributes:
       step: the number of updates, int32.
-      velocity: each worker's momentum, with an axis of workers in front; None leaves
-        where there is none.
-      unsent: what each worker has not sent yet, likewise.
-      bytes_moved: what one worker has sent so far to each of the others, float32.
+      velocity: each worker's momentum, with an axis of workers in front; None for
+        leaves without momentum.
+      unsent: the entries that each worker has not sent yet, laid out in the same way.
+      bytes_moved: the bytes that each worker has sent so far to each other worker,
+        float32.
     """
 
     step: Array
@@ -58,17 +59,18 @@ def top_k(
 ) -> optax.GradientTransformation:
     """Exchange the largest entries of each gradient, and remember the others.
 
-    With `e` what a worker has not sent: `v = e + g`; it sends the `ceil(fraction * n)`
-    entries of largest `|v|` of each matrix, values and indices; `e = v` without them.
-    The update is the mean over workers of what was sent. Vectors and scalars, as biases
-    are, go whole. Seide et al. (2014), Stich et al. (2018, arXiv:1809.07599).
+    Each worker adds the entries `e` that it has not sent yet to its gradient, `v = e +
+    g`. Of each matrix it sends the `ceil(fraction * n)` entries with the largest `|v|`,
+    as values and indices, and keeps the others as the new `e`. The update is the mean
+    over workers of the entries sent. Vectors and scalars, such as biases, are sent
+    whole. Seide et al. (2014), Stich et al. (2018, arXiv:1809.07599).
 
-    Error feedback is analyzed for plain SGD and works best before it: what waited comes
-    late and large, and momentum after it carries that on for too long. `dgc` has its
-    momentum before the choice.
+    Error feedback is analyzed for plain SGD and works best before it. Delayed entries
+    arrive late and large, and momentum after the exchange repeats them for too long;
+    `dgc` applies its momentum before the choice.
 
-    It stands first in a chain, before any optimizer, within `jax.shard_map`, where the
-    gradients are those of the worker's own batch::
+    Place it first in a chain, before any optimizer, within `jax.shard_map`, where each
+    worker has the gradients of its own batch::
 
         tx = optax.chain(
             js.exchange.top_k(0.01, axis_name="data", workers=8), optax.adam(1e-3))
@@ -89,8 +91,9 @@ def top_k(
     Args:
       fraction: of the entries of each matrix, in (0, 1].
       axis_name: the mesh axis, or axes, of the workers.
-      workers: how many there are.
-      error_feedback: remember what was not sent. Without it small entries are lost.
+      workers: the number of workers.
+      error_feedback: whether to remember entries that were not sent. Without it small
+        entries are lost.
 
     Returns:
       A gradient transformation. Its state is a `FeedbackState`.
@@ -124,16 +127,16 @@ def dgc(
 ) -> optax.GradientTransformation:
     """Exchange the largest entries of accumulated momentum.
 
-    Deep Gradient Compression, Lin et al. (2018, arXiv:1712.01887). Of each matrix, `u =
-    momentum * u + g; v = v + u`; a worker sends the `ceil(fraction * n)` entries of
-    largest `|v|`, and clears both `u` and `v` there (momentum factor masking). The
-    update is the mean of what was sent; vectors go whole, with the same momentum. It
-    includes momentum, so plain SGD follows it: `optax.chain(js.exchange.dgc(0.001,
-    ...), optax.sgd(rate))`, with weight decay there too. Clip the worker's own
-    gradients before it.
+    Deep Gradient Compression, Lin et al. (2018, arXiv:1712.01887). For each matrix, `u
+    = momentum * u + g; v = v + u`; a worker sends the `ceil(fraction * n)` entries with
+    the largest `|v|`, and clears both `u` and `v` there (momentum factor masking). The
+    update is the mean of the entries sent; vectors are sent whole, with the same
+    momentum. The update includes momentum, so follow it by plain SGD,
+    `optax.chain(js.exchange.dgc(0.001, ...), optax.sgd(rate))`, and add weight decay
+    there too. Clip the worker's own gradients before it.
 
     Over the first `warmup_steps` the fraction falls in `warmups` equal phases, `c, c^2,
-    ...` with `c = fraction ** (1 / (warmups + 1))`, as 0.316, 0.1, ... for 0.001.
+    ...` with `c = fraction ** (1 / (warmups + 1))`, e.g. 0.316, 0.1, ... for 0.001.
 
     Differs from the reference implementation, which samples a threshold and takes
     between 0.8 and 1.3 times the count: here the count is exact.
@@ -141,11 +144,11 @@ def dgc(
     Args:
       fraction: of the entries of each matrix, in (0, 1]; 0.001 in the paper.
       axis_name: the mesh axis, or axes, of the workers.
-      workers: how many there are.
+      workers: the number of workers.
       momentum: in [0, 1).
       nesterov: `u = momentum * (u + g); v = v + u + g`.
-      warmup_steps: how many steps the warm-up takes; 0: none.
-      warmups: its phases.
+      warmup_steps: the number of steps of the warm-up; 0 for none.
+      warmups: the number of phases of the warm-up.
 
     Returns:
       A gradient transformation. Its state is a `FeedbackState`, two copies of the

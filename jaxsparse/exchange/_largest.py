@@ -13,8 +13,8 @@ from jaxsparse._typing import Array
 def largest(x: Array, count: int) -> tuple[Array, Array]:
     """Return the values and flat indices of the entries of largest magnitude.
 
-    The largest come first, among equals those of lower index. NaN counts as largest, so
-    that it is seen where it is sent.
+    The largest come first, and ties are ordered by index. NaN counts as largest, so
+    that it is always sent and noticed.
 
     Args:
       x: an array of any shape.

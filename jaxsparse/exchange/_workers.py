@@ -18,9 +18,9 @@ AxisName = str | tuple[str, ...]
 def specs(opt_state: optax.OptState, axis_name: AxisName) -> PyTree:
     """Return how an optimizer state is laid out over workers, for `jax.shard_map`.
 
-    Each worker remembers something of its own gradients: the arrays of `top_k`, `dgc`
-    and `ef21` with an axis of workers in front. They are split along that axis; all
-    other arrays are the same everywhere.
+    The states of `top_k`, `dgc` and `ef21` hold arrays that differ between workers and
+    have an axis of workers in front. They are split along that axis; all other arrays
+    are replicated.
 
     Args:
       opt_state: the state, or its shapes.

@@ -1,4 +1,4 @@
-"""Sparse formats: arrays in the place of kernels, as small as what pruning keeps."""
+"""Sparse formats that store only the kept weights of pruned kernels."""
 
 from jaxsparse.formats._bitmap import Bitmap as Bitmap
 from jaxsparse.formats._condensed import Condensed as Condensed

@@ -22,7 +22,7 @@ from jaxsparse.tree import MatrixView
 class Condensed:
     """A kernel whose removed weights are whole inputs and whole outputs.
 
-    What is kept is a smaller dense matrix, and as quick as one on every platform.
+    The kept weights form a smaller dense matrix, which is quick on every platform.
 
     Attributes:
       values: `[*batch, kept inputs, kept outputs]`.

@@ -28,9 +28,9 @@ from jaxsparse.tree import MatrixView
 class Csr16:
     """A kernel as its kept values, each with the number of its input.
 
-    What the kernels for unstructured sparsity read, and the smallest format above 94 %:
-    with values of `b` bytes a weight takes `(1 - s) (b + 2)` bytes. Numbers of inputs
-    take four bytes where there are more than 65,536.
+    The engines for unstructured sparsity read this format. It is the smallest above
+    94 %: with values of `b` bytes a weight takes `(1 - s) (b + 2)` bytes. Numbers of
+    inputs take four bytes where there are more than 65,536.
 
     Attributes:
       values: `[*batch, pieces, length]`, output after output, inputs ascending, as in

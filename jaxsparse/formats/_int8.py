@@ -38,15 +38,16 @@ class Int8Tiles:
 
     The one format that rounds: `w ~ scale * q` with `scale = max |w| / 127` of each
     output and `q = round(w / scale)` (symmetric), so each weight is within `scale / 2`
-    of what it was (and a rounding of its type). Removed weights are exactly 0. A tile
-    is stored where its mask keeps any of its four weights, so any mask can be packed;
-    `js.Block((4, 1))` chooses whole tiles. A stored tile takes six bytes, and an output
-    eight: at 90 % of whole tiles 0.0375 of a dense float32 array, besides the outputs.
+    of its original value (up to a rounding of its type). Removed weights are exactly 0.
+    A tile is stored where its mask keeps any of its four weights, so any mask can be
+    packed; `js.Block((4, 1))` chooses whole tiles. A stored tile takes six bytes, and
+    an output eight: at 90 % of whole tiles 0.0375 of a dense float32 array, besides the
+    outputs.
 
     Products round the activations too, each row by its own scale, and add up integers
-    exactly (Jacob et al. 2018): about 1 % of error each. `pack` and `sparsify` take
-    it only where it is asked for. It cannot be trained: prune and train in another
-    format, and round at the end.
+    exactly (Jacob et al. 2018): about 1 % of error each. `pack` and `sparsify` use it
+    only on request. It cannot be trained: prune and train in another format, and round
+    at the end.
 
     Attributes:
       values: `[*batch, pieces, length, 4]`, int8 from -127 to 127; output after output,

@@ -25,10 +25,10 @@ from jaxsparse.tree import MatrixView
 class Nm:
     """A kernel with N:M sparsity as planes of values, and their positions.
 
-    Plane `j` has the `j`-th kept weight of every group, so that a program selects and
-    does not gather. A position takes two bits for groups of four: with values of `b`
-    bytes 2:4 takes `b / 2 + 1/8` bytes a weight, 0.531 of a dense float32 and 0.5625 of
-    a dense bfloat16 array.
+    Plane `j` has the `j`-th kept weight of every group, so that programs select values
+    instead of gathering them. A position takes two bits for groups of four: with values
+    of `b` bytes 2:4 takes `b / 2 + 1/8` bytes a weight, 0.531 of a dense float32 and
+    0.5625 of a dense bfloat16 array.
 
     A group that keeps fewer than `keep` has positions that do not ascend: the first
     such position ends the group, and nothing reads the values behind it.

@@ -71,34 +71,33 @@ def pack(
     where: Where = None,
     axes: AxesRule = None,
 ) -> PyTree:
-    """Put kernels into a sparse format: arrays that are as small as what is kept.
+    """Store pruned kernels in a sparse format.
 
-    The result has packed arrays in the place of kernels, each a pytree of arrays with
-    static shapes: it passes through `jax.jit`, `vmap` and `save`, and lies where the
-    kernel did (split along its outputs and layers). What stays dense is masked, so that
-    `unpack` gives back `js.patterns.apply(params, masks)`, bit for bit (but for
-    `Int8Tiles`, which rounds). It works on the host: call it outside of jit, or with
-    masks that are constants there.
+    The result has packed arrays in place of kernels, each a pytree of arrays with
+    static shapes. It passes through `jax.jit`, `vmap` and `save`, and keeps the
+    kernel's sharding (split along its outputs and layers). Parameters that stay dense
+    are masked, so `unpack` returns `js.patterns.apply(params, masks)` bit for bit
+    (except for `Int8Tiles`, which rounds). It works on the host: call it outside of
+    jit, or with masks that are constants there.
 
     A format is
 
     - `formats.Bitmap`: the kept values and a bit a weight. Any mask.
     - `formats.Csr16`: the kept values and the input of each. Any mask.
     - `formats.Condensed`: masks of whole inputs and outputs.
-    - `js.NM(2, 4)`: at most so many of each group, stored as `formats.Nm`.
+    - `js.NM(2, 4)`: at most 2 of each 4 weights, stored as `formats.Nm`.
     - `js.Block((1, 4))`, `js.Balanced((1, 128))`: whole tiles, stored as
       `formats.Tiles`.
     - `formats.Int8Tiles`: weights rounded to int8. Any mask, smallest and quickest with
       those of `js.Block((4, 1))`. Never chosen unless asked for.
-    - None: for each kernel the one of these with the fewest bytes that gives back the
-      same weights, or dense where that is the smallest. `js.kernels` says which of them
-      is quick, and on what.
+    - None: the smallest exact format of each kernel, or dense where that is the
+      smallest. See `js.kernels` for which formats are quick, and on which platform.
 
     Args:
       params: a tree of arrays.
       masks: a tree of bools with its structure; each broadcasts to its parameter.
-      format: one for all, or a mapping from paths or regular expressions; the first
-        that matches counts, and parameters that none matches stay dense.
+      format: one format for all, or a mapping from paths or regular expressions; the
+        first match applies, and parameters without a match stay dense.
       where: which parameters are packed; by default those of two axes or more whose
         mask is not a scalar.
       axes: the input, output and batch axes, as for `js.patterns.masks`.
@@ -111,7 +110,7 @@ def pack(
         group; tiles or groups that do not divide a kernel; a kernel without weights;
         masks that do not fit; an expression that matches nothing; for `Int8Tiles` a
         weight that is not finite.
-      TypeError: something else than a format; masks that are traced or not of bools;
+      TypeError: anything other than a format; masks that are traced or not of bools;
         for `Int8Tiles` weights that are traced or not of floating point.
 
     Example:
@@ -200,7 +199,7 @@ def check_format(name: str, format: Any) -> None:
 
 
 def pack_one(weight: Weight, format: Format | None) -> PackedArray | None:
-    """One kernel; None where dense is the smallest."""
+    """Pack one kernel; None where dense is the smallest."""
     format = smallest(weight) if format is None else format
     match format:
         case None:
@@ -214,7 +213,7 @@ def pack_one(weight: Weight, format: Format | None) -> PackedArray | None:
 
 
 def bytes_of_each(weight: Weight) -> dict[Format, int]:
-    """What a kernel takes in each format that is exact and whose structure it has."""
+    """Return the bytes of a kernel in each exact format whose structure it has."""
     found: dict[Format, int] = {}
     tries: list[tuple[Format, Any]] = [
         (Condensed, condensed_bytes),
@@ -246,7 +245,7 @@ def sizes(
 
     Returns:
       For each kernel's path the bytes by the format's name, "dense" first, and last
-      `Int8Tiles`, which rounds. A format is left out where the mask has not its
+      `Int8Tiles`, which rounds. A format is left out if the mask does not have its
       structure.
 
     Raises:

@@ -20,14 +20,15 @@ from jaxsparse.tree import from_matrices, path_str
 
 
 def unpack(packed: PyTree) -> PyTree:
-    """Give back the dense parameters, in which removed weights are 0.
+    """Return the dense parameters, in which removed weights are 0.
 
-    Jitted, XLA may fuse it into what uses the weights; `js.kernels` multiplies without
-    the dense array. Of `Int8Tiles` it gives `scale * q`, which is the weight to within
-    `scale / 2`; of all other formats the bits that were packed.
+    Under jit, XLA may fuse it into the operations that use the weights; `js.kernels`
+    multiplies without the dense array. For `Int8Tiles` it returns `scale * q`, which is
+    within `scale / 2` of the weight; for all other formats it returns the packed
+    weights bit for bit.
 
     Args:
-      packed: a tree of `pack`, or a packed array.
+      packed: a tree from `pack`, or a packed array.
 
     Returns:
       The tree with dense kernels.
@@ -106,14 +107,14 @@ def _spec(packed: PackedArray, dense: Any) -> PartitionSpec:
 def values(packed: PyTree) -> PyTree:
     """Return the kept values: the part of packed parameters that is trained.
 
-    A tree of plain floating-point arrays, of which any optax optimizer keeps moments
-    that are as small. `with_values` puts them back:
+    A tree of plain floating-point arrays, for which any optax optimizer keeps equally
+    small moments. `with_values` puts them back:
 
         loss = lambda v, x: loss_fn(js.formats.with_values(packed, v), x)
         grads = jax.grad(loss)(js.formats.values(packed), x)
 
     Args:
-      packed: a tree of `pack`, or a packed array.
+      packed: a tree from `pack`, or a packed array.
 
     Returns:
       The tree with the values in the place of packed kernels; other leaves as they are.
@@ -150,7 +151,7 @@ def with_values(packed: PyTree, values: PyTree) -> PyTree:
     """Put other values into packed parameters, under the same mask.
 
     Args:
-      packed: a tree of `pack`, or a packed array.
+      packed: a tree from `pack`, or a packed array.
       values: a tree as `values` gives it.
 
     Returns:
@@ -158,7 +159,7 @@ def with_values(packed: PyTree, values: PyTree) -> PyTree:
 
     Raises:
       ValueError: values of another structure, or of other shapes.
-      TypeError: something else than packed parameters; `Int8Tiles` among them.
+      TypeError: anything other than packed parameters; `Int8Tiles` among them.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A kernel and what is kept of it.
+    """A kernel and the mask of its kept weights.
 
     Attributes:
       path: the parameter's path, for messages.
@@ -59,7 +59,7 @@ class Weight(NamedTuple):
 
 
 def weight_of(path: str, w: Array, mask: Any, view: MatrixView) -> Weight:
-    """A kernel as formats take it."""
+    """Return a kernel in the form that formats take."""
     kept = np.broadcast_to(on_host(mask), view.shape)
     traced = not _checks.is_concrete(w)
     matrices: Any = to_matrices(w, view) if traced else to_matrices(on_host(w), view)

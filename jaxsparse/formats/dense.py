@@ -18,7 +18,7 @@ PackedArray = Bitmap | Csr16 | Nm | Tiles | Condensed | Int8Tiles
 
 
 def is_packed(x: Any) -> bool:
-    """Whether this is a packed kernel."""
+    """Return whether this is a packed kernel."""
     return isinstance(x, PackedArray)
 
 
@@ -40,7 +40,7 @@ def matrices_of(packed: PackedArray) -> Array:
 
 
 def dtype_of(packed: PackedArray) -> Any:
-    """The type of the kernel that it stands for."""
+    """Return the dtype of the kernel that it stands for."""
     return packed.dtype if isinstance(packed, Int8Tiles) else packed.values.dtype
 
 

@@ -1,4 +1,4 @@
-"""What other packages need of a kernel on its way into a format."""
+"""Functions with which other packages put kernels into formats."""
 
 from jaxsparse.formats._pack import ROUNDED, bytes_of_each, pack_one, with_packed
 from jaxsparse.formats._weight import Weight, weight_of

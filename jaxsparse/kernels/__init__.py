@@ -1,4 +1,4 @@
-"""Products with packed kernels: one meaning, several engines."""
+"""Products with packed kernels, computed by several engines."""
 
 from jaxsparse.kernels._compiled import native as native
 from jaxsparse.kernels._dense import dense as dense

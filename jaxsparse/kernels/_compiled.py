@@ -15,16 +15,16 @@ from jaxsparse.kernels._product import batch_of, check_product, result_type
 def native(x: Array, packed: PackedArray) -> Array:
     """Multiply by compiled kernels: `Csr16`, `Int8Tiles`, and `Tiles` of (1, 4).
 
-    On processors, in float32: other types are widened in each call. With gradients of
-    `x` and of the values, under jit and vmap. `Int8Tiles` have no gradient; their
-    products are those of `js.kernels.dense`, bit for bit.
+    It runs on processors in float32; other types are widened in each call. It supports
+    jit, vmap, and gradients of `x` and of the values. `Int8Tiles` have no gradient;
+    their products are those of `js.kernels.dense`, bit for bit.
 
-    Compiled at first use, which takes up to a minute, once for a user: see "Compiled
-    kernels" on this page.
+    The kernels are compiled at first use, once per user, which takes up to a minute;
+    see "Compiled kernels" on this page.
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
-      packed: a kernel of `js.formats.pack`, in one of these formats, on one device.
+      packed: a kernel from `js.formats.pack`, in one of these formats, on one device.
 
     Returns:
       `[*batch, ..., d_out]`, in the type that a dense product would have.

@@ -12,8 +12,9 @@ from jaxsparse.kernels._product import check_product, contract, over_rows, resul
 def dense(x: Array, packed: PackedArray) -> Array:
     """Multiply by the unpacked kernel: `y = x @ w`, added up in float32 at least.
 
-    The meaning of all engines, and the quickest where a mask keeps much. Each call
-    makes the dense array anew, so for speed alone keep such kernels dense.
+    It defines the result of all engines, and is the quickest if a mask keeps many
+    weights. Each call makes the dense array anew, so for speed alone keep such kernels
+    dense.
 
     Of `Int8Tiles` it is a product of integers: each row is rounded as weights are, `q =
     round(x / s)` with `s = max |x| / 127`, in float32, and `y = (q_x @ q_w) * (s *
@@ -22,14 +23,14 @@ def dense(x: Array, packed: PackedArray) -> Array:
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
-      packed: a kernel of `js.formats.pack`.
+      packed: a kernel from `js.formats.pack`.
 
     Returns:
       `[*batch, ..., d_out]`, in the type that a dense product would have.
 
     Raises:
       ValueError: `x` of another width.
-      TypeError: something else than a packed kernel, or `x` not of floating point; a
+      TypeError: anything other than a packed kernel, or `x` not of floating point; a
         gradient of `Int8Tiles`.
 
     Example:

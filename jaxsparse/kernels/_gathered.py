@@ -15,17 +15,17 @@ def gathered(x: Array, packed: PackedArray) -> Array:
     """Multiply without native code: gather inputs, then multiply dense matrices.
 
     - `Tiles`: `y_g = x[:, rows_g] @ values_g` for all groups of outputs in one batched
-      product. Balanced tiles are what it is made for; others are filled up to the
-      largest group in each call.
+      product. This is made for balanced tiles; others are padded to the largest group
+      in each call.
     - `Condensed`: one smaller product.
     - `Nm`: `y = sum_j x[:, j::of] @ (values at position j, else 0)`: no gather, for
       accelerators.
 
-    Runs on every platform, under jit, vmap and grad.
+    It runs on every platform, under jit, vmap and grad.
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
-      packed: a kernel of `js.formats.pack`, in one of these formats.
+      packed: a kernel from `js.formats.pack`, in one of these formats.
 
     Returns:
       `[*batch, ..., d_out]`, in the type that a dense product would have.

@@ -24,9 +24,9 @@ class Layer(NamedTuple):
       engine: the name of the engine; "dense" for a kernel that stays a dense array.
       format: the name of the format; "" for a dense array.
       sparsity: the fraction of weights that its mask removes.
-      rows: the most rows that one product has, for the traced shapes.
-      bytes: what it takes.
-      why: for a dense one, why.
+      rows: the largest number of rows of a product, for the traced shapes.
+      bytes: the size of the kernel in bytes.
+      why: the reason why a kernel stays dense.
       dense_ms: with `measure` the milliseconds of a dense product, else NaN.
       packed_ms: and those of the quickest engine.
     """

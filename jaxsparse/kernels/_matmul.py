@@ -12,26 +12,27 @@ from jaxsparse.kernels._rules import MEASURED, Rules, choose
 def matmul(x: Array, packed: PackedArray, *, rules: Rules = MEASURED) -> Array:
     """Multiply activations by a packed kernel: `y[..., o] = sum_i x[..., i] w[i, o]`.
 
-    Several input axes of a kernel are one here, the last fastest, and so are its output
-    axes. Sums are those of the dense product, in float32 at least, in another order; of
-    `Int8Tiles` those of rounded activations (see `dense`), without gradients.
-    Which engine computes it is a matter of speed: see `choose`. Shapes decide, so a
-    jitted function always takes the same. With gradients of `x` and of the values:
+    Several input axes of a kernel are flattened into one, the last axis fastest, and so
+    are its output axes. Sums are accumulated in float32 at least and equal the dense
+    product up to their order. For `Int8Tiles` activations are rounded too (see
+    `dense`), and there is no gradient. Which engine computes it is a matter of speed:
+    see `choose`. The choice depends on shapes alone, so a jitted function always uses
+    the same engine. It has gradients of `x` and of the values:
 
         grads = jax.grad(lambda v: loss(js.kernels.matmul(
             x, js.formats.with_values(packed, v))))(packed.values)
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
-      packed: a kernel of `js.formats.pack`.
-      rules: which engine to take.
+      packed: a kernel from `js.formats.pack`.
+      rules: the rules that choose the engine.
 
     Returns:
       `[*batch, ..., d_out]`, in the type that a dense product would have.
 
     Raises:
       ValueError: `x` of another width.
-      TypeError: something else than a packed kernel or rules, or `x` not of floating
+      TypeError: anything other than a packed kernel or rules, or `x` not of floating
         point.
 
     Example:

@@ -22,9 +22,10 @@ from jaxsparse.tracing import Trace, retrace
 def packed_apply(trace: Trace, *, rules: Rules = MEASURED) -> Callable[..., Any]:
     """Return a traced model as a function of packed parameters.
 
-    What `sparsify` returns too, for parameters that are packed already: those of a
-    checkpoint, or of `js.formats.pack` in a format of one's choice. A trace needs no
-    parameters, so a process that runs the packed model never holds the dense one:
+    This is the function that `sparsify` returns, for parameters that are already
+    packed: restored from a checkpoint, or packed by `js.formats.pack` in a chosen
+    format. A trace needs no parameters, so a process that runs the packed model never
+    holds the dense one:
 
         shapes = jax.eval_shape(init)                      # of the dense parameters
         trace = js.trace(model, shapes, x)
@@ -34,7 +35,7 @@ def packed_apply(trace: Trace, *, rules: Rules = MEASURED) -> Callable[..., Any]
     pickled beside the checkpoint.
 
     Args:
-      trace: what `js.trace` found.
+      trace: the trace from `js.trace`.
       rules: which engine multiplies; kernels for which no rule is quicker, or which the
         program needs as an array, are made dense in each call.
 
@@ -42,7 +43,7 @@ def packed_apply(trace: Trace, *, rules: Rules = MEASURED) -> Callable[..., Any]
       `apply_fn(params, *inputs)`, for parameters with any kernels packed.
 
     Raises:
-      TypeError: something else than a trace or rules.
+      TypeError: anything other than a trace or rules.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -30,9 +30,9 @@ def pallas(x: Array, packed: PackedArray) -> Array:
     | `Nm` | `of <= 16` | inputs that 1,024 divides (2:4), outputs that 64 divides |
     | `Bitmap` | - | with the extra `jaxsparse[gpu]` |
 
-    On TPUs in float32 and bfloat16, on Hopper in bfloat16 and float16. Everything else,
-    and gradients, are those of `js.kernels.gathered` (of `Bitmap` `js.kernels.dense`):
-    other shapes, types and platforms. Where the program is lowered decides.
+    On TPUs in float32 and bfloat16, on Hopper in bfloat16 and float16. Gradients, and
+    all other shapes, types and platforms, use `js.kernels.gathered` (`js.kernels.dense`
+    for `Bitmap`). The platform that the program is lowered for decides.
 
     Tiles are read as they are stored, each once for every few hundred rows of `x`; of
     N:M the planes `x_j = x[:, j::of]` meet the values at position `j`, so that nothing
@@ -42,11 +42,11 @@ def pallas(x: Array, packed: PackedArray) -> Array:
 
     These kernels have never run on an accelerator: they are tested by interpreters on a
     processor, and lowered for `tpu` and `cuda`. The kernel of `Bitmap` is compiled for
-    Hopper where the extra is there. No rule of `js.kernels.MEASURED` takes them.
+    Hopper where the extra is there. No rule of `js.kernels.MEASURED` uses them.
 
     Args:
       x: `[*batch, ..., d_in]`, of floating point; `batch` are the kernel's batch axes.
-      packed: a kernel of `js.formats.pack`, in one of these formats.
+      packed: a kernel from `js.formats.pack`, in one of these formats.
 
     Returns:
       `[*batch, ..., d_out]`, in the type that a dense product would have.

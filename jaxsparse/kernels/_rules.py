@@ -46,10 +46,10 @@ class Rule(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """A table of engines: the first rule that fits counts, and where none does, dense.
+    """A table of engines: the first rule that matches applies, or `dense` if none does.
 
-    `print(js.kernels.MEASURED)` shows the default one. For another machine measure, and
-    pass rules of your own: `rules=js.kernels.Rules((rule, ...))`.
+    `print(js.kernels.MEASURED)` shows the default one. For another machine, measure and
+    pass your own rules, `rules=js.kernels.Rules((rule, ...))`.
 
     Attributes:
       rules: in order.
@@ -102,7 +102,7 @@ def choose(
     """Return the engine that multiplies a packed kernel.
 
     Args:
-      packed: a kernel of `js.formats.pack`.
+      packed: a kernel from `js.formats.pack`.
       rows: the number of rows of `x`, such as tokens.
       rules: the table to look in.
       platform: `"cpu"`, `"gpu"` or `"tpu"`; by default JAX's.
@@ -111,7 +111,7 @@ def choose(
       `js.kernels.dense`, `gathered`, `native`, or an engine of the caller's rules.
 
     Raises:
-      TypeError: something else than a packed kernel or rules.
+      TypeError: anything other than a packed kernel or rules.
       ValueError: a negative number of rows, another platform.
 
     Example:

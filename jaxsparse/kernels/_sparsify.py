@@ -60,7 +60,7 @@ def sparsify(
     rules: Rules = MEASURED,
     measure: bool = False,
 ) -> Sparsified:
-    """Run a pruned model with packed kernels, of any model that can be traced.
+    """Run a pruned, traced model with packed kernels.
 
     The traced program is evaluated with the products of pruned kernels replaced by
     `js.kernels.matmul`: dense layers, attention projections, experts, layers of a scan,
@@ -75,7 +75,7 @@ def sparsify(
     `print(sparsified)` says which and why.
 
     Args:
-      trace: what `js.trace` found.
+      trace: the trace from `js.trace`.
       params: the parameters.
       masks: a tree of bools with their structure.
       format: the format of all kernels; by default for each the first of `Condensed`,
@@ -96,7 +96,7 @@ def sparsify(
     Raises:
       ValueError: parameters of another model, masks that do not fit; with `format` a
         mask of another structure.
-      TypeError: something else than a trace or rules, traced masks.
+      TypeError: anything other than a trace or rules, traced masks.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

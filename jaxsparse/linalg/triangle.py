@@ -6,9 +6,9 @@ upper one, and those of the diagonal beside it. This is how statistics are summe
 factors kept so exactly that a damping of 1e-7 is not lost beside eigenvalues of 1, for
 `block_size + 1` floats a weight.
 
-What lies in the upper triangle is scaled down by 2^-24, so that a product with the
-square as it is may be taken for one with the triangle: without that, a low part of one
-row could weigh as much as 1e-4 of another.
+The upper triangle is scaled down by 2^-24, so that a product with the full square may
+replace one with the triangle. Without the scaling, a low part of one row could weigh as
+much as 1e-4 of another.
 """
 
 from typing import NamedTuple

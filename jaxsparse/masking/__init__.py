@@ -1,4 +1,4 @@
-"""Masks within the loss, of dense weights that go on learning."""
+"""Masks that are applied within the loss to dense weights that continue to learn."""
 
 from jaxsparse.masking._adapters import Adapter as Adapter
 from jaxsparse.masking._adapters import adapter_importance as adapter_importance

@@ -41,7 +41,7 @@ def init_adapters(
     Args:
       params: the parameters; matrices among the selected ones take part.
       key: a typed key.
-      rank: of the updates.
+      rank: the rank of the updates.
       where: which parameters take part; see `jaxsparse.tree.select`.
 
     Returns:
@@ -87,9 +87,9 @@ def with_adapters(
 ) -> Tree:
     """Return `mask * (W + scaling * a b)`: the model with its adapters.
 
-    In the loss it trains the adapters of a frozen model; called once afterwards it
-    merges them. The mask lies on the sum, so that a pruned base stays exactly as sparse
-    as it was, while plain merging fills its zeros::
+    Call it in the loss to train the adapters of a frozen model, and once afterwards to
+    merge them. The mask applies to the sum, so a pruned model stays exactly as sparse
+    as it was, while plain merging would fill its zeros::
 
         pruned, masks = js.prune(params, 0.5)
         adapters = js.masking.init_adapters(pruned, key=key)
@@ -105,7 +105,7 @@ def with_adapters(
       params: the frozen parameters.
       adapters: by the parameters' paths, as `init_adapters` makes.
       masks: True = kept; None: nothing is masked.
-      scaling: of the products, `alpha / r` in LoRA.
+      scaling: the factor of the products, `alpha / r` in LoRA.
 
     Returns:
       Parameters of the same structure and types.
@@ -151,14 +151,14 @@ def adapter_importance(
     channels with `jaxsparse.channels.channel_scores`. Zhang et al. (2023, LoRAPrune,
     arXiv:2305.18403).
 
-    Differs from the paper, which squares: as its code, this takes the magnitude. The
+    Differs from the paper, which squares; like its code, this takes the magnitude. The
     code's normalization by each layer's norm is `jaxsparse.channels.normalize_norm`.
 
     Args:
       params: the frozen parameters.
       adapters: by the parameters' paths.
       grads: gradients of the loss with respect to the adapters.
-      scaling: of the products.
+      scaling: the factor of the products.
 
     Returns:
       A tree with the structure of `params`: scores, larger = keep, float32 at least,

@@ -19,13 +19,13 @@ def bip(
     pattern: patterns.Pattern = patterns.Unstructured("global"),
     axes: AxesRule = None,
 ) -> Callable[..., tuple[Array, tuple[PyTree, PyTree]]]:
-    """Make the gradients of bi-level pruning, of weights and of their scores.
+    """Return a function that computes the gradients of bi-level pruning.
 
     The masks `m` keep the largest scores. With `g` the gradient of the loss at the
     pruned weights `z = m * w`, the lower level trains the weights with `m * g + gamma *
-    w`, and the upper level the scores with `(w - g / gamma) * g`: the second term is
-    how the lower level's solution moves with the masks. Zhang et al. (2022, BiP,
-    arXiv:2210.04092)::
+    w`, and the upper level the scores with `(w - g / gamma) * g`: the second term
+    accounts for how the lower level's solution moves with the masks. Zhang et al.
+    (2022, BiP, arXiv:2210.04092)::
 
         value_and_grads = js.masking.bip(loss_fn, sparsity=0.9)
         trained = params, js.masking.init_scores(params, init=jnp.abs)
@@ -33,11 +33,12 @@ def bip(
         updates, opt_state = tx.update(grads, opt_state, trained)
 
     with `optax.partition` for two optimizers, as for `masked_by_scores`. The paper
-    takes the two levels on different batches: call it twice, and use one half of each.
+    trains the two levels on different batches: call it twice, and use one half of each
+    result.
 
     Differs from the reference implementation, which multiplies the scores' gradient by
     itself in place of `g * g`, and adds the weight decay and momentum of both
-    optimizers to both: here the paper's formula.
+    optimizers to both. This follows the paper's formula.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs) -> loss`.
@@ -51,8 +52,8 @@ def bip(
       `init_scores` makes them.
 
     Raises:
-      ValueError: a sparsity outside [0, 1), a `gamma` that is not above 0, what
-        `jaxsparse.patterns.masks` raises.
+      ValueError: a sparsity outside [0, 1), a `gamma` that is not above 0, or as for
+        `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -26,21 +26,21 @@ def cram(
     axes: AxesRule = None,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
-    """Make a `jax.value_and_grad` that trains a network to bear compression.
+    """Return a `jax.value_and_grad` that trains a network to withstand compression.
 
-    With `g` the gradient at `w`, it prunes the perturbed weights to a point `v =
-    C(w + rho * g)`, the largest magnitudes of all layers together, and takes the
-    gradient `h` there; the result is `h`, or `h + g` with `plus`. The sparsity of `C`
-    is drawn anew in each call. Peste et al. (2022, CrAM, arXiv:2207.14200). Any
-    optimizer takes the result, and no mask is kept::
+    With `g` the gradient at `w`, it prunes the perturbed weights by their magnitudes
+    over all layers, `v = C(w + rho * g)`, and takes the gradient `h` there; the result
+    is `h`, or `h + g` with `plus`. The sparsity of `C` is drawn anew in each call.
+    Peste et al. (2022, CrAM, arXiv:2207.14200). Any optimizer takes the result, and no
+    mask is kept::
 
         value_and_grad = js.masking.cram(loss_fn, sparsities=(0.5, 0.7, 0.9))
         loss, grads = value_and_grad(params, batch, key=step_key)
         updates, opt_state = optimizer.update(grads, opt_state, params)
 
-    A step takes two gradients. Afterwards `js.prune(params, 0.9,
+    Each step computes two gradients. Afterwards `js.prune(params, 0.9,
     pattern=js.Unstructured("global"))` costs little accuracy at any of the sparsities.
-    Networks with BatchNorm estimate its statistics again after pruning.
+    For networks with BatchNorm, estimate its statistics again after pruning.
 
     Differs from the reference implementation, which keeps the weights strictly above
     the threshold, and so one fewer than the count rule; and from SAM
@@ -53,9 +53,10 @@ def cram(
       sparsities: fractions to remove, in [0, 1), of which each call draws one.
       choices: patterns of which each call draws one, `(js.NM(2, 4), js.NM(4, 8))` for
         instance; N:M patterns have a sparsity of their own.
-      rho: the length of the perturbation, against the gradient's.
-      plus: add the gradient at `w` (CrAM+), which keeps the dense network accurate.
-      sparse_grads: take `h` of the weights alone that `C` keeps.
+      rho: the length of the perturbation, relative to the gradient's.
+      plus: whether to add the gradient at `w` (CrAM+), which keeps the dense network
+        accurate.
+      sparse_grads: whether to use `h` only for the weights that `C` keeps.
       where: which parameters are pruned; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
       has_aux: whether `loss_fn` returns a pair.
@@ -65,7 +66,7 @@ def cram(
 
     Raises:
       ValueError: no sparsity or pattern; a sparsity outside [0, 1); a negative `rho`;
-        what `jaxsparse.patterns.masks` raises.
+        or as for `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

@@ -42,13 +42,13 @@ def init_mask_logits(
     where: Where = None,
     axes: AxesRule = None,
 ) -> PyTree:
-    """Draw logits over the N:M patterns of each group, about those of given masks.
+    """Draw logits over the N:M patterns of each group, optionally about a prior.
 
     A group of `of` weights has `C = of choose keep` patterns. The logits are normal
     numbers of deviation `std`; a prior mask `m0` adds `strength * sd * (<c, m0> - keep
-    / 2)` to that of pattern `c`, where `sd` is the deviation of the numbers drawn. At a
-    strength of 3, the paper's, some groups in a hundred (of 2:4) begin with another
-    pattern than the prior's all the same; at 8 none do. See `masked_by_logits`.
+    / 2)` to that of pattern `c`, where `sd` is the deviation of the numbers drawn. At
+    the paper's strength of 3, a few percent of 2:4 groups still begin with another
+    pattern than the prior's; at 8 none do. See `masked_by_logits`.
 
     Args:
       params: the parameters; only their shapes are read.
@@ -56,8 +56,8 @@ def init_mask_logits(
       key: a typed key.
       masks: the prior: masks of this pattern, from `jaxsparse.oneshot.layerwise` say,
         with the structure of `params`.
-      strength: of the prior; 3 in the paper.
-      std: of the numbers drawn.
+      strength: the strength of the prior; 3 in the paper.
+      std: the deviation of the numbers drawn.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
 
@@ -142,7 +142,7 @@ def masked_by_logits(
             return task_loss(masked, batch) - 1e-5 * kept
 
     (`kept` keeps weights large, so that their gradients do not fade; its factor falls
-    to 0 in the paper.) `masks_of_logits` gives the masks of the end. Fang et al. (2024,
+    to 0 in the paper.) `masks_of_logits` returns the final masks. Fang et al. (2024,
     MaskLLM, arXiv:2409.17481): `js.oneshot.layerwise`'s masks as a prior, AdamW at 5e-5
     for 2,000 steps.
 
@@ -155,12 +155,15 @@ def masked_by_logits(
       logits: as `init_mask_logits` makes.
       pattern: the same N:M.
       key: a typed key; a new one in each step.
-      temperature: the lower, the nearer to one pattern. 4 to 0.05 in the paper.
-      scale: of the logits, against the noise. 100 to 500 in the paper.
-      hard: take the likeliest pattern forward and the soft mask's derivative.
+      temperature: the temperature of the softmax; a lower one is closer to a single
+        pattern. It goes from 4 to 0.05 in the paper.
+      scale: the factor of the logits, relative to the noise. It goes from 100 to 500 in
+        the paper.
+      hard: whether to use the likeliest pattern in the forward pass, with the soft
+        mask's derivative.
       axes: as for `jaxsparse.patterns.masks`.
-      groups_at_once: how many groups along the inputs are computed at a time, for
-        little memory; it divides their number. None: all.
+      groups_at_once: the number of groups along the inputs to compute at a time, to
+        save memory; it must divide their number. None computes all at once.
 
     Returns:
       Parameters of the same structure.

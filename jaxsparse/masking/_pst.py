@@ -23,8 +23,8 @@ class LowRank(NamedTuple):
     Attributes:
       update: `U, V`, `[d_in, r]` and `[r, d_out]`, of the weights.
       score: `A, B`, likewise, of the scores.
-      row: `R`, `[d_in]`, what the scores of an input have in common.
-      column: `C`, `[d_out]`, those of an output.
+      row: `R`, `[d_in]`, a term that all scores of an input share.
+      column: `C`, `[d_out]`, a term that all scores of an output share.
     """
 
     update: tuple[Array, Array]
@@ -36,15 +36,15 @@ class LowRank(NamedTuple):
 def init_low_rank(
     params: PyTree, *, key: Array, rank: int = 8, where: Where = None
 ) -> PyTree:
-    """Draw the trained numbers of parameter-efficient sparse training.
+    """Draw the factors that parameter-efficient sparse training learns.
 
     `U` and `A` are normal numbers of deviation `1 / rank`, all others 0, so that the
-    first masks are those of the magnitudes.
+    first masks keep the largest magnitudes.
 
     Args:
       params: the parameters; matrices among the selected ones take part.
       key: a typed key.
-      rank: of the updates and of the scores.
+      rank: the rank of the updates and of the scores.
       where: which parameters take part; see `jaxsparse.tree.select`.
 
     Returns:
@@ -121,8 +121,8 @@ def masked_by_low_rank(
       Parameters of the same structure, exactly 0 where pruned.
 
     Raises:
-      ValueError: factors that do not fit their parameter, what
-        `jaxsparse.patterns.masks` raises.
+      ValueError: factors that do not fit their parameter, or as for
+        `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

@@ -58,11 +58,10 @@ def masked_by_scores(
 ) -> Tree:
     """Return the parameters under the masks of trained scores, `w * mask(s)`.
 
-    The derivative is that of the product with a mask that is the scores themselves: of
-    a weight the gradient where it is kept, `mask * g`, and of a score `w * g`, whether
-    its weight is kept or not (`g` is the gradient of the masked weights). So a score
-    rises while its weight moves away from 0. Scores are an ordinary tree: train both
-    with `optax.partition`, at rates of their own::
+    The derivative treats the mask as the scores themselves. With `g` the gradient of
+    the masked weights, a weight gets `mask * g`, and a score gets `w * g` whether its
+    weight is kept or not. So a score rises while its weight moves away from 0. Scores
+    are an ordinary tree: train both with `optax.partition`, at rates of their own::
 
         def loss_fn(trained, batch):
             return task_loss(js.masking.masked_by_scores(*trained, 0.9), batch)
@@ -72,14 +71,13 @@ def masked_by_scores(
             {"weights": optax.adamw(3e-5), "scores": optax.adamw(1e-2)},
             ("weights", "scores"))
 
-    - Movement pruning (Sanh et al., 2020, arXiv:2005.07683): as it stands, scores from
-      0, with a sparsity that rises. Soft movement: `threshold=0.1` through `s =
+    - Movement pruning (Sanh et al., 2020, arXiv:2005.07683): use scores that start at 0
+      and a sparsity that rises. Soft movement: `threshold=0.1` through `s =
       logit(0.1)`, and a penalty `mean(sigmoid(s))` in the loss.
     - Edge-popup (Ramanujan et al., 2020, arXiv:1911.13299): `jax.lax.stop_gradient` of
       the weights, `jax.tree.map(jnp.abs, scores)`.
 
-    The masks of the end are `jaxsparse.patterns.masks(scores, sparsity, ...)`, like any
-    others.
+    The final masks are `jaxsparse.patterns.masks(scores, sparsity, ...)`.
 
     Differs from movement's code, which counts `int(density * n)` per matrix, and
     chooses 2:4 along the outputs.
@@ -94,15 +92,15 @@ def masked_by_scores(
         possibly traced.
       pattern: which weights are removed together, and which compete.
       axes: as for `jaxsparse.patterns.masks`.
-      min_keep: how many units each group and each layer keeps at least, as there.
+      min_keep: the least number of units that each group and each layer keeps.
 
     Returns:
       Parameters of the same structure, exactly 0 where pruned.
 
     Raises:
       ValueError: both a sparsity and a threshold, a threshold with a pattern of more
-        than single weights, scores of another structure or shape, what
-        `jaxsparse.patterns.masks` raises.
+        than single weights, scores of another structure or shape, or as for
+        `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

@@ -36,8 +36,8 @@ def straight_through(
 
     Bengio et al. (2013, arXiv:1308.3432); for top-k masks Jayakumar et al. (2020) and
     Wortsman et al. (2019, DNW). With `decay` it is SR-STE (Zhou et al., 2021,
-    arXiv:2102.04010): the gradient of a pruned weight gets `decay * w` besides, which
-    keeps N:M masks from flickering; 2e-4 in the paper, `pattern=js.NM(2, 4)`.
+    arXiv:2102.04010): it adds `decay * w` to the gradient of each pruned weight, which
+    keeps N:M masks from flickering. The paper uses 2e-4 with `pattern=js.NM(2, 4)`.
 
     Differs from SR-STE's code, which chooses the groups along its layers' last axes:
     here they run along the inputs.
@@ -50,20 +50,21 @@ def straight_through(
       pattern: which weights are removed together, and which compete.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
-      min_keep: how many units each group and each layer keeps at least, as there.
-      axis_name: of shards under `shard_map`, as there.
-      masks: masks to take, in place of all arguments that choose them: chosen every few
-        steps they do not flicker, which at high sparsities and learning rates keeps
-        the training from falling apart.
-      decay: what pulls pruned weights to 0, per unit of the loss's gradient. With it
-        the result has derivatives in reverse mode alone.
+      min_keep: the least number of units that each group and each layer keeps.
+      axis_name: the axis of shards under `shard_map`, as for
+        `jaxsparse.patterns.masks`.
+      masks: masks to use instead of choosing them here. Masks chosen only every few
+        steps do not flicker, which keeps training stable at high sparsities and
+        learning rates.
+      decay: the strength that pulls pruned weights to 0, relative to the loss's
+        gradient. With it the result has only reverse-mode derivatives.
 
     Returns:
       Parameters of the same structure, exactly 0 where pruned.
 
     Raises:
-      ValueError: both a sparsity and masks, masks of another model, and what
-        `jaxsparse.patterns.masks` raises.
+      ValueError: both a sparsity and masks, masks of another model, or as for
+        `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js

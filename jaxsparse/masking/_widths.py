@@ -39,8 +39,9 @@ def init_width_logits(
 
     Args:
       groups: from `js.coupling.groups`; those that are not prunable are left out.
-      candidates: the numbers: of each group all multiples of an integer, and its size;
-        or by the groups' names ascending numbers. Groups without a name stay whole.
+      candidates: an integer, for all its multiples up to the group's size and that
+        size; or a mapping from the groups' names to ascending numbers. Groups that it
+        does not name stay whole.
       whole: the probability of the largest number at temperature 1; the others share
         the rest.
 
@@ -86,7 +87,7 @@ def width_gates(
     sum_{n_j > r} p_j`. The hard network keeps the smallest number that is at least the
     mean `<p, n>`, in the same order; its gates have the derivative of the soft ones.
     Lin et al. (2024, S2HPruner, arXiv:2410.07046). The soft network learns the task,
-    the hard one from the soft one, and both tell the logits what to keep::
+    the hard network learns from the soft one, and both train the logits::
 
         def loss_fn(trained, batch):
             params, logits = trained
@@ -100,9 +101,9 @@ def width_gates(
         drop = js.channels.drop_closed(gates.hard)
         small = js.narrowing.narrow(trace, params, drop)
 
-    A mean less than 1e-5 of the group's size above a number counts as that number: so
-    much a sum of probabilities is off by rounding. All copies of a group (heads,
-    experts, layers of a scan) keep one number of channels.
+    A mean that exceeds a number by less than 1e-5 of the group's size counts as that
+    number, because sums of probabilities have rounding errors. All copies of a group
+    (heads, experts, layers of a scan) keep one number of channels.
 
     Differs from the reference implementation, which orders the channels by the L1 norm
     of its kernels or by their index: here by any scores. Its rules for masks that have
@@ -111,11 +112,12 @@ def width_gates(
     Args:
       groups: from `js.coupling.groups`.
       logits: as `init_width_logits` makes.
-      candidates: the same as there.
-      temperature: of the softmax; the lower, the nearer to one number.
+      candidates: as for `init_width_logits`.
+      temperature: the temperature of the softmax; a lower one is closer to a single
+        number.
       scores: `[*copies, size]` by the groups' names, larger = keep: channels are kept
-        in this order, those of each copy in their own; of equal ones the lower index
-        first. No derivative goes through them. By default, the lowest indices are kept.
+        in this order, separately in each copy, and ties by the lower index. No
+        derivative goes through them. By default, the lowest indices are kept.
 
     Returns:
       `Gates` of the groups with logits, of the logits' dtype.
@@ -177,20 +179,20 @@ def soft_to_hard(
     gates: Gates,
     *inputs: Any,
 ) -> SoftToHard:
-    """Run the network with soft gates and with hard ones, which learn from the former.
+    """Run the network with soft gates and with hard gates.
 
-    `divergence = KL(softmax(soft) || softmax(hard))`. It trains the weights of the hard
-    network alone, and the gates of both: with respect to weights the soft network is a
-    constant in it (the decoupled distillation of S2HPruner, see `width_gates`). It
-    costs two forward passes (the third that is written is the same as the first), and
-    three backward ones.
+    `divergence = KL(softmax(soft) || softmax(hard))`. The divergence trains the gates
+    of both networks, but only the weights of the hard one: it treats the weights of the
+    soft network as constants (the decoupled distillation of S2HPruner, see
+    `width_gates`). It costs two forward passes (a third one in the code equals the
+    first) and three backward passes.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> [..., classes]`.
       groups: from `js.coupling.groups`.
       params: the parameters.
-      gates: of `width_gates`, or `js.contrib.threshold_gates`.
-      *inputs: the model's.
+      gates: from `width_gates` or `js.contrib.threshold_gates`.
+      *inputs: the model's inputs.
 
     Returns:
       A `SoftToHard`, the divergence in float32 at least.

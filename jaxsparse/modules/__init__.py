@@ -1,4 +1,4 @@
-"""Layers for flax that are sparse from the start: what is kept is what is trained."""
+"""Layers for flax that are sparse from the start and train only their kept weights."""
 
 from jaxsparse.modules._linen import LinenSparseDense as LinenSparseDense
 from jaxsparse.modules._nnx import NNXSparseDense as NNXSparseDense

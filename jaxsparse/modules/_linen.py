@@ -20,18 +20,19 @@ from jaxsparse.patterns import Balanced
 class LinenSparseDense(nn.Module):
     """A Linen layer like `nn.Dense` whose kernel is sparse from the start.
 
-    Its parameter `values` are the kept weights alone, so that gradients and the moments
-    of any optax optimizer are as small. Which weights these are is drawn at `init`, at
-    random in balanced tiles, and is in the collection `"structure"`, which does not
-    train. A pruned kernel takes its place by the fields of its packed form:
-    `{"params": {"values": packed.values}, "structure": {"rows": packed.rows}}`.
+    Its parameter `values` are the kept weights alone, so gradients and the moments of
+    any optax optimizer are equally small. Their positions are drawn at `init`, at
+    random in balanced tiles, and stored in the collection `"structure"`, which is not
+    trained. To load a pruned kernel, pass the fields of its packed form: `{"params":
+    {"values": packed.values}, "structure": {"rows": packed.rows}}`.
 
     Attributes:
       features: the number of outputs.
-      sparsity: the fraction of weights that are not there.
+      sparsity: the fraction of weights to leave out.
       pattern: the tiles; they must divide inputs and outputs.
       use_bias: whether to add a bias.
-      kernel_init: an initializer; it sees as inputs what an output reads.
+      kernel_init: an initializer; its fan-in is the number of inputs that an output
+        reads.
       bias_init: an initializer.
       dtype: the type to compute in; by default that of the arguments.
       param_dtype: the type of the parameters.

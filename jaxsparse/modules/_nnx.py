@@ -22,29 +22,30 @@ _NORMAL = jax.nn.initializers.lecun_normal()
 
 
 class Structure(nnx.Variable):
-    """Which weights of a sparse layer are there: integers, which do not train."""
+    """The positions of a sparse layer's kept weights, integers that are not trained."""
 
 
 class NNXSparseDense(nnx.Module):
     """An NNX layer like `nnx.Linear` whose kernel is sparse from the start.
 
-    `values`, an `nnx.Param`, are the kept weights alone, so that gradients and the
-    moments of any optax optimizer are as small. Which weights these are is drawn when
-    the layer is made, at random in balanced tiles; they are in `rows`, a `Structure`.
-    `load` puts a pruned kernel in their place.
+    `values`, an `nnx.Param`, are the kept weights alone, so gradients and the moments
+    of any optax optimizer are equally small. Their positions are drawn when the layer
+    is made, at random in balanced tiles, and stored in `rows`, a `Structure`. `load`
+    replaces them by a pruned kernel.
 
     Args:
       in_features: the number of inputs.
       out_features: the number of outputs.
-      sparsity: the fraction of weights that are not there.
+      sparsity: the fraction of weights to leave out.
       pattern: the tiles; they must divide inputs and outputs.
       use_bias: whether to add a bias.
-      kernel_init: an initializer; it sees as inputs what an output reads.
+      kernel_init: an initializer; its fan-in is the number of inputs that an output
+        reads.
       bias_init: an initializer.
       dtype: the type to compute in; by default that of the arguments.
       param_dtype: the type of the parameters.
       rules: which engine multiplies; see `js.kernels.choose`.
-      rngs: where keys come from.
+      rngs: the source of random keys.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -84,7 +85,7 @@ class NNXSparseDense(nnx.Module):
         return tiles_of(self.shape, self.values[...], self.rows[...])
 
     def load(self, packed: Tiles) -> None:
-        """Put a pruned kernel in the place of this one.
+        """Replace the kernel by a pruned one.
 
         Args:
           packed: balanced tiles of the same shapes.

@@ -63,7 +63,7 @@ def narrow(
         as a module built at the new width does (LayerNorm, RMSNorm). The same choice
         applies to sums in which a masked channel contributes a nonzero constant, such
         as a variance: "masked" adds those constants back, "resized" leaves them out.
-        The scale of attention, 1 / sqrt(width of a head), stays the model's number.
+        The scale of attention, 1 / sqrt(width of a head), is not changed.
       positions: the positions along a shortened axis (a `jnp.arange`, a one-hot).
         "slice" keeps the old numbers, so rotary embeddings stay right; "renumber"
         counts 0, 1, 2, ..., as for experts that are chosen by number. Random numbers

@@ -74,7 +74,7 @@ def prune(
       The pruned parameters and their masks.
 
     Raises:
-      ValueError: what `jaxsparse.patterns.masks` raises, with the parameter's path.
+      ValueError: as for `jaxsparse.patterns.masks`, with the parameter's path.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

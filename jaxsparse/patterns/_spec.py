@@ -22,9 +22,9 @@ class Unstructured:
     """Single weights.
 
     Attributes:
-      scope: which weights compete: those of one parameter (`"layer"`; of one layer of
-        it where it has batch axes), all selected weights (`"global"`), or the weights
-        of one output unit (`"output"`, Wanda's choice).
+      scope: which weights compete: the weights of one parameter (`"layer"`; of one
+        layer of it where it has batch axes), all selected weights (`"global"`), or the
+        weights of one output unit (`"output"`, Wanda's choice).
 
     Example:
       >>> import jaxsparse as js
@@ -138,19 +138,19 @@ class Channel:
 
 @dataclasses.dataclass(frozen=True)
 class Balanced:
-    """Tiles of `shape = (inputs, outputs)` weights, as many for every group of outputs.
+    """Tiles of `shape = (inputs, outputs)` weights, equally many in each group.
 
-    The outputs of a tile are a group, and the tiles along the inputs of a group compete
-    with each other alone: all groups of a layer keep the same number. That is what lets
-    a matrix product run as one batched product of gathered inputs, on any platform and
-    without a kernel of its own (see `jaxsparse.formats.Tiles` and `jaxsparse.kernels`).
-    Tiles lie as those of `Block` do, which lets all tiles of a layer compete.
-    `Balanced((1, 1))` is `Unstructured("output")`.
+    The outputs of a tile form a group, and tiles compete only within their group, so
+    all groups of a layer keep the same number of tiles. A matrix product can therefore
+    run as one batched product of gathered inputs, on any platform and without a kernel
+    of its own (see `jaxsparse.formats.Tiles` and `jaxsparse.kernels`). Tiles are laid
+    out as in `Block`, where all tiles of a layer compete. `Balanced((1, 1))` is
+    `Unstructured("output")`.
 
     Attributes:
       shape: the inputs and outputs of a tile; they must divide the axes of the kernel.
         `(1, 128)` removes single inputs of 128 neighboring outputs; `(16, 16)` is a
-        square; `(1, 4)` is what small vector units like.
+        square; `(1, 4)` suits small vector units.
       reduce: a tile's score from its weights' scores, their mean or their maximum.
 
     Example:
@@ -170,7 +170,7 @@ class Balanced:
 
     @property
     def scope(self) -> Literal["output"]:
-        """Which tiles compete: those of one group of outputs."""
+        """Tiles compete within one group of outputs."""
         return "output"
 
 

@@ -180,8 +180,8 @@ def prox_group_lasso(
     threshold is exactly 0.0 in all its slices; it comes back if the gradient moves it
     above the threshold.
 
-    It stands LAST, where it sees the finished update. `strength` is the threshold
-    itself: the step's learning rate times the penalty's weight::
+    Place it last in a chain, where it sees the final update. `strength` is the
+    threshold itself: the step's learning rate times the penalty's weight::
 
         tx = optax.chain(optax.sgd(rate),
                          js.penalties.prox_group_lasso(groups, strength=rate * 1e-3))

@@ -23,8 +23,8 @@ def gmp_star(
     """Return the recipe of well-tuned gradual magnitude pruning for a transformer.
 
     GMP* (Kurtic & Alistarh, 2022, arXiv:2210.06384) and the guidelines of Kurtic et al.
-    (2023, arXiv:2312.13547), by which magnitudes do on the benchmark "Sparsity May Cry"
-    what they were said not to do:
+    (2023, arXiv:2312.13547), which make magnitude pruning work on the benchmark
+    "Sparsity May Cry":
 
     - Prune the linear layers of the blocks alone, in one ranking over all of them.
       Embeddings, pooler, head, norms and biases stay dense; much of the failure that

@@ -20,7 +20,7 @@ class Ticket(NamedTuple):
     Attributes:
       round: 0 for the dense training.
       sparsity: the fraction removed in this round's training.
-      masks: those of the training.
+      masks: the masks of the training.
       params: the trained parameters, zero where masked.
     """
 

@@ -125,7 +125,7 @@ class Recipe(NamedTuple):
         teacher_logits: Array | None = None,
         labels: Array | None = None,
     ) -> Array:
-        """Return each example's loss, from labels and teacher in the recipe's shares.
+        """Return each example's loss, mixed from labels and teacher by the recipe.
 
         Args:
           student_logits: `[..., classes]`.

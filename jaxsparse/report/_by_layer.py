@@ -46,7 +46,7 @@ def plot_errors(
       A matplotlib figure.
 
     Raises:
-      TypeError: something else than infos.
+      TypeError: anything other than infos.
       ValueError: an empty `info`; a `path` that does not end in `.png`.
       ImportError: matplotlib is not installed.
 
@@ -108,7 +108,7 @@ def plot_sparsity(
       A matplotlib figure.
 
     Raises:
-      TypeError: something else than a mapping from steps to trees of numbers.
+      TypeError: anything other than a mapping from steps to trees of numbers.
       ValueError: no steps, trees of different parameters, fractions outside [0, 1], no
         parameter that was ever pruned; a `path` that does not end in `.png`.
       ImportError: matplotlib is not installed.

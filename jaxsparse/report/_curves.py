@@ -50,7 +50,7 @@ def plot_sensitivity(
       A matplotlib figure.
 
     Raises:
-      TypeError: something else than a `Sensitivity`.
+      TypeError: anything other than a `Sensitivity`.
       ValueError: no parameters; `named` out of range; a `path` that does not end in
         `.png`.
       ImportError: matplotlib is not installed.
@@ -127,9 +127,9 @@ def plot_tradeoff(
     """Draw the quality of several methods against sparsity, size or time.
 
     Args:
-      runs: by the name of a method its points, two sequences of the same length: x (a
-        sparsity, bytes, milliseconds) and the quality there. A single point is drawn as
-        a mark, for a dense model for example.
+      runs: a mapping from the name of a method to two sequences of the same length, x
+        (a sparsity, bytes, milliseconds) and the quality at x. A single point is drawn
+        as a mark, for a dense model for example.
       xlabel: what x is, with its unit.
       ylabel: what y is.
       logx: whether the x axis is logarithmic, as for sizes.
@@ -139,7 +139,7 @@ def plot_tradeoff(
       A matplotlib figure.
 
     Raises:
-      TypeError: something else than a mapping to pairs of numbers.
+      TypeError: anything other than a mapping to pairs of numbers.
       ValueError: no runs, more than 7 (the colors that a reader can tell apart),
         sequences of unequal lengths, x that is not positive on a logarithmic axis; a
         `path` that does not end in `.png`.

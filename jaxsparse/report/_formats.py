@@ -22,7 +22,7 @@ def format_table(sizes: Mapping[str, Mapping[str, int]]) -> str:
       Plain text, a line for each kernel.
 
     Raises:
-      TypeError: something else than sizes.
+      TypeError: anything other than sizes.
       ValueError: no kernels.
 
     Example:

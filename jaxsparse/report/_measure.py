@@ -53,8 +53,8 @@ def table(
 
     Raises:
       ValueError: masks or `asked` of another structure, a mask that does not broadcast,
-        no pruning in `opt_state`, an `asked` outside [0, 1), no values where they are
-        needed.
+        no pruning in `opt_state`, an `asked` outside [0, 1), traced arrays where values
+        are needed.
       TypeError: a leaf that is not an array, a mask whose dtype is not bool, an `asked`
         that is not a number.
 

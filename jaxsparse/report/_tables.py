@@ -32,7 +32,7 @@ class Row(NamedTuple):
         for a parameter that is not pruned the same as `dense_bytes`.
       leaked: the number of nonzero weights under a False mask; 0 if there are no values
         (`jax.ShapeDtypeStruct`).
-      pruned: whether it takes part: its mask is not a mere scalar True.
+      pruned: whether it takes part, which is when its mask is not a scalar True.
       nearly_empty: whether the mask keeps next to nothing: of n units (weights, or
         channels where the mask has one number for each) 1, or `sqrt(n) / 10` at most.
         It is what `min_keep` of `jaxsparse.patterns.masks` alone may have kept.

@@ -70,7 +70,7 @@ def snip(params: PyTree, grads: PyTree, *, where: Where = None) -> PyTree:
       scores of the selected parameters add up to 1.
 
     Raises:
-      ValueError: what `taylor` raises.
+      ValueError: as for `taylor`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -130,7 +130,7 @@ def grasp(
         float32 first where they have fewer bits, because products of three derivatives
         overflow narrower types.
       params: a tree of arrays.
-      batch: what `loss_fn` takes.
+      batch: the batch for `loss_fn`.
 
     Returns:
       A tree of arrays of the same shapes, in float32 at least, of either sign, larger =

@@ -19,9 +19,9 @@ class Score(NamedTuple):
     `update`, `score` and `prune` may ask for three more things, by the names of
     parameters: `masks`, those before this choice (True = kept); `step`, the number of
     updates so far; `sparsity`, the schedule's at this step (a number, or a tree like
-    the parameters). A plain score function may ask for them too. So RigL (Evci et al.,
-    2020, arXiv:1911.11134) is a function: it keeps the largest of the present weights
-    and grows those with the largest gradients in place of the others:
+    the parameters). A plain score function may ask for them too. RigL (Evci et al.,
+    2020, arXiv:1911.11134), for example, is a function that keeps the largest of the
+    present weights and replaces the others by the weights with the largest gradients:
 
       >>> import jax, jax.numpy as jnp, jaxsparse as js
       >>> def rigl(params, grads, *, masks, step, sparsity):

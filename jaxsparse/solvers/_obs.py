@@ -95,7 +95,7 @@ def obs(
     Raises:
       ValueError: a parameter that is selected but not in `fisher`, or has other units
         there; masks that already remove more than asked for (in eager use; under jit
-        that stays removed); what `jaxsparse.patterns.masks` raises.
+        that stays removed); or as for `jaxsparse.patterns.masks`.
       TypeError: an approximation that does not support the request.
 
     Example:

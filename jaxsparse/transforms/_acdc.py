@@ -46,17 +46,17 @@ def acdc(
         is the 2:4 version of the paper.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
-      min_keep: how many units each group and each layer keeps at least, as there.
+      min_keep: the least number of units that each group and each layer keeps.
       axis_name: of shards under `jax.shard_map`, as there.
       total_steps: the length of the training, if known.
 
     Returns:
-      A gradient transformation with the methods `wrap` and `adopt`, as
+      A gradient transformation with the methods `wrap` and `adopt`, like
       `prune_schedule`.
 
     Raises:
-      ValueError: a sparsity outside [0, 1), an empty phase, `end < begin`, what
-        `prune_schedule` raises.
+      ValueError: a sparsity outside [0, 1), an empty phase, `end < begin`, or as for
+        `prune_schedule`.
 
     Example:
       >>> import optax, jaxsparse as js

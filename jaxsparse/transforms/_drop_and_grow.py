@@ -72,7 +72,7 @@ def drop_and_grow(
         places in the order in which weights grow.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
-      min_keep: how many units each group and each layer keeps at least, as there.
+      min_keep: the least number of units that each group and each layer keeps.
       axis_name: of shards under `jax.shard_map`, as there.
       total_steps: the length of the training, if known.
       track: remember which weights were ever active, one bool a weight, for `explored`.
@@ -84,7 +84,7 @@ def drop_and_grow(
     Raises:
       ValueError: a drop fraction outside (0, 1]; at `init`, one by which no parameter
         drops a weight; under `enforce`, a member before it that keeps statistics, which
-        hides the gradients; what `prune_schedule` raises.
+        hides the gradients; or as for `prune_schedule`.
       TypeError: `grow` or `score` that is no score; a `key` that is not a random key.
 
     Example:

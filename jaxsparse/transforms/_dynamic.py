@@ -47,11 +47,11 @@ def static(
         `total_steps`, as for `jaxsparse.prune_schedule`.
 
     Returns:
-      A gradient transformation with the methods `wrap` and `adopt`, as
+      A gradient transformation with the methods `wrap` and `adopt`, like
       `prune_schedule`. `init` makes the masks.
 
     Raises:
-      ValueError: what `prune_schedule` raises.
+      ValueError: as for `prune_schedule`.
       TypeError: a `key` that is not a random key.
 
     Example:
@@ -94,7 +94,7 @@ def set_(
       A gradient transformation, as of `drop_and_grow`.
 
     Raises:
-      ValueError: what `drop_and_grow` raises.
+      ValueError: as for `drop_and_grow`.
       TypeError: a `key` that is not a random key.
 
     Example:
@@ -153,7 +153,7 @@ def rigl(
       weight and a few numbers.
 
     Raises:
-      ValueError: what `drop_and_grow` raises; in `keep_sparse`, which sees no
+      ValueError: as for `drop_and_grow`; in `keep_sparse`, which sees no
         gradients.
       TypeError: a `key` that is not a random key.
 
@@ -202,7 +202,7 @@ def snfs(
       the parameters, in float32.
 
     Raises:
-      ValueError: a decay outside [0, 1), what `drop_and_grow` raises.
+      ValueError: a decay outside [0, 1), or as for `drop_and_grow`.
       TypeError: a `key` that is not a random key.
 
     Example:

@@ -105,7 +105,7 @@ def frugal(
     Raises:
       ValueError: a density out of range, a `unit` that is none; at `init`, an axis that
         a parameter does not have; at `update`, without `params`.
-      TypeError: an optimizer that is none, a key that is none.
+      TypeError: an optimizer that is none, a key that is not a random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js

@@ -42,14 +42,14 @@ def soft_shrink(
       pattern: which weights shrink together, and which compete.
       where: which parameters take part; see `jaxsparse.tree.select`.
       axes: as for `jaxsparse.patterns.masks`.
-      min_keep: how many units each group and each layer keeps at least, as there.
+      min_keep: the least number of units that each group and each layer keeps.
 
     Returns:
       A gradient transformation without a state of its own.
 
     Raises:
-      ValueError: a factor or sparsity out of range; at `update`, without `params`, and
-        what `jaxsparse.patterns.masks` raises.
+      ValueError: a factor or sparsity out of range; at `update`, without
+        `params`, or as for `jaxsparse.patterns.masks`.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js

@@ -102,7 +102,7 @@ def windowed_obs(
 
     Raises:
       ValueError: a window below 1, a damping that is not positive, a `dtype` with
-        `summed`; at `init`, what `js.curvature.block_fisher` raises, and too little
+        `summed`; at `init`, as for `js.curvature.block_fisher`, and too little
         memory, with the number of bytes needed (under `jit` a warning).
 
     Example:

@@ -1,4 +1,4 @@
-"""Gradients from values of the loss alone, and what follows from them."""
+"""Gradients and scores that are estimated from values of the loss alone."""
 
 from jaxsparse.zeroth_order._coordinates import coordinate_grads as coordinate_grads
 from jaxsparse.zeroth_order._random import grasp as grasp

@@ -23,22 +23,22 @@ def coordinate_grads(
     mu: float = 5e-3,
     chunk: int = 32,
 ) -> PyTree:
-    """Estimate a gradient from values of the loss, a coordinate at a time.
+    """Estimate a gradient from values of the loss, one coordinate at a time.
 
     `g_i = (L(w + mu e_i) - L(w)) / mu` for the listed coordinates, 0 for all others;
-    the error is `mu H_ii / 2` to first order. The estimate of DeepZero (Chen et
-    al., 2024, arXiv:2310.02025), for losses that have no derivative.
+    the error is `mu H_ii / 2` to first order. This is the estimate of DeepZero (Chen et
+    al., 2024, arXiv:2310.02025), for losses without a derivative.
 
     The loss is traced once. For each parameter only the part of the program that
-    depends on it runs again, `chunk` perturbed copies at a time: what comes before a
-    layer is computed once, which on average halves the work (DeepZero's feature reuse;
-    here from the program, for any model). A scan over layers is one part. Memory: the
-    values of one forward pass, and `chunk` times the largest parameter and the values
-    behind it. Each parameter's part is compiled on its own: jit the whole, and expect
-    as many loops in it as there are parameters.
+    depends on it runs again, `chunk` perturbed copies at a time. The layers before it
+    are computed once, which halves the work on average (DeepZero's feature reuse, here
+    derived from the program of any model). A scan over layers is one part. Memory holds
+    the values of one forward pass, and `chunk` copies of the largest parameter and of
+    the values computed from it. Each parameter's part is compiled as a separate loop,
+    so jit the whole call.
 
-    DeepZero trains with the gradients of a random part of the weights, drawn anew in
-    each interval, in which each layer has the density that `grasp` found once; the
+    DeepZero trains with the gradients of a random subset of the weights. The subset is
+    drawn anew in each interval, with the layer densities that `grasp` found once; the
     weights themselves stay dense::
 
         scores = js.zeroth_order.grasp(loss_fn, params, batch, key=key, count=192)
@@ -49,15 +49,14 @@ def coordinate_grads(
         grads = estimate(params, batch, indices)     # jitted; counts never change
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`. It gets parameters and a batch whose
-        numbers of less than 32 bits are cast to float32, in which small differences
-        would be lost.
+      loss_fn: `loss_fn(params, batch) -> scalar`. Numbers of less than 32 bits are
+        passed as float32, because narrower types would lose small differences.
       params: a tree of floating-point arrays.
-      batch: what `loss_fn` takes.
-      indices: a tree like `params` of vectors of flat indices, in which no index comes
-        twice, as `jaxsparse.patterns.indices(masks, params)` makes of masks; None for
-        every coordinate.
-      mu: the length of a step, above 0. A gradient is NaN where it is lost in a weight.
+      batch: the batch for `loss_fn`.
+      indices: a tree like `params` of vectors of distinct flat indices, such as
+        `jaxsparse.patterns.indices(masks, params)`; None for all coordinates.
+      mu: the length of a step, above 0. A gradient is NaN where adding `mu` does not
+        change the weight.
       chunk: how many losses are computed at once.
 
     Returns:

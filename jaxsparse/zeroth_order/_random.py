@@ -32,19 +32,19 @@ def random_grads(
     `g = (d / q) sum_j (L(w + mu u_j) - L(w)) / mu * u_j` for `q = count` directions
     `u_j`, uniform on the unit sphere over all `d` weights that the masks keep. Its mean
     is the gradient of the loss smoothed over a ball of radius `mu` (Flaxman et al.,
-    2005), so that it is unbiased but for `O(mu^2)`; its relative error is about `sqrt(d
-    / q)`. It takes `q + 1` losses; directions are drawn as they are needed. Jit it:
-    without, its loop is compiled in each call.
+    2005), so the estimate is unbiased up to `O(mu^2)`; its relative error is about
+    `sqrt(d / q)`. It evaluates `q + 1` losses and draws directions as needed. Jit it,
+    or its loop is compiled in each call.
 
     Differs from the reference implementation of DeepZero (Chen et al., 2024,
-    arXiv:2310.02025), whose direction has length 1 in each tensor by itself, and whose
-    estimate is not multiplied by `d` but by a further `mu`: a multiple of a gradient,
-    and another one in each layer.
+    arXiv:2310.02025), which normalizes the direction in each tensor separately and
+    multiplies the estimate by a further `mu` instead of `d`. Its result is a multiple
+    of a gradient, with another factor in each layer.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`, called as by `coordinate_grads`.
       params: a tree of floating-point arrays.
-      batch: what `loss_fn` takes.
+      batch: the batch for `loss_fn`.
       key: a typed key, `jax.random.key(seed)`.
       count: how many directions, q.
       mu: the length of a step, above 0, whatever the number of weights.
@@ -58,7 +58,7 @@ def random_grads(
     Raises:
       ValueError: a `mu`, `count` or `chunk` out of range, masks of another structure, a
         loss that is no scalar.
-      TypeError: a key that is none, parameters that are not floating-point.
+      TypeError: a key that is not a random key, parameters that are not floating-point.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -112,23 +112,23 @@ def grasp(
     mu: float = 5e-3,
     chunk: int = 8,
 ) -> PyTree:
-    """Score by `w * (H g)` from values of the loss: ZO-GraSP.
+    """Score weights by `w * (H g)` from values of the loss (ZO-GraSP).
 
-    GraSP (see `jaxsparse.scores.grasp`) with both gradients estimated along the same
-    random directions, `g_0 = g(w)` and `g_1 = g(w + mu v)` with `v = g_0 / |g_0|`; then
-    `H g = |g_0| (g_1 - g_0) / mu`. DeepZero (Chen et al., 2024, arXiv:2310.02025) takes
-    it once, of 192 directions, for the sparsities of the layers alone: single scores
-    are noise where there are more weights than directions. It takes `2 (count + 1)`
-    losses; jit it. A second difference divides by `mu` twice: where the loss is in
-    float32, take a larger `mu` than for gradients.
+    This is GraSP (see `jaxsparse.scores.grasp`) with both gradients estimated along the
+    same random directions, `g_0 = g(w)` and `g_1 = g(w + mu v)` with `v = g_0 / |g_0|`;
+    then `H g = |g_0| (g_1 - g_0) / mu`. DeepZero (Chen et al., 2024, arXiv:2310.02025)
+    computes it once, from 192 directions, only to find the sparsities of the layers,
+    because single scores are noise where weights outnumber directions. It evaluates
+    `2 (count + 1)` losses; jit it. A second difference divides by `mu` twice: where the
+    loss is in float32, take a larger `mu` than for gradients.
 
     Differs from the reference implementation, which ranks by the magnitude of the
-    scores: for that pass `jax.tree.map(jnp.abs, scores)` on. And see `random_grads`.
+    scores: for that use `jax.tree.map(jnp.abs, scores)`. See also `random_grads`.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`, called as by `coordinate_grads`.
       params: a tree of floating-point arrays.
-      batch: what `loss_fn` takes.
+      batch: the batch for `loss_fn`.
       key: a typed key, `jax.random.key(seed)`.
       count: how many directions.
       mu: the length of a step, above 0.
@@ -136,11 +136,11 @@ def grasp(
 
     Returns:
       A tree of arrays of the same shapes, in float32 at least, of either sign, larger =
-      keep. `jaxsparse.allocations.from_global_scores` makes sparsities of them.
+      keep. `jaxsparse.allocations.from_global_scores` turns them into sparsities.
 
     Raises:
-      ValueError: what `random_grads` raises.
-      TypeError: a key that is none, parameters that are not floating-point.
+      ValueError: as for `random_grads`.
+      TypeError: a key that is not a random key, parameters that are not floating-point.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
