@@ -85,6 +85,7 @@ def test_only_listed_coordinates_have_a_gradient():
     for k, mask in masks.items():
         assert np.all(np.asarray(got[k])[~np.asarray(mask)] == 0)
         here = np.asarray(mask)
+        # A difference is off by half of mu = 2^-6 times the curvature.
         np.testing.assert_allclose(got[k][here], grads[k][here], atol=0.02)
     # Another draw of as many weights compiles nothing.
     other = {
@@ -139,6 +140,7 @@ def test_sixteen_bits_do_not_swallow_the_step():
     grads = jax.grad(loss_fn)(wide(params), wide(data))
     for k in SHAPES:
         assert got[k].dtype == jnp.bfloat16
+        # Off by mu times the curvature, and by the rounding of bfloat16, 2^-9.
         np.testing.assert_allclose(np.float32(got[k]), grads[k], atol=0.03)
 
 
